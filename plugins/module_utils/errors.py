@@ -1,0 +1,210 @@
+# Copyright (c) composefs.oci contributors
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
+
+"""The one family of errors that leaves the engine.
+
+Every error says what was being done to what, and what the user can do; its class carries a ``code`` that modules return and that
+playbooks may rely on: codes are never renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+
+
+class EngineError(Exception):
+    """Base of all engine errors: ``message`` (what went wrong) and ``hint`` (what the user can do, may be empty)."""
+
+    code = "failed"
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}" if self.hint else self.message
+
+
+class InvalidReference(EngineError):
+    """The image reference or name cannot be understood."""
+
+    code = "invalid_reference"
+
+
+class ImageNotFound(EngineError):
+    """No such image, tag or blob."""
+
+    code = "image_not_found"
+
+
+class PlatformNotFound(EngineError):
+    """The image exists, but not for the platform asked for."""
+
+    code = "platform_not_found"
+
+
+class AuthFailed(EngineError):
+    """The registry refused the credentials, or wants some."""
+
+    code = "auth_failed"
+
+
+class TlsFailed(EngineError):
+    """The registry's certificate was not accepted, or it does not speak TLS."""
+
+    code = "tls_failed"
+
+
+class RegistryUnreachable(EngineError):
+    """The source could not be reached or answered with a passing fault; trying again later may help."""
+
+    code = "registry_unreachable"
+
+
+class PolicyRejected(EngineError):
+    """The signature policy does not allow the image, or could not be enforced."""
+
+    code = "policy_rejected"
+
+
+class ProxyFailed(EngineError):
+    """skopeo failed in a way that has no code of its own; its words are in the message."""
+
+    code = "proxy_failed"
+
+
+class SkopeoMissing(EngineError):
+    """There is no usable skopeo on the host."""
+
+    code = "skopeo_missing"
+
+
+class Stalled(EngineError):
+    """A transfer stayed silent for longer than the timeout."""
+
+    code = "stalled"
+
+
+class DigestMismatch(EngineError):
+    """Bytes do not have the digest (or size) they were announced with."""
+
+    code = "digest_mismatch"
+
+
+class InvalidDocument(EngineError):
+    """A manifest, index or configuration is malformed or out of bounds."""
+
+    code = "invalid_document"
+
+
+class InvalidLayer(EngineError):
+    """A layer is not a tar archive that can be stored, or is damaged."""
+
+    code = "invalid_layer"
+
+
+class UnsupportedMediaType(EngineError):
+    """A media type or digest algorithm that the engine cannot handle."""
+
+    code = "unsupported_media_type"
+
+
+class MissingLibrary(EngineError):
+    """A Python library that this image or repository needs is not installed on the host."""
+
+    code = "missing_library"
+
+
+class NotARepository(EngineError):
+    """There is no composefs repository at the path."""
+
+    code = "not_a_repository"
+
+
+class IncompatibleRepository(EngineError):
+    """The repository needs features that this engine does not know, or is configured otherwise than asked."""
+
+    code = "incompatible_repository"
+
+
+class FormatError(EngineError):
+    """A repository file (splitstream, image, link, meta.json) is damaged."""
+
+    code = "repository_damaged"
+
+
+class VerityUnsupported(EngineError):
+    """The file system has no fs-verity."""
+
+    code = "verity_unsupported"
+
+
+class NoSpace(EngineError):
+    """Not enough free bytes or inodes."""
+
+    code = "no_space"
+
+
+class ReadOnly(EngineError):
+    """The repository cannot be written."""
+
+    code = "read_only"
+
+
+class PermissionDenied(EngineError):
+    """The user lacks a right or a capability."""
+
+    code = "permission_denied"
+
+
+class IOFailed(EngineError):
+    """The operating system reported an error that has no code of its own."""
+
+    code = "io_error"
+
+
+class Busy(EngineError):
+    """Something else uses the target."""
+
+    code = "busy"
+
+
+class MountFailed(EngineError):
+    """The kernel refused a mount."""
+
+    code = "mount_failed"
+
+
+_BY_ERRNO: dict[int, tuple[type[EngineError], str]] = {
+    errno.ENOSPC: (NoSpace, "Free space or inodes on that file system and run again; what is whole is kept."),
+    errno.EDQUOT: (NoSpace, "Raise the quota or free space and run again; what is whole is kept."),
+    errno.EFBIG: (NoSpace, "Raise the file size limit of the process and run again; what is whole is kept."),
+    errno.EROFS: (ReadOnly, "Remount the file system read-write, or choose another repository."),
+    errno.EACCES: (PermissionDenied, "Run as a user that may do this, for example with become."),
+    errno.EPERM: (PermissionDenied, "Run as a user that may do this, for example with become."),
+}
+
+
+def from_os_error(error: OSError, what: str) -> EngineError:
+    """The engine error for ``error`` that happened while doing ``what`` (a phrase such as ``importing layer sha256:…``)."""
+    kind, hint = _BY_ERRNO.get(error.errno or 0, (IOFailed, ""))
+    text = os.strerror(error.errno) if error.errno else str(error)
+    where = f" ({error.filename!r})" if isinstance(error.filename, (str, bytes)) else ""
+    return kind(f"{what}: {text}{where}.", hint)
+
+
+@contextlib.contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Name what the block does: engine errors get it as a prefix, operating-system errors become engine errors that carry it."""
+    try:
+        yield
+    except EngineError as error:
+        error.message = f"{what}: {error.message}"
+        raise
+    except OSError as error:
+        raise from_os_error(error, what) from error

@@ -1,0 +1,36 @@
+# Copyright (c) composefs.oci contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Let plain ``pytest`` import ``ansible_collections.composefs.oci`` from wherever this repository is checked out.
+
+ansible-test and ansible-core bring an importer of their own; this steps in only where neither is there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import pathlib
+import sys
+import types
+
+
+def _provide_collection() -> None:
+    name = "ansible_collections.composefs.oci"
+    try:
+        if importlib.util.find_spec(name) is not None:
+            return
+    except ModuleNotFoundError:
+        pass
+    paths: dict[str, list[str]] = {
+        "ansible_collections": [],
+        "ansible_collections.composefs": [],
+        name: [str(pathlib.Path(__file__).resolve().parents[2])],
+    }
+    for package, path in paths.items():
+        module = sys.modules.setdefault(package, types.ModuleType(package))
+        if not hasattr(module, "__path__"):
+            module.__path__ = path  # type: ignore[attr-defined]
+
+
+_provide_collection()
