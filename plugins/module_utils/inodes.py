@@ -1,0 +1,150 @@
+# Copyright (c) composefs.oci contributors
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
+"""The file tree of an image: what the layers are merged into and what an EROFS image is written from.
+
+A tree may hold hundreds of thousands of inodes and ten thousand nested directories, so the classes are slotted and nothing here recurses.
+Stat objects and xattr dicts are shared between inodes: treat both as frozen and replace them instead of changing them.
+"""
+
+from __future__ import annotations
+
+import stat as st
+from collections.abc import Iterator
+from typing import Optional, Union
+
+
+class Stat:
+    """Metadata of one inode.
+
+    ``mode`` is the mode field of the tar header as it stood there (the EROFS writer masks it with 0o7777 and adds the type),
+    ``mtime`` whole seconds (signed 64 bits), ``mtime_nsec`` 0..999999999, ``xattrs`` full name to value, or None for no xattrs.
+    """
+
+    __slots__ = ("mode", "uid", "gid", "mtime", "mtime_nsec", "xattrs")
+
+    def __init__(self, mode: int = 0, uid: int = 0, gid: int = 0, mtime: int = 0, mtime_nsec: int = 0, xattrs: Optional[dict[bytes, bytes]] = None) -> None:
+        self.mode = mode
+        self.uid = uid
+        self.gid = gid
+        self.mtime = mtime
+        self.mtime_nsec = mtime_nsec
+        self.xattrs = xattrs
+
+    def replaced(self, *, mtime: Optional[tuple[int, int]] = None, xattrs: Optional[dict[bytes, bytes]] = None) -> Stat:
+        """A copy with another modification time (seconds, nanoseconds) and these xattrs (None or empty: none)."""
+        seconds, nanoseconds = (self.mtime, self.mtime_nsec) if mtime is None else mtime
+        return Stat(self.mode, self.uid, self.gid, seconds, nanoseconds, xattrs or None)
+
+    def key(self) -> tuple[int, int, int, int, int, tuple[tuple[bytes, bytes], ...]]:
+        """All fields as one comparable, hashable value."""
+        return (self.mode, self.uid, self.gid, self.mtime, self.mtime_nsec, tuple(sorted((self.xattrs or {}).items())))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stat) and self.key() == other.key()
+
+    def __hash__(self) -> int:
+        return hash(self.key())
+
+    def __repr__(self) -> str:
+        return f"Stat(mode={self.mode:#o}, uid={self.uid}, gid={self.gid}, mtime={self.mtime}, mtime_nsec={self.mtime_nsec}, xattrs={self.xattrs!r})"
+
+
+class Leaf:
+    """Anything that is not a directory. One Leaf under several names is one inode with several hardlinks.
+
+    ``kind`` is a file type of the stat module (S_IFREG, S_IFLNK, S_IFCHR, S_IFBLK, S_IFIFO, S_IFSOCK). ``data`` is the content of an
+    inline regular file or the target of a symlink, ``digest`` the raw fs-verity digest of an external one (else None), ``size`` the length
+    of the content either way, ``rdev`` a Linux device number (os.makedev), ``nlink`` what count_links() found.
+    """
+
+    __slots__ = ("stat", "kind", "data", "digest", "size", "rdev", "nlink")
+
+    def __init__(
+        self, stat: Stat, kind: int = st.S_IFREG, data: bytes = b"", digest: Optional[bytes] = None, size: Optional[int] = None, rdev: int = 0
+    ) -> None:
+        self.stat = stat
+        self.kind = kind
+        self.data = data
+        self.digest = digest
+        self.size = len(data) if size is None else size
+        self.rdev = rdev
+        self.nlink = 1
+
+    def clone(self, stat: Stat) -> Leaf:
+        """A separate inode with the same content and other metadata."""
+        return Leaf(stat, self.kind, self.data, self.digest, self.size, self.rdev)
+
+    def __repr__(self) -> str:
+        return f"Leaf({self.stat!r}, kind={self.kind:#o}, size={self.size}, nlink={self.nlink})"
+
+
+class Directory:
+    """A directory: metadata and a map from name (any bytes but ``/`` and NUL) to child, in no particular order."""
+
+    __slots__ = ("stat", "entries")
+
+    def __init__(self, stat: Stat, entries: Optional[dict[bytes, Node]] = None) -> None:
+        self.stat = stat
+        self.entries: dict[bytes, Node] = {} if entries is None else entries
+
+    def __repr__(self) -> str:
+        return f"Directory({self.stat!r}, {len(self.entries)} entries)"
+
+
+Node = Union[Directory, Leaf]
+
+
+class FileSystem:
+    """A whole tree."""
+
+    __slots__ = ("root",)
+
+    def __init__(self, root: Directory) -> None:
+        self.root = root
+
+    def __repr__(self) -> str:
+        return f"FileSystem({self.root!r})"
+
+
+def directories(root: Directory) -> Iterator[Directory]:
+    """Every directory once, the root first, in no particular order otherwise."""
+    stack = [root]
+    while stack:
+        directory = stack.pop()
+        yield directory
+        for child in directory.entries.values():
+            if child.__class__ is Directory:
+                stack.append(child)  # type: ignore[arg-type]  # a class test is twice as fast as isinstance here
+
+
+def walk(root: Directory) -> Iterator[tuple[bytes, Node]]:
+    """Every path (``b"/"`` for the root) with its inode, depth first, names in the order of their bytes; hardlinks once per name."""
+    stack: list[tuple[bytes, Node]] = [(b"/", root)]
+    while stack:
+        path, node = stack.pop()
+        yield path, node
+        if isinstance(node, Directory):
+            prefix = path if path == b"/" else path + b"/"
+            stack.extend((prefix + name, node.entries[name]) for name in sorted(node.entries, reverse=True))
+
+
+def count_links(root: Directory) -> tuple[int, int]:
+    """Set ``nlink`` of every leaf to the number of names it has below ``root``; return (directories, distinct leaves)."""
+    stack = [root]
+    folders = 0
+    leaves: list[Leaf] = []
+    while stack:
+        folders += 1
+        for child in stack.pop().entries.values():
+            if isinstance(child, Directory):
+                stack.append(child)
+            else:
+                child.nlink = 0
+                leaves.append(child)
+    distinct = 0
+    for leaf in leaves:
+        if not leaf.nlink:
+            distinct += 1
+        leaf.nlink += 1
+    return folders, distinct
