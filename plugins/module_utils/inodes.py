@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import stat as st
 from collections.abc import Iterator
-from typing import Optional, Union
+from typing import Union
 
 
 class Stat:
@@ -23,7 +23,7 @@ class Stat:
 
     __slots__ = ("mode", "uid", "gid", "mtime", "mtime_nsec", "xattrs")
 
-    def __init__(self, mode: int = 0, uid: int = 0, gid: int = 0, mtime: int = 0, mtime_nsec: int = 0, xattrs: Optional[dict[bytes, bytes]] = None) -> None:
+    def __init__(self, mode: int = 0, uid: int = 0, gid: int = 0, mtime: int = 0, mtime_nsec: int = 0, xattrs: dict[bytes, bytes] | None = None) -> None:
         self.mode = mode
         self.uid = uid
         self.gid = gid
@@ -31,7 +31,7 @@ class Stat:
         self.mtime_nsec = mtime_nsec
         self.xattrs = xattrs
 
-    def replaced(self, *, mtime: Optional[tuple[int, int]] = None, xattrs: Optional[dict[bytes, bytes]] = None) -> Stat:
+    def replaced(self, *, mtime: tuple[int, int] | None = None, xattrs: dict[bytes, bytes] | None = None) -> Stat:
         """A copy with another modification time (seconds, nanoseconds) and these xattrs (None or empty: none)."""
         seconds, nanoseconds = (self.mtime, self.mtime_nsec) if mtime is None else mtime
         return Stat(self.mode, self.uid, self.gid, seconds, nanoseconds, xattrs or None)
@@ -60,9 +60,7 @@ class Leaf:
 
     __slots__ = ("stat", "kind", "data", "digest", "size", "rdev", "nlink")
 
-    def __init__(
-        self, stat: Stat, kind: int = st.S_IFREG, data: bytes = b"", digest: Optional[bytes] = None, size: Optional[int] = None, rdev: int = 0
-    ) -> None:
+    def __init__(self, stat: Stat, kind: int = st.S_IFREG, data: bytes = b"", digest: bytes | None = None, size: int | None = None, rdev: int = 0) -> None:
         self.stat = stat
         self.kind = kind
         self.data = data
@@ -84,7 +82,7 @@ class Directory:
 
     __slots__ = ("stat", "entries")
 
-    def __init__(self, stat: Stat, entries: Optional[dict[bytes, Node]] = None) -> None:
+    def __init__(self, stat: Stat, entries: dict[bytes, Node] | None = None) -> None:
         self.stat = stat
         self.entries: dict[bytes, Node] = {} if entries is None else entries
 
