@@ -1,0 +1,240 @@
+# Copyright (c) composefs.oci contributors
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
+
+"""What a pull tells while it runs, and who can listen.
+
+The engine emits :class:`Event` values; a sink decides what becomes of them. Sinks are called from several threads, one event at a
+time (:class:`Progress` holds a lock), and never raise into a pull: a full disk must not fail a transfer for the sake of its progress bar.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TextIO
+
+STARTED = "started"
+BYTES = "bytes"
+SKIPPED = "skipped"
+DONE = "done"
+MESSAGE = "message"
+
+
+class Event(NamedTuple):
+    """One step. ``layer`` is a digest (``sha256:<hex>``) or empty for messages; ``done`` and ``total`` are compressed bytes."""
+
+    kind: str
+    layer: str = ""
+    done: int = 0
+    total: int = 0
+    text: str = ""
+
+
+class Sink(Protocol):
+    """Receives every event of a pull."""
+
+    def event(self, event: Event) -> None:
+        """Take note of ``event``."""
+
+    def close(self) -> None:
+        """The pull is over."""
+
+
+class NullSink:
+    """Listens to nothing."""
+
+    def event(self, event: Event) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class _Layer:
+    __slots__ = ("done", "started", "state", "total")
+
+    def __init__(self, total: int, now: float) -> None:
+        self.total = total
+        self.done = 0
+        self.started = now
+        self.state = STARTED
+
+
+class Progress:
+    """Serialises events of many threads for one sink and shields the pull from what the sink does wrong."""
+
+    def __init__(self, sink: Sink | None = None) -> None:
+        self._sink: Sink = sink or NullSink()
+        self._lock = threading.Lock()
+
+    def __call__(self, event: Event) -> None:
+        with self._lock:
+            try:
+                self._sink.event(event)
+            except OSError:
+                self._sink = NullSink()
+
+    def message(self, text: str) -> None:
+        """Emit a message event."""
+        self(Event(MESSAGE, text=text))
+
+    def close(self) -> None:
+        with self._lock:
+            try:
+                self._sink.close()
+            except OSError:
+                pass
+            self._sink = NullSink()
+
+
+class Board:
+    """What all events so far add up to; both visible sinks draw from it."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.begun = clock()
+        self.layers: dict[str, _Layer] = {}
+        self.text = ""
+
+    def take(self, event: Event) -> None:
+        if event.kind == MESSAGE:
+            self.text = event.text
+            return
+        layer = self.layers.get(event.layer)
+        if layer is None:
+            layer = self.layers[event.layer] = _Layer(event.total, self.clock())
+        if event.kind == STARTED:
+            # A retry starts the same layer over: its bytes count from zero again.
+            layer.total, layer.done, layer.started = event.total, 0, self.clock()
+        elif event.kind == BYTES:
+            layer.done = event.done
+        elif event.kind in (DONE, SKIPPED):
+            layer.done = layer.total
+        layer.state = event.kind
+
+    def totals(self) -> tuple[int, int]:
+        """Compressed bytes fetched and to fetch, without skipped layers."""
+        active = [layer for layer in self.layers.values() if layer.state != SKIPPED]
+        return sum(layer.done for layer in active), sum(layer.total for layer in active)
+
+    def rate(self) -> float:
+        """Bytes a second since the first layer that is not skipped began."""
+        starts = [layer.started for layer in self.layers.values() if layer.state != SKIPPED]
+        if not starts:
+            return 0.0
+        return self.totals()[0] / max(self.clock() - min(starts), 0.001)
+
+
+def human(count: float) -> str:
+    """``count`` bytes for people, in binary units with two decimals."""
+    if count < 1024:
+        return f"{int(count)} B"
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
+        count /= 1024
+        if count < 1024 or unit == "TiB":
+            break
+    return f"{count:.2f} {unit}"
+
+
+def summary(state: dict[str, Any]) -> str:
+    """One line of text for a state as :class:`FileSink` writes it."""
+    done, total, rate = state["done"], state["total"], state["rate"]
+    layers = state["layers"]
+    finished = sum(layer["state"] in (DONE, SKIPPED) for layer in layers)
+    if not total:
+        return str(state["message"])
+    eta = f", {int((total - done) / rate)} s left" if rate > 0 and done < total else ""
+    tail = f" - {state['message']}" if done >= total and state["message"] else ""
+    return f"{100 * done // total}% of {human(total)}, {human(rate)}/s{eta}, {finished} of {len(layers)} layers{tail}"
+
+
+class FileSink:
+    """Keeps a JSON file up to date that anybody may poll: always whole (written aside and renamed), at most twice a second."""
+
+    def __init__(self, path: str, interval: float = 0.5) -> None:
+        self._path = path
+        self._interval = interval
+        self._board = Board()
+        self._last = float("-inf")
+
+    def event(self, event: Event) -> None:
+        self._board.take(event)
+        now = self._board.clock()
+        if event.kind == BYTES and now - self._last < self._interval:
+            return
+        self._last = now
+        self._write(False)
+
+    def close(self) -> None:
+        self._write(True)
+
+    def state(self, finished: bool = False) -> dict[str, Any]:
+        """The JSON document: ``done``/``total`` bytes, ``rate`` in bytes a second, ``message``, ``finished``, ``layers``."""
+        board = self._board
+        done, total = board.totals()
+        layers = [{"id": name, "state": layer.state, "done": layer.done, "total": layer.total} for name, layer in board.layers.items()]
+        return {
+            "done": done,
+            "total": total,
+            "rate": round(board.rate()),
+            "elapsed": round(board.clock() - board.begun, 1),
+            "message": board.text,
+            "finished": finished,
+            "layers": layers,
+        }
+
+    def _write(self, finished: bool) -> None:
+        aside = self._path + ".new"
+        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600), "w", encoding="utf-8") as file:
+            json.dump(self.state(finished), file)
+        os.replace(aside, self._path)
+
+
+class TerminalSink:
+    """One line a layer on a terminal: bar, bytes, rate, time left; redrawn in place at most ten times a second."""
+
+    WIDTH = 24
+
+    def __init__(self, stream: TextIO, interval: float = 0.1) -> None:
+        self._stream = stream
+        self._interval = interval
+        self._board = Board()
+        self._last = float("-inf")
+        self._drawn = 0
+
+    def event(self, event: Event) -> None:
+        self._board.take(event)
+        now = self._board.clock()
+        if event.kind == BYTES and now - self._last < self._interval:
+            return
+        self._last = now
+        self._draw()
+
+    def close(self) -> None:
+        self._draw()
+
+    def line(self, name: str) -> str:
+        """The text of one layer's line."""
+        layer = self._board.layers[name]
+        short = name.partition(":")[2][:12] or name[:12]
+        if layer.state == SKIPPED:
+            return f"{short}  already present"
+        part = layer.done / layer.total if layer.total else 1.0
+        full = int(part * self.WIDTH)
+        rate = layer.done / max(self._board.clock() - layer.started, 0.001)
+        eta = f"  {int((layer.total - layer.done) / rate)} s left" if rate > 0 and layer.state == BYTES and part < 1 else ""
+        ending = "  done" if layer.state == DONE else eta
+        return f"{short}  [{'#' * full}{'.' * (self.WIDTH - full)}] {human(layer.done)} of {human(layer.total)}  {human(rate)}/s{ending}"
+
+    def _draw(self) -> None:
+        lines = [self.line(name) for name in self._board.layers]
+        if self._board.text:
+            lines.append(self._board.text)
+        up = f"\x1b[{self._drawn}F" if self._drawn else ""
+        self._stream.write(up + "".join(f"\x1b[2K{text}\n" for text in lines))
+        self._stream.flush()
+        self._drawn = len(lines)
