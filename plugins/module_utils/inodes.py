@@ -113,18 +113,29 @@ def directories(root: Directory) -> Iterator[Directory]:
         yield directory
         for child in directory.entries.values():
             if child.__class__ is Directory:
-                stack.append(child)  # type: ignore[arg-type]  # a class test is twice as fast as isinstance here
+                stack.append(child)
 
 
 def walk(root: Directory) -> Iterator[tuple[bytes, Node]]:
     """Every path (``b"/"`` for the root) with its inode, depth first, names in the order of their bytes; hardlinks once per name."""
-    stack: list[tuple[bytes, Node]] = [(b"/", root)]
+    yield b"/", root
+    path = bytearray()
+    # One growing path serves all: a stack of whole paths would need memory in proportion to the square of the depth.
+    stack: list[tuple[int, dict[bytes, Node], Iterator[bytes]]] = [(0, root.entries, iter(sorted(root.entries)))]
     while stack:
-        path, node = stack.pop()
-        yield path, node
-        if isinstance(node, Directory):
-            prefix = path if path == b"/" else path + b"/"
-            stack.extend((prefix + name, node.entries[name]) for name in sorted(node.entries, reverse=True))
+        length, entries, names = stack[-1]
+        del path[length:]
+        for name in names:
+            node = entries[name]
+            path += b"/"
+            path += name
+            yield bytes(path), node
+            if isinstance(node, Directory):
+                stack.append((len(path), node.entries, iter(sorted(node.entries))))
+                break
+            del path[length:]
+        else:
+            stack.pop()
 
 
 def count_links(root: Directory) -> tuple[int, int]:
