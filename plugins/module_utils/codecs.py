@@ -30,6 +30,8 @@ CHUNK = 256 * 1024
 _ENOUGH = 64 * 1024  # short pieces (one gzip member a file, as eStargz writes) are gathered until a read can return this much
 _FIRST_SLICE = 16 * 1024  # what a new member is offered first: the libraries copy what they do not use, and a member may be tiny
 _MAX_WINDOW = 1 << 27  # the largest window that zstd decoders accept unless told otherwise
+_MAX_HEADER = 1 << 18  # of a gzip member: an extra field of 64 KiB, and names that no one will ever give
+_FETCH_AGAIN = "It was damaged on the way or built wrongly: pull it again, then have the image rebuilt."
 
 GZIP_BACKENDS = {"isal": "isal.isal_zlib", "zlib-ng": "zlib_ng.zlib_ng", "zlib": "zlib"}
 """Names of the gzip libraries and the Python modules that bind them, fastest first."""
@@ -186,27 +188,64 @@ class _Gzip(_Members):
     """Any module with the interface of zlib's ``decompressobj``."""
 
     def __init__(self, source: Source, module: Any) -> None:
-        super().__init__(functools.partial(module.decompressobj, wbits=31))  # 31: gzip framing, checksum and length verified
+        super().__init__(self._start)
+        self._module = module
         self._errors: tuple[type[Exception], ...] = (zlib.error, module.error)
         self._input = _Input(source)
         self._members = 0
         self._slice = _FIRST_SLICE
 
+    def _start(self) -> Any:
+        # Headers are read here, for ISA-L loses its way in a header with optional fields that arrives in pieces; the library gets a plain one. It
+        # verifies checksum and length of the data (wbits 31).
+        member = self._module.decompressobj(wbits=31)
+        member.decompress(b"\x1f\x8b\x08\0\0\0\0\0\0\xff")
+        return member
+
     def _begin(self) -> bool:
         given = self._input
         while len(given.data) - given.pos < 2 and given.more():
             pass
+        start = given.offset
         magic = given.data[given.pos : given.pos + 2]
         if magic == b"\x1f\x8b":
+            size = self._header(given.data[given.pos : given.pos + 512]) or self._header(given.data[given.pos :])
+            while not size:
+                if len(given.data) - given.pos > _MAX_HEADER:
+                    raise InvalidLayer(f"The gzip data is damaged near byte {start}: the header does not end.", _FETCH_AGAIN)
+                if not given.more():
+                    raise InvalidLayer(f"The gzip data ends in the middle of a member, at byte {start + len(given.data) - given.pos}.", _FETCH_AGAIN)
+                size = self._header(given.data[given.pos :])
+            given.pos += size
             self._members += 1
             self._slice = _FIRST_SLICE
             return True
         if self._members == 0:
-            raise InvalidLayer("It is empty instead of gzip data." if not magic else "It is not gzip data.", _FETCH_AGAIN)
-        start = given.offset
+            raise InvalidLayer("It is not gzip data." if magic else "It is empty instead of gzip data.", _FETCH_AGAIN)
         if magic and not (magic[0] == 0 and given.only_zeros()):
             raise InvalidLayer(f"Garbage follows the last gzip member at byte {start}.", _FETCH_AGAIN)
         return False
+
+    def _header(self, data: bytes) -> int:
+        """Length of the member header that ``data`` begins with, 0 if it is not all there (RFC 1952, section 2.3)."""
+        if len(data) < 10:
+            return 0
+        flags = data[3]
+        if data[2] != 8 or flags & 0xE0:
+            raise InvalidLayer(f"The gzip data is damaged near byte {self._input.offset}: unknown method or flags.", _FETCH_AGAIN)
+        size = 10
+        if flags & 4:  # extra field
+            size += 2 + int.from_bytes(data[10:12], "little")
+        for text in (8, 16):  # file name, comment
+            if flags & text:
+                size = data.find(0, size) + 1
+                if not size:
+                    return 0
+        if flags & 2:  # checksum of the header
+            size += 2
+            if len(data) >= size and int.from_bytes(data[size - 2 : size], "little") != zlib.crc32(data[: size - 2]) & 0xFFFF:
+                raise InvalidLayer(f"The gzip data is damaged near byte {self._input.offset}: the header has a wrong checksum.", _FETCH_AGAIN)
+        return size if len(data) >= size else 0
 
     def _piece(self, n: int) -> bytes:
         given = self._input
@@ -228,8 +267,6 @@ class _Gzip(_Members):
             raise InvalidLayer(f"The gzip data ends in the middle of a member, at byte {given.offset}.", _FETCH_AGAIN)
         return piece
 
-
-_FETCH_AGAIN = "It was damaged on the way or built wrongly: pull it again, then have the image rebuilt."
 
 _BETWEEN, _BLOCK, _PADDING = range(3)
 
@@ -379,33 +416,35 @@ class _StandardZstd(_Members):
         self._frames = frames
         self._error = module.ZstdError
         self._data = memoryview(b"")
+        self._pos = 0
         self._slice = _FIRST_SLICE
+
+    def _more(self) -> bool:
+        if self._pos == len(self._data):
+            self._data = memoryview(self._frames.read())
+            self._pos = 0
+        return len(self._data) > 0
 
     def _begin(self) -> bool:
         self._slice = _FIRST_SLICE
-        if not self._data:
-            self._data = memoryview(self._frames.read())
-        return bool(self._data)
+        return self._more()
 
     def _piece(self, n: int) -> bytes:
         member = self._member
         offer = self._data[:0]
         if member.needs_input:
-            if not self._data:
-                self._data = memoryview(self._frames.read())
-            offer = self._data[: self._slice]
-            self._slice = min(4 * self._slice, CHUNK)
-            if not offer:  # the walk found the frame whole: the library must have seen its end
+            if not self._more():  # the walk found the frame whole: the library must have seen its end
                 raise self._frames.fail("The zstd data is damaged (a frame does not end)")
+            offer = self._data[self._pos : self._pos + self._slice]
+            self._pos += len(offer)
+            self._slice = min(4 * self._slice, CHUNK)
         try:
             piece: bytes = member.decompress(offer, n)
         except self._error as error:
             raise self._frames.fail(f"The zstd data is damaged ({error})") from error
-        used = len(offer)
         if member.eof:
-            used -= len(member.unused_data)
+            self._pos -= len(member.unused_data)  # never more than the last offer: the next is made only when all of it is used
             self._member = None
-        self._data = self._data[used:]
         return piece
 
 
