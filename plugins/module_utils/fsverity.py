@@ -80,14 +80,25 @@ def digest(data: Bytes, algorithm: Algorithm) -> bytes:
     size = len(data)
     new = algorithm.new
     if 0 < size <= BLOCK:
-        # The hot path, once per small file of a layer: two hashes, one pad and one pack, nothing else. ljust costs a quarter of a second update().
+        # The hot path, once per small file of a layer: two hashes, one pad and one pack, nothing else. Padding by ljust is cheaper than a second update().
         if not isinstance(data, bytes):
             data = bytes(data)
         root = new(data.ljust(BLOCK, b"\0")).digest()
         return new(algorithm.pack_descriptor(algorithm.descriptor_head, size, root)).digest()  # type: ignore[no-any-return]
-    hasher = Hasher(algorithm)
-    hasher.update(data)
-    return hasher.digest()
+    root = _hash_blocks(data, new) if size else bytes(algorithm.size)  # by definition; not the hash of an empty block
+    while len(root) > algorithm.size:
+        root = _hash_blocks(root, new)
+    return new(algorithm.pack_descriptor(algorithm.descriptor_head, size, root)).digest()  # type: ignore[no-any-return]
+
+
+def _hash_blocks(data: Bytes, new: Callable[..., Any]) -> bytes:
+    """The hashes of the blocks of ``data``, one after the other; the last block is filled up with zeros."""
+    with memoryview(data) as view:
+        whole = len(view) // BLOCK * BLOCK
+        hashes = [new(view[at : at + BLOCK]).digest() for at in range(0, whole, BLOCK)]
+        if whole < len(view):
+            hashes.append(new(bytes(view[whole:]).ljust(BLOCK, b"\0")).digest())
+    return b"".join(hashes)
 
 
 class Hasher:
@@ -120,8 +131,7 @@ class Hasher:
             end = start + (size - start) // BLOCK * BLOCK
             new = self.algorithm.new
             for run in range(start, end, _RUN):
-                hashes = [new(view[at : at + BLOCK]).digest() for at in range(run, min(run + _RUN, end), BLOCK)]
-                _push(self._levels, 0, b"".join(hashes), self.algorithm)
+                _push(self._levels, 0, _hash_blocks(view[run : min(run + _RUN, end)], new), self.algorithm)
             if end < size:
                 tail += view[end:]
 
@@ -130,7 +140,7 @@ class Hasher:
         algorithm = self.algorithm
         new = algorithm.new
         if not self.length:
-            root = bytes(algorithm.size)  # by definition; not the hash of an empty block
+            root = bytes(algorithm.size)
         else:
             levels = [bytearray(level) for level in self._levels]
             if self._tail:
@@ -154,7 +164,7 @@ def _push(levels: list[bytearray], at: int, hashes: bytes, algorithm: Algorithm)
             return
         end = (len(level) - 1) // BLOCK * BLOCK
         with memoryview(level) as view:
-            hashes = b"".join([algorithm.new(view[i : i + BLOCK]).digest() for i in range(0, end, BLOCK)])
+            hashes = _hash_blocks(view[:end], algorithm.new)
         del level[:end]
         at += 1
 
