@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, Callable, Optional, Protocol
+from typing import Any, Callable, Protocol
 
 from .errors import EngineError, from_os_error
-
-SYSTEM_REPOSITORY = "/sysroot/composefs"
-USER_REPOSITORY = "~/.var/lib/composefs"
+from .repository import default_path
 
 
 class Module(Protocol):
@@ -28,11 +26,6 @@ class Module(Protocol):
     def exit_json(self, **kwargs: Any) -> Any: ...
 
     def fail_json(self, msg: str, **kwargs: Any) -> Any: ...
-
-
-def default_path() -> str:
-    """Where ``cfsctl`` without further options has its repository: the system's for root, else one in the user's home."""
-    return SYSTEM_REPOSITORY if os.geteuid() == 0 else os.path.expanduser(USER_REPOSITORY)
 
 
 def repository_path(module: Module, option: str = "repository") -> str:
@@ -54,7 +47,7 @@ def describe_crash(error: BaseException) -> str:
     return f"Internal error: {type(error).__name__} at {' > '.join(places[-4:]) or 'an unknown place'}. Please report this line as a bug."
 
 
-def run_module(module: Module, main: Callable[[Any], Mapping[str, Any]], base: Optional[Mapping[str, Any]] = None) -> None:
+def run_module(module: Module, main: Callable[[Any], Mapping[str, Any]], base: Mapping[str, Any] | None = None) -> None:
     """Call ``main(module)`` and leave through ``exit_json`` with what it returns, or through ``fail_json``.
 
     ``base`` holds the return values that exist in every case; ``main``'s own take precedence. It is read when the module ends, so ``main`` may
