@@ -208,3 +208,11 @@ def doing(what: str) -> Iterator[None]:
         raise
     except OSError as error:
         raise from_os_error(error, what) from error
+
+
+def by_code(code: str) -> type[EngineError]:
+    """The error class with the given stable code; EngineError if there is none."""
+    for kind in EngineError.__subclasses__():
+        if kind.code == code:
+            return kind
+    return EngineError

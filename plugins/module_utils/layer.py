@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import IO, Any, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from . import codecs, splitstream, tar
 from .errors import DigestMismatch, EngineError, InvalidLayer, RegistryUnreachable, Stalled
@@ -81,10 +81,9 @@ class PipeSource:
         self.sha256 = hashlib.sha256()
         self.cancelled = False
         os.set_blocking(fd, False)
-        try:
+        # An unprivileged user may have used up the share of pipe memory; the default size works too.
+        with contextlib.suppress(OSError):
             fcntl.fcntl(fd, getattr(fcntl, "F_SETPIPE_SZ", 1031), PIPE_SIZE)
-        except OSError:
-            pass  # an unprivileged user may have used up his share of pipe memory; the default size works too
 
     @property
     def fetched(self) -> int:
@@ -180,10 +179,8 @@ class _Decoder(threading.Thread):
         """End the thread although nobody wants the rest."""
         self._source.cancelled = True
         while self.is_alive():
-            try:
+            with contextlib.suppress(queue.Empty):
                 self._queue.get(timeout=0.05)
-            except queue.Empty:
-                pass
         self.join()
 
 
@@ -196,6 +193,7 @@ class _Sink:
         self._external = writer.external
         self.inline = writer.inline
         self._object: Any = None
+        self.content: Callable[[memoryview], None]  # the open object's own write(), between begin() and end()
 
     def external(self, data: memoryview) -> None:
         self._external(self._put(data), len(data))
@@ -203,9 +201,6 @@ class _Sink:
     def begin(self, size: int) -> None:
         self._object = self._open()
         self.content = self._object.write
-
-    def content(self, data: memoryview) -> None:  # replaced by the open object's own write()
-        raise AssertionError("content outside an object")
 
     def end(self) -> None:
         digest, size = self._object.commit()
@@ -217,9 +212,9 @@ class _Sink:
             self._object.abort()
 
 
-def _spool(objects: ObjectStore) -> IO[bytes]:
+def _spool(objects: ObjectStore) -> BinaryIO:
     # On the repository's own file system, so that a full /tmp is no concern; unnamed, so that a crash leaves nothing.
-    return cast(IO[bytes], tempfile.SpooledTemporaryFile(SPOOL_LIMIT, dir=f"/proc/self/fd/{objects.dirfd}"))
+    return cast(BinaryIO, tempfile.SpooledTemporaryFile(SPOOL_LIMIT, dir=f"/proc/self/fd/{objects.dirfd}"))
 
 
 def store_splitstream(objects: ObjectStore, writer: splitstream.Writer) -> bytes:
@@ -228,7 +223,7 @@ def store_splitstream(objects: ObjectStore, writer: splitstream.Writer) -> bytes
     try:
         for part in writer.finish():
             output.write(part)
-        return cast(bytes, output.commit()[0])
+        return output.commit()[0]
     except BaseException:
         output.abort()
         raise
@@ -287,7 +282,7 @@ def _import_tar(
                 writer.inline(bytes(restored))
             else:
                 raise DigestMismatch(
-                    f"The blob is as announced, but its tar has the digest sha256:{decoder.sha256.hexdigest()} where the image's configuration says {spec.diff_id}.",
+                    f"The blob is as announced, but its tar has the digest sha256:{decoder.sha256.hexdigest()} where the configuration says {spec.diff_id}.",
                     "The image is broken or hostile; nothing was registered.",
                 )
         return _finish(source, writer, objects, before, restored)

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TextIO
+import contextlib
 
 STARTED = "started"
 BYTES = "bytes"
@@ -84,10 +85,8 @@ class Progress:
 
     def close(self) -> None:
         with self._lock:
-            try:
+            with contextlib.suppress(OSError):
                 self._sink.close()
-            except OSError:
-                pass
             self._sink = NullSink()
 
 

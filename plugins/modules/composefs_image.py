@@ -1,0 +1,504 @@
+#!/usr/bin/python
+# Copyright (c) composefs.oci contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: composefs_image
+short_description: Pull OCI images into a composefs repository
+version_added: 0.1.0
+author:
+  - composefs.oci contributors (@composefs)
+description:
+  - Makes OCI and Docker images present in a composefs repository under a name, or removes a name.
+  - Every file of an image is stored once under its fs-verity digest, every layer and document as a splitstream. What is there already is not
+    fetched again, several layers are fetched at once, and everything is proved to the last byte before it gets a name.
+  - Images are fetched through C(skopeo), so all of its transports, its authentication files and its registry configuration work.
+  - The repository is shared with C(cfsctl) and C(bootc). It must exist; M(composefs.oci.composefs_repository) makes one.
+extends_documentation_fragment:
+  - composefs.oci.attributes
+  - composefs.oci.attributes.actiongroup_composefs
+  - composefs.oci.repository
+attributes:
+  check_mode:
+    support: full
+    details:
+      - The registry is asked what the reference means, and the result is exactly what a real run would change, with the bytes it would fetch.
+  diff_mode:
+    support: full
+  idempotent:
+    support: full
+options:
+  ref:
+    description:
+      - The image, as C(skopeo) writes references, for example V(docker://registry.example.com/app:1.4), V(oci:/srv/layout:tag),
+        V(oci-archive:/srv/app.tar), V(docker-archive:/srv/app.tar), V(dir:/srv/app) or V(containers-storage:localhost/app).
+      - A bare V(quay.io/org/app:tag) means V(docker://quay.io/org/app:tag). If a reference has a tag and a digest, the digest wins.
+      - Exactly one of O(ref) and O(images) is needed with O(state=present).
+    type: str
+  name:
+    description:
+      - The name of the image in the repository. Defaults to O(ref) as it is written.
+    type: str
+  images:
+    description:
+      - Several images to pull in one task. Layers that they share are fetched once.
+      - No name is created or moved unless all of them could be stored.
+    type: list
+    elements: dict
+    suboptions:
+      ref:
+        description: The image, see O(ref). Not needed with O(state=absent).
+        type: str
+      name:
+        description: The name of the image in the repository. Defaults to O(images[].ref) as it is written.
+        type: str
+      digest:
+        description: What the reference must mean, see O(digest).
+        type: str
+      platform:
+        description: The platform to choose from an index, see O(platform).
+        type: str
+  state:
+    description:
+      - V(present) pulls the image and names it.
+      - V(absent) removes the name. The data stays until the repository is pruned.
+    type: str
+    choices: [present, absent]
+    default: present
+  pull:
+    description:
+      - V(always) asks the registry what the reference means now, and fetches what is missing.
+      - V(missing) is content with an image that has the name, without any network.
+      - V(newer) is like V(always), but leaves what is there, with a warning, if the registry cannot be reached.
+    type: str
+    choices: [always, missing, newer]
+    default: always
+  digest:
+    description:
+      - The digest that the reference must have, as V(sha256:) and 64 hexadecimal digits. The task fails if it means anything else.
+      - The digest of the manifest, of the manifest as the registry knows it, and of an index are all accepted.
+    type: str
+  platform:
+    description:
+      - The platform to choose from an index, as V(os/architecture) or V(os/architecture/variant), for example V(linux/arm64/v8).
+      - Defaults to the host's own. An image that is not for the platform that is asked for is refused.
+    type: str
+  auth_file:
+    description:
+      - A file on the host with credentials, as C(skopeo login) and C(podman login) write it. Defaults to what C(skopeo) looks for.
+    type: path
+  username:
+    description:
+      - The user to log in to the registry with. Needs O(password).
+    type: str
+  password:
+    description:
+      - The password to log in to the registry with. It reaches C(skopeo) through an unnamed file, never through a command line or the environment.
+    type: str
+  validate_certs:
+    description:
+      - Whether registries must speak TLS with a certificate that can be verified.
+      - Where it is not set, the host's C(registries.conf) decides.
+    type: bool
+  ca_cert_dir:
+    description:
+      - A directory on the host with additional certificates (C(*.crt)) of authorities, and client certificates (C(*.cert), C(*.key)).
+    type: path
+  signature_policy:
+    description:
+      - A signature policy file on the host to use instead of the host's own C(policy.json).
+    type: path
+  unenforced_policy:
+    description:
+      - What to do where C(skopeo) is older than 1.13, which does not enforce the signature policy in the mode that is used here, and the policy of
+        the host asks for more than accepting anything.
+      - V(refuse) fails, V(ignore) goes on without any check of signatures.
+    type: str
+    choices: [refuse, ignore]
+    default: refuse
+  executable:
+    description:
+      - The C(skopeo) to run.
+    type: path
+    default: skopeo
+  erofs:
+    description:
+      - Whether to make the mountable EROFS image of every container image.
+    type: bool
+    default: true
+  parallel:
+    description:
+      - How many layers to import at once. Defaults to the number of processors that the task may use.
+    type: int
+  timeout:
+    description:
+      - After how many seconds without any data a transfer counts as stalled.
+    type: int
+    default: 60
+  retries:
+    description:
+      - How often to try again after a stalled transfer or a passing fault of the registry, with growing pauses.
+    type: int
+    default: 3
+  progress_file:
+    description:
+      - A file on the host that is kept up to date with the progress of the task as a JSON document, for anybody to poll.
+      - On a terminal the collection sets it by itself, and shows a line for each host while the task runs.
+    type: path
+requirements:
+  - skopeo 1.6 or later on the host (1.13 or later to enforce signature policies)
+  - zstandard for Python on the host (or Python 3.14)
+  - jsonschema for Python on the host (optional, checks new documents against their schemas)
+  - isal or zlib-ng for Python on the host (optional, decode gzip faster)
+seealso:
+  - module: composefs.oci.composefs_repository
+  - module: composefs.oci.composefs_image_info
+  - name: skopeo
+    description: The program that fetches images.
+    link: https://github.com/containers/skopeo
+"""
+
+EXAMPLES = r"""
+- name: Pull an image and name it
+  composefs.oci.composefs_image:
+    ref: docker://registry.example.com/app:1.4
+    name: app
+
+- name: Pull exactly this image, whatever the tag means tomorrow
+  composefs.oci.composefs_image:
+    ref: registry.example.com/app:1.4
+    digest: sha256:5d41402abc4b2a76b9719d911017c592ae2b5b1ad0bd4ef3a8e7b2b8f3a1c0de
+    name: app
+
+- name: Pull from a registry that wants a password and has a certificate of its own authority
+  composefs.oci.composefs_image:
+    ref: docker://registry.internal:5000/app:1.4
+    name: app
+    username: puller
+    password: "{{ registry_password }}"
+    ca_cert_dir: /etc/containers/certs.d/registry.internal:5000
+
+- name: Pull several images that share layers
+  composefs.oci.composefs_image:
+    images:
+      - ref: docker://registry.example.com/base:12
+        name: base
+      - ref: docker://registry.example.com/app:1.4
+        name: app
+        platform: linux/arm64/v8
+
+- name: Take an image from an archive that was copied to the host
+  composefs.oci.composefs_image:
+    ref: oci-archive:/srv/images/app.tar
+    name: app
+
+- name: Keep what is there if the registry is out of reach
+  composefs.oci.composefs_image:
+    ref: docker://registry.example.com/app:1.4
+    name: app
+    pull: newer
+
+- name: Forget the name
+  composefs.oci.composefs_image:
+    name: app
+    state: absent
+"""
+
+RETURN = r"""
+name:
+  description: The name of the image in the repository.
+  returned: when O(images) is not used
+  type: str
+  sample: app
+ref:
+  description: The reference as it was asked for.
+  returned: when O(images) is not used
+  type: str
+  sample: docker://registry.example.com/app:1.4
+repository:
+  description: The path of the repository.
+  returned: always
+  type: str
+  sample: /sysroot/composefs
+digest:
+  description:
+    - The digest of the manifest as it is stored. V(null) if there is none.
+  returned: when O(images) is not used
+  type: str
+  sample: sha256:9d78ad0da0e88ca15da5735b9f70064d3099ac0a8cd9dc839795789400a38e42
+registry_digest:
+  description:
+    - The digest by which the source knows the manifest. It differs from RV(digest) for Docker images, whose manifests are stored as OCI.
+  returned: when O(images) is not used
+  type: str
+  sample: sha256:9d78ad0da0e88ca15da5735b9f70064d3099ac0a8cd9dc839795789400a38e42
+index_digest:
+  description:
+    - The digest of the index that the reference leads to, V(null) if it leads to a single manifest or the source was not asked.
+  returned: when O(images) is not used
+  type: str
+  sample: sha256:fe7e1e0a5d2e0d1f4ab6ac2f6fb71a1b5f4c3a2a5d2c9b0f9b1f6e5d4c3b2a19
+config_digest:
+  description: The digest of the configuration.
+  returned: when O(images) is not used
+  type: str
+  sample: sha256:0f4e7c4bb4b0a4aa6e1d5a1a6e86a41d20c6a1ba5ce0f1a1b5b9b8f6d4e5a6b7
+previous_digest:
+  description: The digest of the manifest that the name led to before. V(null) if the name did not exist.
+  returned: when O(images) is not used
+  type: str
+  sample: sha256:9d78ad0da0e88ca15da5735b9f70064d3099ac0a8cd9dc839795789400a38e42
+image_id:
+  description: The fs-verity digest of the EROFS image that can be mounted. V(null) if there is none.
+  returned: when O(images) is not used
+  type: str
+  sample: 14a26c957c84f6eb774b91205476adc13196c7c33b9dd97d08d43725ecb90b63
+boot_image_id:
+  description: The fs-verity digest of the EROFS image to boot from. V(null) if there is none.
+  returned: when O(images) is not used
+  type: str
+  sample:
+layers:
+  description: The layers of the image, lowest first.
+  returned: when O(images) is not used
+  type: list
+  elements: dict
+  contains:
+    digest:
+      description: The digest of the layer's blob.
+      type: str
+    diff_id:
+      description: The digest of the layer's uncompressed tar.
+      type: str
+    size:
+      description: The bytes of the blob.
+      type: int
+    media_type:
+      description: The media type of the blob.
+      type: str
+    status:
+      description: V(present) if the layer was there already, V(new) if it was fetched, or would be in check mode.
+      type: str
+    bytes_to_fetch:
+      description: The bytes that were fetched for the layer, or would be in check mode.
+      type: int
+  sample:
+    - digest: sha256:1f7ce2fa46ab3942feabee654933948821303a5a821789dddab2d8c3df59e227
+      diff_id: sha256:c6e5b1e8f4b0a3a34e2e37a0f5ae6a4dbf1f9fa3a2a1eb4f7a56b3ef40e49f65
+      size: 29125228
+      media_type: application/vnd.oci.image.layer.v1.tar+gzip
+      status: new
+      bytes_to_fetch: 29125228
+streams:
+  description: The streams that this run registered in the repository, or would register in check mode.
+  returned: when O(images) is not used
+  type: list
+  elements: str
+  sample:
+    - oci-layer-sha256:c6e5b1e8f4b0a3a34e2e37a0f5ae6a4dbf1f9fa3a2a1eb4f7a56b3ef40e49f65
+    - oci-config-sha256:0f4e7c4bb4b0a4aa6e1d5a1a6e86a41d20c6a1ba5ce0f1a1b5b9b8f6d4e5a6b7
+    - oci-manifest-sha256:9d78ad0da0e88ca15da5735b9f70064d3099ac0a8cd9dc839795789400a38e42
+stats:
+  description: Figures of the run. In check mode RV(stats.bytes_fetched) is what would be fetched, and the objects are unknown.
+  returned: when O(images) is not used
+  type: dict
+  contains:
+    layers:
+      description: The layers of the image.
+      type: int
+    layers_already_present:
+      description: The different layers that were there already.
+      type: int
+    objects_copied:
+      description: The objects that were written for new layers.
+      type: int
+    objects_already_present:
+      description: The objects of new layers that were there already.
+      type: int
+    bytes_copied:
+      description: The bytes of the objects that were written.
+      type: int
+    bytes_inlined:
+      description: The uncompressed bytes of new layers that are kept within their splitstreams.
+      type: int
+    bytes_fetched:
+      description: The bytes of blobs that were fetched.
+      type: int
+    retries:
+      description: How often something had to be tried again.
+      type: int
+    seconds:
+      description: The seconds that each phase took, and all of them.
+      type: dict
+  sample:
+    layers: 1
+    layers_already_present: 0
+    objects_copied: 3120
+    objects_already_present: 11
+    bytes_copied: 71303168
+    bytes_inlined: 2936320
+    bytes_fetched: 29125228
+    retries: 0
+    seconds: {resolve: 0.11, fetch: 1.2, register: 0.1, total: 1.41}
+images:
+  description: What is described above, for every image of O(images).
+  returned: when O(images) is used
+  type: list
+  elements: dict
+skopeo_version:
+  description: The version of C(skopeo). V(null) if it was not needed.
+  returned: always
+  type: str
+  sample: 1.9.3
+protocol_version:
+  description: The version of the protocol that C(skopeo) speaks. V(null) if it was not needed.
+  returned: always
+  type: str
+  sample: 0.2.3
+error:
+  description: What went wrong, as a stable code for conditions in playbooks. The collection's documentation lists all codes.
+  returned: on failure
+  type: str
+  sample: image_not_found
+"""
+
+from ansible.module_utils.basic import AnsibleModule
+
+from ansible_collections.composefs.oci.plugins.module_utils import pull
+from ansible_collections.composefs.oci.plugins.module_utils.errors import InvalidReference
+from ansible_collections.composefs.oci.plugins.module_utils.modulehelp import repository_path, run_module
+from ansible_collections.composefs.oci.plugins.module_utils.oci import is_digest
+from ansible_collections.composefs.oci.plugins.module_utils.progress import FileSink, Progress
+from ansible_collections.composefs.oci.plugins.module_utils.repository import Repository
+from ansible_collections.composefs.oci.plugins.module_utils.skopeo import ProxyOptions
+
+
+def requests_of(params: dict) -> list[pull.Request]:
+    """The images that the task is about."""
+    asked = params["images"] or [{key: params[key] for key in ("ref", "name", "digest", "platform")}]
+    requests = []
+    for image in asked:
+        name = image["name"] or image["ref"]
+        if not name or (params["state"] == "present" and not image["ref"]):
+            raise InvalidReference("An image without a reference.", "Set 'ref' for every image.")
+        digest = image.get("digest") or ""
+        if digest and not is_digest(digest):
+            raise InvalidReference(f"{digest!r} is not a digest.", "Write 'digest' as sha256: and 64 hexadecimal digits.")
+        requests.append(pull.Request(image["ref"] or "", name, digest, image.get("platform") or ""))
+    return requests
+
+
+def options_of(params: dict, check: bool) -> pull.Options:
+    """How to pull."""
+    proxy = ProxyOptions(
+        executable=(params["executable"],),
+        auth_file=params["auth_file"],
+        username=params["username"],
+        password=params["password"],
+        tls_verify=params["validate_certs"],
+        cert_dir=params["ca_cert_dir"],
+        policy=params["signature_policy"],
+        unenforced_policy=params["unenforced_policy"],
+        timeout=params["timeout"],
+    )
+    return pull.Options(
+        policy=params["pull"],
+        parallel=params["parallel"] or 0,
+        timeout=params["timeout"],
+        retries=params["retries"],
+        erofs=params["erofs"],
+        check=check,
+        proxy=proxy,
+    )
+
+
+def present(module: AnsibleModule, repository: Repository, requests: list[pull.Request]) -> list[dict]:
+    """Pull; one result for each image."""
+    progress_file = module.params["progress_file"]
+    progress = Progress(FileSink(progress_file) if progress_file else None)
+    try:
+        outcomes = pull.pull_images(repository, requests, options_of(module.params, module.check_mode), progress)
+    finally:
+        progress.close()
+    for warning in dict.fromkeys(warning for outcome in outcomes for warning in outcome.plan.warnings):
+        module.warn(warning)
+    return [pull.describe(repository, outcome) for outcome in outcomes]
+
+
+def sides(image: dict) -> dict:
+    """What ``--diff`` shows for one image."""
+
+    def side(digest, layers):
+        return {"name": image["name"], "digest": digest, "layers": layers} if digest else {}
+
+    return {
+        "before_header": image["name"],
+        "after_header": image["name"],
+        "before": side(image["previous_digest"], image.pop("previous_layers")),
+        "after": side(image["digest"], [layer["digest"] for layer in image["layers"]]),
+    }
+
+
+def run(module: AnsibleModule) -> dict:
+    """Do what the task says; its result."""
+    params = module.params
+    path = repository_path(module)
+    requests = requests_of(params)
+    with Repository.open(path) as repository:
+        if params["state"] == "present":
+            images = present(module, repository, requests)
+        else:
+            images = [pull.forget(repository, request, module.check_mode) for request in requests]
+    result = {"changed": any(image.pop("changed") for image in images), "repository": path}
+    for key in ("skopeo_version", "protocol_version"):
+        result[key] = next((image[key] for image in images if image[key]), None)
+    differences = [sides(image) for image in images]
+    if result["changed"]:
+        result["diff"] = differences if len(differences) > 1 else differences[0]
+        for image in images:
+            if image["digest"] != image["previous_digest"] and not module.check_mode:
+                module.log(f"{image['name']} in {path} is now {image['digest']} (was {image['previous_digest']})")
+    if params["images"]:
+        result["images"] = [{**image, "repository": path} for image in images]
+    else:
+        result.update(images[0])
+    return result
+
+
+def main() -> None:
+    """Entry point of the module."""
+    image = {"ref": {"type": "str"}, "name": {"type": "str"}, "digest": {"type": "str"}, "platform": {"type": "str"}}
+    module = AnsibleModule(
+        argument_spec={
+            **image,
+            "images": {"type": "list", "elements": "dict", "options": dict(image)},
+            "repository": {"type": "path"},
+            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+            "pull": {"type": "str", "choices": ["always", "missing", "newer"], "default": "always"},
+            "auth_file": {"type": "path"},
+            "username": {"type": "str"},
+            "password": {"type": "str", "no_log": True},
+            "validate_certs": {"type": "bool"},
+            "ca_cert_dir": {"type": "path"},
+            "signature_policy": {"type": "path"},
+            "unenforced_policy": {"type": "str", "choices": ["refuse", "ignore"], "default": "refuse"},
+            "executable": {"type": "path", "default": "skopeo"},
+            "erofs": {"type": "bool", "default": True},
+            "parallel": {"type": "int"},
+            "timeout": {"type": "int", "default": 60},
+            "retries": {"type": "int", "default": 3},
+            "progress_file": {"type": "path"},
+        },
+        mutually_exclusive=[("ref", "images"), ("name", "images"), ("digest", "images"), ("platform", "images"), ("auth_file", "username")],
+        required_one_of=[("ref", "name", "images")],
+        required_together=[("username", "password")],
+        supports_check_mode=True,
+    )
+    run_module(module, run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+#!/usr/bin/python
+# Copyright (c) composefs.oci contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: composefs_image_info
+short_description: Tell which OCI images a composefs repository holds
+version_added: 0.1.0
+author:
+  - composefs.oci contributors (@composefs)
+description:
+  - Lists images in a composefs repository with their names, digests, platform, labels and layers.
+  - Works for any user who can read the repository, without a network and without C(skopeo).
+extends_documentation_fragment:
+  - composefs.oci.attributes
+  - composefs.oci.attributes.info
+  - composefs.oci.attributes.actiongroup_composefs
+  - composefs.oci.repository
+options:
+  name:
+    description:
+      - The name of the image to describe. Without O(name) and O(digest) all images that have names are listed.
+    type: str
+  digest:
+    description:
+      - The manifest digest of the image to describe, as V(sha256:) and 64 hexadecimal digits. The image need not have a name.
+    type: str
+seealso:
+  - module: composefs.oci.composefs_image
+"""
+
+EXAMPLES = r"""
+- name: List all images
+  composefs.oci.composefs_image_info:
+  register: found
+
+- name: Show their names and digests
+  ansible.builtin.debug:
+    msg: "{{ item.names | join(', ') }}: {{ item.digest }}"
+  loop: "{{ found.images }}"
+  loop_control:
+    label: "{{ item.digest }}"
+
+- name: Describe one image of a user's own repository
+  composefs.oci.composefs_image_info:
+    name: app
+    repository: ~/.var/lib/composefs
+"""
+
+RETURN = r"""
+repository:
+  description: The path of the repository.
+  returned: always
+  type: str
+  sample: /sysroot/composefs
+images:
+  description: The images that were found, sorted by their first name. Empty if there is none.
+  returned: always
+  type: list
+  elements: dict
+  contains:
+    names:
+      description: The names of the image.
+      type: list
+      elements: str
+    digest:
+      description: The digest of the manifest.
+      type: str
+    config_digest:
+      description: The digest of the configuration.
+      type: str
+    media_type:
+      description: The media type of the manifest.
+      type: str
+    kind:
+      description: V(container) or V(artifact).
+      type: str
+    artifact_type:
+      description: The type of an artifact, V(null) for a container image.
+      type: str
+    platform:
+      description: The platform of a container image, as V(os/architecture/variant).
+      type: str
+    os:
+      description: The operating system of a container image.
+      type: str
+    architecture:
+      description: The processor architecture of a container image.
+      type: str
+    created:
+      description: When the container image was made, as its configuration says.
+      type: str
+    labels:
+      description: The labels of a container image.
+      type: dict
+    annotations:
+      description: The annotations of the manifest.
+      type: dict
+    layers:
+      description: The layers, lowest first.
+      type: list
+      elements: dict
+      contains:
+        digest:
+          description: The digest of the blob.
+          type: str
+        diff_id:
+          description: The digest of the uncompressed tar; V(null) for artifacts.
+          type: str
+        size:
+          description: The bytes of the blob.
+          type: int
+        media_type:
+          description: The media type of the blob.
+          type: str
+    size:
+      description: The bytes of all blobs.
+      type: int
+    image_id:
+      description: The fs-verity digest of the EROFS image in the repository's format, V(null) if there is none.
+      type: str
+    boot_image_id:
+      description: The fs-verity digest of the EROFS image to boot from, V(null) if there is none.
+      type: str
+    image_ids:
+      description: All EROFS images of the configuration by the names under which it refers to them.
+      type: dict
+  sample:
+    - names: [app]
+      digest: sha256:9d78ad0da0e88ca15da5735b9f70064d3099ac0a8cd9dc839795789400a38e42
+      config_digest: sha256:0f4e7c4bb4b0a4aa6e1d5a1a6e86a41d20c6a1ba5ce0f1a1b5b9b8f6d4e5a6b7
+      media_type: application/vnd.oci.image.manifest.v1+json
+      kind: container
+      artifact_type:
+      platform: linux/amd64
+      os: linux
+      architecture: amd64
+      created: "2026-11-02T10:11:12Z"
+      labels: {org.opencontainers.image.version: "1.4"}
+      annotations: {}
+      layers:
+        - digest: sha256:1f7ce2fa46ab3942feabee654933948821303a5a821789dddab2d8c3df59e227
+          diff_id: sha256:c6e5b1e8f4b0a3a34e2e37a0f5ae6a4dbf1f9fa3a2a1eb4f7a56b3ef40e49f65
+          size: 29125228
+          media_type: application/vnd.oci.image.layer.v1.tar+gzip
+      size: 29125228
+      image_id: 14a26c957c84f6eb774b91205476adc13196c7c33b9dd97d08d43725ecb90b63
+      boot_image_id:
+      image_ids:
+        composefs.image.v1: 14a26c957c84f6eb774b91205476adc13196c7c33b9dd97d08d43725ecb90b63
+error:
+  description: What went wrong, as a stable code for conditions in playbooks. The collection's documentation lists all codes.
+  returned: on failure
+  type: str
+  sample: not_a_repository
+"""
+
+from ansible.module_utils.basic import AnsibleModule
+
+from ansible_collections.composefs.oci.plugins.module_utils.images import list_images
+from ansible_collections.composefs.oci.plugins.module_utils.modulehelp import repository_path, run_module
+from ansible_collections.composefs.oci.plugins.module_utils.repository import Repository
+
+
+def run(module: AnsibleModule) -> dict:
+    """List what the task asks for."""
+    path = repository_path(module)
+    with Repository.open(path) as repository:
+        images, complaints = list_images(repository, module.params["name"] or "", module.params["digest"] or "")
+    for complaint in complaints:
+        module.warn(f"An image cannot be described: {complaint}")
+    return {"changed": False, "repository": path, "images": images}
+
+
+def main() -> None:
+    """Entry point of the module."""
+    module = AnsibleModule(
+        argument_spec={"name": {"type": "str"}, "digest": {"type": "str"}, "repository": {"type": "path"}},
+        mutually_exclusive=[("name", "digest")],
+        supports_check_mode=True,
+    )
+    run_module(module, run)
+
+
+if __name__ == "__main__":
+    main()
