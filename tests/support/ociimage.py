@@ -420,13 +420,14 @@ def _write_packages(sink: LayerSink, debs: Sequence[pathlib.Path], *, base: bool
     seen: set[str] = set()
     passwords: dict[str, bytes] = {}
     if base:
+        # Parents first: not every reader makes directories that no entry names.
+        for name in ("usr", *(f"usr/{name}" for name in MERGED)):
+            directories.add(name)
+            sink.write(member(name + "/", type=DIRECTORY))
         for name in MERGED:
-            sink.write(member(name, type=SYMLINK, linkname=f"usr/{name}"))
             seen.add(name)
-        for name in MERGED:
-            directories.add(f"usr/{name}")
-            sink.write(member(f"usr/{name}/", type=DIRECTORY)) if name in ("bin", "sbin", "lib", "lib64") else None
-        entries += len(MERGED) + 4
+            sink.write(member(name, type=SYMLINK, linkname=f"usr/{name}"))
+        entries += 2 * len(MERGED) + 1
     for deb in debs:
         for info, file in _package_members(deb):
             info.name = _merged(info.name.rstrip("/"))
@@ -436,8 +437,6 @@ def _write_packages(sink: LayerSink, debs: Sequence[pathlib.Path], *, base: bool
                 if info.name in directories:
                     continue
                 directories.add(info.name)
-                if info.name in MERGED or (info.name.startswith("usr/") and info.name[4:] in MERGED):
-                    continue
             elif info.islnk():
                 info.linkname = _merged(info.linkname)
             seen.add(info.name)
