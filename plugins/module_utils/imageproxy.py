@@ -48,7 +48,8 @@ from .oci import MAX_CONFIG, MAX_LAYERS, MAX_MANIFEST, MAX_SIZE, Descriptor, Ref
 from .skopeo import INSTALL, Child, check_unenforced_policy, classify, command, readable, scrub
 from .skopeo import ProxyOptions as ProxyOptions
 
-PACKET = 32768  # the longest request and the longest reply
+REQUEST = 32768  # the longest request that skopeo reads
+REPLY = 262144  # it answers with up to 32 KiB too, but a list of layers may be longer than that and is not cut by skopeo
 OLDEST = (0, 2, 3)
 _POLICY_ENFORCED = (0, 2, 6)
 _LAYER_INFO = (0, 2, 5)
@@ -157,7 +158,7 @@ class ImageProxy:
         what = f"blob {descriptor.digest} of {self.reference.text}"
         if descriptor.size > limit:
             raise InvalidDocument(f"The {what} has {descriptor.size} bytes; at most {limit} are taken.")
-        value, data = self._document("GetBlob", (image, descriptor.digest, descriptor.size), descriptor.size, what)
+        value, data = self._document("GetBlob", (image, descriptor.digest, descriptor.size), limit, what)
         _check_announced(value, descriptor)
         _verify(data, descriptor, what)
         return data
@@ -306,7 +307,7 @@ class ImageProxy:
         if self._socket is None or self._broken:
             raise ProxyFailed(f"{what}: skopeo is not running, {self._broken or 'it was not started'}.", "Run the task again.")
         request = json.dumps({"method": method, "args": list(args)}).encode()
-        if len(request) > PACKET:
+        if len(request) > REQUEST:
             raise InvalidReference(f"{what}: the request is too long for skopeo.", "Use a shorter reference.")
         try:
             self._socket.send(request, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
@@ -319,7 +320,7 @@ class ImageProxy:
             self._stalled(what, self.options.timeout)
         try:
             # Room for more descriptors than ever come, so that unexpected ones are received, seen and closed.
-            packet, ancillary, flags, _address = connection.recvmsg(PACKET, socket.CMSG_SPACE(16 * 4), _MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
+            packet, ancillary, flags, _address = connection.recvmsg(REPLY, socket.CMSG_SPACE(16 * 4), _MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
         except OSError:
             packet, ancillary, flags = b"", [], 0
         descriptors = _descriptors(ancillary)
@@ -338,7 +339,7 @@ class ImageProxy:
 
     def _reply(self, method: str, what: str, packet: bytes) -> tuple[Any, int]:
         try:
-            reply = load_json(packet, PACKET, "reply")
+            reply = load_json(packet, REPLY, "reply")
         except InvalidDocument:
             reply = None
         if not isinstance(reply, dict) or type(reply.get("success")) is not bool or not isinstance(reply.get("error", ""), str):

@@ -211,6 +211,8 @@ def command(options: ProxyOptions, reference: Reference, verb: Sequence[str], la
         # Without root the storage is in a user namespace, which skopeo does not enter by itself.
         argv = ["podman", "unshare", *argv]
     if options.policy:
+        if not os.access(options.policy, os.R_OK):
+            raise PolicyRejected(f"The signature policy {options.policy} does not exist or cannot be read.", "Name a file as containers-policy.json(5) says.")
         argv += ["--policy", options.policy]
     if options.insecure_policy:
         argv.append("--insecure-policy")
@@ -360,7 +362,8 @@ def _means(pattern: str, kind: type[EngineError], hint: str = "") -> tuple[re.Pa
 # The first that fits decides. Heard from skopeo 1.9.3 and 1.18 in front of a registry and of servers that fail on purpose.
 _MEANINGS = (
     _means(
-        r"image rejected|rejected by policy|signature was required|signature policy|trust policy|policy\.json",
+        r"image rejected|rejected by policy|signature was required|signature policy|trust policy|policy\.json"
+        r"|signatures were accepted|signature for identity|invalid gpg signature",
         PolicyRejected,
         "Sign the image as the signature policy asks, or change the policy.",
     ),
@@ -454,7 +457,7 @@ def scrub(options: ProxyOptions, text: str) -> str:
 def classify(options: ProxyOptions, what: str, words: str, code: object = None) -> EngineError:
     """The error for skopeo's ``words`` (and, since protocol 0.2.8, its error code) about ``what``, a phrase such as ``Opening docker://…``."""
     # Paths, addresses and names are none of skopeo's words: an image may well be called unauthorized.
-    said = _NAMES.sub(" ", words.lower())
+    said = _NAMES.sub(" ", words.lower().replace("/policy.json: no such file", "/x no signature policy"))
     kind: type[EngineError] = ProxyFailed
     hint = ""
     for pattern, candidate, advice in _MEANINGS:
