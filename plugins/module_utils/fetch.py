@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import array
 import contextlib
-import ctypes
 import json
 import os
 import queue
@@ -24,7 +23,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
-from .errors import DigestMismatch, EngineError, IOFailed, Stalled, by_code, doing, from_os_error
+from . import forked
+from .errors import DigestMismatch, EngineError, Stalled, doing
 from .fsverity import Algorithm
 from .imageproxy import ImageProxy
 from .layer import LayerResult, LayerSpec, import_layer
@@ -37,10 +37,8 @@ from .session import Session, is_passing, pause
 
 T = TypeVar("T")
 
-MAX_MESSAGE = 64 * 1024
 # The verdict on a blob may take as long as the blob; who waits for it watches the worker and ends the wait by killing skopeo.
 FOREVER = 1_000_000.0
-PR_SET_PDEATHSIG = 1
 
 
 class Job(NamedTuple):
@@ -102,10 +100,12 @@ class Worker:
 
     def __init__(self, objects: ObjectStore, algorithm: Algorithm, timeout: float, siblings: Sequence[Worker], sessions: Sequence[Session]) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        parent = os.getpid()
         self.pid = os.fork()
         if self.pid == 0:
-            # Never return into the caller's stack: whatever happens, this process ends here and says nothing on the module's output.
+            # Never return into the caller's stack: whatever happens, this process ends here.
             try:
+                forked.settle(parent)
                 self._socket.close()
                 for sibling in siblings:
                     sibling._socket.close()
@@ -123,9 +123,9 @@ class Worker:
 
     def receive(self) -> dict[str, Any]:
         """The worker's next message. Raises IOFailed if it is gone."""
-        message = self._socket.recv(MAX_MESSAGE)
+        message = self._socket.recv(forked.MAX_MESSAGE)
         if not message:
-            raise IOFailed("The process that imports layers was killed.", "The host may be out of memory; look at its kernel log, and lower 'parallel'.")
+            raise forked.killed("imports layers")
         return cast("dict[str, Any]", json.loads(message))
 
     def close(self) -> None:
@@ -138,21 +138,11 @@ class Worker:
 
 
 def _serve(control: socket.socket, objects: ObjectStore, algorithm: Algorithm, timeout: float) -> None:
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        return  # the parent died before the kernel was told to tell
-    null = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1, 2):
-        os.dup2(null, fd)
-    os.close(null)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
     def tell(kind: str, **values: Any) -> None:
         control.send(json.dumps({"kind": kind, **values}).encode())
 
     while True:
-        message, ancillary, _flags, _address = control.recvmsg(MAX_MESSAGE, socket.CMSG_SPACE(4), getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+        message, ancillary, _flags, _address = control.recvmsg(forked.MAX_MESSAGE, socket.CMSG_SPACE(4), getattr(socket, "MSG_CMSG_CLOEXEC", 0))
         if not message:
             return
         fd = array.array("i", ancillary[0][2])[0]
@@ -160,15 +150,8 @@ def _serve(control: socket.socket, objects: ObjectStore, algorithm: Algorithm, t
             _one_layer(fd, LayerSpec(**json.loads(message)), objects, algorithm, timeout, tell)
         except BrokenPipeError:
             return
-        except EngineError as error:
-            tell("error", code=error.code, message=error.message, hint=error.hint)
-        except OSError as error:
-            failure = from_os_error(error, "storing objects")
-            tell("error", code=failure.code, message=failure.message, hint=failure.hint)
-        except MemoryError:
-            tell("error", code=IOFailed.code, message="The host is out of memory.", hint="Lower 'parallel' and run again.")
         except Exception as error:
-            tell("error", code=EngineError.code, message=describe_crash(error), hint="")
+            tell("error", error=forked.failure(error))
 
 
 def _one_layer(fd: int, spec: LayerSpec, objects: ObjectStore, algorithm: Algorithm, timeout: float, tell: Callable[..., None]) -> None:
@@ -339,7 +322,7 @@ class Fetcher:
                     verdict = _Verdict(proxy, pipe)
                     verdict.start()
             elif kind == "error":
-                raise _judge(by_code(message["code"])(message["message"], message["hint"]), verdict)
+                raise _judge(forked.revive(message["error"]), verdict)
             else:
                 assert verdict is not None
                 verdict.join(self._timeout)

@@ -69,7 +69,12 @@ class Plan:
     manifest_document: documents.Document | None
     config_document: documents.Document | None
     session: Session | None = None
+    image_refs: dict[str, bytes] = dataclasses.field(default_factory=dict)
     warnings: list[str] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.config is not None and self.config_document is not None:
+            self.image_refs = {name: digest for name, digest in self.config_document.refs.items() if documents.is_image_ref(name)}
 
     @property
     def digest(self) -> str:

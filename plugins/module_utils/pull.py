@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
-from . import documents, oci
+from . import documents, oci, publish
 from . import plan as planning
 from .errors import InvalidReference, NoSpace, RegistryUnreachable, doing
 from .oci import Platform, Reference, parse_platform, parse_reference
@@ -25,8 +25,6 @@ from .progress import SKIPPED, Event, Progress, human
 from .repository import Repository
 from .session import Session
 from .skopeo import ProxyOptions
-
-T = TypeVar("T")
 
 ALWAYS = "always"
 MISSING = "missing"
@@ -41,8 +39,7 @@ class Options:
     parallel: int = 0
     timeout: float = 60.0
     retries: int = 3
-    erofs: bool = True
-    bootable: bool = False
+    images: publish.Images = publish.Images()
     check: bool = False
     proxy: ProxyOptions = dataclasses.field(default_factory=ProxyOptions)
 
@@ -68,7 +65,7 @@ def pull_images(repository: Repository, requests: Sequence[Request], options: Op
     try:
         plans = [_plan(repository, request, options, sources, progress) for request in requests]
         clock.lap("resolve")
-        predictions = [_predict(repository, plan) for plan in plans]
+        predictions = [publish.predict(repository, plan, options.images) for plan in plans]
         if options.check or not any(predictions) and all(plan.previous == plan.digest for plan in plans):
             outcomes = _untouched(plans, predictions)
         else:
@@ -149,40 +146,6 @@ def _plan(repository: Repository, request: Request, options: Options, sources: _
             return known
 
 
-def _predict(repository: Repository, plan: Plan) -> list[str]:
-    """The streams that publishing ``plan`` would register; the same decisions as _publish(), without the bytes."""
-    streams = list(plan.missing())
-    layers: dict[str, bytes | None] = {layer.diff_id: _expected(repository, plan, layer) for layer in plan.layers}
-    config = plan.config_document
-    if config is None or not _config_is_current(plan, config, layers):
-        streams.append(documents.CONFIG + plan.config_digest)
-        config = None
-    manifest = plan.manifest_document
-    if manifest is None or config is None or manifest.refs != _manifest_refs(plan, config.stream, layers):
-        streams.append(documents.MANIFEST + plan.digest)
-    return streams
-
-
-def _expected(repository: Repository, plan: Plan, layer: Layer) -> bytes | None:
-    """The stream object a layer has, or will most likely get: an import is deterministic, so one that vanished comes back the same."""
-    if layer.stored is not None:
-        return layer.stored
-    if repository.stream(layer.stream) is not None:
-        return None  # a wrong one that is replaced
-    return plan.config_document.refs.get(layer.diff_id) if plan.config_document else None
-
-
-def _config_is_current(plan: Plan, document: documents.Document, layers: Mapping[str, bytes | None]) -> bool:
-    if plan.config is None:
-        # The empty configuration is shared by many artifacts and cannot lead to the layers of all: their manifests do.
-        return True
-    return {name: digest for name, digest in document.refs.items() if not documents.is_image_ref(name)} == layers
-
-
-def _manifest_refs(plan: Plan, config: bytes, layers: Mapping[str, T]) -> dict[str, bytes | T]:
-    return {documents.CONFIG_REF + plan.config_digest: config, **layers}
-
-
 def _untouched(plans: Sequence[Plan], predictions: Sequence[list[str]]) -> list[Outcome]:
     """Outcomes of a run that writes nothing. A layer that several images lack is counted with the first, as a real run would fetch it."""
     outcomes = []
@@ -237,13 +200,14 @@ def _carry_out(repository: Repository, plans: Sequence[Plan], options: Options, 
             fetcher.run(jobs)
             fetched, retried = fetcher.results, fetcher.retried
         clock.lap("fetch")
+        stored = {stream: bytes.fromhex(result.stream) for stream, result in fetched.items()}
         outcomes = []
         claimed: set[str] = set()
         for plan in plans:
             mine = [stream for stream in plan.missing() if stream not in claimed]
             claimed.update(mine)
             with doing(f"registering {plan.request.ref}"):
-                documents_changed = _publish(repository, plan, {stream: bytes.fromhex(result.stream) for stream, result in fetched.items()}, progress)
+                documents_changed = publish.publish(repository, plan, options.images, stored, progress)
             stats = _stats(plan)
             for result in (fetched[stream] for stream in mine):
                 stats["objects_copied"] += result.objects_new
@@ -280,32 +244,6 @@ def _require_space(repository: Repository, layers: Sequence[Layer]) -> None:
         )
 
 
-def _publish(repository: Repository, plan: Plan, fetched: Mapping[str, bytes], progress: Progress) -> list[str]:
-    """Store and name configuration and manifest of an image whose layers are all named; the names that changed."""
-    layers = {layer.diff_id: layer.stored or fetched[layer.stream] for layer in plan.layers}
-    config = plan.config_document
-    if config is None or not _config_is_current(plan, config, layers):
-        images = {name: digest for name, digest in config.refs.items() if documents.is_image_ref(name)} if config and plan.config else {}
-        config_stream = documents.store(repository, documents.CONFIG, plan.config_raw, {**layers, **images})
-    else:
-        config_stream = config.stream
-    manifests = {}
-    refs = _manifest_refs(plan, config_stream, layers)
-    if plan.manifest_document is None or plan.manifest_document.refs != refs:
-        manifests[plan.digest] = documents.store(repository, documents.MANIFEST, plan.manifest.raw, refs)
-    if config is not None and config.stream != config_stream:
-        for digest, document in documents.manifests_of_config(repository, plan.config_digest, config_stream).items():
-            if digest != plan.digest:
-                moved = {**document.refs, documents.CONFIG_REF + plan.config_digest: config_stream}
-                manifests[digest] = documents.store(repository, documents.MANIFEST, document.raw, moved)
-    if not manifests and config is not None and config.stream == config_stream:
-        return []
-    progress.message(f"Registering {plan.request.name}")
-    # The barrier: what the names below lead to, directly or through others, is on the disk before they exist.
-    repository.sync()
-    return documents.replace(repository, plan.config_digest, config_stream, manifests)
-
-
 def forget(repository: Repository, request: Request, check: bool) -> dict[str, Any]:
     """Remove the name of an image; the result has the shape of describe(). The data stays until the repository is pruned."""
     repository.check_tag_name(request.name)
@@ -327,6 +265,8 @@ def describe(repository: Repository, outcome: Outcome) -> dict[str, Any]:
         "registry_digest": plan.registry_digest,
         "index_digest": plan.index_digest,
         "config_digest": plan.config_digest,
+        "image_id": publish.image_id(repository, plan, boot=False),
+        "boot_image_id": publish.image_id(repository, plan, boot=True),
         "previous_digest": plan.previous,
         "previous_layers": _stored_layers(repository, plan.previous),
         "layers": [

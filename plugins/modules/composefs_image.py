@@ -129,6 +129,11 @@ options:
       - Whether to make the mountable EROFS image of every container image.
     type: bool
     default: true
+  bootable:
+    description:
+      - Whether to make also the image to boot from, as C(bootc) hosts use it, with the SELinux labels of the image's own policy.
+    type: bool
+    default: false
   parallel:
     description:
       - How many layers to import at once. Defaults to the number of processors that the task may use.
@@ -372,6 +377,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.errors import Invali
 from ansible_collections.composefs.oci.plugins.module_utils.modulehelp import repository_path, run_module
 from ansible_collections.composefs.oci.plugins.module_utils.oci import is_digest
 from ansible_collections.composefs.oci.plugins.module_utils.progress import FileSink, Progress
+from ansible_collections.composefs.oci.plugins.module_utils.publish import Images
 from ansible_collections.composefs.oci.plugins.module_utils.repository import Repository
 from ansible_collections.composefs.oci.plugins.module_utils.skopeo import ProxyOptions
 
@@ -409,7 +415,7 @@ def options_of(params: dict, check: bool) -> pull.Options:
         parallel=params["parallel"] or 0,
         timeout=params["timeout"],
         retries=params["retries"],
-        erofs=params["erofs"],
+        images=Images(plain=params["erofs"], bootable=params["bootable"]),
         check=check,
         proxy=proxy,
     )
@@ -487,6 +493,7 @@ def main() -> None:
             "unenforced_policy": {"type": "str", "choices": ["refuse", "ignore"], "default": "refuse"},
             "executable": {"type": "path", "default": "skopeo"},
             "erofs": {"type": "bool", "default": True},
+            "bootable": {"type": "bool", "default": False},
             "parallel": {"type": "int"},
             "timeout": {"type": "int", "default": 60},
             "retries": {"type": "int", "default": 3},
