@@ -20,13 +20,11 @@ from __future__ import annotations
 import os
 import stat as st
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from .errors import InvalidLayer
 from .inodes import Directory, FileSystem, Leaf, Node, Stat, count_links, directories
-
-if TYPE_CHECKING:
-    from .tar import Entry
+from .tarheader import Entry, show
 
 #: What a larger image is refused for: some 400 bytes of memory each here and more in the image writer. The largest public images have 1.5 million.
 MAX_INODES = 1 << 21
@@ -59,15 +57,8 @@ _SPECIAL = {b"3": st.S_IFCHR, b"4": st.S_IFBLK, b"6": st.S_IFIFO}
 _ODD_NAMES = frozenset((b"", b".", b".."))
 _WHITEOUT = b".wh."
 _OPAQUE = b".wh..wh..opq"
-_SHOWN = 200
 _CACHED_BYTES = 1 << 23
 _CACHED_STATS = 1 << 15
-
-
-def show(path: bytes) -> str:
-    """A path for a message: printable, quoted and of bounded length."""
-    text = path[:_SHOWN].decode("utf-8", "backslashreplace")
-    return "'" + "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text) + ("…'" if len(path) > _SHOWN else "'")
 
 
 def _implied() -> Stat:
