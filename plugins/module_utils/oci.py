@@ -491,11 +491,11 @@ def _load(raw: bytes, limit: int, what: str, known: Sequence[str]) -> dict[str, 
     document = _object(load_json(raw, limit, what), what)
     if known:
         # Go's decoder, and so skopeo, takes "Layers" for "layers": a document that uses that means different things to different readers.
-        folded = {name.lower(): name for name in known}
+        folded = {name.casefold(): name for name in known}
         for key in document:
-            if folded.get(key.lower(), key) != key:
+            if folded.get(key.casefold(), key) != key:
                 raise InvalidDocument(
-                    f"The {what} writes {folded[key.lower()]!r} as {key!r:.80}.", "The image is damaged or made to deceive; ask its publisher."
+                    f"The {what} writes {folded[key.casefold()]!r} as {key!r:.80}.", "The image is damaged or made to deceive; ask its publisher."
                 )
     return document
 
