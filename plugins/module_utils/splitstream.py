@@ -73,7 +73,7 @@ class _IndexTable:
         self.count = 0
         self.digests = bytearray()
         self._mask = 255
-        self._slots = array("I", bytes(4 * 256))  # index + 1 of the digest that landed there, 0 for a free slot
+        self._slots = array("I", [0]) * 256  # index + 1 of the digest that landed there, 0 for a free slot
 
     def index(self, digest: bytes) -> int:
         size = self._size
@@ -101,7 +101,7 @@ class _IndexTable:
     def _grow(self) -> None:
         size = self._size
         mask = self._mask = 4 * self._mask + 3
-        slots = self._slots = array("I", bytes(4 * (mask + 1)))
+        slots = self._slots = array("I", [0]) * (mask + 1)
         with memoryview(self.digests) as digests:
             for number in range(self.count):
                 slot = hash(bytes(digests[number * size : (number + 1) * size])) & mask
