@@ -1,0 +1,386 @@
+# Copyright (c) composefs.oci contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Run every test of the project, or the parts named; ``dev/test --list`` tells them.
+
+Parts run two at a time, each into a log of its own under .venv/logs; a part that fails does not stop the others. At the end stand the
+time of each part, every skipped test with its reason, and one line that sums the pytest runs up. The exit code is 0 only if all went well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import glob
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import xml.etree.ElementTree
+from collections.abc import Callable, Iterator, Sequence
+
+import environment
+from environment import NAME, NAMESPACE, ROOT, VENV, Missing, say
+
+LOGS = VENV / "logs"
+
+GET_PIP = """\
+# Stands in for the bootstrap script that ansible-test fetches where its server cannot be reached:
+# the pip that comes with Python installs the wanted one from the configured index.
+import ensurepip
+import glob
+import os
+import runpy
+import sys
+
+places = (os.path.join(os.path.dirname(ensurepip.__file__), "_bundled"), "/usr/share/python-wheels")
+sys.path.insert(0, [wheel for place in places for wheel in sorted(glob.glob(place + "/pip-*.whl"))][0])
+wanted = [word for word in sys.argv[1:] if word not in ("--no-setuptools", "--no-wheel")]
+sys.argv = ["pip", "install", "--upgrade", "--force-reinstall", *wanted]
+runpy.run_module("pip", run_name="__main__")
+"""
+
+
+@dataclasses.dataclass
+class Counts:
+    passed: int = 0
+    failed: int = 0
+    skips: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+
+
+class Failed(Exception):
+    """A part found something wrong; its log says what."""
+
+
+class Part:
+    """One part while it runs: its log, its process, its results."""
+
+    def __init__(self, name: str, limit: float) -> None:
+        self.name = name
+        self.deadline = time.monotonic() + limit
+        self.counts = Counts()
+        self.notes: list[str] = []
+        self.path = LOGS / f"{name}.log"
+        self.log = open(self.path, "wb")  # noqa: SIM115 - closed by run_part
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def write(self, text: str) -> None:
+        self.log.write(text.encode())
+        self.log.flush()
+
+    def run(self, *command: str | os.PathLike[str], cwd: pathlib.Path = ROOT, env: dict[str, str] | None = None, codes: Sequence[int] = (0,)) -> int:
+        """Run ``command`` into the log in a session of its own, so that it and all it started can be ended together."""
+        words = [os.fspath(word) for word in command]
+        self.write(f"$ {' '.join(words)}\n")
+        self.process = subprocess.Popen(
+            words, cwd=cwd, env=env or tool_environment(), stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = self.process.wait(max(1.0, self.deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            self.end()
+            self.write("\nended: it took too long\n")
+            raise Failed("took too long") from None
+        if code not in codes:
+            raise Failed(f"exit code {code} of {' '.join(words[:6])}")
+        return code
+
+    def end(self) -> None:
+        if self.process and self.process.poll() is None:
+            for sign in (signal.SIGTERM, signal.SIGKILL):
+                try:
+                    os.killpg(self.process.pid, sign)
+                    self.process.wait(10)
+                    return
+                except (ProcessLookupError, subprocess.TimeoutExpired):
+                    continue
+
+    def pytest(self, interpreter: str | os.PathLike[str], *arguments: str, label: str = "", env: dict[str, str] | None = None) -> None:
+        """One pytest run, whose results are counted; no test collected at all is a failure."""
+        report = LOGS / f"{self.name}{label and '-' + label}.xml"
+        report.unlink(missing_ok=True)
+        command = [os.fspath(interpreter), "-m", "pytest", "-q", "-ra", "-p", "no:cacheprovider", f"--junitxml={report}", *arguments]
+        problem: Failed | None = None
+        try:
+            self.run(*command, env=env)
+        except Failed as error:
+            problem = error
+        if report.exists():
+            for case in xml.etree.ElementTree.parse(report).getroot().iter("testcase"):
+                name = f"{case.get('classname', '')}.{case.get('name', '')}{label and ' on ' + label}".replace("/", ".")
+                skipped = case.find("skipped")
+                if case.find("failure") is not None or case.find("error") is not None:
+                    self.counts.failed += 1
+                elif skipped is not None:
+                    self.counts.skips.append((name, skipped.get("message") or (skipped.text or "").strip()))
+                else:
+                    self.counts.passed += 1
+        if problem:
+            self.counts.failed = max(1, self.counts.failed)
+            raise problem
+
+
+def tool_environment(**more: str) -> dict[str, str]:
+    """The environment of every part: the controller's programs first, every real Python before shims that answer for one only."""
+    result = environment.ansible_environment()
+    words = [word for word in result["PATH"].split(os.pathsep) if not word.endswith("/.pyenv/shims")]
+    result["PATH"] = os.pathsep.join([*words, *sorted({os.path.dirname(path) for path in environment.interpreters().values()} - set(words))])
+    result.pop("PYENV_VERSION", None)
+    result.update(PYTHONDONTWRITEBYTECODE="1", NO_COLOR="1", ANSIBLE_NOCOLOR="1", **more)
+    return result
+
+
+# --- the parts: each is one function, told apart by name; what its docstring says is what --list shows ---
+
+
+def unit(part: Part) -> None:
+    """Unit and property tests with the controller's Python, and the oldest and the newest other one (all with --all-pythons)."""
+    part.pytest(VENV / "bin" / "python", "tests/unit")
+    own = sys.version_info[:2]
+    others = {version: path for version, path in environment.interpreters().items() if version != own}
+    chosen = sorted(others) if OPTIONS.all_pythons else sorted({min(others), max(others)} if others else set())
+    for version in chosen:
+        label = f"python{version[0]}.{version[1]}"
+        interpreter = environment.virtual_environment(VENV / label, others[version], [ROOT / "tests" / "unit" / "requirements.txt"])
+        part.pytest(interpreter, "tests/unit", label=label)
+    for wanted in ((3, 9), (3, 13)):
+        if wanted != own and wanted not in others:
+            part.counts.skips.append(("unit tests", f"Python {wanted[0]}.{wanted[1]} is not on this machine"))
+    part.notes.append(", ".join(f"{a}.{b}" for a, b in sorted([own, *chosen])))
+
+
+def integration(part: Part) -> None:
+    """The engine and the modules against the real skopeo, a real registry and, where it is on the PATH, cfsctl."""
+    if not any((ROOT / "tests" / "integration").rglob("test_*.py")):
+        raise Failed("there are no integration tests")
+    part.pytest(VENV / "bin" / "python", "tests/integration")
+
+
+def demo(part: Part) -> None:
+    """The README's first command, which is the product's main job."""
+    part.run(ROOT / "dev" / "demo")
+
+
+def ruff(part: Part) -> None:
+    """ruff check and ruff format --check."""
+    part.run("ruff", "check", "--no-cache", ".")
+    part.run("ruff", "format", "--no-cache", "--check", ".")
+
+
+def mypy(part: Part) -> None:
+    """mypy in strict mode on the engine."""
+    # From the copy's tree, so that files have the names under which they import each other.
+    copy = environment.collection_copy(VENV / "mypy")
+    part.run(
+        "mypy",
+        "--config-file",
+        ROOT / ".mypy.ini",
+        "--cache-dir",
+        VENV / "mypy-cache",
+        "ansible_collections/composefs/oci/plugins/module_utils",
+        cwd=copy.parents[2],
+    )
+
+
+def yamllint(part: Part) -> None:
+    """yamllint, strict."""
+    part.run("yamllint", "--strict", ".")
+
+
+def licences(part: Part) -> None:
+    """reuse lint: every file says whose it is and under which licence."""
+    part.run("reuse", "lint")
+
+
+def changelog(part: Part) -> None:
+    """antsibull-changelog lint."""
+    part.run("antsibull-changelog", "lint")
+
+
+def ansible_lint(part: Part) -> None:
+    """ansible-lint with the production profile."""
+    part.run("ansible-lint", "--profile", "production", "--offline", "--strict")
+
+
+def docs(part: Part) -> None:
+    """antsibull-docs: modules, roles and pages are documented well, and their references lead somewhere."""
+    part.run("antsibull-docs", "lint-collection-docs", "--plugin-docs", "--validate-collection-refs", "all", "--disallow-unknown-collection-refs", ".")
+
+
+def galaxy(part: Part) -> None:
+    """The collection builds, and galaxy-importer takes the archive without a warning."""
+    work = VENV / "galaxy"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    copy = environment.collection_copy(work)
+    part.run("ansible-galaxy", "collection", "build", "--output-path", work, copy)
+    archives = glob.glob(str(work / f"{NAMESPACE}-{NAME}-*.tar.gz"))
+    (work / "importer.cfg").write_text("[galaxy-importer]\nrun_ansible_test = False\nrun_flake8 = False\nrun_ansible_doc = True\nrun_ansible_lint = True\n")
+    env = tool_environment(GALAXY_IMPORTER_CONFIG=str(work / "importer.cfg"))
+    part.run(VENV / "bin" / "python", "-m", "galaxy_importer.main", *archives, cwd=work, env=env)
+    complaints = [line for line in part.path.read_text(errors="replace").splitlines() if line.startswith(("WARNING", "ERROR"))]
+    if complaints:
+        raise Failed(f"galaxy-importer is not content: {complaints[0]}")
+
+
+def sanity(part: Part) -> None:
+    """ansible-test sanity on a copy of the collection, without a single ignore line, imports and syntax on every Python found."""
+    if any((ROOT / "tests" / "sanity").glob("ignore*.txt")):
+        raise Failed("there is a tests/sanity/ignore file; the aim is none")
+    copy = environment.collection_copy(VENV / "sanity")
+    # ansible-test keeps its caches in the home directory; this one is inside the checkout.
+    home = VENV / "home"
+    cache = home / ".ansible" / "test" / "cache"
+    cache.mkdir(parents=True, exist_ok=True)
+    for version in ("24_2", "25_2"):  # of pip, for ansible-core 2.18 and 2.19, and for those that follow
+        script = cache / f"get_pip_{version}.py"
+        if not script.exists():
+            script.write_text(GET_PIP)
+    # Named outright, or ansible-test would find the checkout around the copy, and that git ignores the copy.
+    env = tool_environment(HOME=str(home), ANSIBLE_TEST_CONTENT_ROOT=str(copy))
+    env.setdefault("PIP_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "pip"))
+    env.pop("ANSIBLE_CONFIG", None)
+    env.pop("ANSIBLE_COLLECTIONS_PATH", None)
+    part.run("ansible-test", "sanity", "--color", "no", "--requirements", *OPTIONS.sanity, cwd=copy, env=env)
+    if "All targets skipped" in part.path.read_text(errors="replace"):
+        raise Failed("ansible-test found nothing to test")
+
+
+PARTS: dict[str, tuple[Callable[[Part], None], float]] = {
+    # The long ones first, so that they do not wait for the short ones.
+    "sanity": (sanity, 2400),
+    "integration": (integration, 2400),
+    "unit": (unit, 1200),
+    "demo": (demo, 900),
+    "ansible-lint": (ansible_lint, 600),
+    "galaxy": (galaxy, 600),
+    "docs": (docs, 600),
+    "mypy": (mypy, 600),
+    "ruff": (ruff, 120),
+    "yamllint": (yamllint, 120),
+    "licences": (licences, 120),
+    "changelog": (changelog, 120),
+}
+GROUPS = {"lint": ["ansible-lint", "docs", "mypy", "ruff", "yamllint", "licences", "changelog"]}
+NEED_SYSTEM = {"integration", "demo"}
+OPTIONS = argparse.Namespace(all_pythons=False, sanity=[])
+
+running: dict[str, Part] = {}
+running_lock = threading.Lock()
+stopping = threading.Event()
+
+
+def run_part(name: str) -> tuple[str, str, float, Part]:
+    function, limit = PARTS[name]
+    part = Part(name, limit)
+    started = time.monotonic()
+    with running_lock:
+        running[name] = part
+    problem = ""
+    try:
+        if stopping.is_set():
+            raise Failed("interrupted")
+        function(part)
+    except (Failed, Missing) as error:
+        problem = str(error)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+    finally:
+        with running_lock:
+            del running[name]
+        part.end()
+        if problem:
+            part.write(f"\n{problem}\n")
+        part.log.close()
+    return name, problem, time.monotonic() - started, part
+
+
+def end_all(signum: int, _frame: object) -> None:
+    stopping.set()
+    with running_lock:
+        for part in running.values():
+            part.end()
+    raise SystemExit(128 + signum)
+
+
+def choose(words: Sequence[str]) -> Iterator[str]:
+    for word in words:
+        if word in GROUPS:
+            yield from GROUPS[word]
+        elif word in PARTS:
+            yield word
+        else:
+            raise SystemExit(f"dev/test: no part is called {word!r}. There are: {' '.join([*PARTS, *GROUPS])}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="dev/test", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help="what to run; everything if none is named")
+    parser.add_argument("--list", action="store_true", help="tell the parts and what they do")
+    parser.add_argument("--all-pythons", action="store_true", help="unit tests on every Python that is found, not only the oldest and the newest")
+    parser.add_argument("--jobs", type=int, default=2, help="parts at a time (2)")
+    parser.add_argument("--verbose", "-v", action="store_true", help="show the whole log of every part, not only of those that failed")
+    parser.add_argument(
+        "--sanity", action="append", default=[], metavar="ARGUMENT", help="hand an argument on to ansible-test sanity, as in --sanity=--test=pylint"
+    )
+    arguments = parser.parse_args(namespace=OPTIONS)
+    if arguments.list:
+        for name, (function, _limit) in PARTS.items():
+            say(f"{name:14} {function.__doc__}")
+        for name, parts in GROUPS.items():
+            say(f"{name:14} {', '.join(parts)}")
+        return 0
+    chosen = list(dict.fromkeys(choose(arguments.parts))) or list(PARTS)
+    chosen.sort(key=list(PARTS).index)
+
+    started = time.monotonic()
+    for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(sign, end_all)
+    try:
+        commands = environment.TEST_COMMANDS if NEED_SYSTEM & set(chosen) else {"git": "git"}
+        environment.install_debian_packages(commands)
+        environment.controller("requirements-test.txt")
+        environment.collection_link()
+    except Missing as problem:
+        say(f"dev/test: {problem}")
+        return 2
+    LOGS.mkdir(parents=True, exist_ok=True)
+    say(f"{'prepared':14} {time.monotonic() - started:6.1f} s")
+
+    results = []
+    with concurrent.futures.ThreadPoolExecutor(max(1, arguments.jobs)) as pool:
+        for future in concurrent.futures.as_completed([pool.submit(run_part, name) for name in chosen]):
+            name, problem, seconds, part = result = future.result()
+            results.append(result)
+            counts = part.counts
+            tests = f"  {counts.passed} tests" if counts.passed else ""
+            notes = f"  ({'; '.join(part.notes)})" if part.notes else ""
+            say(f"{name:14} {seconds:6.1f} s  {'FAILED: ' + problem if problem else 'ok'}{tests}{notes}")
+            if problem or arguments.verbose:
+                text = part.path.read_text(errors="replace")
+                lines = text.splitlines()
+                shown = lines if arguments.verbose else lines[-150:]
+                say("\n".join(f"    {line}" for line in shown))
+
+    skips = [(name, *skip) for name, _problem, _seconds, part in sorted(results, key=lambda r: r[0]) for skip in part.counts.skips]
+    if skips:
+        say("\nSkipped, and why:")
+        for name, test, reason in skips:
+            say(f"  {name}: {test}: {reason}")
+    failures = [name for name, problem, _seconds, _part in results if problem]
+    say(f"\nAll parts took {time.monotonic() - started:.0f} s." + (f" Failed: {', '.join(sorted(failures))}." if failures else ""))
+    passed = sum(part.counts.passed for *_rest, part in results)
+    failed = sum(part.counts.failed for *_rest, part in results)
+    # Parts that are not pytest runs count in the exit code and in the line above; the line below is about tests.
+    say(f"{passed} passed, {failed} failed, {len(skips)} skipped")
+    return 1 if failures or failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
