@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import pathlib
 import re
@@ -175,8 +176,19 @@ class AptRoot:
 
     def closure(self, packages: Sequence[str]) -> list[str]:
         """The archive file names of ``packages`` and all they depend on, sorted."""
-        text = self._apt("install", "-y", "--print-uris", "-o", f"Dir::Cache::archives={self.directory}/none/", *packages)
-        return sorted({line.split()[1] for line in text.splitlines() if line.startswith("'")})
+        # Asking apt takes a second, and the answer stays the same as long as the lists do.
+        memory = self.directory / "closures.json"
+        state = (self.directory / "updated").stat().st_mtime if (self.directory / "updated").exists() else 0
+        known: dict[str, list[str]] = {}
+        if memory.exists():
+            saved = json.loads(memory.read_text())
+            known = saved["closures"] if saved["state"] == state else {}
+        key = " ".join(packages)
+        if key not in known:
+            text = self._apt("install", "-y", "--print-uris", "-o", f"Dir::Cache::archives={self.directory}/none/", *packages)
+            known[key] = sorted({line.split()[1] for line in text.splitlines() if line.startswith("'")})
+            memory.write_text(json.dumps({"state": state, "closures": known}))
+        return known[key]
 
     def fetch(self, packages: Sequence[str]) -> list[pathlib.Path]:
         """Download ``packages`` and all they depend on; apt checks their hashes against the signed lists."""

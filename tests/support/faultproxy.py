@@ -28,6 +28,13 @@ from types import TracebackType
 from typing import Any
 
 PIECE = 64 * 1024
+ERRORS = {
+    401: '{"errors":[{"code":"UNAUTHORIZED","message":"authentication required"}]}',
+    403: '{"errors":[{"code":"DENIED","message":"requested access to the resource is denied"}]}',
+    404: '{"errors":[{"code":"MANIFEST_UNKNOWN","message":"manifest unknown"}]}',
+    429: '{"errors":[{"code":"TOOMANYREQUESTS","message":"too many requests"}]}',
+}
+"""What a registry says with these states."""
 
 
 @dataclasses.dataclass
@@ -177,14 +184,19 @@ class FaultProxy:
         if rule and rule.delay:
             self.released.wait(rule.delay)
         if rule and (rule.status is not None or rule.body is not None):
-            data = rule.body if rule.body is not None else b'{"errors":[{"code":"UNKNOWN","message":"made to fail"}]}'
+            data = rule.body if rule.body is not None else ERRORS.get(rule.status or 200, '{"errors":[{"code":"UNKNOWN","message":"made to fail"}]}').encode()
             self._answer(client, rule.status or 200, {"Content-Type": "application/json", **rule.headers}, data, rule, count)
             return
         connection = http.client.HTTPConnection(*self.upstream, timeout=60)
         with contextlib.closing(connection):
-            headers = {key: value for key, value in client.headers.items() if key.lower() not in ("connection", "accept-encoding")}
             try:
-                connection.request(client.command, client.path, body=body, headers={**headers, "Connection": "close"})
+                connection.putrequest(client.command, client.path, skip_host=True, skip_accept_encoding=True)
+                # One by one: skopeo sends a line of Accept for every type. Host stays too, so that the registry's redirects lead back here.
+                for key, value in client.headers.items():
+                    if key.lower() != "connection":
+                        connection.putheader(key, value)
+                connection.putheader("Connection", "close")
+                connection.endheaders(body)
                 answer = connection.getresponse()
             except OSError as error:
                 self._answer(client, 502, {}, str(error).encode(), None, count)

@@ -490,24 +490,36 @@ def debian_image(
     The same packages give the same image.  Raises `Unavailable` where there are no Debian packages.
     """
     root = AptRoot(suite, cache / "apt" if cache else None)
-    layout = Layout(out)
-    taken: list[pathlib.Path] = []
+    packages: list[list[pathlib.Path]] = []
+    taken: set[pathlib.Path] = set()
     wanted: list[str] = []
+    for names in layers:
+        wanted += names.split()
+        packages.append([deb for deb in root.fetch(wanted) if deb not in taken])
+        taken.update(packages[-1])
+    # What went in tells whether it is there already; the last item is for changes of this function.
+    parts = [[deb.name for deb in debs] for debs in packages]
+    recipe = hashlib.sha256(json.dumps([parts, list(layers), encoding, level, root.suite, dict(labels or {}), 2]).encode()).hexdigest()
+    record = pathlib.Path(out) / f".built-{recipe[:16]}-{tag.replace('/', '_')}"
+    if record.exists():
+        return Built(*json.loads(record.read_text()))
+    layout = Layout(out)
     written: list[Layer] = []
     directories: set[str] = set()
     entries = tar_bytes = 0
-    for names in layers:
-        wanted += names.split()
-        new = [deb for deb in root.fetch(wanted) if deb not in taken]
-        taken += new
+    below: list[pathlib.Path] = []
+    for debs in packages:
+        below += debs
         sink = layout.sink(encoding, level)
-        entries += _write_packages(sink, new, base=not written, directories=directories, status=_status(sorted(taken)))
+        entries += _write_packages(sink, debs, base=not written, directories=directories, status=_status(sorted(below)))
         tar_bytes += sink.tar_size
         written.append(sink.finish())
     every = {"org.opencontainers.image.title": "debian packages", "org.opencontainers.image.version": root.suite, **(labels or {})}
     config = layout.config(written, labels=every, history=[{"created": CREATED, "created_by": f"packages {names}"} for names in layers])
     digest = layout.tag(layout.manifest(config, written, overrides={"annotations": every}), tag)
-    return Built(digest, entries, tar_bytes, sum(int(layer.descriptor["size"]) for layer in written))
+    built = Built(digest, entries, tar_bytes, sum(int(layer.descriptor["size"]) for layer in written))
+    record.write_text(json.dumps(built))
+    return built
 
 
 # ---- copies by skopeo ------------------------------------------------------------------------------------------------
