@@ -28,7 +28,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from .errors import (
@@ -109,7 +109,7 @@ class ImageProxy:
         try:
             self._initialize()
         except BaseException:
-            self.kill()
+            self.close()
             raise
 
     def _initialize(self) -> None:
@@ -121,6 +121,8 @@ class ImageProxy:
         self.version = (int(match.group(1)), int(match.group(2)), int(match.group(3)))
         if self.version < OLDEST:
             raise SkopeoMissing(f"skopeo speaks version {self.protocol_version} of the image proxy protocol; 0.2.3 is needed.", INSTALL)
+        if self.reference.transport == "containers-storage" and self.version < _LAYER_INFO:
+            raise self._too_old_for_storage()
         if self.version < _POLICY_ENFORCED and not self.options.insecure_policy:
             check_unenforced_policy(self.options)
 
@@ -166,10 +168,7 @@ class ImageProxy:
     def layer_infos(self, image: int) -> tuple[Descriptor, ...]:
         """The layers as the source can deliver them, lowest first. From containers-storage these are plain tars under their diff_ids."""
         if self.version < _LAYER_INFO:
-            raise SkopeoMissing(
-                f"skopeo (image proxy protocol {self.protocol_version}) cannot list the layers of {self.reference.text}.",
-                "Pulling from containers-storage needs skopeo 1.11 or later.",
-            )
+            raise self._too_old_for_storage()
         if self.version >= _LAYER_INFO_PIPED:
             data = self._document("GetLayerInfoPiped", (image,), MAX_MANIFEST, f"list of layers of {self.reference.text}")[1]
             value = load_json(data, MAX_MANIFEST, "list of layers")
@@ -178,6 +177,12 @@ class ImageProxy:
         if not isinstance(value, list) or len(value) > MAX_LAYERS:
             self._violated("GetLayerInfo", "something else than a list of layers")
         return tuple(self._layer_info(item) for item in value)
+
+    def _too_old_for_storage(self) -> SkopeoMissing:
+        return SkopeoMissing(
+            f"skopeo (image proxy protocol {self.protocol_version}) cannot list the layers of {self.reference.text}.",
+            "Pulling from containers-storage needs skopeo 1.11 or later.",
+        )
 
     def _layer_info(self, item: Any) -> Descriptor:
         members = item if isinstance(item, dict) else {}
@@ -189,8 +194,8 @@ class ImageProxy:
     def get_blob(self, image: int, digest: str, size: int) -> BlobPipe:
         """Start the transfer of the blob ``digest`` (``sha256:<hex>``) of ``size`` bytes. Several may be under way.
 
-        Exactly ``size`` bytes may be read from the pipe; there is no end of file after them. A blob that breaks off just goes silent: after
-        too long a silence close the descriptor, then call ``finish_pipe``, which tells why.
+        Exactly ``size`` bytes may be read from the pipe; there is no end of file after them. A blob that breaks off just goes silent:
+        ``finish_pipe`` then tells why.
         """
         reply = self._call("GetBlob", image, digest, size, what=f"Fetching the blob {digest} of {self.reference.text}", pipe=True)
         try:
@@ -202,12 +207,15 @@ class ImageProxy:
             raise
         return BlobPipe(reply.fd, reply.pipeid, size)
 
-    def finish_pipe(self, pipeid: int, timeout: float | None = None) -> None:
+    def finish_pipe(self, pipeid: int, timeout: float | None = None, last_byte: Callable[[], float] | None = None) -> None:
         """Skopeo's verdict on a transfer, to be asked for once: returns if the blob was whole, else raises with skopeo's words.
 
-        The pipe must be drained or closed before, or be drained by somebody else meanwhile: until then no other request is served.
+        Ask when all bytes were read, or when the reader has closed the pipe, or while it still waits for bytes that do not come: if the transfer has
+        failed the answer comes at once; if it is only slow the answer comes when it has ended, and no other request is served until then.
+        Silence for ``timeout`` seconds (default: the option) raises Stalled and ends the proxy. It is counted from the request, or, if a function is given,
+        from the time.monotonic() of the last byte that the reader got.
         """
-        self._call("FinishPipe", pipeid, what=f"Fetching from {self.reference.text}", timeout=timeout)
+        self._call("FinishPipe", pipeid, what=f"Fetching from {self.reference.text}", timeout=timeout, last_byte=last_byte)
 
     def close_image(self, image: int) -> None:
         self._call("CloseImage", image)
@@ -261,11 +269,14 @@ class ImageProxy:
 
     # -- requests
 
-    def _call(self, method: str, *args: object, what: str = "", timeout: float | None = None, pipe: bool = False) -> _Reply:
+    def _call(
+        self, method: str, *args: object, what: str = "", timeout: float | None = None, last_byte: Callable[[], float] | None = None, pipe: bool = False
+    ) -> _Reply:
         what = what or "Talking to skopeo"
+        silence = self.options.timeout if timeout is None else timeout
         with self._lock:
             self._send(method, args, what)
-            return self._receive(method, what, time.monotonic() + (self.options.timeout if timeout is None else timeout), pipe)
+            return self._receive(method, what, silence, pipe, last_byte)
 
     def _document(self, method: str, args: Sequence[object], limit: int, what: str) -> tuple[Any, bytes]:
         """Call a method that answers through a pipe; the value of the reply and the bytes, at most ``limit`` of them."""
@@ -273,7 +284,7 @@ class ImageProxy:
         silence = self.options.timeout
         with self._lock:
             self._send(method, args, doing)
-            reply = self._receive(method, doing, time.monotonic() + silence, pipe=True)
+            reply = self._receive(method, doing, silence, pipe=True)
             try:
                 # The request goes out before the pipe is read, for there is no end of file without it, and both are then waited for.
                 self._send("FinishPipe", (reply.pipeid,), doing)
@@ -281,7 +292,7 @@ class ImageProxy:
             finally:
                 os.close(reply.fd)
             try:
-                self._receive("FinishPipe", doing, time.monotonic() + silence)
+                self._receive("FinishPipe", doing, silence)
             except EngineError:
                 if len(data) <= limit:
                     raise  # else it only complains that we stopped reading
@@ -314,10 +325,13 @@ class ImageProxy:
         except OSError:
             self._died(method, what)
 
-    def _receive(self, method: str, what: str, deadline: float, pipe: bool = False) -> _Reply:
+    def _receive(self, method: str, what: str, silence: float, pipe: bool = False, last_byte: Callable[[], float] | None = None) -> _Reply:
         connection = self._socket
-        if connection is None or not readable(connection.fileno(), deadline):
-            self._stalled(what, self.options.timeout)
+        deadline = time.monotonic() + silence
+        while connection is None or not readable(connection.fileno(), deadline):
+            deadline = 0.0 if last_byte is None else last_byte() + silence
+            if deadline <= time.monotonic():
+                self._stalled(what, silence)
         try:
             # Room for more descriptors than ever come, so that unexpected ones are received, seen and closed.
             packet, ancillary, flags, _address = connection.recvmsg(REPLY, socket.CMSG_SPACE(16 * 4), _MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
@@ -361,7 +375,7 @@ class ImageProxy:
 
     def _violated(self, method: str, got: str) -> NoReturn:
         self.kill("it was stopped because it broke the protocol")
-        raise ProxyFailed(f"skopeo answered the request {method} with {got}.", "Check that the option executable names skopeo.")
+        raise ProxyFailed(f"skopeo answered the request {method} with {scrub(self.options, got)}.", "Check that the option executable names skopeo.")
 
     def _died(self, method: str, what: str) -> NoReturn:
         """The connection is gone: say why, in skopeo's words if it left any."""
@@ -373,14 +387,13 @@ class ImageProxy:
         if stopped:
             raise ProxyFailed(f"{what}: skopeo is gone, {stopped}.", "Run the task again.")
         how = "closed the connection" if status is None else f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        said = f": {scrub(self.options, words).rstrip('.')}." if words else "."
         if method == "Initialize":
             error = classify(self.options, "Starting skopeo", words)
             if words and isinstance(error, (AuthFailed, PolicyRejected, SkopeoMissing)):
                 raise error
-            raise ProxyFailed(
-                f"Starting skopeo: it {how}" + (f": {scrub(self.options, words)}." if words else "."), "Check that the option executable names skopeo."
-            )
-        raise ProxyFailed(f"{what}: skopeo {how}" + (f": {scrub(self.options, words)}" if words else "."), "Run the task again.")
+            raise ProxyFailed(f"Starting skopeo: it {how}{said}", "Check that the option executable names skopeo.")
+        raise ProxyFailed(f"{what}: skopeo {how}{said}", "Run the task again.")
 
 
 def _descriptors(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:

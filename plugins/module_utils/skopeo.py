@@ -240,8 +240,8 @@ def command(options: ProxyOptions, reference: Reference, verb: Sequence[str], la
                 )
             argv += ["--authfile", options.auth_file]
         elif options.username or options.password:
-            if not options.username or not options.password:
-                raise AuthFailed("Only one of user name and password is given.", "Give both or none.")
+            if not options.username or not options.password or ":" in options.username:
+                raise AuthFailed("The user name or the password is empty, or the name has a colon.", "Give both or none.")
             if reference.is_remote:
                 descriptor = _auth_file(options.username, options.password, reference.registry)
                 stack.callback(os.close, descriptor)
@@ -252,7 +252,7 @@ def command(options: ProxyOptions, reference: Reference, verb: Sequence[str], la
 
 def _auth_file(username: str, password: str, registry: str) -> int:
     """The descriptor of a file with the credentials for one registry (containers-auth.json(5))."""
-    token = base64.b64encode(f"{username}:{password}".encode()).decode()
+    token = base64.b64encode(f"{username}:{password}".encode("utf-8", "surrogateescape")).decode()
     descriptor = _unnamed_file("auth")
     os.write(descriptor, json.dumps({"auths": {registry: {"auth": token}}}).encode())
     return descriptor
@@ -393,7 +393,7 @@ _MEANINGS = (
     ),
     _means(
         r"manifest unknown|name unknown|blob unknown|unknown blob|status(?:code)?: 404\b|no such file or directory|no descriptor found|not found|no such image"
-        r"|does not resolve to an image|is not an image",
+        r"|does not exist|does not resolve to an image|is not an image",
         ImageNotFound,
         "Check the name, the tag and the path.",
     ),
@@ -436,14 +436,21 @@ def unwrap_log(log: bytes) -> str:
     return "\n".join(grave or lines)
 
 
+def _shorten(text: str) -> str:
+    """The beginning and the end, where Go puts what was done and what was the cause: a registry can make skopeo say any amount."""
+    return text if len(text) <= 4096 else f"{text[:2048]} … {text[-2048:]}"
+
+
 def scrub(options: ProxyOptions, text: str) -> str:
     """``text`` for a message: one line, bounded, without control characters and without secrets."""
+    text = _shorten(text)
     username, password = options.username or "", options.password or ""
     if password:
         from urllib.parse import quote, quote_plus
 
-        token = base64.b64encode(f"{username}:{password}".encode()).decode()
-        for secret in sorted({token, password, quote(password, safe=""), quote_plus(password)}, key=len, reverse=True):
+        token = base64.b64encode(f"{username}:{password}".encode("utf-8", "surrogateescape")).decode()
+        coded = password.encode("utf-8", "surrogateescape")
+        for secret in sorted({token, password, quote(coded, safe=""), quote_plus(coded)}, key=len, reverse=True):
             text = text.replace(secret, "***")
     # Whatever else may carry some: user information and the query of an address (signed addresses), and authorization headers.
     text = re.sub(r"(?<=://)[^/\s\"'@]*@", "***@", text)
@@ -457,7 +464,7 @@ def scrub(options: ProxyOptions, text: str) -> str:
 def classify(options: ProxyOptions, what: str, words: str, code: object = None) -> EngineError:
     """The error for skopeo's ``words`` (and, since protocol 0.2.8, its error code) about ``what``, a phrase such as ``Opening docker://…``."""
     # Paths, addresses and names are none of skopeo's words: an image may well be called unauthorized.
-    said = _NAMES.sub(" ", words.lower().replace("/policy.json: no such file", "/x no signature policy"))
+    said = _NAMES.sub(" ", _shorten(words).lower().replace("/policy.json: no such file", "/x no signature policy"))
     kind: type[EngineError] = ProxyFailed
     hint = ""
     for pattern, candidate, advice in _MEANINGS:
