@@ -35,7 +35,7 @@ _MAX_WORK = 100_000_000
 #: Seconds that the expressions with look-around may use; those of real policies need less than one.
 _MAX_SECONDS = 120.0
 
-_QUANTIFIER = re.compile(rb"\{([0-9]{1,6})(,?)([0-9]{0,6})\}")
+_QUANTIFIER = re.compile(rb"\{(?=[0-9]|,[0-9])([0-9]{0,6})(,?)([0-9]{0,6})\}")
 _PLAIN = re.compile(rb"(?:[^\\.^$|?*+()\[\]{}\x80-\xff]|\\[^0-9A-Za-z\x80-\xff])*")
 _GROUP_NAME = re.compile(rb"\?P?<[A-Za-z_][A-Za-z0-9_]*>")
 _FLAGS = re.compile(rb"\?([is]*)(?:-([is]+))?([:)])")
@@ -451,7 +451,7 @@ class LastMatch:
         found = _QUANTIFIER.match(regex, at) if byte == 0x7B else None
         if not found:
             return None
-        least = int(found.group(1))
+        least = int(found.group(1) or 0)
         most = least if not found.group(2) else int(found.group(3)) if found.group(3) else None
         if most is not None and most < least:
             raise _Malformed("the numbers of a repetition are out of order")

@@ -57,7 +57,7 @@ def check_boot_resources(root: Directory, read_object: ReadObject) -> None:
     payloads = _aboot_payloads(root, read_object)
     others = _loader_entries(root, read_object)
     others += _unified_kernels(find_directory(root, b"/boot/EFI/Linux"), b"/boot/EFI/Linux")
-    _unified_kernels(find_directory(root, b"/boot/loader/addons"), b"/boot/loader/addons")
+    others += _unified_kernels(find_directory(root, b"/boot/loader/addons"), b"/boot/loader/addons")
     others += _kernels(root)
     if len(payloads) > 1:
         raise InvalidLayer(f"The image has more than one aboot payload in /boot: {', '.join(show(name) for name in payloads[:4])}.")
@@ -98,7 +98,7 @@ def _named_files(text: bytes) -> Iterator[bytes]:
     for line in text.split(b"\n"):
         for key in _ENTRY_KEYS:
             rest = line[len(key) :]
-            if line.startswith(key) and rest[:1].isspace():
+            if line.startswith(key) and rest[:1] in (b" ", b"\t"):
                 yield rest.strip()
 
 
@@ -125,7 +125,7 @@ def _kernels(root: Directory) -> int:
         if not isinstance(node, Directory):
             continue
         count += _unified_kernels(node, folder + b"/" + version)
-        if b"vmlinuz" in node.entries and b"initramfs.img" in node.entries:
+        if _is_file(node.entries.get(b"vmlinuz")):
             _check_version(version, folder + b"/" + version)
             count += 1
     return count
@@ -183,12 +183,18 @@ def _is_android(data: bytes, path: bytes) -> bool:
 
 
 def _pe_sections(data: bytes) -> set[bytes]:
-    """The names of a PE file's sections; empty when it is none (Microsoft PE format, COFF file header and section table)."""
+    """The names of a PE file's sections whose content is there; empty when it is none (Microsoft PE format, COFF file header and section table)."""
     if not data.startswith(b"MZ") or len(data) < 64:
         return set()
-    header = struct.unpack_from("<I", data, 60)[0]
+    (header,) = struct.unpack_from("<I", data, 60)
     if data[header : header + 4] != b"PE\0\0" or len(data) < header + 24:
         return set()
-    sections, optional = struct.unpack_from("<H", data, header + 6)[0], struct.unpack_from("<H", data, header + 20)[0]
+    (sections,) = struct.unpack_from("<H", data, header + 6)
+    (optional,) = struct.unpack_from("<H", data, header + 20)
     table = header + 24 + optional
-    return {data[start : start + 8].rstrip(b"\0") for start in range(table, table + 40 * sections, 40) if start + 40 <= len(data)}
+    names = set()
+    for start in range(table, min(table + 40 * sections, len(data) - 39), 40):
+        size, begin = struct.unpack_from("<II", data, start + 16)
+        if begin + size <= len(data):
+            names.add(data[start : start + 8].rstrip(b"\0"))
+    return names
