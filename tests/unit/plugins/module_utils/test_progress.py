@@ -1,0 +1,121 @@
+# Copyright (c) composefs.oci contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pathlib
+
+from ansible_collections.composefs.oci.plugins.module_utils import progress
+from ansible_collections.composefs.oci.plugins.module_utils.progress import BYTES, DONE, SKIPPED, STARTED, Event
+
+A = "sha256:" + "a" * 64
+B = "sha256:" + "b" * 64
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_totals_leave_skipped_layers_out() -> None:
+    board = progress.Board(Clock())
+    board.take(Event(SKIPPED, A, 500, 500))
+    board.take(Event(STARTED, B, 0, 1000))
+    board.take(Event(BYTES, B, 250, 1000))
+    assert board.totals() == (250, 1000)
+
+
+def test_a_retried_layer_counts_from_zero_again() -> None:
+    board = progress.Board(Clock())
+    for event in (Event(STARTED, A, 0, 1000), Event(BYTES, A, 900, 1000), Event(STARTED, A, 0, 1000), Event(BYTES, A, 10, 1000)):
+        board.take(event)
+    assert board.totals() == (10, 1000)
+
+
+def test_rate_is_bytes_a_second_since_the_first_layer_began() -> None:
+    clock = Clock()
+    board = progress.Board(clock)
+    board.take(Event(STARTED, A, 0, 1000))
+    clock.now += 4
+    board.take(Event(BYTES, A, 800, 1000))
+    assert board.rate() == 200
+
+
+def test_file_is_whole_json_and_private_at_every_moment(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "progress.json"
+    sink = progress.FileSink(str(path), interval=0)
+    for event in (Event(STARTED, A, 0, 100), Event(BYTES, A, 50, 100)):
+        sink.event(event)
+        assert json.loads(path.read_text())["total"] == 100
+    sink.event(Event(DONE, A, 100, 100))
+    sink.close()
+    state = json.loads(path.read_text())
+    assert state["finished"] and state["done"] == 100
+    assert state["layers"] == [{"id": A, "state": "done", "done": 100, "total": 100}]
+    assert os.stat(path).st_mode & 0o777 == 0o600
+    assert os.listdir(tmp_path) == ["progress.json"]
+
+
+def test_bytes_between_two_intervals_are_not_written(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "progress.json"
+    sink = progress.FileSink(str(path), interval=3600)
+    sink.event(Event(STARTED, A, 0, 100))
+    sink.event(Event(BYTES, A, 60, 100))
+    assert json.loads(path.read_text())["done"] == 0
+
+
+def test_summary_is_one_line_for_people() -> None:
+    state = {
+        "done": 50 << 20,
+        "total": 200 << 20,
+        "rate": 10 << 20,
+        "message": "",
+        "layers": [{"state": "done"}, {"state": "bytes"}, {"state": "skipped"}],
+    }
+    assert progress.summary(state) == "25% of 200.00 MiB, 10.00 MiB/s, 15 s left, 2 of 3 layers"
+
+
+def test_summary_shows_the_message_where_nothing_is_fetched() -> None:
+    assert progress.summary({"done": 0, "total": 0, "rate": 0, "message": "Registering app", "layers": []}) == "Registering app"
+
+
+def test_a_failing_sink_is_silenced_and_the_pull_goes_on() -> None:
+    class Broken:
+        calls = 0
+
+        def event(self, event: Event) -> None:
+            self.calls += 1
+            raise OSError(28, "No space left on device")
+
+        def close(self) -> None:
+            raise OSError(28, "No space left on device")
+
+    broken = Broken()
+    emit = progress.Progress(broken)
+    emit.message("one")
+    emit.message("two")
+    emit.close()
+    assert broken.calls == 1
+
+
+def test_terminal_draws_a_line_a_layer_in_place() -> None:
+    stream = io.StringIO()
+    sink = progress.TerminalSink(stream, interval=0)
+    sink.event(Event(SKIPPED, A, 10, 10))
+    sink.event(Event(STARTED, B, 0, 100))
+    sink.event(Event(BYTES, B, 50, 100))
+    sink.event(Event(DONE, B, 100, 100))
+    last = stream.getvalue().rsplit("\x1b[2F", 1)[1]
+    assert "aaaaaaaaaaaa  already present" in last
+    assert "bbbbbbbbbbbb  [########################] 100 B of 100 B" in last and "done" in last
+
+
+def test_human_units() -> None:
+    assert [progress.human(n) for n in (0, 1023, 1536, 3 << 20, 5 << 40)] == ["0 B", "1023 B", "1.50 KiB", "3.00 MiB", "5.00 TiB"]
