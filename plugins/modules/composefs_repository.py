@@ -1,0 +1,276 @@
+#!/usr/bin/python
+# Copyright (c) composefs.oci contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: composefs_repository
+short_description: Make a composefs repository, or bring an old one up to date
+version_added: 0.1.0
+author:
+  - composefs.oci contributors (@composefs)
+description:
+  - Makes sure that a directory is a composefs repository with a given digest algorithm and protection, as C(cfsctl init) does.
+  - What the file system cannot do is said before anything is made. A repository that exists is never converted or emptied; one that is not what the task
+    asks for is an error.
+  - A repository without C(meta.json), made by programs older than composefs-rs 0.7, gets one.
+extends_documentation_fragment:
+  - composefs.oci.attributes
+  - composefs.oci.attributes.actiongroup_composefs
+attributes:
+  check_mode:
+    support: full
+    details:
+      - Abilities of the file system are tried out in check mode too, on a file without a name that vanishes.
+  diff_mode:
+    support: full
+  idempotent:
+    support: full
+options:
+  path:
+    description:
+      - The directory of the repository. It is made if it does not exist, with its parents. One that exists must be empty or a repository.
+      - The default is where C(cfsctl) has its own, V(/sysroot/composefs) for root and V(~/.var/lib/composefs) for any other user.
+    type: path
+    aliases: [repository]
+  state:
+    description:
+      - What the directory shall be. There is no state that removes a repository; that takes M(ansible.builtin.file) and a decision.
+    type: str
+    choices: [present]
+    default: present
+  algorithm:
+    description:
+      - The hash of the fs-verity digests by which the repository names its objects. It cannot be changed later.
+      - V(sha512) is what C(cfsctl init) takes. V(sha256) costs less processor time where the processor has instructions for it.
+      - A repository that exists with the other algorithm fails the task with RV(error=incompatible_repository).
+    type: str
+    choices: [sha512, sha256]
+    default: sha512
+  verity:
+    description:
+      - Whether the kernel shall protect every object against changes by fs-verity. A repository is made with this property and keeps it.
+      - V(required) fails with RV(error=verity_unsupported) where the file system or the kernel does not have fs-verity, and with
+        RV(error=incompatible_repository) where the repository exists without it.
+      - V(preferred) takes fs-verity where it works, does without where it does not, and accepts a repository that exists as it is.
+      - V(disabled) makes a repository that does not require fs-verity, and fails with RV(error=incompatible_repository) on one that does.
+        Objects are protected nevertheless where the file system can do it, as with C(cfsctl).
+    type: str
+    choices: [required, preferred, disabled]
+    default: required
+  owner:
+    description:
+      - The user that shall own the directory. Without it a new directory belongs to the user that runs the task, and an existing one is left alone.
+      - Files inside are not touched; whoever works in the repository should be the owner.
+    type: str
+  group:
+    description:
+      - The group that shall own the directory.
+    type: str
+  mode:
+    description:
+      - The permissions of the directory, as with M(ansible.builtin.file). Without it a new directory gets V(0700), and an existing one is left alone.
+      - Objects hold the files of images with all their secrets, readable by anyone who gets into the directory.
+    type: raw
+notes:
+  - A repository should not lie on an overlay file system, because images cannot be mounted from there.
+  - For ext4, fs-verity must be switched on once with C(tune2fs -O verity). The role P(composefs.oci.repository#role) wraps this module.
+seealso:
+  - module: composefs.oci.composefs_image
+  - plugin: composefs.oci.repository
+    plugin_type: role
+    description: Prepares hosts through this module.
+  - name: Linux kernel, fs-verity
+    description: What file systems need for fs-verity.
+    link: https://docs.kernel.org/filesystems/fsverity.html
+"""
+
+EXAMPLES = r"""
+- name: Make the system's repository
+  become: true
+  composefs.oci.composefs_repository:
+
+- name: Make a repository with SHA-256, protected where the file system can do it
+  become: true
+  composefs.oci.composefs_repository:
+    path: /var/lib/images
+    algorithm: sha256
+    verity: preferred
+    owner: root
+    group: root
+    mode: "0700"
+  register: repository
+
+- name: Say so where it is not protected
+  ansible.builtin.debug:
+    msg: "{{ repository.path }} on {{ repository.filesystem }} is not protected by fs-verity."
+  when: repository.verity != 'required'
+
+- name: Make a repository of my own
+  composefs.oci.composefs_repository:
+    path: ~/.var/lib/composefs
+    verity: preferred
+"""
+
+RETURN = r"""
+path:
+  description: The absolute path of the repository.
+  returned: always
+  type: str
+  sample: /sysroot/composefs
+created:
+  description: Whether the repository was made by this task, or in check mode would be.
+  returned: always
+  type: bool
+  sample: true
+upgraded:
+  description: Whether a repository without C(meta.json) was given one by this task, or in check mode would be.
+  returned: always
+  type: bool
+  sample: false
+algorithm:
+  description: The hash of the repository's fs-verity digests, V(sha256) or V(sha512).
+  returned: always
+  type: str
+  sample: sha512
+verity:
+  description: V(required) if every object must be protected by fs-verity, V(optional) if not.
+  returned: always
+  type: str
+  sample: required
+verity_supported:
+  description: Whether fs-verity works on the repository's file system; V(null) if that could not be tried out.
+  returned: always
+  type: bool
+  sample: true
+formats:
+  description: The format versions of the EROFS images made in the repository, the default one first.
+  returned: always
+  type: list
+  elements: int
+  sample: [1]
+filesystem:
+  description: The type of the file system.
+  returned: always
+  type: str
+  sample: ext4
+free_bytes:
+  description: Bytes that are free for ordinary users.
+  returned: always
+  type: int
+  sample: 52428800000
+free_inodes:
+  description: Inodes that are free for ordinary users; V(null) where the file system does not count them.
+  returned: always
+  type: int
+  sample: 3276800
+error:
+  description:
+    - What went wrong, as a stable code for conditions in playbooks.
+    - For example V(verity_unsupported), V(incompatible_repository), V(not_a_repository), V(repository_damaged), V(read_only), V(permission_denied) or
+      V(no_space).
+  returned: on failure
+  type: str
+  sample: verity_unsupported
+"""
+
+import grp
+import os
+import pwd
+from collections.abc import Callable
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+
+from ansible_collections.composefs.oci.plugins.module_utils import fsverity, hostfs, provision
+from ansible_collections.composefs.oci.plugins.module_utils.errors import EngineError, IOFailed, doing
+from ansible_collections.composefs.oci.plugins.module_utils.modulehelp import repository_path, run_module
+
+ARGUMENT_SPEC = {
+    "path": {"type": "path", "aliases": ["repository"]},
+    "state": {"type": "str", "choices": ["present"], "default": "present"},
+    "algorithm": {"type": "str", "choices": ["sha512", "sha256"], "default": "sha512"},
+    "verity": {"type": "str", "choices": ["required", "preferred", "disabled"], "default": "required"},
+    "owner": {"type": "str"},
+    "group": {"type": "str"},
+    "mode": {"type": "raw"},
+}
+FACTS = ("created", "upgraded", "algorithm", "verity", "verity_supported", "formats", "filesystem", "free_bytes", "free_inodes")
+
+
+def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
+    """Prepare the repository and describe it; ``base`` gets what a failure should still tell."""
+    params = module.params
+    path = base["path"] = repository_path(module, "path")
+    require_account(params["owner"], pwd.getpwnam, "user")
+    require_account(params["group"], grp.getgrnam, "group")
+    algorithm = fsverity.ALGORITHMS[params["algorithm"]]
+    before = {"path": path, "state": state_of(path)}
+    done = provision.prepare(path, algorithm, params["verity"], check=module.check_mode)
+    verity = "required" if done.secure else "optional"
+    description = {"algorithm": done.metadata.algorithm.name, "verity": verity, "formats": list(done.metadata.erofs_formats)}
+    after = {"path": path, "state": "present"}
+    changed = base["changed"] = done.created or done.upgraded
+    if changed:
+        after.update(description)
+    changed = base["changed"] = set_attributes(module, path, changed, before, after)
+    result = {"changed": changed, "created": done.created, "upgraded": done.upgraded, **description, **place(path, algorithm)}
+    if result["filesystem"] == "overlay":
+        module.warn(f"The repository {path} lies on an overlay file system: images can be stored there, but not mounted.")
+    return {**result, "diff": {"before": before, "after": after}} if module._diff else result
+
+
+def state_of(path: str) -> str:
+    """What the directory is before the task, in words for the diff."""
+    if os.path.lexists(f"{path}/meta.json"):
+        return "present"
+    return "directory" if os.path.isdir(path) else "absent"
+
+
+def require_account(name: str | None, look_up: Callable[[str], Any], kind: str) -> None:
+    """Fail before anything is made if the host does not know the user or group; numbers need no name."""
+    if name and not name.isdigit():
+        try:
+            look_up(name)
+        except KeyError:
+            raise IOFailed(f"This host has no {kind} {name}.", "Make it first, or correct the name.") from None
+
+
+def set_attributes(module: AnsibleModule, path: str, changed: bool, before: dict[str, Any], after: dict[str, Any]) -> bool:
+    """Owner, group and mode by Ansible's own means, which know symbolic modes and check mode; whether anything changed."""
+    params = module.params
+    if module.check_mode and not os.path.isdir(path):
+        after.update({name: params[name] for name in ("owner", "group", "mode") if params[name] is not None})
+        return changed
+    diff: dict[str, Any] = {"before": before, "after": after}
+    changed = module.set_owner_if_different(path, params["owner"], changed, diff)
+    changed = module.set_group_if_different(path, params["group"], changed, diff)
+    return module.set_mode_if_different(path, params["mode"], changed, diff)
+
+
+def place(path: str, algorithm: fsverity.Algorithm) -> dict[str, Any]:
+    """What the file system of the repository, or of the directory it would be made in, is and has."""
+    with doing(f"Looking at the file system of {path}"):
+        fd = os.open(hostfs.nearest_directory(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            free_bytes, free_inodes = hostfs.free_space(fd)
+            try:
+                supported = hostfs.missing_ability(fd, algorithm) is None
+            except EngineError:
+                supported = None
+            return {"filesystem": hostfs.type_of(fd), "verity_supported": supported, "free_bytes": free_bytes, "free_inodes": free_inodes}
+        finally:
+            os.close(fd)
+
+
+def main() -> None:
+    """Entry point of the module."""
+    module = AnsibleModule(argument_spec=ARGUMENT_SPEC, supports_check_mode=True)
+    base: dict[str, Any] = {"changed": False, "path": None, **dict.fromkeys(FACTS)}
+    run_module(module, lambda module: run(module, base), base)
+
+
+if __name__ == "__main__":
+    main()
