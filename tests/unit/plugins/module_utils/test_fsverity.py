@@ -50,6 +50,12 @@ def pattern(size: int) -> bytes:
     return (CYCLE * (size // len(CYCLE) + 1))[:size]
 
 
+def streamed(data: bytes, algorithm: Algorithm) -> bytes:
+    hasher = fsverity.Hasher(algorithm)
+    hasher.update(data)
+    return hasher.digest()
+
+
 def textbook(data: bytes, algorithm: Algorithm) -> bytes:
     """The definition, level by level over the whole file, in its plainest form."""
 
@@ -83,6 +89,7 @@ def test_pinned_digests_around_every_boundary(size: int) -> None:
     data = pattern(size)
     assert fsverity.digest(data, SHA256).hex() == PATTERN[size][0]
     assert fsverity.digest(data, SHA512).hex().startswith(PATTERN[size][1])
+    assert [streamed(data, algorithm) for algorithm in (SHA256, SHA512)] == [fsverity.digest(data, algorithm) for algorithm in (SHA256, SHA512)]
 
 
 def test_a_third_level_begins_one_byte_after_128_times_128_blocks() -> None:
@@ -102,13 +109,13 @@ def test_a_third_level_begins_one_byte_after_128_times_128_blocks() -> None:
 @pytest.mark.parametrize("blocks", [1, 2, 63, 64, 65, 127, 128, 129, 64 * 3, 128 * 3])
 def test_exactly_full_levels_do_not_add_a_level(algorithm: Algorithm, blocks: int) -> None:
     data = pattern(blocks * 4096)
-    assert fsverity.digest(data, algorithm) == textbook(data, algorithm)
+    assert fsverity.digest(data, algorithm) == streamed(data, algorithm) == textbook(data, algorithm)
 
 
 @pytest.mark.parametrize("blocks", [64 * 64 - 1, 64 * 64, 64 * 64 + 1, 64 * 65])
 def test_two_full_levels_do_not_add_a_third(blocks: int) -> None:
     data = pattern(blocks * 4096)
-    assert fsverity.digest(data, SHA512) == textbook(data, SHA512)
+    assert fsverity.digest(data, SHA512) == streamed(data, SHA512) == textbook(data, SHA512)
 
 
 @both

@@ -592,6 +592,10 @@ def test_a_bomb_of_references_is_stopped() -> None:
         read_chunks(bytes(8) * 100_000, 1000)
     with pytest.raises(FormatError, match="longer"):
         read_chunks(bytes(8) * 100_000, 1000, 0)
+    chunks = opened(build(chunks=frame(bytes(8) * 100_000), size=25)).chunks(lambda _digest: 11)
+    assert [next(chunks), next(chunks)] == [ExternalRef(0, HELLO)] * 2
+    with pytest.raises(FormatError, match="longer"):
+        next(chunks)
 
 
 @pytest.mark.parametrize("size", [0, 10, 12, 1 << 40])
