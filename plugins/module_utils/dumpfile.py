@@ -72,7 +72,7 @@ def write_dumpfile(root: Directory, out: Callable[[bytes], object] | BinaryIO) -
 
     ``out`` is a binary file or a function that takes the text piece by piece, in order. Sets ``nlink`` of the leaves and changes nothing else.
     """
-    write: Callable[[bytes], object] = getattr(out, "write", out)
+    write: Callable[[bytes], object] = out if callable(out) else out.write
     count_links(root)
     first: dict[int, bytes] = {}
     lines: list[bytes] = []

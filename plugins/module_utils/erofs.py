@@ -297,7 +297,7 @@ def write_image(root: Directory, version: int, algorithm: Algorithm, out: Callab
     image = _Image(root, version, algorithm)
     image.choose_headers()
     image.place()
-    write: Callable[[bytes], object] = getattr(out, "write", out)
+    write: Callable[[bytes], object] = out if callable(out) else out.write
     return image.emit(write)
 
 

@@ -79,7 +79,7 @@ class Xattrs:
 class Folder:
     """A directory on its way to disk: ``names`` with ``.`` and ``..``, in order, ``children`` the inode index of each."""
 
-    __slots__ = ("stat", "names", "children", "parent", "name", "index", "nlink", "cuts", "size", "rdev", "entries")
+    __slots__ = ("stat", "names", "children", "parent", "name", "index", "nlink", "cuts", "size", "entries")
 
     def __init__(self, directory: Directory, parent: Folder | None, name: bytes, index: int) -> None:
         self.stat = directory.stat
