@@ -1,0 +1,406 @@
+# Copyright (c) composefs.oci contributors
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
+
+"""Composefs mounts by the kernel's file-descriptor interface (fsopen(2) and its kin), with what older kernels take instead.
+
+A composefs mount is an overlay with one lower layer, the EROFS image, and one data-only layer, the repository's ``objects/``. The image is
+given as an open descriptor that the caller measured: the bytes that were measured are the bytes that are mounted.
+
+What kernels take: overlay with data-only layers since 6.5, ``verity=`` since 6.6, ``lowerdir+`` since 6.7, EROFS on a plain file since
+6.12 (a loop device before), descriptors of detached mounts as layers since 6.15 (an attached helper mount before). Each attempt gets a new
+context, for a failed option may leave traces in the old one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import struct
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from .errors import Busy, MountFailed, PermissionDenied
+
+_FSOPEN, _FSCONFIG, _FSMOUNT, _MOVE_MOUNT = 430, 431, 432, 429
+_SET_FLAG, _SET_STRING, _SET_FD, _CMD_CREATE = 0, 1, 5, 6
+_CLOEXEC = 1
+_MOVE_EMPTY_PATH = 0x4
+_MOVE_BENEATH = 0x200
+_AT_FDCWD = -100
+_MNT_DETACH = 2
+_UMOUNT_NOFOLLOW = 8
+_RDONLY = 0x1
+
+# Options of a mount point that an operator may ask for (mount_setattr(2)); everything else goes to the overlay file system itself.
+ATTRIBUTES = {
+    "nosuid": 0x2,
+    "nodev": 0x4,
+    "noexec": 0x8,
+    "noatime": 0x10,
+    "strictatime": 0x20,
+    "nodiratime": 0x80,
+    "nosymfollow": 0x200000,
+}
+OVERLAY_OPTIONS = ("volatile", "userxattr", "index", "xino", "nfs_export", "uuid")
+SOURCE = "composefs:"
+
+_LOOP_CTL_GET_FREE = 0x4C82
+_LOOP_CONFIGURE = 0x4C0A
+_LOOP_READ_ONLY, _LOOP_AUTOCLEAR, _LOOP_DIRECT_IO = 1, 4, 16
+
+
+class Mounted(NamedTuple):
+    """One line of mountinfo(5) that is a composefs mount."""
+
+    mount_id: int
+    path: str
+    image_id: str
+    options: frozenset[str]
+    settings: dict[str, str]
+
+    @property
+    def verity(self) -> bool:
+        """Whether the overlay insists on fs-verity for every object."""
+        return self.settings.get("verity") == "require"
+
+    @property
+    def read_only(self) -> bool:
+        return "ro" in self.options
+
+
+class Request(NamedTuple):
+    """What to mount. ``image_id`` is hex; ``image`` and ``objects`` are open descriptors; ``options`` as an operator writes them."""
+
+    image_id: str
+    image: int
+    objects: int
+    verity: bool
+    upperdir: str | None = None
+    workdir: str | None = None
+    options: Sequence[str] = ()
+
+
+class _KernelRefused(Exception):
+    """A step of the mount failed; ``words`` are the kernel's own."""
+
+    def __init__(self, step: str, number: int, words: str) -> None:
+        super().__init__(step, number, words)
+        self.step = step
+        self.errno = number
+        self.words = words
+
+
+class _Kernel:
+    """The system calls that the standard library lacks."""
+
+    def __init__(self) -> None:
+        self._libc = ctypes.CDLL(None, use_errno=True)
+
+    def call(self, step: str, number: int, *arguments: int | bytes | None, context: int = -1) -> int:
+        converted = [ctypes.c_long(argument) if isinstance(argument, int) else ctypes.c_char_p(argument) for argument in arguments]
+        result = int(self._libc.syscall(ctypes.c_long(number), *converted))
+        if result < 0:
+            raise _KernelRefused(step, ctypes.get_errno(), _kernel_words(context))
+        return result
+
+    def umount(self, path: str, flags: int) -> None:
+        if self._libc.umount2(ctypes.c_char_p(os.fsencode(path)), ctypes.c_int(flags)) < 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), path)
+
+
+def _kernel_words(context: int) -> str:
+    """What the kernel logged into a mount context: lines such as ``e overlay: ...``."""
+    words = []
+    while context >= 0:
+        try:
+            line = os.read(context, 4096)
+        except OSError:
+            break
+        if not line:
+            break
+        words.append(line.decode("utf-8", "replace").strip()[2:])
+    return "; ".join(words)
+
+
+class _Context:
+    """One file-system context; a context manager that closes it."""
+
+    def __init__(self, kernel: _Kernel, kind: str) -> None:
+        self._kernel = kernel
+        self.kind = kind
+        self.fd = kernel.call(f"opening a context for {kind}", _FSOPEN, kind.encode(), _CLOEXEC)
+
+    def __enter__(self) -> _Context:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        os.close(self.fd)
+
+    def _config(self, step: str, command: int, key: bytes | None, value: bytes | None, number: int) -> None:
+        self._kernel.call(step, _FSCONFIG, self.fd, command, key, value, number, context=self.fd)
+
+    def flag(self, key: str) -> None:
+        self._config(f"option {key}", _SET_FLAG, key.encode(), None, 0)
+
+    def string(self, key: str, value: str) -> None:
+        self._config(f"option {key}", _SET_STRING, key.encode(), os.fsencode(value), 0)
+
+    def descriptor(self, key: str, fd: int) -> None:
+        self._config(f"option {key}", _SET_FD, key.encode(), None, fd)
+
+    def create(self, attributes: int) -> int:
+        """The detached mount, as a descriptor."""
+        self._config(f"creating the {self.kind}", _CMD_CREATE, None, None, 0)
+        return self._kernel.call(f"mounting the {self.kind}", _FSMOUNT, self.fd, _CLOEXEC, attributes, context=self.fd)
+
+
+def mount(request: Request, path: str, beneath: bool = False) -> None:
+    """Mount at the existing directory ``path`` (links in it are followed).
+
+    With ``beneath`` the new mount goes under the one that is there, to be uncovered when that is detached: at no moment does ``path`` show
+    neither. Raises MountFailed with the kernel's words, PermissionDenied, and Busy.
+    """
+    kernel = _Kernel()
+    target = os.path.realpath(path)
+    try:
+        with contextlib.ExitStack() as stack:
+            erofs = _mount_erofs(kernel, request.image)
+            stack.callback(os.close, erofs)
+            overlay = _mount_overlay(kernel, request, erofs)
+            stack.callback(os.close, overlay)
+            flags = _MOVE_EMPTY_PATH | (_MOVE_BENEATH if beneath else 0)
+            kernel.call(f"attaching to {target}", _MOVE_MOUNT, overlay, b"", _AT_FDCWD, os.fsencode(target), flags)
+    except _KernelRefused as refusal:
+        raise _explain(refusal, request, target) from refusal
+
+
+def replace(request: Request, path: str) -> None:
+    """Put a new mount in the place of the topmost one at ``path``, without a moment of neither, and detach the old one.
+
+    Files that are open on the old mount stay readable until they are closed.
+    """
+    mount(request, path, beneath=True)
+    detach(path)
+
+
+def detach(path: str) -> None:
+    """Detach the topmost mount at ``path``; it vanishes when nobody uses it any more."""
+    _unmount(path, _MNT_DETACH)
+
+
+def unmount(path: str) -> None:
+    """Unmount the topmost mount at ``path``. Raises Busy if it is in use."""
+    _unmount(path, 0)
+
+
+def _unmount(path: str, flags: int) -> None:
+    try:
+        _Kernel().umount(os.path.realpath(path), flags | _UMOUNT_NOFOLLOW)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise Busy(
+                f"{path} is in use, so it cannot be unmounted.", "End what has files or a working directory there (fuser -vm shows it), then run again."
+            ) from error
+        if error.errno in (errno.EPERM, errno.EACCES):
+            raise PermissionDenied(f"Unmounting {path} needs the capability CAP_SYS_ADMIN.", "Run as root, for example with become.") from error
+        raise MountFailed(f"Unmounting {path} failed: {error.strerror}.") from error
+
+
+def _mount_erofs(kernel: _Kernel, image: int) -> int:
+    source = f"/proc/self/fd/{image}"
+    try:
+        return _erofs_from(kernel, source)
+    except _KernelRefused as refusal:
+        if refusal.errno != errno.ENOTBLK:
+            raise
+    # Before 6.12 EROFS wants a block device.
+    loop = _loop_device(image)
+    try:
+        return _erofs_from(kernel, f"/proc/self/fd/{loop}")
+    finally:
+        os.close(loop)  # AUTOCLEAR: the device lives as long as the mount
+
+
+def _erofs_from(kernel: _Kernel, source: str) -> int:
+    with _Context(kernel, "erofs") as context:
+        context.flag("ro")
+        context.string("source", source)
+        return context.create(_RDONLY)
+
+
+def _loop_device(image: int) -> int:
+    """A read-only loop device over the image, as a descriptor. Another process may take the free device first: then the next one."""
+    try:
+        control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise _KernelRefused("opening /dev/loop-control", error.errno or 0, "this kernel mounts EROFS from block devices only") from error
+    try:
+        for attempt in range(64):
+            number = fcntl.ioctl(control, _LOOP_CTL_GET_FREE)
+            device = os.open(f"/dev/loop{number}", os.O_RDWR | os.O_CLOEXEC)
+            # Not every file system under the image can do direct input and output.
+            flags = _LOOP_READ_ONLY | _LOOP_AUTOCLEAR | (_LOOP_DIRECT_IO if attempt % 2 == 0 else 0)
+            config = struct.pack("<II5Q4I64s64s32s2Q64s", image, 4096, 0, 0, 0, 0, 0, 0, 0, 0, flags, b"", b"", b"", 0, 0, b"")
+            try:
+                fcntl.ioctl(device, _LOOP_CONFIGURE, config)
+                return device
+            except OSError as error:
+                os.close(device)
+                if error.errno not in (errno.EBUSY, errno.EINVAL):
+                    raise
+        raise _KernelRefused("setting up a loop device", errno.EBUSY, "")
+    except OSError as error:
+        raise _KernelRefused("setting up a loop device", error.errno or 0, "") from error
+    finally:
+        os.close(control)
+
+
+def _mount_overlay(kernel: _Kernel, request: Request, erofs: int) -> int:
+    refusal: _KernelRefused | None = None
+    try:
+        with _overlay(kernel, request) as context:
+            context.descriptor("lowerdir+", erofs)
+            context.descriptor("datadir+", request.objects)
+            return context.create(_attributes(request))
+    except _KernelRefused as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOSYS):
+            raise
+        refusal = error
+    with _attached(kernel, erofs) as helper:
+        lower = os.open(helper, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            layers = f"/proc/self/fd/{lower}", f"/proc/self/fd/{request.objects}"
+            for separate in (True, False):
+                try:
+                    with _overlay(kernel, request) as context:
+                        if separate:
+                            context.string("lowerdir+", layers[0])
+                            context.string("datadir+", layers[1])
+                        else:
+                            context.string("lowerdir", "::".join(layers))
+                        return context.create(_attributes(request))
+                except _KernelRefused as error:
+                    if error.errno not in (errno.EINVAL, errno.ENOSYS):
+                        raise
+                    refusal = error
+        finally:
+            os.close(lower)
+    raise refusal
+
+
+def _overlay(kernel: _Kernel, request: Request) -> _Context:
+    context = _Context(kernel, "overlay")
+    try:
+        context.string("source", SOURCE + request.image_id)
+        context.string("metacopy", "on")
+        context.string("redirect_dir", "on")
+        if request.verity:
+            context.string("verity", "require")
+        if request.upperdir:
+            context.string("upperdir", request.upperdir)
+            context.string("workdir", request.workdir or "")
+        for option in request.options:
+            key, separator, value = option.partition("=")
+            if key in ATTRIBUTES or option in ("ro", "rw"):
+                continue
+            if separator:
+                context.string(key, value)
+            else:
+                context.flag(key)
+    except BaseException:
+        os.close(context.fd)
+        raise
+    return context
+
+
+def _attributes(request: Request) -> int:
+    read_only = request.upperdir is None or "ro" in request.options
+    return sum({ATTRIBUTES[option] for option in request.options if option in ATTRIBUTES}) | (_RDONLY if read_only else 0)
+
+
+@contextlib.contextmanager
+def _attached(kernel: _Kernel, erofs: int) -> Iterator[str]:
+    """Give a detached mount a place for the while that an overlay is built on it: kernels before 6.15 refuse detached layers."""
+    helper = tempfile.mkdtemp(prefix="composefs-", dir="/run" if os.access("/run", os.W_OK) else None)
+    try:
+        kernel.call("attaching the image", _MOVE_MOUNT, erofs, b"", _AT_FDCWD, os.fsencode(helper), _MOVE_EMPTY_PATH)
+        try:
+            yield helper
+        finally:
+            kernel.umount(helper, _MNT_DETACH | _UMOUNT_NOFOLLOW)
+    finally:
+        os.rmdir(helper)
+
+
+def _explain(refusal: _KernelRefused, request: Request, target: str) -> MountFailed | PermissionDenied | Busy:
+    words = f" The kernel says: {refusal.words}." if refusal.words else ""
+    text = f"Mounting the image {request.image_id} at {target} failed when {refusal.step}: {os.strerror(refusal.errno)}.{words}"
+    if refusal.errno in (errno.EPERM, errno.EACCES):
+        return PermissionDenied(text, "Mounting needs the capability CAP_SYS_ADMIN in the initial user namespace: run as root, for example with become.")
+    if refusal.errno == errno.EBUSY:
+        return Busy(text, "The upper or work directory may be in use by another mount.")
+    if refusal.errno in (errno.ENODEV, errno.ENOSYS):
+        return MountFailed(text, "The kernel lacks EROFS or overlay, or is older than 5.2; load the modules or update it.")
+    if refusal.errno == errno.EINVAL and refusal.step != "creating the erofs":
+        return MountFailed(
+            text, "Kernels before 6.5 cannot mount composefs images, and before 6.6 not with verity; file systems without d_type cannot hold objects."
+        )
+    return MountFailed(text)
+
+
+# -- what is mounted
+
+
+def mounted_at(path: str) -> Mounted | None:
+    """The composefs mount that ``path`` shows, None if it shows none (another file system on top counts as none)."""
+    target = os.path.realpath(path)
+    found: Mounted | None = None
+    for line in _mountinfo():
+        point, mounted = _parse(line)
+        if point == target:
+            found = mounted
+    return found
+
+
+def composefs_mounts() -> list[Mounted]:
+    """All composefs mounts of this mount namespace, in the order in which they were made."""
+    return [mounted for _point, mounted in map(_parse, _mountinfo()) if mounted is not None]
+
+
+def is_mount_point(path: str) -> bool:
+    """Whether anything is mounted exactly at ``path``."""
+    target = os.path.realpath(path)
+    return any(_parse(line)[0] == target for line in _mountinfo())
+
+
+def _mountinfo() -> list[str]:
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        return file.read().splitlines()
+
+
+def _unescape(text: str) -> str:
+    raw = re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), text.encode("utf-8", "surrogateescape"))
+    return os.fsdecode(raw)
+
+
+def _parse(line: str) -> tuple[str, Mounted | None]:
+    """Mount point of a line of mountinfo(5), and the composefs mount it is, if it is one."""
+    before, _, after = line.partition(" - ")
+    fields = before.split(" ")
+    kind, source, super_options = (*after.split(" "), "", "", "")[:3]
+    point = _unescape(fields[4])
+    source = _unescape(source)
+    if kind != "overlay" or not re.fullmatch(f"{SOURCE}[0-9a-f]{{64}}([0-9a-f]{{64}})?", source):
+        return point, None
+    settings = {}
+    for option in super_options.split(","):
+        key, _, value = option.partition("=")
+        settings[key] = _unescape(value)
+    return point, Mounted(int(fields[0]), point, source[len(SOURCE) :], frozenset(fields[5].split(",")), settings)
