@@ -34,7 +34,11 @@ options:
       - The directory of the repository. It is made if it does not exist, with its parents. One that exists must be empty or a repository.
       - The default is where C(cfsctl) has its own, V(/sysroot/composefs) for root and V(~/.var/lib/composefs) for any other user.
     type: path
-    aliases: [repository]
+  repository:
+    description:
+      - The same as O(path), which takes precedence, under the name that the other modules of the collection have for it. So one default in
+        C(module_defaults) serves the whole action group.
+    type: path
   state:
     description:
       - What the directory shall be. There is no state that removes a repository; that takes M(ansible.builtin.file) and a decision.
@@ -112,6 +116,17 @@ EXAMPLES = r"""
   composefs.oci.composefs_repository:
     path: ~/.var/lib/composefs
     verity: preferred
+
+- name: Make a repository and pull into it
+  module_defaults:
+    group/composefs.oci.composefs:
+      repository: /var/lib/images
+  block:
+    - name: Make it
+      composefs.oci.composefs_repository:
+    - name: Pull
+      composefs.oci.composefs_image:
+        ref: quay.io/fedora/fedora-minimal:latest
 """
 
 RETURN = r"""
@@ -189,7 +204,8 @@ from ansible_collections.composefs.oci.plugins.module_utils.errors import Engine
 from ansible_collections.composefs.oci.plugins.module_utils.modulehelp import repository_path, run_module
 
 ARGUMENT_SPEC = {
-    "path": {"type": "path", "aliases": ["repository"]},
+    "path": {"type": "path"},
+    "repository": {"type": "path"},
     "state": {"type": "str", "choices": ["present"], "default": "present"},
     "algorithm": {"type": "str", "choices": ["sha512", "sha256"], "default": "sha512"},
     "verity": {"type": "str", "choices": ["required", "preferred", "disabled"], "default": "required"},
@@ -203,7 +219,7 @@ FACTS = ("created", "upgraded", "algorithm", "verity", "verity_supported", "form
 def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
     """Prepare the repository and describe it; ``base`` gets what a failure should still tell."""
     params = module.params
-    path = base["path"] = repository_path(module, "path")
+    path = base["path"] = repository_path(module, "path" if params["path"] else "repository")
     require_account(params["owner"], pwd.getpwnam, "user")
     require_account(params["group"], grp.getgrnam, "group")
     algorithm = fsverity.ALGORITHMS[params["algorithm"]]

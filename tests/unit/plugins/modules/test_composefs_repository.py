@@ -145,8 +145,9 @@ def test_a_legacy_repository_is_upgraded(tmp_path: Path, capsys: pytest.CaptureF
     assert not run(capsys, path=str(tmp_path / "repo"), algorithm="sha256", verity="preferred")["changed"]
 
 
-def test_the_groups_default_for_repository_reaches_this_module_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(capsys, repository=str(tmp_path / "repo"), verity="disabled")["path"] == str(tmp_path / "repo")
+def test_a_groups_default_for_repository_serves_this_module_and_path_goes_before_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, repository=str(tmp_path / "one"), verity="disabled")["path"] == str(tmp_path / "one")
+    assert run(capsys, repository=str(tmp_path / "one"), path=str(tmp_path / "two"), verity="disabled")["path"] == str(tmp_path / "two")
 
 
 def test_documentation_and_argument_spec_say_the_same() -> None:
