@@ -23,6 +23,24 @@ attributes:
     platforms: linux
 """
 
+    # Used as composefs.oci.attributes.info by modules that only look.
+    INFO = r"""
+options: {}
+attributes:
+  check_mode:
+    support: full
+    details:
+      - The module changes nothing anyway.
+  diff_mode:
+    support: N/A
+    details:
+      - The module changes nothing.
+  idempotent:
+    support: N/A
+    details:
+      - The module changes nothing.
+"""
+
     # Used as composefs.oci.attributes.actiongroup_composefs.
     ACTIONGROUP_COMPOSEFS = r"""
 options: {}
