@@ -290,7 +290,7 @@ class ObjectStore:
             name = _temporary_name()
             return _Draft(os.open(name, os.O_CREAT | os.O_EXCL | access | os.O_CLOEXEC, FILE_MODE, dir_fd=self.dirfd), self.dirfd, name)
         except OSError as error:
-            raise from_os_error(error, "Creating an object") from error
+            raise from_os_error(OSError(error.errno, error.strerror), "Creating an object") from error
 
     def _seal_draft(self, draft: _Draft, digest: bytes | None) -> bytes | None:
         """Seal the written file and have the kernel measure it: its digest, which must be ``digest`` if that is given.
