@@ -33,6 +33,7 @@ HINT = "The archive is damaged or holds what no composefs image can hold: have t
 
 PLAIN = frozenset((b"0", b"\0", b"7", b"1", b"2", b"5", b"6"))
 """Types whose header says all there is to say, unless an extension header precedes it."""
+_MAGICS = frozenset((b"ustar\x0000", b"ustar  \0"))
 _EXTENSIONS = frozenset((b"x", b"L", b"K", b"g"))
 _U32 = (1 << 32) - 1
 _U64 = (1 << 64) - 1
@@ -114,7 +115,7 @@ _Fields = tuple[bytes, int, int, int, int, int, bytes, bytes, int, int, bytes]
 def _fields(block: bytes) -> _Fields:
     """Decode a header that may be of any kind, field by field."""
     magic = block[257:265]
-    if magic not in (b"ustar\x0000", b"ustar  \0"):
+    if magic not in _MAGICS:
         magic = b""
     name = block[:100].partition(b"\0")[0]
     if magic == b"ustar\x0000" and block[345]:
@@ -139,7 +140,9 @@ _LENGTH = re.compile(rb"\+?0*([0-9]{1,20}) ")
 _USUAL_TIME = re.compile(rb"([0-9]{1,18})(?:\.([0-9]{0,9})[0-9]*)?")
 _LONG_NAME = re.compile(rb"[^/]{%d,}" % (MAX_NAME + 1))
 _XATTR = b"SCHILY.xattr."
-_UNSIGNED_KEYS = frozenset((b"uid", b"gid", b"size", b"GNU.sparse.offset", b"GNU.sparse.numbytes", b"GNU.sparse.size", b"GNU.sparse.realsize"))
+_SPARSE = b"GNU.sparse."
+_SPARSE_KEYS = (b"offset", b"numbytes", b"size", b"realsize", b"major", b"minor")
+_UNSIGNED_KEYS = frozenset((b"uid", b"gid", b"size", *(_SPARSE + key for key in _SPARSE_KEYS)))
 
 
 def _unsigned(value: bytes, key: bytes) -> int:
@@ -197,13 +200,18 @@ def _time(values: list[bytes]) -> tuple[int, int]:
                 raise InvalidLayer(f"its PAX record 'mtime' is {show(value)}, not a time.", HINT)
         else:
             seconds = _signed(_unsigned(whole, b"mtime"))
+        try:
+            fraction.decode()
+        except UnicodeDecodeError:
+            raise InvalidLayer(f"its PAX record 'mtime' is {show(value)}, not a time.", HINT) from None
     nsec = _nanoseconds(values[0].partition(b".")[2])
     return seconds, 1_000_000_000 - nsec if nsec and values[0][:1] == b"-" else nsec
 
 
 def _check_sparse(records: list[tuple[bytes, bytes]], values: dict[bytes, bytes]) -> None:
     """Refuse the three ways in which PAX headers describe sparse files, whose stored bytes are not their content."""
-    sparse = b"GNU.sparse.map" in values or (values.get(b"GNU.sparse.major") == b"1" and values.get(b"GNU.sparse.minor") == b"0")
+    version = [_unsigned(values[key], key) if key in values else None for key in (b"GNU.sparse.major", b"GNU.sparse.minor")]
+    sparse = version == [1, 0] or b"GNU.sparse.map" in values
     offset = False
     for key, _value in records:
         if key == b"GNU.sparse.offset":
@@ -273,7 +281,7 @@ class Parser:
         self._total = 0
         self._path: bytes | None = None
         self._linkname: bytes | None = None
-        self._records: list[tuple[bytes, bytes]] = []
+        self._pax = b""
 
     def _located(self, error: InvalidLayer) -> InvalidLayer:
         if self._name:
@@ -303,6 +311,10 @@ class Parser:
                 if block_sum(block) != self.expected_sum(block[148:156]):
                     raise _no_header()
                 self._name = block[:100].partition(b"\0")[0]
+                kind = block[156:157]
+                if kind == b"g" or (kind in _EXTENSIONS and block[257:265] in _MAGICS):
+                    self._extension(kind, _number(block[124:136], "size"))  # the other fields of such a header may hold anything
+                    return None
                 return self._special(*_fields(block))
             name, mode, uid, gid, size, mtime, checksum, kind, linkname, magic, major, minor, prefix = match.groups()
             if block_sum(block) != (self.sums.get(checksum) or self.expected_sum(checksum)):
@@ -321,18 +333,13 @@ class Parser:
             raise self._located(error) from None
 
     def payload(self, data: bytes) -> None:
-        """The data of the extension header just parsed. Raises InvalidLayer."""
+        """The data of the extension header just parsed. It is judged with the entry it is for: if a global header drops it, it does not matter."""
         if self._kind == b"x":
-            try:
-                self._records = _records(data)
-            except InvalidLayer as error:
-                raise self._located(error) from None
+            self._pax = data
+        elif self._kind == b"L":
+            self._path = data[:-1] if data[-1:] == b"\0" else data
         else:
-            text = data[:-1] if data[-1:] == b"\0" else data
-            if self._kind == b"L":
-                self._path = text
-            else:
-                self._linkname = text
+            self._linkname = data[:-1] if data[-1:] == b"\0" else data
 
     def _special(
         self,
@@ -347,11 +354,8 @@ class Parser:
         major: int,
         minor: int,
         magic: bytes,
-    ) -> Entry | None:
-        """What a header says that is not plain, or that extensions precede."""
-        if kind == b"g" or (magic and kind in _EXTENSIONS):
-            self._extension(kind, size)
-            return None
+    ) -> Entry:
+        """The entry of a header that is not plain, or that extensions precede."""
         if magic and kind == b"S":
             raise _sparse()
         path = name if self._path is None else self._path
@@ -359,22 +363,23 @@ class Parser:
             linkname = self._linkname
         mtime, nsec = _signed(mtime), 0
         xattrs: dict[bytes, bytes] = {}
-        if self._records:
-            values = dict(self._records)
+        if self._pax:
+            records = _records(self._pax)
+            values = dict(records)
             path = values.get(b"GNU.sparse.name", values.get(b"path", path))
             self._name = path
             times: list[bytes] = []
             sparse = False
-            for key, value in self._records:
+            for key, value in records:
                 if key.startswith(_XATTR):
                     xattrs[key[13:]] = value
                 elif key == b"mtime":
                     times.append(value)
                 elif key in _UNSIGNED_KEYS:
                     _unsigned(value, key)
-                sparse = sparse or key.startswith(b"GNU.sparse.")
+                sparse = sparse or key.startswith(_SPARSE)
             if sparse:
-                _check_sparse(self._records, values)
+                _check_sparse(records, values)
             linkname = values.get(b"linkpath", linkname)
             if b"size" in values:
                 size = _unsigned(values[b"size"], b"size")

@@ -384,6 +384,14 @@ def test_every_number_of_a_header_is_checked(field: str) -> None:
     refused(header(**arguments) + END, f"{field} is '9', not an octal number")
 
 
+@pytest.mark.parametrize("kind", [b"x", b"L", b"K", b"g"])
+def test_of_an_extension_header_only_the_size_counts(kind: bytes) -> None:
+    extension = header(b"", 0, kind, mode=b"9\0", uid=b"x", mtime=b"-1\0", major=b"x", minor=b"y")
+    named = gnu_long(b"name\0") if kind == b"x" else pax((b"path", b"name"))
+    assert only(extension + named + header() + END).path == b"name"
+    refused(header(b"", b"x\0", kind) + header() + END, "size")
+
+
 @pytest.mark.parametrize("magic", [USTAR, GNU])
 def test_device_numbers_are_checked_whatever_the_type_is(magic: bytes) -> None:
     refused(header(magic=magic, major=b"\x80\0\0\0\0\0\0\1") + END, "devmajor")
@@ -504,6 +512,7 @@ def test_global_headers_change_nothing() -> None:
 def test_a_global_header_drops_what_is_pending() -> None:
     data = pax((b"path", b"lost"), (b"size", b"70")) + gnu_long(b"lost\0") + pax(raw=b"", kind=b"g") + header(size=3) + padded(b"abc") + END
     assert only(data)[0:8:7] == (b"file", 3)
+    assert only(pax(raw=b"9 damaged") + pax(raw=b"", kind=b"g") + header() + END).path == b"file"
     assert only(pax((b"path", b"lost")) + pax(raw=b"", kind=b"g") + pax((b"path", b"kept")) + header() + END).path == b"kept"
 
 
@@ -608,7 +617,7 @@ def test_pax_times(values: list[bytes], expected: tuple[int, int]) -> None:
     assert (entry.mtime, entry.mtime_nsec) == expected
 
 
-@pytest.mark.parametrize("value", [b".5", b"-.5", b"-9223372036854775809", b"-9223372036854775808.5", b"0x5"])
+@pytest.mark.parametrize("value", [b".5", b"-.5", b"-9223372036854775809", b"-9223372036854775808.5", b"0x5", b"1.\xff"])
 def test_other_pax_times_are_errors(value: bytes) -> None:
     refused(pax((b"mtime", value)) + header() + END, "mtime")
 
@@ -673,6 +682,7 @@ def test_gnu_sparse_members_are_refused() -> None:
         [(b"GNU.sparse.map", b"0,5")],
         [(b"GNU.sparse.map", b"")],
         [(b"GNU.sparse.offset", b"0"), (b"GNU.sparse.numbytes", b"5")],
+        [(b"GNU.sparse.major", b"+01"), (b"GNU.sparse.minor", b"00")],
         [(b"GNU.sparse.major", b"1"), (b"GNU.sparse.minor", b"0"), (b"GNU.sparse.name", b"real"), (b"GNU.sparse.realsize", b"9")],
     ],
 )
@@ -695,7 +705,7 @@ def test_records_that_make_no_sparse_member_are_ignored(records: list[tuple[byte
     assert only(pax(*records) + header() + END).path == b"file"
 
 
-@pytest.mark.parametrize("key", [b"offset", b"numbytes", b"size", b"realsize"])
+@pytest.mark.parametrize("key", [b"offset", b"numbytes", b"size", b"realsize", b"major", b"minor"])
 def test_sparse_numbers_must_be_numbers_even_so(key: bytes) -> None:
     refused(pax((b"GNU.sparse." + key, b"x")) + header() + END, "GNU.sparse")
 
