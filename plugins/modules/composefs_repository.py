@@ -83,9 +83,6 @@ notes:
   - For ext4, fs-verity must be switched on once with C(tune2fs -O verity). The role P(composefs.oci.repository#role) wraps this module.
 seealso:
   - module: composefs.oci.composefs_image
-  - plugin: composefs.oci.repository
-    plugin_type: role
-    description: Prepares hosts through this module.
   - name: Linux kernel, fs-verity
     description: What file systems need for fs-verity.
     link: https://docs.kernel.org/filesystems/fsverity.html
