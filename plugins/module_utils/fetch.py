@@ -263,7 +263,7 @@ class Fetcher:
                     job = todo.get_nowait()
                 except queue.Empty:
                     return
-                with doing(f"importing layer {job.spec.diff_id} of {job.reference}"):
+                with doing(f"importing layer {job.spec.diff_id} of {job.reference.original}"):
                     result = self._persistently(worker, job)
                     self._publish(job, result)
                 self.results[job.stream] = result

@@ -50,7 +50,9 @@ class Layer:
     @property
     def compression(self) -> str | None:
         """How the source is compressed; None for a blob that is no tar."""
-        return oci.layer_compression(self.source.media_type)
+        compression = oci.layer_compression(self.source.media_type)
+        # docker-archive: calls its plain tars gzip. The digest does not lie: a blob that has the tar's digest is the tar.
+        return "none" if compression is not None and self.source.digest == self.diff_id else compression
 
 
 @dataclasses.dataclass
@@ -131,7 +133,11 @@ def look_up(repository: Repository, request: Request, reference: Reference, sess
     sources = session.layer_sources(reference, manifest)
     for blob, source, diff_id in zip(manifest.layers, sources, _diff_ids(manifest, config)):
         stream = documents.LAYER + diff_id
-        stored = proved_layer(repository, stream, diff_id, config is not None, record, plan.warnings)
+        candidate = repository.stream(stream)
+        if config is None and manifest_document is not None:
+            # The stream's name may meanwhile lead to a container's split tar of the same bytes; what the artifact has is still right.
+            candidate = manifest_document.refs.get(diff_id, candidate)
+        stored = proved_layer(repository, candidate, diff_id, config is not None, record, plan.warnings)
         plan.layers.append(Layer(blob, diff_id, stream, source, stored))
     return plan
 
@@ -197,15 +203,15 @@ def _check_digest(request: Request, digest: str, registry_digest: str, index_dig
         )
 
 
-def proved_layer(repository: Repository, stream: str, diff_id: str, tar: bool, record: bool, warnings: list[str]) -> bytes | None:
-    """The object digest of the layer stream, if it is there and its content is what its name says; None if it must be fetched.
+def proved_layer(repository: Repository, stored: bytes | None, diff_id: str, tar: bool, record: bool, warnings: list[str]) -> bytes | None:
+    """``stored``, the object digest of a layer stream, if it is there and its content is what it is named after; None if it must be fetched.
 
     A stream that this engine registered, or once proved, is remembered as trusted together with its object digest. Any other may have been
     put there by a tool that never compared it with the diff_id, for an image that lied: its tar is hashed once before it is believed.
     """
-    stored = repository.stream(stream)
     if stored is None or not repository.objects.contains(stored):
         return None
+    stream = documents.LAYER + diff_id
     try:
         # An artifact's layer is a raw blob, but the same bytes stored as a layer serve as well; a container needs a split tar.
         with repository.open_object_stream(stored, splitstream.LAYER if tar else None) as opened:
