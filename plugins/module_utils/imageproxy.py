@@ -45,7 +45,7 @@ from .errors import (
     UnsupportedMediaType,
 )
 from .oci import MAX_CONFIG, MAX_LAYERS, MAX_MANIFEST, MAX_SIZE, Descriptor, Reference, digest_of, is_digest, load_json
-from .skopeo import INSTALL, Child, check_unenforced_policy, classify, command, readable, scrub
+from .skopeo import INSTALL, Child, check_unenforced_policy, classify, command, passing, readable, scrub
 from .skopeo import ProxyOptions as ProxyOptions
 
 REQUEST = 32768  # the longest request that skopeo reads
@@ -113,7 +113,7 @@ class ImageProxy:
             raise
 
     def _initialize(self) -> None:
-        value = self._call("Initialize").value
+        value = self._call("Initialize", what="Starting skopeo").value
         match = re.match(r"(\d{1,6})\.(\d{1,6})\.(\d{1,6})", value) if isinstance(value, str) else None
         if match is None:
             self._violated("Initialize", f"the version {value!r:.100}")
@@ -242,7 +242,7 @@ class ImageProxy:
                 self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """End skopeo, by force if it does not go by itself within a second, and release everything."""
+        """End skopeo, by force if it does not go by itself within half a second, and release everything."""
         orderly = not self._broken
         self._broken = self._broken or "it was closed"
         if self._socket is not None:
@@ -250,7 +250,7 @@ class ImageProxy:
                 self._socket.shutdown(socket.SHUT_RDWR)
         if self._child is not None:
             if orderly:
-                self._child.wait(1.0)
+                self._child.wait(0.5)
             self._child.close()
         with self._lock:
             if self._socket is not None:
@@ -316,7 +316,7 @@ class ImageProxy:
 
     def _send(self, method: str, args: Sequence[object], what: str) -> None:
         if self._socket is None or self._broken:
-            raise ProxyFailed(f"{what}: skopeo is not running, {self._broken or 'it was not started'}.", "Run the task again.")
+            raise passing(ProxyFailed(f"{what}: skopeo is not running, {self._broken or 'it was not started'}.", "Run the task again."))
         request = json.dumps({"method": method, "args": list(args)}).encode()
         if len(request) > REQUEST:
             raise InvalidReference(f"{what}: the request is too long for skopeo.", "Use a shorter reference.")
@@ -385,7 +385,7 @@ class ImageProxy:
         words = "" if child is None else child.words()
         self.kill("it has ended")
         if stopped:
-            raise ProxyFailed(f"{what}: skopeo is gone, {stopped}.", "Run the task again.")
+            raise passing(ProxyFailed(f"{what}: skopeo is gone, {stopped}.", "Run the task again."))
         how = "closed the connection" if status is None else f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         said = f": {scrub(self.options, words).rstrip('.')}." if words else "."
         if method == "Initialize":
@@ -393,7 +393,7 @@ class ImageProxy:
             if words and isinstance(error, (AuthFailed, PolicyRejected, SkopeoMissing)):
                 raise error
             raise ProxyFailed(f"Starting skopeo: it {how}{said}", "Check that the option executable names skopeo.")
-        raise ProxyFailed(f"{what}: skopeo {how}{said}", "Run the task again.")
+        raise passing(ProxyFailed(f"{what}: skopeo {how}{said}", "Run the task again."))
 
 
 def _descriptors(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:

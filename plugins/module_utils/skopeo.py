@@ -25,7 +25,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import (
     AuthFailed,
@@ -46,6 +46,8 @@ from .errors import (
     UnsupportedMediaType,
 )
 from .oci import MAX_MANIFEST, Platform, Reference, digest_of, load_json
+
+_E = TypeVar("_E", bound=EngineError)
 
 INSTALL = "Install skopeo 1.6 or later (the role composefs.oci.skopeo does), or name it with the option executable."
 _MAX_LOG = 256 * 1024
@@ -272,7 +274,7 @@ def skopeo_version(executable: Sequence[str] = ("skopeo",), timeout: float = 20.
         output = child.output(65536, time.monotonic() + timeout, "Asking skopeo for its version").decode("utf-8", "replace")
     finally:
         child.close()
-    match = re.search(r"version v?(\d+(?:\.\d+)*\S{0,40})", output)
+    match = re.search(r"skopeo version v?(\d+(?:\.\d+)*\S{0,40})", output)
     if match is None:
         raise ProxyFailed(f"{executable[0]!r} does not tell its version as skopeo does: {output!r:.100}.", INSTALL)
     return match.group(1)
@@ -438,12 +440,14 @@ def unwrap_log(log: bytes) -> str:
 
 def _shorten(text: str) -> str:
     """The beginning and the end, where Go puts what was done and what was the cause: a registry can make skopeo say any amount."""
-    return text if len(text) <= 4096 else f"{text[:2048]} … {text[-2048:]}"
+    if len(text) <= _MAX_WORDS:
+        return text
+    # The end starts at a word, lest it be the rest of an address whose secret part can no longer be recognised.
+    return f"{text[: _MAX_WORDS // 2]} … {text[-_MAX_WORDS // 2 :].partition(' ')[2]}"
 
 
 def scrub(options: ProxyOptions, text: str) -> str:
     """``text`` for a message: one line, bounded, without control characters and without secrets."""
-    text = _shorten(text)
     username, password = options.username or "", options.password or ""
     if password:
         from urllib.parse import quote, quote_plus
@@ -452,13 +456,13 @@ def scrub(options: ProxyOptions, text: str) -> str:
         coded = password.encode("utf-8", "surrogateescape")
         for secret in sorted({token, password, quote(coded, safe=""), quote_plus(coded)}, key=len, reverse=True):
             text = text.replace(secret, "***")
+    text = _shorten(text)
     # Whatever else may carry some: user information and the query of an address (signed addresses), and authorization headers.
     text = re.sub(r"(?<=://)[^/\s\"'@]*@", "***@", text)
     text = re.sub(r"(://[^\s\"'?]*)\?[^\s\"']*", r"\1?***", text)
     text = re.sub(r"(?i)\b(bearer|basic) +[A-Za-z0-9+/=._~-]{8,}", r"\1 ***", text)
     text = "".join(character if character.isprintable() else " " for character in text)
-    text = re.sub(r" {2,}", " ", text).strip()
-    return text if len(text) <= _MAX_WORDS else text[:_MAX_WORDS] + "…"
+    return re.sub(r" {2,}", " ", text).strip()
 
 
 def classify(options: ProxyOptions, what: str, words: str, code: object = None) -> EngineError:
@@ -478,6 +482,12 @@ def classify(options: ProxyOptions, what: str, words: str, code: object = None) 
     return kind(f"{what}: skopeo says: {quoted}{'' if quoted[-1] in '?!…' else '.'}", hint)
 
 
+def passing(error: _E) -> _E:
+    """Mark an error as one that a new proxy may not meet: its attribute ``retryable`` becomes true."""
+    error.__dict__["retryable"] = True
+    return error
+
+
 def is_retryable(error: EngineError) -> bool:
     """Whether the same request, of a new proxy if need be, may succeed a little later."""
-    return isinstance(error, (RegistryUnreachable, Stalled, ProxyFailed, DigestMismatch))
+    return isinstance(error, (RegistryUnreachable, Stalled)) or bool(getattr(error, "retryable", False))
