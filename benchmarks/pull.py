@@ -34,7 +34,7 @@ def pull(options: argparse.Namespace) -> list[dict[str, Any]]:
     sink = progress.TerminalSink(sys.stderr) if options.progress else None
     listener = progress.Progress(sink)
     proxy = ProxyOptions(executable=tuple(options.skopeo.split()))
-    settings = pull.Options(proxy=proxy, parallel=options.parallel, erofs=not options.no_erofs)
+    settings = pull.Options(proxy=proxy, parallel=options.parallel)
     with repository.Repository.open(options.repository, write=True) as opened:
         outcomes = pull.pull_images(opened, [plan.Request(ref=options.reference, name=options.name or options.reference)], settings, listener)
         listener.close()
@@ -48,7 +48,6 @@ def main() -> int:
     parser.add_argument("name", nargs="?")
     parser.add_argument("--parallel", type=int, default=0)
     parser.add_argument("--skopeo", default="skopeo")
-    parser.add_argument("--no-erofs", action="store_true", help="do not build the EROFS image")
     parser.add_argument("--progress", action="store_true")
     parser.add_argument("--profile")
     options = parser.parse_args()

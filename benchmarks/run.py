@@ -125,6 +125,10 @@ def measure(command: Sequence[str], environment: dict[str, str], log: pathlib.Pa
     return Measured(*json.loads(done.stdout))
 
 
+class Failed(Exception):
+    """A tool could not pull an image; the text holds its last words."""
+
+
 class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -189,7 +193,7 @@ class Bench:
         for _ in range(2):
             result = measure(self.command(tool, repository, reference), self.environment, self.log)
             if result.status:
-                raise SystemExit(f"{tool} failed to pull {name}; the end of {self.log}:\n{self.log.read_text(errors='replace')[-2000:]}")
+                raise Failed(f"{tool} failed to pull {name}; the end of {self.log}:\n{self.log.read_text(errors='replace')[-2000:]}")
             both.append(result)
             os.sync()
         return both[0], both[1]
@@ -253,13 +257,19 @@ def main() -> int:
     lines = [_machine(options), ""]
     full: dict[tuple[str, str], list[Measured]] = {}
     again: dict[tuple[str, str], list[Measured]] = {}
+    failures: list[str] = []
     try:
         bench.start()
         for name in names:
             reference = bench.offer(name)
             for turn in range(options.repeat):
                 for tool in tools if turn % 2 == 0 else tools[::-1]:
-                    first, second = bench.once(tool, name, reference)
+                    try:
+                        first, second = bench.once(tool, name, reference)
+                    except Failed as error:
+                        print(error, file=sys.stderr)
+                        failures.append(f"- {name}: {tool} failed")
+                        continue
                     full.setdefault((name, tool), []).append(first)
                     again.setdefault((name, tool), []).append(second)
                     print(
@@ -278,10 +288,12 @@ def main() -> int:
         lines += [_row(name, tool, values) for (name, tool), values in results.items()]
         if "cfsctl" in tools and "engine" in tools:
             lines += ["", "Engine / cfsctl:", "", "| image | wall (median) | wall (best) | processor | peak |", "|---|---|---|---|---|"]
-            lines += [_ratio(name, results[name, "engine"], results[name, "cfsctl"]) for name in names]
+            lines += [
+                _ratio(name, results[name, "engine"], results[name, "cfsctl"]) for name in names if (name, "engine") in results and (name, "cfsctl") in results
+            ]
         lines.append("")
     summaries = [f"- {name}: {(options.images / name / 'summary').read_text().strip()}" for name in names if (options.images / name / "summary").exists()]
-    text = "\n".join([*lines, *summaries]) + "\n"
+    text = "\n".join([*lines, *summaries, *failures]) + "\n"
     print(text)
     if options.write:
         options.write.parent.mkdir(parents=True, exist_ok=True)
