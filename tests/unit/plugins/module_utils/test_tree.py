@@ -394,14 +394,9 @@ def test_a_file_whose_other_name_was_in_run_has_one_link() -> None:
 
 
 def test_extended_attributes_are_filtered() -> None:
-    everything = {
-        b"security.capability": b"\1\0=\n",
-        b"security.selinux": b"s",
-        b"user.k": b"v",
-        b"trusted.x": b"t",
-        b"system.posix_acl_access": b"a",
-        b"userx": b"",
-    }
+    capability = {b"security.capability": b"\1\0=\n"}
+    others = {b"security.selinux": b"s", b"trusted.x": b"t", b"system.posix_acl_access": b"a", b"userx": b""}
+    everything = {**capability, **others, b"user.k": b"v"}
     items = [folder("usr", xattrs=everything), item("a", xattrs=everything), item("b", b"1", None, "a"), item("c", xattrs={b"user.only": b""})]
     found = paths(build(items))
     assert {path: node.stat.xattrs for path, node in found.items()} == {
