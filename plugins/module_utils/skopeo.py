@@ -383,7 +383,7 @@ _MEANINGS = (
         "Name the directory with the authority's certificate with ca_cert_dir, or set validate_certs to false.",
     ),
     _means(
-        r"unauthorized|authentication required|(?<!permission )\bdenied\b|status(?:code)?: 40[13]\b"
+        r"unauthorized|authentication required|(?<!permission )\bdenied\b|status ?(?:code)?(?: from registry)?:? 40[13]\b"
         r"|getting username and password|authentication file|auth ?file",
         AuthFailed,
         "Give username and password, or auth_file, of an account that may read the image. Some registries answer so for images that do not exist.",
@@ -394,7 +394,7 @@ _MEANINGS = (
         "There are several images: name one of them after the path, separated by a colon.",
     ),
     _means(
-        r"manifest unknown|name unknown|blob unknown|unknown blob|status(?:code)?: 404\b|no such file or directory|no descriptor found|not found|no such image"
+        r"manifest unknown|name unknown|blob unknown|unknown blob|status ?(?:code)?(?: from registry)?:? 404\b|no such file or directory|no descriptor found|not found|no such image"
         r"|does not exist|does not resolve to an image|is not an image",
         ImageNotFound,
         "Check the name, the tag and the path.",
@@ -404,7 +404,7 @@ _MEANINGS = (
     _means(r"permission denied|operation not permitted", PermissionDenied, "Run as a user that may read it, for example with become."),
     _means(
         r"connection re(?:fused|set)|no such host|time-?out|timed out|deadline exceeded|unreachable|no route to host|\beof\b|too ?many ?requests"
-        r"|status(?:code)?: (?:408|429|5\d\d)\b|temporary failure|server misbehaving|broken pipe|proxyconnect|stream error|http2: "
+        r"|status ?(?:code)?(?: from registry)?:? (?:408|429|5\d\d)\b|temporary failure|server misbehaving|broken pipe|proxyconnect|stream error|http2: "
         r"|goaway|server closed|cannot connect",
         RegistryUnreachable,
         "Check the network and the registry, and try again later.",
