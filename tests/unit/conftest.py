@@ -20,7 +20,7 @@ def _provide_collection() -> None:
     try:
         if importlib.util.find_spec(name) is not None:
             return
-    except ModuleNotFoundError:
+    except (ModuleNotFoundError, ValueError):
         pass
     paths: dict[str, list[str]] = {
         "ansible_collections": [],
