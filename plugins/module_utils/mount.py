@@ -19,13 +19,13 @@ import ctypes
 import errno
 import fcntl
 import os
-import re
 import struct
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from .errors import Busy, MountFailed, PermissionDenied
+from .errors import Busy, EngineError, MountFailed, PermissionDenied, from_os_error
+from .mountinfo import SOURCE
 
 _FSOPEN, _FSCONFIG, _FSMOUNT, _MOVE_MOUNT = 430, 431, 432, 429
 _SET_FLAG, _SET_STRING, _SET_FD, _CMD_CREATE = 0, 1, 5, 6
@@ -37,7 +37,7 @@ _MNT_DETACH = 2
 _UMOUNT_NOFOLLOW = 8
 _RDONLY = 0x1
 
-# Options of a mount point that an operator may ask for (mount_setattr(2)); everything else goes to the overlay file system itself.
+# Options of a mount point that an operator may ask for (mount_setattr(2)); others go to the overlay file system itself.
 ATTRIBUTES = {
     "nosuid": 0x2,
     "nodev": 0x4,
@@ -47,31 +47,10 @@ ATTRIBUTES = {
     "nodiratime": 0x80,
     "nosymfollow": 0x200000,
 }
-OVERLAY_OPTIONS = ("volatile", "userxattr", "index", "xino", "nfs_export", "uuid")
-SOURCE = "composefs:"
 
 _LOOP_CTL_GET_FREE = 0x4C82
 _LOOP_CONFIGURE = 0x4C0A
 _LOOP_READ_ONLY, _LOOP_AUTOCLEAR, _LOOP_DIRECT_IO = 1, 4, 16
-
-
-class Mounted(NamedTuple):
-    """One line of mountinfo(5) that is a composefs mount."""
-
-    mount_id: int
-    path: str
-    image_id: str
-    options: frozenset[str]
-    settings: dict[str, str]
-
-    @property
-    def verity(self) -> bool:
-        """Whether the overlay insists on fs-verity for every object."""
-        return self.settings.get("verity") == "require"
-
-    @property
-    def read_only(self) -> bool:
-        return "ro" in self.options
 
 
 class Request(NamedTuple):
@@ -179,6 +158,8 @@ def mount(request: Request, path: str, beneath: bool = False) -> None:
             kernel.call(f"attaching to {target}", _MOVE_MOUNT, overlay, b"", _AT_FDCWD, os.fsencode(target), flags)
     except _KernelRefused as refusal:
         raise _explain(refusal, request, target) from refusal
+    except OSError as error:
+        raise from_os_error(error, f"Mounting the image {request.image_id} at {target}") from error
 
 
 def replace(request: Request, path: str) -> None:
@@ -304,11 +285,12 @@ def _overlay(kernel: _Kernel, request: Request) -> _Context:
         if request.verity:
             context.string("verity", "require")
         if request.upperdir:
-            context.string("upperdir", request.upperdir)
-            context.string("workdir", request.workdir or "")
+            # The kernel takes a backslash in these two for an escape.
+            context.string("upperdir", request.upperdir.replace("\\", "\\\\"))
+            context.string("workdir", (request.workdir or "").replace("\\", "\\\\"))
         for option in request.options:
             key, separator, value = option.partition("=")
-            if key in ATTRIBUTES or option in ("ro", "rw"):
+            if key in ATTRIBUTES or option == "ro":
                 continue
             if separator:
                 context.string(key, value)
@@ -339,68 +321,23 @@ def _attached(kernel: _Kernel, erofs: int) -> Iterator[str]:
         os.rmdir(helper)
 
 
-def _explain(refusal: _KernelRefused, request: Request, target: str) -> MountFailed | PermissionDenied | Busy:
+def _explain(refusal: _KernelRefused, request: Request, target: str) -> EngineError:
     words = f" The kernel says: {refusal.words}." if refusal.words else ""
     text = f"Mounting the image {request.image_id} at {target} failed when {refusal.step}: {os.strerror(refusal.errno)}.{words}"
     if refusal.errno in (errno.EPERM, errno.EACCES):
         return PermissionDenied(text, "Mounting needs the capability CAP_SYS_ADMIN in the initial user namespace: run as root, for example with become.")
     if refusal.errno == errno.EBUSY:
-        return Busy(text, "The upper or work directory may be in use by another mount.")
+        return Busy(text, "Loop devices, or the upper or work directory, may be in use by others.")
+    if refusal.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+        return MountFailed(text, "Make the directory that is missing.")
     if refusal.errno in (errno.ENODEV, errno.ENOSYS):
         return MountFailed(text, "The kernel lacks EROFS or overlay, or is older than 5.2; load the modules or update it.")
+    if refusal.errno == errno.EINVAL and request.workdir and os.path.isdir(f"{request.workdir}/work/incompat/volatile"):
+        return MountFailed(text, f"The last mount with {request.workdir} was volatile, so what is there may be torn: empty the upper and the work directory.")
     if refusal.errno == errno.EINVAL and refusal.step != "creating the erofs":
         return MountFailed(
-            text, "Kernels before 6.5 cannot mount composefs images, and before 6.6 not with verity; file systems without d_type cannot hold objects."
+            text,
+            "Kernels before 6.5 cannot mount composefs images, and before 6.6 not with verity; file systems without d_type, or overlays, cannot hold "
+            "objects. The kernel's log may say more.",
         )
     return MountFailed(text)
-
-
-# -- what is mounted
-
-
-def mounted_at(path: str) -> Mounted | None:
-    """The composefs mount that ``path`` shows, None if it shows none (another file system on top counts as none)."""
-    target = os.path.realpath(path)
-    found: Mounted | None = None
-    for line in _mountinfo():
-        point, mounted = _parse(line)
-        if point == target:
-            found = mounted
-    return found
-
-
-def composefs_mounts() -> list[Mounted]:
-    """All composefs mounts of this mount namespace, in the order in which they were made."""
-    return [mounted for _point, mounted in map(_parse, _mountinfo()) if mounted is not None]
-
-
-def is_mount_point(path: str) -> bool:
-    """Whether anything is mounted exactly at ``path``."""
-    target = os.path.realpath(path)
-    return any(_parse(line)[0] == target for line in _mountinfo())
-
-
-def _mountinfo() -> list[str]:
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        return file.read().splitlines()
-
-
-def _unescape(text: str) -> str:
-    raw = re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), text.encode("utf-8", "surrogateescape"))
-    return os.fsdecode(raw)
-
-
-def _parse(line: str) -> tuple[str, Mounted | None]:
-    """Mount point of a line of mountinfo(5), and the composefs mount it is, if it is one."""
-    before, _, after = line.partition(" - ")
-    fields = before.split(" ")
-    kind, source, super_options = (*after.split(" "), "", "", "")[:3]
-    point = _unescape(fields[4])
-    source = _unescape(source)
-    if kind != "overlay" or not re.fullmatch(f"{SOURCE}[0-9a-f]{{64}}([0-9a-f]{{64}})?", source):
-        return point, None
-    settings = {}
-    for option in super_options.split(","):
-        key, _, value = option.partition("=")
-        settings[key] = _unescape(value)
-    return point, Mounted(int(fields[0]), point, source[len(SOURCE) :], frozenset(fields[5].split(",")), settings)

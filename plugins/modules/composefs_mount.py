@@ -1,0 +1,299 @@
+#!/usr/bin/python
+# Copyright (c) composefs.oci contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: composefs_mount
+short_description: Mount images of a composefs repository
+version_added: 0.1.0
+author:
+  - composefs.oci contributors (@composefs)
+description:
+  - Mounts an image of a composefs repository as a directory tree, takes it away, or puts another image in its place.
+  - The mount is an overlay of the EROFS image, which holds the tree and all metadata, and the objects of the repository, which hold the content. In a
+    repository that is protected by fs-verity the kernel checks every byte at every read.
+  - Only images that the repository lists may be mounted. An image is measured first, and the very file that was measured is mounted.
+  - Neither C(cfsctl) nor C(mount.composefs) is needed. Mounts that they made are recognised, and they recognise those of this module.
+extends_documentation_fragment:
+  - composefs.oci.attributes
+  - composefs.oci.attributes.actiongroup_composefs
+  - composefs.oci.repository
+attributes:
+  check_mode:
+    support: full
+    details:
+      - The image is looked up and measured in check mode, too. What only the kernel can tell, for example that a file is in use, is not foreseen.
+  diff_mode:
+    support: full
+  idempotent:
+    support: full
+    details:
+      - Judged by what is mounted there, which is the image, fs-verity, the upper and work directory and the options.
+options:
+  image:
+    description:
+      - The image as a name in the repository, as the digest of its manifest (V(sha256:) and 64 hexadecimal digits), or as an image id, the fs-verity digest
+        of the EROFS image in hexadecimal digits.
+      - Required with O(state=mounted) and O(state=remounted).
+    type: str
+  path:
+    description:
+      - Where to mount. The directory is made with the mode V(0755) if it does not exist, and stays when the image is unmounted.
+    type: path
+    required: true
+  state:
+    description:
+      - V(mounted) mounts the image unless exactly that is mounted. Where another image, the same one in another way, or another file system is
+        mounted, it fails with RV(error=busy).
+      - V(remounted) is like V(mounted), but puts the image in the place of another one. At no moment is there neither. Whoever has files of the old
+        image open may read on.
+      - V(unmounted) removes all composefs images that are mounted at O(path), and fails with RV(error=busy) while they are in use. Other file systems are left
+        alone.
+    type: str
+    choices: [mounted, remounted, unmounted]
+    default: mounted
+  verity:
+    description:
+      - Whether the kernel shall insist on fs-verity for the content of every file.
+      - V(required) fails with RV(error=incompatible_repository) if the repository is not protected by fs-verity.
+      - V(preferred) insists on it if the repository is protected, as C(cfsctl) does.
+      - V(disabled) never insists. The image itself is measured nevertheless.
+    type: str
+    choices: [required, preferred, disabled]
+    default: preferred
+  bootable:
+    description:
+      - Mount the variant of the image that was made to boot from. It has no meaning if O(image) is an image id.
+    type: bool
+    default: false
+  upperdir:
+    description:
+      - A directory that takes all changes, so that the mount can be written. It is made if it does not exist. Requires O(workdir).
+      - Its own owner and permissions are those of the root directory of the mount.
+      - Changes made on top of one image need not fit another, so O(state=remounted) refuses to take over the directory of the mount that it replaces.
+    type: path
+  workdir:
+    description:
+      - An empty directory on the file system of O(upperdir), for the kernel's own use. It is made if it does not exist.
+    type: path
+  opts:
+    description:
+      - Mount options. V(nodev), V(noexec), V(nosuid), V(nosymfollow), V(noatime), V(nodiratime), V(strictatime) and V(ro) as in C(mount(8)).
+      - V(volatile) makes a writable mount that is faster and does not survive a crash.
+      - V(context=), V(fscontext=), V(defcontext=) and V(rootcontext=) with an SELinux context.
+    type: list
+    elements: str
+    default: []
+  persistent:
+    description:
+      - Whether the mount shall come back when the host boots. A unit of systemd is written and enabled for it, which runs a small Python program with
+        the interpreter of this task. It mounts exactly the image that is mounted now, and fails if that is not there any more or damaged.
+      - A unit that exists is removed if this is V(false) and with O(state=unmounted).
+    type: bool
+    default: false
+notes:
+  - Mounting needs root, more exactly the capability C(CAP_SYS_ADMIN) in the initial user namespace.
+  - Linux 6.5 or later is needed, 6.6 for fs-verity. Before 6.12 each image takes a loop device.
+  - A repository on an overlay file system, such as in most containers, cannot be mounted from.
+  - Services that use a persistent mount should be ordered after its unit, RV(unit).
+seealso:
+  - module: composefs.oci.composefs_image
+  - module: composefs.oci.composefs_repository
+"""
+
+EXAMPLES = r"""
+- name: Pull an image
+  become: true
+  composefs.oci.composefs_image:
+    ref: docker://quay.io/fedora/fedora-minimal:latest
+    name: app
+
+- name: Mount it, now and at every boot
+  become: true
+  composefs.oci.composefs_mount:
+    image: app
+    path: /srv/app
+    opts: [nodev, nosuid]
+    persistent: true
+
+- name: Put the newest version in the place of the old one without a gap
+  become: true
+  composefs.oci.composefs_mount:
+    image: app
+    path: /srv/app
+    opts: [nodev, nosuid]
+    persistent: true
+    state: remounted
+  register: mounted
+
+- name: Tell services about it
+  ansible.builtin.debug:
+    msg: "Was {{ mounted.previous_image_id }}, is {{ mounted.image_id }}"
+  when: mounted is changed
+
+- name: Mount a certain image that can be written
+  become: true
+  composefs.oci.composefs_mount:
+    image: 14a26c957c84f6eb774b91205476adc13196c7c33b9dd97d08d43725ecb90b63
+    path: /srv/build
+    verity: required
+    upperdir: /var/tmp/build/upper
+    workdir: /var/tmp/build/work
+
+- name: Unmount it
+  become: true
+  composefs.oci.composefs_mount:
+    path: /srv/build
+    state: unmounted
+"""
+
+RETURN = r"""
+image_id:
+  description:
+    - The image that is mounted at the end of the task, or in check mode would be. V(null) if none is.
+  returned: always
+  type: str
+  sample: 14a26c957c84f6eb774b91205476adc13196c7c33b9dd97d08d43725ecb90b63
+previous_image_id:
+  description: The image that was mounted at the beginning of the task. V(null) if none was.
+  returned: always
+  type: str
+  sample: d420e43bad636447d75750346d609a28b041a776d8232a701f5a238fefc747f4
+path:
+  description: The absolute path of the mount.
+  returned: always
+  type: str
+  sample: /srv/app
+repository:
+  description: The path of the repository.
+  returned: always
+  type: str
+  sample: /sysroot/composefs
+mounted:
+  description: Whether a composefs image is mounted at the end of the task, or in check mode would be.
+  returned: always
+  type: bool
+  sample: true
+verity:
+  description: Whether the kernel insists on fs-verity for the content of every file. V(null) if no image is mounted.
+  returned: always
+  type: bool
+  sample: true
+unit:
+  description: The unit of systemd that brings the mount back at boot. V(null) if there is none.
+  returned: always
+  type: str
+  sample: composefs-oci-srv-app.service
+error:
+  description:
+    - What went wrong, as a stable code for conditions in playbooks. The collection's documentation lists all codes.
+    - For example V(busy), V(image_not_found), V(mount_failed), V(permission_denied), V(repository_damaged) or V(incompatible_repository).
+  returned: on failure
+  type: str
+  sample: busy
+"""
+
+import os
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+
+from ansible_collections.composefs.oci.plugins.module_utils import mountinfo, mounts, mountunit
+from ansible_collections.composefs.oci.plugins.module_utils.modulehelp import repository_path, run_module
+from ansible_collections.composefs.oci.plugins.module_utils.repository import Repository
+
+ARGUMENT_SPEC = {
+    "image": {"type": "str"},
+    "path": {"type": "path", "required": True},
+    "repository": {"type": "path"},
+    "state": {"type": "str", "choices": ["mounted", "remounted", "unmounted"], "default": "mounted"},
+    "verity": {"type": "str", "choices": ["required", "preferred", "disabled"], "default": "preferred"},
+    "bootable": {"type": "bool", "default": False},
+    "upperdir": {"type": "path"},
+    "workdir": {"type": "path"},
+    "opts": {"type": "list", "elements": "str", "default": []},
+    "persistent": {"type": "bool", "default": False},
+}
+
+
+def tell(base: dict[str, Any], there: mountinfo.Mounted | mounts.Target | None) -> None:
+    """Note in ``base`` what is mounted, so that also a failure tells it."""
+    image_id = there.image_id if there else None
+    base.update(image_id=image_id, mounted=image_id is not None, verity=there.verity if there and image_id else None)
+
+
+def side(image_id: str | None, verity: bool | None, read_only: bool | None, upperdir: str | None, unit: str | None) -> dict[str, Any]:
+    """One side of the difference that ``--diff`` shows."""
+    mounted = {"image_id": image_id, "verity": verity, "read_only": read_only, "upperdir": upperdir} if image_id else None
+    return {"mounted": mounted, "unit": unit.splitlines() if unit else None}
+
+
+def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
+    """Do what the task says; ``base`` gets what a failure should still tell."""
+    params = module.params
+    check = module.check_mode
+    path = base["path"] = os.path.abspath(os.path.expanduser(params["path"]))
+    base["repository"] = repository_path(module)
+    real = os.path.realpath(path)
+    there = mountinfo.at(real)
+    tell(base, there)
+    base["previous_image_id"] = base["image_id"]
+    old_unit = mountunit.current(real)
+    base["unit"] = mountunit.unit_name(real) if old_unit is not None else None
+    before = side(base["image_id"], base["verity"], there and there.read_only, there and there.directory("upperdir"), old_unit)
+
+    def command(words: list[str]) -> tuple[int, str, str]:
+        return module.run_command(words, handle_exceptions=False)
+
+    new_unit = None
+    if params["state"] == "unmounted":
+        outcome = mounts.ensure_unmounted(real, check)
+    else:
+        wish = mounts.Wish(
+            image=params["image"],
+            path=real,
+            verity=params["verity"],
+            upperdir=params["upperdir"],
+            workdir=params["workdir"],
+            options=params["opts"],
+            bootable=params["bootable"],
+            replace=params["state"] == "remounted",
+        )
+        with Repository.open(base["repository"]) as repository:
+            if params["persistent"]:
+                # What no unit can hold is refused before anything is mounted.
+                new_unit = mountunit.unit_text(mounts.decide(repository, wish), os.path.realpath(repository.path))
+            outcome = mounts.ensure_mounted(repository, wish, check)
+    target = outcome.target
+    tell(base, target)
+    base["changed"] = outcome.changed
+    if outcome.changed and not check:
+        module.log(f"At {path} the image {base['image_id']} is mounted now (was {base['previous_image_id']})")
+    if target and params["persistent"]:
+        base["changed"] |= mountunit.ensure(target, os.path.realpath(base["repository"]), command, check)
+        base["unit"] = mountunit.unit_name(real)
+    else:
+        base["changed"] |= mountunit.remove(real, command, check, stop=target is None)
+        base["unit"] = None
+    after = side(base["image_id"], base["verity"], target and target.read_only, target and target.upperdir, new_unit)
+    return {"diff": {"before": before, "after": after}} if module._diff else {}
+
+
+def main() -> None:
+    """Entry point of the module."""
+    module = AnsibleModule(
+        argument_spec=ARGUMENT_SPEC,
+        required_if=[("state", "mounted", ["image"]), ("state", "remounted", ["image"])],
+        required_together=[("upperdir", "workdir")],
+        supports_check_mode=True,
+    )
+    keys = ("image_id", "previous_image_id", "path", "repository", "verity", "unit")
+    base: dict[str, Any] = {"changed": False, "mounted": False, **dict.fromkeys(keys)}
+    run_module(module, lambda module: run(module, base), base)
+
+
+if __name__ == "__main__":
+    main()
