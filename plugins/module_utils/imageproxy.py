@@ -160,8 +160,7 @@ class ImageProxy:
         what = f"blob {descriptor.digest} of {self.reference.text}"
         if descriptor.size > limit:
             raise InvalidDocument(f"The {what} has {descriptor.size} bytes; at most {limit} are taken.")
-        value, data = self._document("GetBlob", (image, descriptor.digest, descriptor.size), limit, what)
-        _check_announced(value, descriptor)
+        data = self._document("GetBlob", (image, descriptor.digest, descriptor.size), limit, what)[1]
         _verify(data, descriptor, what)
         return data
 

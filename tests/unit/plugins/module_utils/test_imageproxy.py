@@ -347,6 +347,19 @@ def test_kill_from_another_thread_ends_a_request_at_once():
         proxy.kill()
 
 
+def test_kill_does_not_depend_on_reaching_every_process():
+    wrapper = "import os, sys\nif os.fork() == 0:\n    os.setsid()\n    os.execv(sys.argv[1], sys.argv[1:])\nos.wait()\n"
+    executable = (sys.executable, "-I", "-S", "-c", wrapper, *options({"OpenImage": {"sleep": 3}}).executable)
+    with ImageProxy(ProxyOptions(executable=executable, timeout=10), REMOTE) as proxy:
+        timer = threading.Timer(0.2, proxy.kill)
+        timer.start()
+        start = time.monotonic()
+        with pytest.raises(ProxyFailed):
+            proxy.open_image()
+        assert time.monotonic() - start < 2
+        timer.join()
+
+
 def test_close_does_not_wait_for_a_skopeo_that_stays():
     start = time.monotonic()
     with fake({"linger": 60}):

@@ -357,7 +357,7 @@ def test_what_is_no_json_object_is_refused(parse, text):
 
 def test_huge_numbers_cost_no_time():
     start = time.perf_counter()
-    with pytest.raises(InvalidDocument, match="digits"):
+    with pytest.raises(InvalidDocument, match="more than 40 digits"):
         oci.parse_manifest(b'{"a":' + b"9" * (oci.MAX_MANIFEST - 100) + b"}")
     assert time.perf_counter() - start < 2
 
