@@ -37,7 +37,7 @@ def transform_for_boot(filesystem: FileSystem, read_object: ReadObject) -> None:
     check_boot_resources(root, read_object)
     usr = find_directory(root, b"/usr")
     for name in (b"boot", b"sysroot"):
-        directory = find_directory(root, name)
+        directory = find_directory(root, b"/" + name)
         if directory is None:
             raise InvalidLayer(
                 f"The image has no /{name.decode()}, which a bootable image needs.", "Pull it without bootable, or use an image made for booting."
