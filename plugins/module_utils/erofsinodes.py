@@ -60,7 +60,7 @@ class Xattrs:
     entries before, between and after the two, as the order of the format has them.
     """
 
-    __slots__ = ("parts", "count", "bits", "refs", "local", "shared", "content", "plain")
+    __slots__ = ("parts", "count", "bits", "refs", "local", "shared", "content", "plain", "around")
 
     def __init__(self, parts: tuple[tuple[Entry, ...], tuple[Entry, ...], tuple[Entry, ...]]) -> None:
         self.parts = parts
@@ -74,6 +74,7 @@ class Xattrs:
         self.shared = 0
         self.content = 0  # bytes after the 12 of the header
         self.plain = b""  # the whole, for an inode without metacopy
+        self.around: tuple[bytes, bytes, bytes] | None = None  # made when first needed, see Inodes.pointing()
 
 
 class Folder:
@@ -430,18 +431,21 @@ class Inodes:
 
     def pointing(self, xattrs: Xattrs, digest: bytes) -> bytes:
         """The xattrs of an external file: its set with metacopy and redirect in their places."""
-        bits = ~(xattrs.bits | self.pointer_bits) & 0xFFFFFFFF
-        refs, local = xattrs.refs, xattrs.local
         if digest in self.shared_digests:
+            bits = ~(xattrs.bits | self.pointer_bits) & 0xFFFFFFFF
+            refs = xattrs.refs
             metacopy, redirect = (number.to_bytes(4, "little") for number in self.shared_digests[digest])
-            return b"".join((XATTR_HEADER.pack(bits, xattrs.shared + 2), refs[0], metacopy, refs[1], redirect, refs[2], *local))
+            return b"".join((XATTR_HEADER.pack(bits, xattrs.shared + 2), refs[0], metacopy, refs[1], redirect, refs[2], *xattrs.local))
         text = hexlify(digest)
-        return b"".join(
-            (
-                *(XATTR_HEADER.pack(bits, xattrs.shared), *refs, local[0], self.local_metacopy, digest),
-                *(local[1], self.local_redirect, text[:2], b"/", text[2:], self.pointer_pad, local[2]),
-            )
-        )
+        before, between, after = xattrs.around or self._surround(xattrs)
+        return b"".join((before, digest, between, text[:2], b"/", text[2:], after))
+
+    def _surround(self, xattrs: Xattrs) -> tuple[bytes, bytes, bytes]:
+        """What stands before, between and after the digest and the path of an external file with this set."""
+        bits = ~(xattrs.bits | self.pointer_bits) & 0xFFFFFFFF
+        before = b"".join((XATTR_HEADER.pack(bits, xattrs.shared), *xattrs.refs, xattrs.local[0], self.local_metacopy))
+        xattrs.around = (before, xattrs.local[1] + self.local_redirect, self.pointer_pad + xattrs.local[2])
+        return xattrs.around
 
 
 def _first_folders(root: Directory) -> dict[int, int]:

@@ -23,6 +23,7 @@ from .erofsformat import (
     CHUNKED,
     COMPACT,
     COMPOSEFS_MAGIC,
+    DIRENT,
     EROFS_MAGIC,
     ESCAPED,
     EXTENDED,
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
 
 _KNOWN_COMPAT = 7  # superblock checksum, mtime, xattr filter
 _KNOWN_INCOMPAT = 4  # chunked files
-_DIRENTS = struct.Struct("<QHBx")
 _SUPER_REST = struct.Struct("<IHHHBB4xQB23x")  # from feature_incompat on
 _LEAF_KINDS = (st.S_IFREG, st.S_IFLNK, st.S_IFCHR, st.S_IFBLK, st.S_IFIFO, st.S_IFSOCK)
 _SIZES = {1: 32, 2: 64}
@@ -117,6 +117,8 @@ class ErofsImage:
         self._start()
         objects: set[bytes] = set()
         visited = bytearray(self._length // SLOT + 1)
+        self._within(self.root_nid * SLOT, SLOT, "inode")
+        visited[self.root_nid] = 1
         todo = [self.root_nid]
         while todo:
             nid = todo.pop()
@@ -132,10 +134,8 @@ class ErofsImage:
                     objects.add(digest)
             if st.S_ISDIR(inode.mode):
                 for name, child, _kind in self._entries(inode):
-                    if child < len(visited) and visited[child] and name not in (b".", b".."):
-                        continue
-                    if name not in (b".", b".."):
-                        self._within(child * SLOT, SLOT, "inode")
+                    self._within(child * SLOT, SLOT, "inode")
+                    if not visited[child] and name not in (b".", b".."):
                         visited[child] = 1
                         todo.append(child)
         return objects
@@ -172,7 +172,7 @@ class ErofsImage:
                 if visited[nid]:
                     if nid not in linked:
                         self._damaged(f"inode {nid} has more names than its link count, or is a directory of several names")
-                    leaf, links = linked[nid]
+                    leaf, _links = linked[nid]
                     leaf.nlink += 1
                     entries[name] = leaf
                     continue
@@ -317,7 +317,7 @@ class ErofsImage:
             first = block[8] | block[9] << 8 if length >= 12 else 0
             if first < 12 or first % 12 or first > length:
                 self._damaged(f"directory {inode.nid} has a block without entries")
-            dirents = list(_DIRENTS.iter_unpack(block[:first]))
+            dirents = list(DIRENT.iter_unpack(block[:first]))
             last = len(dirents) - 1
             for number, (nid, start, kind) in enumerate(dirents):
                 if number < last:

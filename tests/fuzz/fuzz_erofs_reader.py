@@ -109,7 +109,7 @@ def main() -> None:
             run(pathlib.Path(name).read_bytes())
         return
     try:
-        import atheris
+        import atheris  # type: ignore[import-untyped, unused-ignore]
     except ImportError:
         mutate(options.seconds, options.seed)
         return

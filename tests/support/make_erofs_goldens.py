@@ -143,7 +143,7 @@ def settle(top: pathlib.Path, keep: bool) -> None:
 
 
 def main(target: pathlib.Path) -> None:
-    digests: dict[str, dict[str, dict[str, str]]] = {}
+    digests: dict[str, dict[str, str]] = {}
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         trees = []

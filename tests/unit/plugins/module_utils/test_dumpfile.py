@@ -115,7 +115,7 @@ def test_random_directories_have_the_dumpfile_that_cfsctl_writes(tmp_path: pathl
     randomtree.build(tmp_path / "tree", 77, 150)
     command = ["cfsctl", "--no-repo", "--hash", "sha256", "create-dumpfile", "--no-propagate-usr-to-root", str(tmp_path / "tree")]
     expected = subprocess.run(command, check=True, capture_output=True).stdout
-    assert dumpfile.dumpfile_bytes(read_tree(tmp_path / "tree", fsverity.SHA256)) == expected
+    assert dumpfile.dumpfile_bytes(read_tree(str(tmp_path / "tree"), fsverity.SHA256)) == expected
 
 
 @pytest.mark.skipif(not shutil.which("composefs-info"), reason="composefs-info is not on PATH")

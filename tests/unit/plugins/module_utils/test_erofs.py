@@ -166,7 +166,8 @@ def test_trap_sharing_is_decided_before_symlinks_move_to_a_block() -> None:
     agree("symlinks")
 
     def blocks(*values: bytes) -> int:
-        links = {b"l%d" % n: Leaf(Stat(0o777, 0, 0, 0, 0, {b"trusted.x": value}), st.S_IFLNK, b"t" * 3900) for n, value in enumerate(values)}
+        stats = [Stat(0o777, xattrs={b"trusted.x": value}) for value in values]
+        links: dict[bytes, Directory | Leaf] = {b"l%d" % number: Leaf(stat, st.S_IFLNK, b"t" * 3900) for number, stat in enumerate(stats)}
         return superblock(erofs.image_bytes(folder(links), 1, SHA256))[9]
 
     # With the xattr inside the inode the target has no room behind it and takes a block; with the same xattr shared it has.
@@ -458,7 +459,7 @@ def test_random_directories_have_the_image_that_cfsctl_makes(version: int, tmp_p
     randomtree.build(tmp_path / "tree", seed, 150)
     command = ["cfsctl", "--no-repo", "--hash", "sha256", "--erofs-version", str(version), "compute-id", "--no-propagate-usr-to-root"]
     output = subprocess.run([*command, str(tmp_path / "tree")], check=True, capture_output=True, text=True).stdout
-    assert output.strip().split(":")[-1] == digest(read_tree(tmp_path / "tree", SHA256), version), f"seed {seed}"
+    assert output.strip().split(":")[-1] == digest(read_tree(str(tmp_path / "tree"), SHA256), version), f"seed {seed}"
 
 
 @pytest.mark.skipif(not shutil.which("mkcomposefs"), reason="mkcomposefs is not on PATH")
