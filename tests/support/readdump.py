@@ -36,7 +36,10 @@ def read_dump(text: bytes) -> Directory:
         else:
             bits = int(mode, 8)
             seconds, nanoseconds = mtime.split(b".")
-            pairs = dict(tuple(map(_plain, pair.split(b"=", 1))) for pair in xattrs)
+            pairs: dict[bytes, bytes] = {}
+            for pair in xattrs:
+                key, _equals, value = pair.partition(b"=")
+                pairs[_plain(key)] = _plain(value)
             stat = Stat(st.S_IMODE(bits), int(uid), int(gid), int(seconds), int(nanoseconds), pairs or None)
             kind = st.S_IFMT(bits)
             if kind == st.S_IFDIR:
