@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import glob
 import os
@@ -65,7 +66,6 @@ class Part:
         self.name = name
         self.deadline = time.monotonic() + limit
         self.counts = Counts()
-        self.notes: list[str] = []
         self.path = LOGS / f"{name}.log"
         self.log = open(self.path, "wb")  # noqa: SIM115 - closed by run_part
         self.process: subprocess.Popen[bytes] | None = None
@@ -118,7 +118,10 @@ class Part:
                 if case.find("failure") is not None or case.find("error") is not None:
                     self.counts.failed += 1
                 elif skipped is not None:
-                    self.counts.skips.append((name, skipped.get("message") or (skipped.text or "").strip()))
+                    text = (skipped.text or "").strip()
+                    reason = skipped.get("message") or text
+                    # A whole file is skipped: why stands at the end of a tuple.
+                    self.counts.skips.append((name.strip("."), text.rpartition("Skipped: ")[2].strip("'\")") if reason == "collection skipped" else reason))
                 else:
                     self.counts.passed += 1
         if problem:
@@ -139,20 +142,35 @@ def tool_environment(**more: str) -> dict[str, str]:
 # --- the parts: each is one function, told apart by name; what its docstring says is what --list shows ---
 
 
+def other_pythons() -> list[tuple[int, int]]:
+    """Versions other than the controller's that unit tests run on: the oldest and the newest there is, or all."""
+    found = sorted(set(environment.interpreters()) - {sys.version_info[:2]})
+    return found if OPTIONS.all_pythons else sorted({found[0], found[-1]} if found else set())
+
+
 def unit(part: Part) -> None:
-    """Unit and property tests with the controller's Python, and the oldest and the newest other one (all with --all-pythons)."""
+    """Unit and property tests with the controller's Python."""
     part.pytest(VENV / "bin" / "python", "tests/unit")
-    own = sys.version_info[:2]
-    others = {version: path for version, path in environment.interpreters().items() if version != own}
-    chosen = sorted(others) if OPTIONS.all_pythons else sorted({min(others), max(others)} if others else set())
-    for version in chosen:
-        label = f"python{version[0]}.{version[1]}"
-        interpreter = environment.virtual_environment(VENV / label, others[version], [ROOT / "tests" / "unit" / "requirements.txt"])
-        part.pytest(interpreter, "tests/unit", label=label)
     for wanted in ((3, 9), (3, 13)):
-        if wanted != own and wanted not in others:
-            part.counts.skips.append(("unit tests", f"Python {wanted[0]}.{wanted[1]} is not on this machine"))
-    part.notes.append(", ".join(f"{a}.{b}" for a, b in sorted([own, *chosen])))
+        if wanted not in (*other_pythons(), sys.version_info[:2]):
+            part.counts.skips.append((f"unit tests on Python {wanted[0]}.{wanted[1]}", "that Python is not on this machine"))
+
+
+def unit_on(version: tuple[int, int]) -> Callable[[Part], None]:
+    def run(part: Part) -> None:
+        label = f"python{version[0]}.{version[1]}"
+        interpreter = environment.virtual_environment(VENV / label, environment.interpreters()[version], [ROOT / "tests" / "unit" / "requirements.txt"])
+        # That part of Ansible which is sent to managed hosts runs on older Pythons than the controller's.
+        library = VENV / "managed" / "ansible"
+        source = pathlib.Path(glob.glob(str(VENV / "lib" / "python3*" / "site-packages" / "ansible"))[0])
+        library.mkdir(parents=True, exist_ok=True)
+        for name in ("__init__.py", "_vendor", "release.py", "module_utils"):
+            with contextlib.suppress(FileExistsError):
+                (library / name).symlink_to(source / name)
+        part.pytest(interpreter, "tests/unit", label=label, env=tool_environment(PYTHONPATH=str(library.parent)))
+
+    run.__doc__ = f"Unit and property tests with Python {version[0]}.{version[1]}, as on managed hosts."
+    return run
 
 
 def integration(part: Part) -> None:
@@ -253,7 +271,7 @@ def sanity(part: Part) -> None:
 
 
 PARTS: dict[str, tuple[Callable[[Part], None], float]] = {
-    # The long ones first, so that they do not wait for the short ones.
+    # Name: function, seconds after which it is ended.
     "sanity": (sanity, 2400),
     "integration": (integration, 2400),
     "unit": (unit, 1200),
@@ -268,7 +286,8 @@ PARTS: dict[str, tuple[Callable[[Part], None], float]] = {
     "changelog": (changelog, 120),
 }
 GROUPS = {"lint": ["ansible-lint", "docs", "mypy", "ruff", "yamllint", "licences", "changelog"]}
-NEED_SYSTEM = {"integration", "demo"}
+# Parts that need more of the system than git and Python.
+NEEDS = {"integration": environment.TEST_COMMANDS, "demo": environment.DEMO_COMMANDS, "sanity": {"shellcheck": "shellcheck"}}
 OPTIONS = argparse.Namespace(all_pythons=False, sanity=[])
 
 running: dict[str, Part] = {}
@@ -330,6 +349,10 @@ def main() -> int:
         "--sanity", action="append", default=[], metavar="ARGUMENT", help="hand an argument on to ansible-test sanity, as in --sanity=--test=pylint"
     )
     arguments = parser.parse_args(namespace=OPTIONS)
+    environment.complete_path()
+    for version in other_pythons():
+        PARTS[f"unit-{version[0]}.{version[1]}"] = (unit_on(version), 1200)
+    GROUPS["unit"] = [name for name in PARTS if name.startswith("unit")]
     if arguments.list:
         for name, (function, _limit) in PARTS.items():
             say(f"{name:14} {function.__doc__}")
@@ -337,13 +360,16 @@ def main() -> int:
             say(f"{name:14} {', '.join(parts)}")
         return 0
     chosen = list(dict.fromkeys(choose(arguments.parts))) or list(PARTS)
-    chosen.sort(key=list(PARTS).index)
+    # The long ones first, so that they do not wait for the short ones.
+    chosen.sort(key=lambda name: -PARTS[name][1])
 
     started = time.monotonic()
     for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(sign, end_all)
     try:
-        commands = environment.TEST_COMMANDS if NEED_SYSTEM & set(chosen) else {"git": "git"}
+        commands = {"git": "git"}
+        for name in chosen:
+            commands.update(NEEDS.get(name, {}))
         environment.install_debian_packages(commands)
         environment.controller("requirements-test.txt")
         environment.collection_link()
@@ -360,8 +386,7 @@ def main() -> int:
             results.append(result)
             counts = part.counts
             tests = f"  {counts.passed} tests" if counts.passed else ""
-            notes = f"  ({'; '.join(part.notes)})" if part.notes else ""
-            say(f"{name:14} {seconds:6.1f} s  {'FAILED: ' + problem if problem else 'ok'}{tests}{notes}")
+            say(f"{name:14} {seconds:6.1f} s  {'FAILED: ' + problem if problem else 'ok'}{tests}")
             if problem or arguments.verbose:
                 text = part.path.read_text(errors="replace")
                 lines = text.splitlines()
@@ -371,8 +396,15 @@ def main() -> int:
     skips = [(name, *skip) for name, _problem, _seconds, part in sorted(results, key=lambda r: r[0]) for skip in part.counts.skips]
     if skips:
         say("\nSkipped, and why:")
+        grouped: dict[tuple[str, str], dict[str, int]] = {}
         for name, test, reason in skips:
-            say(f"  {name}: {test}: {reason}")
+            # The cases of one test are told together.
+            tests = grouped.setdefault((name, " ".join(reason.split())), {})
+            tests[test.partition("[")[0]] = tests.get(test.partition("[")[0], 0) + 1
+        for (name, reason), tests in grouped.items():
+            say(f"  {name}: {reason}")
+            for test, number in tests.items():
+                say(f"      {test}{f' ({number} cases)' if number > 1 else ''}")
     failures = [name for name, problem, _seconds, _part in results if problem]
     say(f"\nAll parts took {time.monotonic() - started:.0f} s." + (f" Failed: {', '.join(sorted(failures))}." if failures else ""))
     passed = sum(part.counts.passed for *_rest, part in results)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import pathlib
 import re
 from collections.abc import Iterator
@@ -26,8 +27,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("erofsinodes", "metadata", "schemas", "splitstream", "tar", "tree"),
     ("erofs", "erofsread", "selinux"),
     ("boot",),
-    # ground: the host's file system, objects, skopeo
-    ("hostfs", "skopeo"),
+    # ground: the host's file systems and mounts, objects, skopeo
+    ("hostfs", "mountinfo", "skopeo"),
     ("imageproxy", "objects"),
     # plumbing: one layer, one repository, one conversation with a source
     ("imports", "layer", "mount", "session"),
@@ -36,8 +37,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("forked",),
     # porcelain: the verbs
     ("assemble", "fetch", "images", "plan"),
-    ("publish",),
-    ("pull",),
+    ("mounts", "publish"),
+    ("mountmain", "pull"),
+    ("mountunit",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -97,13 +99,14 @@ def sources() -> list[pathlib.Path]:
     """Every file of the project that people write; what tools leave behind lies in directories whose names begin with a dot, or in output."""
     kinds = {".py", ".yml", ".yaml", ".rst", ".md", ".toml", ".cfg", ".txt", ".sh", ".ini", ".json", ""}
     found = []
-    for path in ROOT.rglob("*"):
-        parts = path.relative_to(ROOT).parts
-        hidden = any(part.startswith(".") and part != ".ci" for part in parts[:-1])
-        if hidden or parts[0] == "collections" or parts[:2] == ("tests", "output") or "__pycache__" in parts:
-            continue
-        if path.is_file() and path.suffix in kinds:
-            found.append(path)
+    for directory, directories, names in os.walk(ROOT):
+        here = pathlib.Path(directory)
+        directories[:] = [name for name in directories if name == ".ci" or not name.startswith((".", "__pycache__"))]
+        if here == ROOT:
+            directories[:] = [name for name in directories if name != "collections"]
+        elif here == ROOT / "tests":
+            directories[:] = [name for name in directories if name != "output"]
+        found += [here / name for name in names if pathlib.Path(name).suffix in kinds]
     return sorted(found)
 
 

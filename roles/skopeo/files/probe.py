@@ -44,7 +44,7 @@ def library_version(name: str) -> str:
 
 def output(*command: str) -> tuple[int, str]:
     environment = dict(os.environ, LC_ALL="C")
-    run = subprocess.run(list(command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
+    run = subprocess.run(list(command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, check=False)
     return run.returncode, run.stdout.decode(errors="replace").strip()
 
 
