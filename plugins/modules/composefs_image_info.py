@@ -16,9 +16,15 @@ description:
   - Works for any user who can read the repository, without a network and without C(skopeo).
 extends_documentation_fragment:
   - composefs.oci.attributes
-  - composefs.oci.attributes.info
   - composefs.oci.attributes.actiongroup_composefs
   - composefs.oci.repository
+attributes:
+  check_mode:
+    support: full
+  diff_mode:
+    support: none
+  idempotent:
+    support: full
 options:
   name:
     description:
@@ -28,6 +34,17 @@ options:
     description:
       - The manifest digest of the image to describe, as V(sha256:) and 64 hexadecimal digits. The image need not have a name.
     type: str
+  disk_use:
+    description:
+      - Also tell how many bytes each image occupies, in RV(images[].disk_use). For this all manifests and layers of the repository are read, though no content.
+    type: bool
+    default: false
+  dumpfile:
+    description:
+      - Write the tree of the image to this file as a composefs dumpfile, a text with one line for each file, as C(cfsctl oci dump) and
+        C(composefs-info dump) write it. It is the only thing that this module changes.
+      - The image must be selected with O(name) or O(digest) and must have an EROFS image, which is measured first. The directory must exist.
+    type: path
 seealso:
   - module: composefs.oci.composefs_image
 """
@@ -48,6 +65,16 @@ EXAMPLES = r"""
   composefs.oci.composefs_image_info:
     name: app
     repository: ~/.var/lib/composefs
+
+- name: See how much would be gained by removing each image
+  composefs.oci.composefs_image_info:
+    disk_use: true
+  register: found
+
+- name: Write down every file of an image with its metadata and digest
+  composefs.oci.composefs_image_info:
+    name: app
+    dumpfile: /var/tmp/app.dump
 """
 
 RETURN = r"""
@@ -128,6 +155,22 @@ images:
     image_ids:
       description: All EROFS images of the configuration by the names under which it refers to them.
       type: dict
+    disk_use:
+      description: What the image occupies in the repository. V(null) without O(disk_use).
+      type: dict
+      contains:
+        own:
+          description: The bytes of the objects that only this image uses. A garbage collection frees them when the image has no name any more.
+          type: int
+        shared:
+          description: The bytes of the objects that other images use as well, whether they have names or not.
+          type: int
+        own_objects:
+          description: The number of objects that only this image uses.
+          type: int
+        shared_objects:
+          description: The number of objects that other images use as well.
+          type: int
   sample:
     - names: [app]
       digest: sha256:9d78ad0da0e88ca15da5735b9f70064d3099ac0a8cd9dc839795789400a38e42
@@ -151,6 +194,12 @@ images:
       boot_image_id:
       image_ids:
         composefs.image.v1: 14a26c957c84f6eb774b91205476adc13196c7c33b9dd97d08d43725ecb90b63
+      disk_use: {own: 48037181, shared: 29810442, own_objects: 1210, shared_objects: 1921}
+dumpfile:
+  description: The absolute path of the dumpfile. V(null) without O(dumpfile).
+  returned: always
+  type: str
+  sample: /var/tmp/app.dump
 error:
   description: What went wrong, as a stable code for conditions in playbooks. The collection's documentation lists all codes.
   returned: on failure
@@ -158,31 +207,65 @@ error:
   sample: not_a_repository
 """
 
+import os
+from typing import Any
+
 from ansible.module_utils.basic import AnsibleModule
 
+from ansible_collections.composefs.oci.plugins.module_utils import exports
+from ansible_collections.composefs.oci.plugins.module_utils.diskuse import disk_use
+from ansible_collections.composefs.oci.plugins.module_utils.errors import ImageNotFound
 from ansible_collections.composefs.oci.plugins.module_utils.images import list_images
 from ansible_collections.composefs.oci.plugins.module_utils.modulehelp import repository_path, run_module
 from ansible_collections.composefs.oci.plugins.module_utils.repository import Repository
 
+EMPTY: dict[str, Any] = {"changed": False, "repository": None, "images": [], "dumpfile": None}
 
-def run(module: AnsibleModule) -> dict:
-    """List what the task asks for."""
-    path = repository_path(module)
+
+def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
+    """List what the task asks for; ``base`` gets what a failure should still tell."""
+    params = module.params
+    path = base["repository"] = repository_path(module)
     with Repository.open(path) as repository:
-        images, complaints = list_images(repository, module.params["name"] or "", module.params["digest"] or "")
-    for complaint in complaints:
-        module.warn(f"An image cannot be described: {complaint}")
-    return {"changed": False, "repository": path, "images": images}
+        images, complaints = list_images(repository, params["name"] or "", params["digest"] or "")
+        use = disk_use(repository, [image["digest"] for image in images]) if params["disk_use"] else {}
+        for image in images:
+            image["disk_use"] = use[image["digest"]]._asdict() if image["digest"] in use else None
+        for complaint in complaints:
+            module.warn(f"An image cannot be described: {complaint}")
+        changed = bool(params["dumpfile"]) and write_dumpfile(module, repository, images, base)
+    return {"changed": changed, "images": images}
+
+
+def write_dumpfile(module: AnsibleModule, repository: Repository, images: list[dict[str, Any]], base: dict[str, Any]) -> bool:
+    """Write the dumpfile of the one image that is selected; whether it changed."""
+    params = module.params
+    asked = params["name"] or params["digest"]
+    if not images:
+        raise ImageNotFound(f"The repository {repository.path} has no image {asked}, so no dumpfile can be written.", "Pull it first, or correct the name.")
+    if images[0]["image_id"] is None:
+        raise ImageNotFound(f"{asked} has no EROFS image to dump in {repository.path}.", "Pull it with 'erofs: true'. Artifacts have none.")
+    base["dumpfile"] = os.path.abspath(os.path.expanduser(params["dumpfile"]))
+    return exports.write(exports.dump(repository, images[0]["image_id"]), base["dumpfile"], module.check_mode)
 
 
 def main() -> None:
     """Entry point of the module."""
     module = AnsibleModule(
-        argument_spec={"name": {"type": "str"}, "digest": {"type": "str"}, "repository": {"type": "path"}},
+        argument_spec={
+            "name": {"type": "str"},
+            "digest": {"type": "str"},
+            "repository": {"type": "path"},
+            "disk_use": {"type": "bool", "default": False},
+            "dumpfile": {"type": "path"},
+        },
         mutually_exclusive=[("name", "digest")],
         supports_check_mode=True,
     )
-    run_module(module, run)
+    if module.params["dumpfile"] and not (module.params["name"] or module.params["digest"]):
+        module.fail_json(msg="'dumpfile' needs one image: set 'name' or 'digest' as well.", error="invalid_reference", **EMPTY)
+    base: dict[str, Any] = dict(EMPTY)
+    run_module(module, lambda module: run(module, base), base)
 
 
 if __name__ == "__main__":
