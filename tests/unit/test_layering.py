@@ -36,9 +36,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("documents", "modulehelp", "provision"),
     ("forked",),
     # porcelain: the verbs
-    ("assemble", "fetch", "images", "plan"),
+    ("assemble", "diskuse", "fetch", "images", "plan"),
     ("mounts", "publish"),
-    ("mountmain", "pull"),
+    ("exports", "mountmain", "pull"),
     ("mountunit",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
