@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 from . import oci, splitstream
 from .errors import FormatError
-from .layer import store_splitstream
 from .repository import Repository
 
 MANIFEST = "oci-manifest-"
@@ -86,7 +85,7 @@ def store(repository: Repository, kind: str, raw: bytes, refs: Mapping[str, byte
     writer.external(repository.objects.put(raw), len(raw))
     for name, digest in refs.items():
         writer.named_ref(name, digest)
-    return store_splitstream(repository.objects, writer)
+    return repository.objects.put_pieces(writer.finish())
 
 
 def replace(repository: Repository, config: str, config_stream: bytes, manifests: Mapping[str, bytes]) -> list[str]:

@@ -217,18 +217,6 @@ def _spool(objects: ObjectStore) -> BinaryIO:
     return cast(BinaryIO, tempfile.SpooledTemporaryFile(SPOOL_LIMIT, dir=f"/proc/self/fd/{objects.dirfd}"))
 
 
-def store_splitstream(objects: ObjectStore, writer: splitstream.Writer) -> bytes:
-    """Store a finished splitstream as an object; its fs-verity digest."""
-    output = objects.writer()
-    try:
-        for part in writer.finish():
-            output.write(part)
-        return output.commit()[0]
-    except BaseException:
-        output.abort()
-        raise
-
-
 def import_layer(
     fd: int,
     spec: LayerSpec,
@@ -364,7 +352,7 @@ def _finish(source: PipeSource, writer: splitstream.Writer, objects: ObjectStore
     # Counted before the splitstream itself is stored: the figures are about what the layer brought.
     after = _counters(objects)
     new, present, bytes_new, bytes_present = (b - a for a, b in zip(before, after))
-    stream = store_splitstream(objects, writer)
+    stream = objects.put_pieces(writer.finish())
     return LayerResult(stream.hex(), source.fetched, writer.size, new, present, bytes_new, bytes_present, writer.size - bytes_new - bytes_present, restored)
 
 

@@ -19,7 +19,7 @@ import dataclasses
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from . import fsverity, hostfs
 from .errors import Busy, DigestMismatch, FormatError, IOFailed, VerityUnsupported, from_os_error
@@ -112,6 +112,17 @@ class ObjectStore:
     def writer(self) -> ObjectWriter:
         """Begin an object whose content comes in pieces; memory does not grow with it."""
         return ObjectWriter(self)
+
+    def put_pieces(self, pieces: Iterable[fsverity.Bytes]) -> bytes:
+        """Store what the pieces make together as one object; its fs-verity digest."""
+        output = self.writer()
+        try:
+            for piece in pieces:
+                output.write(piece)
+            return output.commit()[0]
+        except BaseException:
+            output.abort()
+            raise
 
     # --- reading -----------------------------------------------------------------------------------------------------------------------------
 
