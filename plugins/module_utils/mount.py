@@ -334,7 +334,9 @@ def _explain(refusal: _KernelRefused, request: Request, target: str) -> EngineEr
         return MountFailed(text, "The kernel lacks EROFS or overlay, or is older than 5.2; load the modules or update it.")
     if refusal.errno == errno.EINVAL and request.workdir and os.path.isdir(f"{request.workdir}/work/incompat/volatile"):
         return MountFailed(text, f"The last mount with {request.workdir} was volatile, so what is there may be torn: empty the upper and the work directory.")
-    if refusal.errno == errno.EINVAL and refusal.step != "creating the erofs":
+    if refusal.step == "creating the erofs" and refusal.errno in (errno.EINVAL, errno.EUCLEAN):
+        return MountFailed(text, "The object is no EROFS image that this kernel understands, or its file system cannot hold one; the kernel's log says more.")
+    if refusal.errno == errno.EINVAL:
         return MountFailed(
             text,
             "Kernels before 6.5 cannot mount composefs images, and before 6.6 not with verity; file systems without d_type, or overlays, cannot hold "
