@@ -152,27 +152,27 @@ def decide(repository: Repository, wish: Wish) -> Target:
 def resolve(repository: Repository, image: str, bootable: bool = False) -> bytes:
     """The fs-verity digest of the EROFS image that ``image`` means: its id in hex, a manifest digest (``sha256:<hex>``) or a name.
 
-    Names and manifests lead to the image of the repository's own format, ``bootable`` to the one to boot from. ImageNotFound if there is
-    none, or if it does not stand under ``images/``: then it may not be mounted, whatever object has the digest.
+    Names and manifests lead to the image of the repository's own format, ``bootable`` to the one to boot from. An id that is listed is an
+    id, even if an image should have such a name: what was pinned stays pinned. ImageNotFound if there is none, or if it does not stand
+    under ``images/``: then it may not be mounted, whatever object has the digest.
     """
+    digest = _parse_id(image, repository.algorithm)
+    if digest is not None and repository.image(digest):
+        return digest
     manifest = image.lstrip("@") if is_oci_digest(image.lstrip("@")) else repository.tag_digest(image)
     if manifest is None:
-        try:
-            digest = fsverity.parse_hex(image, repository.algorithm)
-        except FormatError:
-            raise ImageNotFound(f"The repository {repository.path} has no image named {image!r}.", "Pull it first, or correct the name.") from None
-    else:
-        from . import images  # late: a mount by id, as at boot, needs no documents
+        kind = "listed EROFS image" if digest is not None else "image named"
+        raise ImageNotFound(f"The repository {repository.path} has no {kind} {image!r}.", "Pull it first, or correct the name.")
+    from . import images  # late: a mount by id, as at boot, needs no documents
 
-        found = images.describe_image(repository, manifest)["boot_image_id" if bootable else "image_id"]
-        if found is None:
-            option = "bootable" if bootable else "erofs"
-            kind = "EROFS image to boot from" if bootable else "EROFS image"
-            raise ImageNotFound(f"{image} has no {kind} in the repository {repository.path}.", f"Pull it with '{option}: true'. Artifacts have none.")
-        digest = bytes.fromhex(found)
-    if not repository.image(digest):
-        raise ImageNotFound(f"{digest.hex()} is no image of the repository {repository.path}.", "Pull the image again, or correct the image id.")
-    return digest
+    found = images.describe_image(repository, manifest)["boot_image_id" if bootable else "image_id"]
+    if found is None:
+        option = "bootable" if bootable else "erofs"
+        kind = "EROFS image to boot from" if bootable else "EROFS image"
+        raise ImageNotFound(f"{image} has no {kind} in the repository {repository.path}.", f"Pull it with '{option}: true'. Artifacts have none.")
+    if not repository.image(bytes.fromhex(found)):
+        raise ImageNotFound(f"The EROFS image {found} of {image} is not listed in the repository {repository.path}.", "Pull the image again.")
+    return bytes.fromhex(found)
 
 
 @contextlib.contextmanager
@@ -272,6 +272,13 @@ def _make_directory(path: str) -> None:
     with doing(f"Making the directory {path}"):
         os.makedirs(path)
         os.chmod(path, 0o755)
+
+
+def _parse_id(text: str, algorithm: fsverity.Algorithm) -> bytes | None:
+    try:
+        return fsverity.parse_hex(text, algorithm)
+    except FormatError:
+        return None
 
 
 def _is_sealed(fd: int, algorithm: fsverity.Algorithm) -> bool:
