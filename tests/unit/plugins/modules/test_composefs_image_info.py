@@ -1,0 +1,117 @@
+# Copyright (c) composefs.oci contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""composefs_image_info through AnsibleModule, in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ansible.module_utils.basic", exc_type=ImportError)
+
+import yaml
+from ansible.module_utils import basic
+from ansible.module_utils.common.text.converters import to_bytes
+
+from ansible_collections.composefs.oci.plugins.module_utils import documents, fsverity, oci, provision
+from ansible_collections.composefs.oci.plugins.module_utils.erofs import write_image
+from ansible_collections.composefs.oci.plugins.module_utils.inodes import Directory, Leaf, Stat
+from ansible_collections.composefs.oci.plugins.module_utils.repository import Repository
+from ansible_collections.composefs.oci.plugins.modules import composefs_image_info
+
+SHAPE = {"changed", "repository", "images", "dumpfile"}
+
+
+@contextlib.contextmanager
+def arguments(values: dict[str, Any]) -> Iterator[None]:
+    """Make AnsibleModule see ``values``, in the way of whatever ansible-core there is."""
+    try:
+        from ansible.module_utils.testing import patch_module_args
+    except ImportError:
+        old = basic._ANSIBLE_ARGS
+        basic._ANSIBLE_ARGS = to_bytes(json.dumps({"ANSIBLE_MODULE_ARGS": values}))
+        try:
+            yield
+        finally:
+            basic._ANSIBLE_ARGS = old
+    else:
+        with patch_module_args(values):
+            yield
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    """A repository with ``app``, which has an EROFS image, and ``bare``, which has none."""
+    found = str(tmp_path / "repo")
+    provision.prepare(found, fsverity.SHA256, provision.DISABLED)
+    with Repository.open(found, write=True) as repository:
+        image = bytearray()
+        write_image(Directory(Stat(0o755), {b"file": Leaf(Stat(0o644), data=b"text")}), 1, fsverity.SHA256, image.extend)
+        digest = repository.objects.put(bytes(image))
+        repository.link_image(digest)
+        for name, refs in (("app", {documents.image_ref(1): digest}), ("bare", {})):
+            raw = json.dumps({"architecture": "amd64", "os": "linux", "author": name, "rootfs": {"type": "layers", "diff_ids": []}}).encode()
+            config = {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": oci.digest_of(raw), "size": len(raw)}
+            manifest = json.dumps({"schemaVersion": 2, "mediaType": oci.OCI_MANIFEST, "config": config, "layers": []}).encode()
+            stream = documents.store(repository, documents.CONFIG, raw, refs)
+            repository.register(documents.CONFIG + config["digest"], stream)
+            leading = documents.store(repository, documents.MANIFEST, manifest, {documents.CONFIG_REF + config["digest"]: stream})
+            repository.register(documents.MANIFEST + oci.digest_of(manifest), leading)
+            repository.tag(name, oci.digest_of(manifest))
+    return found
+
+
+@pytest.fixture
+def run(path: str, capsys: pytest.CaptureFixture[str]) -> Any:
+    def task(check: bool = False, **values: Any) -> dict[str, Any]:
+        with arguments({"repository": path, "_ansible_remote_tmp": "/tmp", "_ansible_check_mode": check, **values}), pytest.raises(SystemExit):
+            composefs_image_info.main()
+        result: dict[str, Any] = json.loads(capsys.readouterr().out)
+        assert set(result) >= SHAPE, "the same shape in every case"
+        return result
+
+    return task
+
+
+def test_all_images_are_listed(run: Any, path: str) -> None:
+    result = run()
+    assert (result["changed"], result["repository"], result["dumpfile"]) == (False, path, None)
+    assert [(image["names"], image["disk_use"]) for image in result["images"]] == [(["app"], None), (["bare"], None)]
+    assert result["images"][0]["image_id"] and result["images"][1]["image_id"] is None
+    assert run(name="nothing")["images"] == []
+
+
+def test_disk_use_is_told_on_demand(run: Any) -> None:
+    app, bare = (image["disk_use"] for image in run(disk_use=True)["images"])
+    assert app["own"] > bare["own"] > 0
+    assert (app["shared"], app["own_objects"], bare["own_objects"]) == (0, 5, 4)
+
+
+def test_a_dumpfile_is_written_once(run: Any, tmp_path: Path) -> None:
+    target = tmp_path / "app.dump"
+    for check in (True, False):
+        result = run(check, name="app", dumpfile=str(target))
+        assert result["changed"] and result["dumpfile"] == str(target) and target.exists() != check
+    assert b"/file 4 100644 1 0 0 0 0.0 - text -\n" in target.read_bytes()
+    for check in (True, False):
+        assert not run(check, name="app", dumpfile=str(target))["changed"]
+
+
+@pytest.mark.parametrize(("values", "error"), [({}, "invalid_reference"), ({"name": "nothing"}, "image_not_found"), ({"name": "bare"}, "image_not_found")])
+def test_a_dumpfile_needs_one_image(run: Any, tmp_path: Path, values: dict[str, Any], error: str) -> None:
+    result = run(dumpfile=str(tmp_path / "out"), **values)
+    assert result["failed"] and result["error"] == error and not result["changed"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_documentation_has_the_return_values_of_the_code(run: Any) -> None:
+    documented = yaml.safe_load(composefs_image_info.RETURN)
+    assert set(documented) | {"changed"} == SHAPE | {"error"}
+    assert set(documented["images"]["contains"]) == set(run()["images"][0]) == set(documented["images"]["sample"][0])

@@ -1,0 +1,216 @@
+# Copyright (c) composefs.oci contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""composefs_mount through AnsibleModule, in this process, with a stand-in for the kernel's mounts and for systemd."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ansible.module_utils.basic", exc_type=ImportError)
+
+import yaml
+from ansible.module_utils import basic
+from ansible.module_utils.common.text.converters import to_bytes
+
+from ansible_collections.composefs.oci.plugins.module_utils import fsverity, mount, mountinfo, mounts, mountunit, provision
+from ansible_collections.composefs.oci.plugins.module_utils.errors import MountFailed
+from ansible_collections.composefs.oci.plugins.module_utils.repository import Repository
+from ansible_collections.composefs.oci.plugins.modules import composefs_mount
+
+SHAPE = {"changed", "image_id", "previous_image_id", "path", "repository", "mounted", "verity", "unit"}
+
+
+class Host:
+    """What is mounted, and where units lie."""
+
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.there: dict[str, mountinfo.Mounted] = {}
+        self.repository = str(tmp_path / "repo")
+        self.path = str(tmp_path / "app")
+        self.places = mountunit.Places(str(tmp_path / "units"), str(tmp_path / "library"), str(tmp_path / "running"))
+        self.told: list[str] = []
+        self.refuses = False
+        (tmp_path / "running").mkdir()
+        provision.prepare(self.repository, fsverity.SHA256, provision.DISABLED)
+        with Repository.open(self.repository, write=True) as opened:
+            self.images = [opened.objects.put(text).hex() for text in (b"one", b"two")]
+            for image in self.images:
+                opened.link_image(bytes.fromhex(image))
+        monkeypatch.setattr(mountinfo, "at", lambda path: self.there.get(path))
+        monkeypatch.setattr(mountinfo, "hidden_at", lambda _path: [])
+        monkeypatch.setattr(mountinfo, "children", lambda _of: [])
+        monkeypatch.setattr(mounts, "require_capability", lambda _what: None)
+        monkeypatch.setattr(mount, "mount", self.mount)
+        monkeypatch.setattr(mount, "replace", self.mount)
+        monkeypatch.setattr(mount, "unmount", lambda path: self.there.pop(path))
+        for name in ("current", "ensure", "remove"):
+            monkeypatch.setattr(mountunit, name, functools.partial(getattr(mountunit, name), places=self.places))
+        monkeypatch.setattr(basic.AnsibleModule, "run_command", self.run_command)
+
+    def mount(self, request: mount.Request, path: str) -> None:
+        if self.refuses:
+            raise MountFailed("The kernel refused.")
+        settings = {"ro": "", **({"verity": "require"} if request.verity else {})}
+        self.there[path] = mountinfo.Mounted(1, 0, path, "overlay", f"composefs:{request.image_id}", frozenset(("ro", "relatime", *request.options)), settings)
+
+    def run_command(self, words: list[str], **_options: Any) -> tuple[int, str, str]:
+        self.told.append(" ".join(words))
+        return 0, "", ""
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    return Host(tmp_path, monkeypatch)
+
+
+@contextlib.contextmanager
+def arguments(values: dict[str, Any]) -> Iterator[None]:
+    """Make AnsibleModule see ``values``, in the way of whatever ansible-core there is."""
+    try:
+        from ansible.module_utils.testing import patch_module_args
+    except ImportError:
+        old = basic._ANSIBLE_ARGS
+        basic._ANSIBLE_ARGS = to_bytes(json.dumps({"ANSIBLE_MODULE_ARGS": values}))
+        try:
+            yield
+        finally:
+            basic._ANSIBLE_ARGS = old
+    else:
+        with patch_module_args(values):
+            yield
+
+
+@pytest.fixture
+def run(host: Host, capsys: pytest.CaptureFixture[str]) -> Any:
+    """``run(image=..., check=True)`` runs the module at the host's path and returns its result."""
+
+    def task(check: bool = False, **values: Any) -> dict[str, Any]:
+        values = {"path": host.path, "repository": host.repository, **values}
+        with arguments({"_ansible_remote_tmp": "/tmp", "_ansible_diff": True, "_ansible_check_mode": check, **values}), pytest.raises(SystemExit):
+            composefs_mount.main()
+        result: dict[str, Any] = json.loads(capsys.readouterr().out)
+        assert set(result) >= SHAPE or "error" not in result and result["failed"], "the same shape in every case that gets past the options"
+        return result
+
+    return task
+
+
+def test_an_image_is_mounted_once(host: Host, run: Any) -> None:
+    one = host.images[0]
+    for check in (True, False):
+        result = run(check, image=one)
+        assert {key: result[key] for key in SHAPE} == {
+            "changed": True,
+            "image_id": one,
+            "previous_image_id": None,
+            "path": host.path,
+            "repository": host.repository,
+            "mounted": True,
+            "verity": False,
+            "unit": None,
+        }
+        assert result["diff"]["before"]["mounted"] is None and result["diff"]["after"]["mounted"]["image_id"] == one
+        assert bool(host.there) != check
+    again = run(image=one)
+    assert not again["changed"] and again["previous_image_id"] == one == again["image_id"]
+    assert again["diff"]["before"] == again["diff"]["after"]
+
+
+def test_remounted_replaces_what_mounted_refuses(host: Host, run: Any) -> None:
+    one, two = host.images
+    run(image=one)
+    refused = run(image=two)
+    assert refused["failed"] and refused["error"] == "busy" and one in refused["msg"]
+    assert (refused["changed"], refused["mounted"], refused["image_id"]) == (False, True, one)
+    for check in (True, False):
+        result = run(check, image=two, state="remounted")
+        assert (result["changed"], result["previous_image_id"], result["image_id"]) == (True, one, two)
+    assert not run(image=two, state="remounted")["changed"]
+
+
+def test_unmounting_needs_neither_image_nor_repository(host: Host, run: Any, tmp_path: Path) -> None:
+    run(image=host.images[0])
+    for check in (True, False):
+        result = run(check, state="unmounted", repository=str(tmp_path / "nowhere"))
+        assert (result["changed"], result["mounted"], result["image_id"], result["previous_image_id"]) == (True, False, None, host.images[0])
+        assert result["verity"] is None
+    assert not run(state="unmounted")["changed"]
+    assert os.path.isdir(host.path)
+
+
+def test_a_persistent_mount_has_a_unit_until_it_is_not_asked_for(host: Host, run: Any) -> None:
+    one, two = host.images
+    name = mountunit.unit_name(host.path)
+    predicted = run(True, image=one, persistent=True)
+    assert predicted["unit"] == name and predicted["diff"]["after"]["unit"] and not os.path.exists(host.places.units)
+    assert run(image=one, persistent=True)["unit"] == name
+    assert not run(image=one, persistent=True)["changed"]
+    assert one in (mountunit.current(host.path) or "")
+    assert run(image=two, persistent=True, state="remounted")["changed"] and two in (mountunit.current(host.path) or "")
+    result = run(True, image=two)
+    assert result["changed"] and result["unit"] is None and mountunit.current(host.path)
+    host.told.clear()
+    assert run(image=two)["changed"] and mountunit.current(host.path) is None
+    assert host.told == ["systemctl --no-ask-password daemon-reload"], "the mount stays"
+    assert not run(image=two)["changed"]
+
+
+def test_unmounting_removes_the_unit_too(host: Host, run: Any) -> None:
+    run(image=host.images[0], persistent=True)
+    host.there.clear()
+    result = run(state="unmounted")
+    assert result["changed"] and result["unit"] is None and mountunit.current(host.path) is None
+    assert not run(state="unmounted")["changed"]
+
+
+def test_a_mount_that_fails_gets_no_unit(host: Host, run: Any) -> None:
+    host.refuses = True
+    result = run(image=host.images[0], persistent=True)
+    assert result["failed"] and result["error"] == "mount_failed" and not result["changed"] and not result["mounted"]
+    assert mountunit.current(host.path) is None
+
+
+def test_what_no_unit_can_hold_is_refused_before_mounting(host: Host, run: Any) -> None:
+    result = run(image=host.images[0], persistent=True, path=f"{host.path}\tx")
+    assert result["failed"] and result["error"] == "mount_failed" and host.there == {}
+
+
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [
+        ({"image": "missing"}, "image_not_found"),
+        ({"image": "missing", "repository": "/nowhere/at/all"}, "not_a_repository"),
+        ({"image": "missing", "opts": ["bogus"]}, "mount_failed"),
+    ],
+)
+def test_failures_have_a_code(host: Host, run: Any, values: dict[str, Any], error: str) -> None:
+    for check in (True, False):
+        result = run(check, **values)
+        assert result["failed"] and result["error"] == error and not result["changed"] and not result["mounted"]
+
+
+def test_verity_that_is_required_is_an_error_without_it(host: Host, run: Any) -> None:
+    assert run(image=host.images[0], verity="required")["error"] == "incompatible_repository"
+
+
+@pytest.mark.parametrize("values", [{}, {"state": "remounted"}, {"image": "x", "upperdir": "/u"}, {"image": "x", "state": "absent"}])
+def test_options_that_lack_their_partners_are_refused(host: Host, run: Any, values: dict[str, Any]) -> None:
+    assert run(**values)["failed"] and host.there == {}
+
+
+def test_the_documentation_has_the_options_and_return_values_of_the_code() -> None:
+    options = yaml.safe_load(composefs_mount.DOCUMENTATION)["options"]
+    keys = ("type", "default", "choices", "elements", "required")
+    spec = {name: {key: option[key] for key in keys if key in option} for name, option in options.items()}
+    assert spec == {name: option for name, option in composefs_mount.ARGUMENT_SPEC.items() if name != "repository"}
+    assert set(yaml.safe_load(composefs_mount.RETURN)) | {"changed"} == SHAPE | {"error"}
