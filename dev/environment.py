@@ -35,6 +35,7 @@ TEST_COMMANDS = {
     "mkfs.ext4": "e2fsprogs",
     "htpasswd": "apache2-utils",
     "mmdebstrap": "mmdebstrap",
+    "mount": "mount",
     "openssl": "openssl",
     "setfattr": "attr",
     "strace": "strace",
@@ -110,7 +111,8 @@ def _requirement_texts(files: Sequence[pathlib.Path]) -> Iterable[str]:
 def virtual_environment(directory: pathlib.Path, interpreter: str, requirements: Sequence[pathlib.Path]) -> pathlib.Path:
     """A virtual environment in ``directory`` that holds ``requirements``; made or renewed only if they changed. Returns its python."""
     version = subprocess.run([interpreter, "-VV"], stdout=subprocess.PIPE, check=True).stdout.decode()
-    state = hashlib.sha256("\0".join([version, interpreter, *_requirement_texts(requirements)]).encode()).hexdigest()
+    # The version, not the path: the same Python is found under several names, and the environment must not be made anew under running tests.
+    state = hashlib.sha256("\0".join([version, *_requirement_texts(requirements)]).encode()).hexdigest()
     directory.mkdir(parents=True, exist_ok=True)
     stamp, executable = directory / "requirements.sha256", directory / "bin" / "python"
     with open(directory / ".lock", "w") as lock:

@@ -182,7 +182,8 @@ def integration(part: Part) -> None:
 
 def demo(part: Part) -> None:
     """The README's first command, which is the product's main job."""
-    part.run(ROOT / "dev" / "demo")
+    # As a person would run it: with the environment that this was started in.
+    part.run(ROOT / "dev" / "demo", env=dict(os.environ))
 
 
 def ruff(part: Part) -> None:
