@@ -10,18 +10,23 @@ functions can be tested with a stand-in.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from typing import Any, Callable, Protocol
 
-from .errors import EngineError, from_os_error
-from .repository import default_path
+from .errors import EngineError, NotARepository, from_os_error
+from .repository import Repository, default_path
 
 
 class Module(Protocol):
     """The part of ``AnsibleModule`` that is used here."""
 
     params: dict[str, Any]
+    check_mode: bool
+
+    def warn(self, warning: str) -> Any: ...
 
     def exit_json(self, **kwargs: Any) -> Any: ...
 
@@ -31,6 +36,30 @@ class Module(Protocol):
 def repository_path(module: Module, option: str = "repository") -> str:
     """The repository that ``option`` of the task names, or the default one; absolute, without a trailing slash."""
     return os.path.abspath(os.path.expanduser(module.params.get(option) or default_path()))
+
+
+@contextlib.contextmanager
+def opened_repository(module: Module, path: str) -> Iterator[Repository]:
+    """The repository at ``path``; in check mode, where there is nothing yet, an empty one that vanishes with the ``with``.
+
+    On a fresh host an earlier task only foretold that it would make the repository, and a run of the whole playbook in check mode goes on.
+    """
+    try:
+        repository = Repository.open(path)
+    except NotARepository:
+        if not module.check_mode or (os.path.lexists(path) and (not os.path.isdir(path) or os.listdir(path))):
+            raise
+    else:
+        with repository:
+            yield repository
+        return
+    # Loaded here, for it is seldom needed, and every file costs time in every task.
+    from . import fsverity, provision
+
+    module.warn(f"There is no repository at {path} yet. In check mode it is taken for one that is empty.")
+    with tempfile.TemporaryDirectory(prefix="composefs-check-") as directory:
+        with provision.create(f"{directory}/repository", fsverity.SHA256, provision.DISABLED) as empty:
+            yield empty
 
 
 def describe_crash(error: BaseException) -> str:
@@ -47,6 +76,15 @@ def describe_crash(error: BaseException) -> str:
     return f"Internal error: {type(error).__name__} at {' > '.join(places[-4:]) or 'an unknown place'}. Please report this line as a bug."
 
 
+def _occupy_standard_descriptors() -> None:
+    """Make sure that nothing else gets the numbers 0, 1 and 2: processes that are forked put /dev/null there, whatever it is."""
+    while True:
+        fd = os.open(os.devnull, os.O_RDWR)
+        if fd > 2:
+            os.close(fd)
+            return
+
+
 def run_module(module: Module, main: Callable[[Any], Mapping[str, Any]], base: Mapping[str, Any] | None = None) -> None:
     """Call ``main(module)`` and leave through ``exit_json`` with what it returns, or through ``fail_json``.
 
@@ -54,6 +92,7 @@ def run_module(module: Module, main: Callable[[Any], Mapping[str, Any]], base: M
     fill in what it learns before it fails. Failures carry ``error``: the code of the engine's error class, ``out_of_memory``, or
     ``internal_error`` for a bug.
     """
+    _occupy_standard_descriptors()
     try:
         result = main(module)
     except EngineError as error:

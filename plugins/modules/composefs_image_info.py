@@ -216,7 +216,7 @@ from ansible_collections.composefs.oci.plugins.module_utils import exports
 from ansible_collections.composefs.oci.plugins.module_utils.diskuse import disk_use
 from ansible_collections.composefs.oci.plugins.module_utils.errors import ImageNotFound
 from ansible_collections.composefs.oci.plugins.module_utils.images import list_images
-from ansible_collections.composefs.oci.plugins.module_utils.modulehelp import repository_path, run_module
+from ansible_collections.composefs.oci.plugins.module_utils.modulehelp import opened_repository, repository_path, run_module
 from ansible_collections.composefs.oci.plugins.module_utils.repository import Repository
 
 EMPTY: dict[str, Any] = {"changed": False, "repository": None, "images": [], "dumpfile": None}
@@ -226,7 +226,7 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
     """List what the task asks for; ``base`` gets what a failure should still tell."""
     params = module.params
     path = base["repository"] = repository_path(module)
-    with Repository.open(path) as repository:
+    with opened_repository(module, path) as repository:
         images, complaints = list_images(repository, params["name"] or "", params["digest"] or "")
         use = disk_use(repository, [image["digest"] for image in images]) if params["disk_use"] else {}
         for image in images:

@@ -33,8 +33,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # plumbing: one layer, one repository, one conversation with a source
     ("imports", "layer", "mount", "session"),
     ("repository",),
-    ("documents", "modulehelp", "provision"),
-    ("forked",),
+    ("documents", "provision"),
+    ("forked", "modulehelp"),
     # porcelain: the verbs
     ("assemble", "diskuse", "fetch", "images", "plan"),
     ("mounts", "publish"),

@@ -7,11 +7,12 @@
 from __future__ import annotations
 
 import os
+import pathlib
 from typing import Any
 
 import pytest
 from ansible_collections.composefs.oci.plugins.module_utils import modulehelp
-from ansible_collections.composefs.oci.plugins.module_utils.errors import ImageNotFound
+from ansible_collections.composefs.oci.plugins.module_utils.errors import ImageNotFound, NotARepository
 
 
 class Ended(BaseException):
@@ -21,7 +22,12 @@ class Ended(BaseException):
 class Module:
     def __init__(self, **params: Any) -> None:
         self.params = params
+        self.check_mode = False
+        self.warnings: list[str] = []
         self.result: dict[str, Any] = {}
+
+    def warn(self, warning: str) -> None:
+        self.warnings.append(warning)
 
     def exit_json(self, **values: Any) -> None:
         self.result = {"failed": False, **values}
@@ -83,3 +89,26 @@ def test_the_repository_is_the_tasks_or_the_default(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("HOME", "/home/u")
     assert modulehelp.repository_path(Module(repository=None)) == "/sysroot/composefs"
     assert modulehelp.repository_path(Module(path="~/x/../r/"), "path") == "/home/u/r"
+
+
+def test_check_mode_takes_a_repository_that_is_not_there_yet_for_an_empty_one(tmp_path: pathlib.Path) -> None:
+    module = Module()
+    module.check_mode = True
+    with modulehelp.opened_repository(module, str(tmp_path / "later")) as repository:
+        assert repository.tags() == {} and repository.streams() == []
+        scratch = repository.path
+    assert "no repository" in module.warnings[0] and not os.path.exists(scratch) and not (tmp_path / "later").exists()
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_a_directory_with_other_things_in_it_is_no_repository_in_either_mode(tmp_path: pathlib.Path, check: bool) -> None:
+    (tmp_path / "other").touch()
+    module = Module()
+    module.check_mode = check
+    with pytest.raises(NotARepository), modulehelp.opened_repository(module, str(tmp_path)):
+        pass
+
+
+def test_a_run_does_not_take_nothing_for_a_repository(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(NotARepository), modulehelp.opened_repository(Module(), str(tmp_path / "later")):
+        pass
