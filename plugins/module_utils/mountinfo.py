@@ -59,11 +59,11 @@ class Mounted(NamedTuple):
 
 def parse(line: str) -> Mounted:
     """One line of mountinfo. Spaces, tabs, line feeds and backslashes (and, within settings, commas) stand there as octal escapes."""
-    before, _, after = line.partition(" - ")
+    before, _separator, after = line.partition(" - ")
     number, parent, _device, _root, path, options = before.split(" ")[:6]
     kind, source, settings = (*after.split(" "), "", "")[:3]
     pairs = (setting.partition("=") for setting in _SETTING.findall(settings))
-    values = {key: _plain(value[1:-1] if value[:1] == '"' == value[-1:] else value) for key, _, value in pairs}
+    values = {key: _plain(value[1:-1] if value[:1] == '"' == value[-1:] else value) for key, _sign, value in pairs}
     return Mounted(int(number), int(parent), _plain(path), kind, _plain(source), frozenset(options.split(",")), values)
 
 

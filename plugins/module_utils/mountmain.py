@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> int:
             with Repository.open(options.repository, wait=_LOCK_WAIT) as repository:
                 mounts.ensure_mounted(repository, wish)
     except EngineError as error:
-        print(f"{error.code}: {error}", file=sys.stderr)
+        sys.stderr.write(f"{error.code}: {error}\n")
         return 1
     return 0
 
