@@ -25,6 +25,8 @@ IMAGE_REF = "composefs.image"
 BOOT_REF = "composefs.image.boot"
 # While a configuration is re-pointed its new stream also stands under this name; see replace().
 PENDING = "composefs-oci-pending-"
+# A layer stream that had to give its name to another one, and to which images may still lead; see name_layer().
+KEPT = "composefs-oci-kept-"
 
 
 class Document(NamedTuple):
@@ -71,6 +73,15 @@ def read_object(repository: Repository, kind: str, digest: str, stream: bytes) -
     return Document(raw, refs, stream)
 
 
+def refs_of(repository: Repository, kind: str, stream: bytes) -> dict[str, bytes] | None:
+    """The named refs of the document in the splitstream object ``stream``, whatever became of the document itself; None if it cannot be read."""
+    try:
+        with repository.open_object_stream(stream, splitstream.MANIFEST if kind == MANIFEST else splitstream.CONFIG) as opened:
+            return dict(opened.named_refs)
+    except FormatError:
+        return None
+
+
 def usable(repository: Repository, kind: str, digest: str) -> Document | None:
     """Like read(), but a damaged document counts as missing: the pull that asks is about to replace it."""
     try:
@@ -82,14 +93,14 @@ def usable(repository: Repository, kind: str, digest: str) -> Document | None:
 def store(repository: Repository, kind: str, raw: bytes, refs: Mapping[str, bytes]) -> bytes:
     """Store a document and its splitstream as objects, without a name; the splitstream's object digest."""
     writer = splitstream.Writer(repository.algorithm, splitstream.MANIFEST if kind == MANIFEST else splitstream.CONFIG)
-    writer.external(repository.objects.put(raw), len(raw))
+    writer.external(repository.objects.put(raw, prove=True), len(raw))
     for name, digest in refs.items():
         writer.named_ref(name, digest)
     return repository.objects.put_pieces(writer.finish())
 
 
-def replace(repository: Repository, config: str, config_stream: bytes, manifests: Mapping[str, bytes]) -> list[str]:
-    """Point ``oci-config-<config>`` at ``config_stream`` and each manifest at its stream; the names that changed.
+def replace(repository: Repository, config: str, config_stream: bytes, manifests: Mapping[str, bytes]) -> None:
+    """Point ``oci-config-<config>`` at ``config_stream`` and each manifest (digest -> stream) at its own.
 
     The caller has synced all objects. A collector follows a manifest's ref to its configuration by object, and walks on only if some
     name under ``streams/`` leads to that object. So whichever of the two links moves first, there would be an instant at which the
@@ -97,26 +108,30 @@ def replace(repository: Repository, config: str, config_stream: bytes, manifests
     Hence the new configuration gets a name of its own first, the manifests move, the configuration moves, and the extra name goes:
     at every instant every manifest leads to a named configuration. A crash leaves at worst the extra name, which the next pull removes.
     """
-    changed = []
-    pending = PENDING + config
-    moving = repository.stream(CONFIG + config) not in (None, config_stream)
-    if moving:
-        repository.register(pending, config_stream)
-    elif repository.register(CONFIG + config, config_stream):
-        changed.append(CONFIG + config)
-    for digest, stream in manifests.items():
-        if repository.register(MANIFEST + digest, stream):
-            changed.append(MANIFEST + digest)
-    if moving:
+    if repository.stream(CONFIG + config) not in (None, config_stream):
+        repository.register(PENDING + config, config_stream)
+    else:
         repository.register(CONFIG + config, config_stream)
-        changed.insert(0, CONFIG + config)
-    if repository.stream(pending) is not None:
-        repository.unregister(pending)
-    return changed
+    for digest, stream in manifests.items():
+        repository.register(MANIFEST + digest, stream)
+    repository.register(CONFIG + config, config_stream)
+    repository.unregister(PENDING + config)
 
 
-def manifests_of_config(repository: Repository, config: str, except_stream: bytes) -> dict[str, Document]:
-    """Stored manifests (digest -> document) that lead to the configuration ``config`` through another stream than ``except_stream``.
+def name_layer(repository: Repository, stream: str, digest: bytes) -> None:
+    """Make the layer stream ``stream`` lead to the object ``digest``; the caller has synced what it leads to.
+
+    If the name led elsewhere, that object gets another name first, for images may lead to it by its digest: an artifact to a raw blob whose bytes are
+    this layer's tar. Without a name a collector would keep the stream and lose what it refers to. With it, both go when no image needs them.
+    """
+    before = repository.stream(stream)
+    if before not in (None, digest) and repository.objects.contains(before):
+        repository.register(KEPT + before.hex(), before)
+    repository.register(stream, digest)
+
+
+def manifests_of_config(repository: Repository, config: str, except_stream: bytes = b"") -> dict[str, Document]:
+    """Stored manifests (digest -> document) that lead to the configuration ``config``, through another stream than ``except_stream``.
 
     Several manifests may share one configuration (the same layers compressed in two ways); when it moves, all of them must follow.
     """

@@ -77,11 +77,11 @@ class ObjectStore:
 
     # --- writing -----------------------------------------------------------------------------------------------------------------------------
 
-    def put(self, data: fsverity.Bytes) -> bytes:
+    def put(self, data: fsverity.Bytes, prove: bool = False) -> bytes:
         """Store ``data`` (bytes, or a contiguous view of bytes) unless it is there already; its fs-verity digest.
 
         The hot path of a pull, once per small file. An object that is there and right is left alone; a damaged one is replaced in one step.
-        NoSpace and other EngineErrors when the system refuses.
+        What is there without a seal is judged by its size, or, to ``prove`` it, by its content. NoSpace and other EngineErrors when the system refuses.
         """
         digest = fsverity.digest(data, self.algorithm)
         text = digest.hex()
@@ -91,6 +91,8 @@ class ObjectStore:
             state = self._state(name, digest, size)
         except OSError as error:
             raise from_os_error(error, f"Looking for object {text}") from error
+        if prove and state == _PRESENT and not self.verify(digest):
+            state = _WRONG
         if state == _PRESENT:
             self.stats.present += 1
             self.stats.bytes_present += size
@@ -114,12 +116,15 @@ class ObjectStore:
         return ObjectWriter(self)
 
     def put_pieces(self, pieces: Iterable[fsverity.Bytes]) -> bytes:
-        """Store what the pieces make together as one object; its fs-verity digest."""
+        """Store what the pieces make together as one object, for splitstreams; its fs-verity digest.
+
+        One that is there already is proved by its content: a stream may be written again because the one that is there turned out to be damaged.
+        """
         output = self.writer()
         try:
             for piece in pieces:
                 output.write(piece)
-            return output.commit()[0]
+            return output.commit(prove=True)[0]
         except BaseException:
             output.abort()
             raise
@@ -429,12 +434,17 @@ class ObjectWriter:
         if self._hasher is not None:
             self._hasher.update(data)
 
-    def commit(self) -> tuple[bytes, int]:
-        """Make it an object: its fs-verity digest (raw bytes) and size in bytes. The writer is closed, also when this fails."""
+    def commit(self, prove: bool = False) -> tuple[bytes, int]:
+        """Make it an object: its fs-verity digest (raw bytes) and size in bytes. The writer is closed, also when this fails.
+
+        An object that is there already is judged as by ``put``, with ``prove`` by its content.
+        """
         store, draft, size = self._store, self._draft, self.size
         try:
             digest = self._hasher.digest() if self._hasher is not None else None
             state = store._state(fsverity.object_path(digest), digest, size) if digest is not None else None
+            if prove and digest is not None and state == _PRESENT and not store.verify(digest):
+                state = _WRONG
             if state != _PRESENT:
                 if store._seal:
                     digest = store._seal_draft(draft, digest) or digest
@@ -443,6 +453,8 @@ class ObjectWriter:
                 name = fsverity.object_path(digest)
                 if state is None:
                     state = store._state(name, digest, size)
+                    if prove and state == _PRESENT and not store.verify(digest):
+                        state = _WRONG
             assert digest is not None
             if state == _PRESENT:
                 store.stats.present += 1

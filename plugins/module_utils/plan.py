@@ -132,18 +132,15 @@ def look_up(repository: Repository, request: Request, reference: Reference, sess
     )
     sources = session.layer_sources(reference, manifest)
     for blob, source, diff_id in zip(manifest.layers, sources, _diff_ids(manifest, config)):
-        stream = documents.LAYER + diff_id
-        candidate = repository.stream(stream)
-        if config is None and manifest_document is not None:
-            # The stream's name may meanwhile lead to a container's split tar of the same bytes; what the artifact has is still right.
-            candidate = manifest_document.refs.get(diff_id, candidate)
-        stored = proved_layer(repository, candidate, diff_id, config is not None, record, plan.warnings)
-        plan.layers.append(Layer(blob, diff_id, stream, source, stored))
+        plan.layers.append(_stored_layer(repository, plan, blob, source, diff_id, record, plan.warnings))
     return plan
 
 
-def recall(repository: Repository, request: Request, warnings: list[str]) -> Plan | None:
-    """What the repository holds under the request's name, without asking anybody; None unless it is whole and is what was asked for."""
+def recall(repository: Repository, request: Request, warnings: list[str], record: bool) -> Plan | None:
+    """What the repository holds under the request's name, without asking anybody; None unless it is whole and is what was asked for.
+
+    Layers are proved, and proofs remembered with ``record``, as look_up() does.
+    """
     digest = repository.tag_digest(request.name)
     if digest is None or (request.digest and request.digest != digest):
         return None
@@ -172,12 +169,22 @@ def recall(repository: Repository, request: Request, warnings: list[str]) -> Pla
         warnings=warnings,
     )
     for blob, diff_id in zip(manifest.layers, _diff_ids(manifest, config)):
-        stream = documents.LAYER + diff_id
-        stored = repository.stream(stream)
-        if stored is None or not repository.objects.contains(stored):
+        # What is wrong with a layer is told by the look-up that follows then.
+        layer = _stored_layer(repository, plan, blob, blob, diff_id, record, [])
+        if layer.stored is None:
             return None
-        plan.layers.append(Layer(blob, diff_id, stream, blob, stored))
+        plan.layers.append(layer)
     return plan
+
+
+def _stored_layer(repository: Repository, plan: Plan, blob: oci.Descriptor, source: oci.Descriptor, diff_id: str, record: bool, warnings: list[str]) -> Layer:
+    stream = documents.LAYER + diff_id
+    candidate = repository.stream(stream)
+    if plan.config is None and plan.manifest_document is not None:
+        # The stream's name may meanwhile lead to a container's split tar of the same bytes; what the artifact has is still right.
+        candidate = plan.manifest_document.refs.get(diff_id, candidate)
+    stored = proved_layer(repository, candidate, diff_id, plan.config is not None, record, warnings)
+    return Layer(blob, diff_id, stream, source, stored)
 
 
 def _validate(kind: str, raw: bytes, warnings: list[str]) -> None:

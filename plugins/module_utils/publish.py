@@ -32,26 +32,42 @@ def predict(repository: Repository, plan: Plan, images: Images) -> list[str]:
     streams = list(plan.missing())
     layers = {layer.diff_id: _expected(repository, plan, layer) for layer in plan.layers}
     config = plan.config_document
-    if config is None or not _leads_to(plan, config, layers) or _missing_images(repository, plan, images, config.refs):
-        return [*streams, documents.CONFIG + plan.config_digest, documents.MANIFEST + plan.digest]
-    manifest = plan.manifest_document
-    if manifest is None or manifest.refs != _manifest_refs(plan, config.stream, layers):
-        streams.append(documents.MANIFEST + plan.digest)
-    return streams
+    if config is not None and _leads_to(plan, config.refs, layers) and all(image in config.refs for image in _wanted(repository, plan, images)):
+        # An image whose object is gone comes back the same: making images is deterministic.
+        manifest = plan.manifest_document
+        if manifest is None or manifest.refs != _manifest_refs(plan, config.stream, layers):
+            streams.append(documents.MANIFEST + plan.digest)
+        return streams
+    holders = documents.manifests_of_config(repository, plan.config_digest)
+    coming = _coming_config(repository, plan, images, layers, holders)
+    lead = documents.CONFIG_REF + plan.config_digest
+    manifests = [digest for digest, document in holders.items() if digest != plan.digest and document.refs[lead] != coming]
+    if plan.manifest_document is None or plan.manifest_document.refs != _manifest_refs(plan, coming, layers):
+        manifests.insert(0, plan.digest)
+    return [*streams, documents.CONFIG + plan.config_digest, *(documents.MANIFEST + digest for digest in manifests)]
+
+
+def unfinished(repository: Repository, plan: Plan, images: Images) -> bool:
+    """Whether publish() has something to repair that no stream shows: an image without its object or link, or what a crash left behind."""
+    if repository.stream(documents.PENDING + plan.config_digest) is not None:
+        return True
+    wanted = _wanted(repository, plan, images)
+    return any(name in wanted and not (repository.objects.contains(digest) and repository.image(digest)) for name, digest in plan.image_refs.items())
 
 
 def publish(repository: Repository, plan: Plan, images: Images, fetched: Mapping[str, bytes], progress: Progress) -> list[str]:
-    """Store and name what ``plan`` still lacks; the names under ``streams/`` that changed. ``fetched``: layer stream -> object digest.
+    """Store and name what ``plan`` still lacks; the names under ``streams/`` that were given. ``fetched``: layer stream -> object digest.
 
     The final streams are written at once, so nothing is left over for a collector.
     """
     tree = [layer.stored or fetched[layer.stream] for layer in plan.layers]
     layers = {layer.diff_id: digest for layer, digest in zip(plan.layers, tree)}
     before = plan.config_document
-    current = before is not None and _leads_to(plan, before, layers)
+    current = before is not None and _leads_to(plan, before.refs, layers)
     # Images stay true as long as the layers they were made of do.
     image_refs = {name: digest for name, digest in before.refs.items() if documents.is_image_ref(name)} if before and current and plan.config else {}
-    missing = _missing_images(repository, plan, images, image_refs)
+    wanted = _wanted(repository, plan, images)
+    missing = [format_ for name, format_ in wanted.items() if name not in image_refs or not repository.objects.contains(image_refs[name])]
     if missing:
         progress.message(f"Making the EROFS image of {plan.request.name}")
         from .assemble import write_images  # late: most runs make none
@@ -64,28 +80,31 @@ def publish(repository: Repository, plan: Plan, images: Images, fetched: Mapping
         )
         image_refs.update({documents.image_ref(version): digest for version, digest in plain.items()})
         image_refs.update({documents.image_ref(version, boot=True): digest for version, digest in bootable.items()})
-    if before is not None and current and not missing:
+    config_refs = {**layers, **image_refs}
+    if before is not None and current and (plan.config is None or before.refs == config_refs):
         config_stream = before.stream
     else:
-        config_stream = documents.store(repository, documents.CONFIG, plan.config_raw, {**layers, **image_refs})
+        config_stream = documents.store(repository, documents.CONFIG, plan.config_raw, config_refs)
     refs = _manifest_refs(plan, config_stream, layers)
     manifests = {}
     if plan.manifest_document is None or plan.manifest_document.refs != refs:
         manifests[plan.digest] = documents.store(repository, documents.MANIFEST, plan.manifest.raw, refs)
-    if before is not None and before.stream != config_stream:
+    moves = before is None or before.stream != config_stream
+    if moves:
         # Other manifests with the same configuration follow it, or a collector would find theirs without a name.
         for digest, document in documents.manifests_of_config(repository, plan.config_digest, config_stream).items():
             if digest != plan.digest:
                 moved = {**document.refs, documents.CONFIG_REF + plan.config_digest: config_stream}
                 manifests[digest] = documents.store(repository, documents.MANIFEST, document.raw, moved)
     plan.image_refs = image_refs
-    settled = before is not None and before.stream == config_stream and not manifests
-    if not settled:
+    if missing or manifests or moves:
         # The barrier: what the names below lead to, directly or through others, is on the disk before they exist.
         repository.sync()
     for image in image_refs.values():
-        repository.link_image(image)
-    return [] if settled else documents.replace(repository, plan.config_digest, config_stream, manifests)
+        if repository.objects.contains(image):
+            repository.link_image(image)
+    documents.replace(repository, plan.config_digest, config_stream, manifests)
+    return [*([documents.CONFIG + plan.config_digest] if moves else []), *(documents.MANIFEST + digest for digest in manifests)]
 
 
 def image_id(repository: Repository, plan: Plan, boot: bool) -> str | None:
@@ -97,36 +116,54 @@ def image_id(repository: Repository, plan: Plan, boot: bool) -> str | None:
     return None
 
 
-def _missing_images(repository: Repository, plan: Plan, images: Images, refs: Mapping[str, bytes]) -> list[tuple[int, bool]]:
-    """Format and kind of every image that is wanted and not there."""
+def _wanted(repository: Repository, plan: Plan, images: Images) -> dict[str, tuple[int, bool]]:
+    """The images that the configuration shall lead to: key -> format, and whether it is the one to boot from."""
     if plan.config is None:
-        return []
+        return {}
     formats = repository.metadata.erofs_formats
     # A configuration has one place for formats 0 and 1: where both are wanted, 1 takes it, and 0 would be nobody's.
-    wanted = [(version, boot) for boot, yes in ((False, images.plain), (True, images.bootable)) if yes for version in formats if version or 1 not in formats]
-    missing = []
-    for version, boot in wanted:
-        digest = refs.get(documents.image_ref(version, boot))
-        if digest is None or not repository.objects.contains(digest):
-            missing.append((version, boot))
-    return missing
+    chosen = [(version, boot) for boot, yes in ((False, images.plain), (True, images.bootable)) if yes for version in formats if version or 1 not in formats]
+    return {documents.image_ref(version, boot): (version, boot) for version, boot in chosen}
 
 
 def _expected(repository: Repository, plan: Plan, layer: Layer) -> bytes | None:
     """The stream object a layer has, or will most likely get: an import is deterministic, so one that vanished comes back the same."""
     if layer.stored is not None:
         return layer.stored
-    if repository.stream(layer.stream) is not None:
-        return None  # a wrong one that is replaced
-    return plan.config_document.refs.get(layer.diff_id) if plan.config_document else None
+    proved = repository.trusted(layer.diff_id) if plan.config is not None else None
+    if proved is not None:
+        return proved
+    document = plan.config_document if plan.config is not None else plan.manifest_document
+    known = document.refs.get(layer.diff_id) if document else None
+    there = repository.stream(layer.stream)
+    # What is there and is to be replaced is not what the layer will be.
+    return None if known == there and there is not None and repository.objects.contains(there) else known
 
 
-def _leads_to(plan: Plan, document: documents.Document, layers: Mapping[str, bytes | None]) -> bool:
+def _coming_config(repository: Repository, plan: Plan, images: Images, layers: Mapping[str, bytes | None], holders: Mapping[str, documents.Document]) -> bytes:
+    """The stream that publish() will give to the configuration, if it is stored already; else empty, which no stream is.
+
+    It is where the name or the document is gone, and where a run died between moving the manifests, ``holders``, and the configuration.
+    """
+    config = plan.config_document
+    keys = set(_wanted(repository, plan, images))
+    if config is not None and _leads_to(plan, config.refs, layers):
+        keys |= {name for name in config.refs if documents.is_image_ref(name)}
+    candidates = [repository.stream(documents.CONFIG + plan.config_digest)]
+    candidates += [document.refs[documents.CONFIG_REF + plan.config_digest] for document in holders.values()]
+    for stream in dict.fromkeys(candidates):
+        refs = documents.refs_of(repository, documents.CONFIG, stream) if stream else None
+        if stream and refs is not None and refs.keys() == keys | layers.keys() and _leads_to(plan, refs, layers):
+            return stream
+    return b""
+
+
+def _leads_to(plan: Plan, refs: Mapping[str, bytes], layers: Mapping[str, bytes | None]) -> bool:
     """Whether a stored configuration has exactly these layers."""
     if plan.config is None:
         # The empty configuration is shared by many artifacts and cannot lead to the layers of all: their manifests do.
         return True
-    return {name: digest for name, digest in document.refs.items() if not documents.is_image_ref(name)} == layers
+    return {name: digest for name, digest in refs.items() if not documents.is_image_ref(name)} == layers
 
 
 def _manifest_refs(plan: Plan, config: bytes, layers: Mapping[str, T]) -> dict[str, bytes | T]:
