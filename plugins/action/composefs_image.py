@@ -10,11 +10,13 @@ nobody looks (no terminal, CI, check mode, a task that is asynchronous already) 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
 import typing as t
 
+from ansible.errors import AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
@@ -22,7 +24,10 @@ from ansible_collections.composefs.oci.plugins.module_utils.progress import summ
 
 display = Display()
 
-POLL = 1.0
+# Seconds between two looks at the job: a short task is not to wait for its end, a long one not to cause work.
+POLL_FIRST, POLL = 0.2, 1.0
+# How long the host may be out of reach before the task gives up. The job goes on meanwhile.
+UNREACHABLE_LIMIT = 120.0
 # The job is ended by the module's own timeouts; this only bounds how long a forgotten one may live.
 JOB_LIMIT = 24 * 60 * 60
 JOB_KEYS = ("started", "finished", "ansible_job_id", "results_file", "ansible_async_watchdog_pid", "stdout", "stderr", "stdout_lines", "stderr_lines")
@@ -61,7 +66,8 @@ class ActionModule(ActionBase):
         """Run the module; its result."""
         result = super().run(tmp, task_vars)
         task_vars = task_vars or {}
-        if self._task.async_val or self._task.check_mode or self._task.args.get("state") == "absent" or not watched(task_vars):
+        quiet = self._task.async_val or self._task.check_mode or self._task.no_log or self._task.args.get("state") == "absent"
+        if quiet or not watched(task_vars):
             result.update(self._execute_module(task_vars=task_vars, wrap_async=bool(self._task.async_val)))
             return result
         result.update(self._run_watched(task_vars))
@@ -82,26 +88,37 @@ class ActionModule(ActionBase):
         try:
             return self._watch(job["ansible_job_id"], progress_file, task_vars)
         finally:
-            self._remove_tmp_path(tmpdir, force=True)
+            with contextlib.suppress(AnsibleConnectionFailure):
+                self._remove_tmp_path(tmpdir, force=True)
 
     def _watch(self, jid: str, progress_file: str, task_vars: dict[str, t.Any]) -> dict[str, t.Any]:
         host = task_vars.get("inventory_hostname", "?")
         async_dir = self._remote_expand_user(self.get_shell_option("async_dir", default="~/.ansible_async"))
         job = {"jid": jid, "_async_dir": async_dir}
         shown = None
+        pause = POLL_FIRST
+        heard = time.monotonic()
         while True:
-            time.sleep(POLL)
-            line = self._progress_line(progress_file)
-            if line and line != shown:
-                shown = line
-                display.display(f"{host}: {line}")
-            status = self._execute_module(module_name="ansible.legacy.async_status", module_args=job, task_vars=task_vars)
-            # A connection that breaks for a moment is no end of the job; only the job's own word is.
-            if status.get("unreachable"):
+            time.sleep(pause)
+            pause = min(pause * 1.5, POLL)
+            try:
+                line = self._progress_line(progress_file)
+                if line and line != shown:
+                    shown = line
+                    display.display(f"{host}: {line}")
+                status = self._execute_module(module_name="ansible.legacy.async_status", module_args=job, task_vars=task_vars)
+            except AnsibleConnectionFailure:
+                # A connection that breaks for a moment is no end of the job; only the job's own word is.
+                if time.monotonic() - heard >= UNREACHABLE_LIMIT:
+                    raise
                 continue
+            if status.get("unreachable") and time.monotonic() - heard < UNREACHABLE_LIMIT:
+                continue
+            heard = time.monotonic()
             if status.get("finished") or "started" not in status:
                 break
-        self._execute_module(module_name="ansible.legacy.async_status", module_args=dict(job, mode="cleanup"), task_vars=task_vars)
+        with contextlib.suppress(AnsibleConnectionFailure):
+            self._execute_module(module_name="ansible.legacy.async_status", module_args=dict(job, mode="cleanup"), task_vars=task_vars)
         return {key: value for key, value in status.items() if key not in JOB_KEYS}
 
     def _progress_line(self, path: str) -> str:

@@ -82,13 +82,19 @@ def zstd_backend() -> str | None:
     return next((name for name, module in ZSTD_BACKENDS.items() if _module(module) is not None), None)
 
 
+def require_zstd() -> None:
+    """Raise MissingLibrary unless there is a zstd library."""
+    _zstd_module(None)
+
+
 def _zstd_module(backend: str | None) -> tuple[str, Any]:
     name = backend or zstd_backend()
     module = _module(ZSTD_BACKENDS[name]) if name else None
     if name is None or module is None:
         raise MissingLibrary(
             "A zstd library for Python is needed, and none is installed on the host.",
-            "Install python3-zstandard (Debian, Fedora, EPEL) or run pip install zstandard for the Python that runs the module; Python 3.14 brings one.",
+            "Let the role composefs.oci.skopeo install it, or install python3-zstandard (Debian, Fedora, EPEL), or run pip install zstandard for the Python "
+            "that runs the module; Python 3.14 brings one.",
         )
     return name, module
 

@@ -23,8 +23,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
-from . import forked
-from .errors import DigestMismatch, EngineError, Stalled, doing
+from . import documents, forked
+from .errors import DigestMismatch, EngineError, ProxyFailed, RegistryUnreachable, Stalled, doing
 from .fsverity import Algorithm
 from .imageproxy import ImageProxy
 from .layer import LayerResult, LayerSpec, import_layer
@@ -34,11 +34,13 @@ from .oci import Reference
 from .progress import BYTES, DONE, STARTED, Event, Progress
 from .repository import Repository
 from .session import Session, is_passing, pause
+from .skopeo import passing
 
 T = TypeVar("T")
 
 # The verdict on a blob may take as long as the blob; who waits for it watches the worker and ends the wait by killing skopeo.
 FOREVER = 1_000_000.0
+CGROUPS = "/sys/fs/cgroup"
 
 
 class Job(NamedTuple):
@@ -76,23 +78,27 @@ def _cgroup_quotas() -> list[float]:
         return []
     for line in lines:
         number, controllers, path = (*line.split(":", 2), "", "")[:3]
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            if number == "0":
-                # The limit of any ancestor binds as well.
-                parts = path.strip("/").split("/")
-                for depth in range(len(parts), 0, -1):
-                    with contextlib.suppress(OSError), open(os.path.join("/sys/fs/cgroup", *parts[:depth], "cpu.max"), encoding="ascii") as file:
-                        limit, period = file.read().split()
-                        if limit != "max":
-                            quotas.append(int(limit) / int(period))
-            elif "cpu" in controllers.split(","):
-                base = os.path.join("/sys/fs/cgroup/cpu", path.strip("/"))
-                with open(os.path.join(base, "cpu.cfs_quota_us"), encoding="ascii") as file:
-                    limit = file.read()
-                with open(os.path.join(base, "cpu.cfs_period_us"), encoding="ascii") as file:
-                    if int(limit) > 0:
-                        quotas.append(int(limit) / int(file.read()))
+        unified = number == "0"
+        if not unified and "cpu" not in controllers.split(","):
+            continue
+        root = CGROUPS if unified else os.path.join(CGROUPS, "cpu")
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        # The limit of any ancestor binds as well. In a container the path may be the host's, while the root that is mounted is the container's own.
+        for depth in range(len(parts), -1, -1):
+            with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+                quotas += _quota_of(os.path.join(root, *parts[:depth]), unified)
     return quotas
+
+
+def _quota_of(group: str, unified: bool) -> list[float]:
+    """The processors that a control group's own quota allows, as a list of one, or none if it has no quota. OSError, ValueError."""
+    names = ("cpu.max",) if unified else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+    words: list[str] = []
+    for name in names:
+        with open(os.path.join(group, name), encoding="ascii") as file:
+            words += file.read().split()
+    limit, period = words
+    return [] if limit == "max" or int(limit) <= 0 else [int(limit) / int(period)]
 
 
 class Worker:
@@ -117,13 +123,19 @@ class Worker:
         theirs.close()
 
     def send(self, spec: LayerSpec, fd: int) -> None:
-        """Give the worker a layer and its pipe."""
+        """Give the worker a layer and its pipe. Raises IOFailed if it is gone."""
         message = json.dumps(spec._asdict()).encode()
-        self._socket.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))])
+        try:
+            self._socket.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))])
+        except OSError as error:
+            raise forked.killed("imports layers") from error
 
     def receive(self) -> dict[str, Any]:
         """The worker's next message. Raises IOFailed if it is gone."""
-        message = self._socket.recv(forked.MAX_MESSAGE)
+        try:
+            message = self._socket.recv(forked.MAX_MESSAGE)
+        except OSError:
+            message = b""
         if not message:
             raise forked.killed("imports layers")
         return cast("dict[str, Any]", json.loads(message))
@@ -199,6 +211,8 @@ class Fetcher:
         self._progress = progress
         self._main: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._failure: EngineError | None = None
+        self._over = threading.Event()
+        self._moved = 0.0
         self.results: dict[str, LayerResult] = {}
         self.retried = 0
 
@@ -222,8 +236,10 @@ class Fetcher:
                 lane.start()
             self._serve_lanes(len(lanes))
         finally:
+            # In this order: a lane whose worker is gone ends, unless it waits for this thread to do something, which is then told to it.
             for worker in workers:
                 worker.close()
+            self._over.set()
             for lane in lanes:
                 lane.join()
             for session in sessions:
@@ -251,7 +267,9 @@ class Fetcher:
             done.set()
 
         self._main.put(call)
-        done.wait()
+        while not done.wait(0.2):
+            if self._over.is_set():
+                raise EngineError("The pull was interrupted.", "Run the task again.")
         if outcome[1] is not None:
             raise outcome[1]
         return cast(T, outcome[0])
@@ -279,7 +297,7 @@ class Fetcher:
         # The barrier first: a name must never lead to bytes that a power cut can still take away.
         self._repository.sync()
         digest = bytes.fromhex(result.stream)
-        self._repository.register(job.stream, digest)
+        documents.name_layer(self._repository, job.stream, digest)
         self._repository.trust(job.spec.diff_id, digest)
 
     def _persistently(self, worker: Worker, job: Job) -> LayerResult:
@@ -315,6 +333,7 @@ class Fetcher:
         while True:
             message = worker.receive()
             kind = message["kind"]
+            self._moved = time.monotonic()
             if kind == "bytes":
                 self._progress(Event(BYTES, job.spec.diff_id, message["done"], job.spec.size))
             elif kind in ("silent", "drained"):
@@ -325,12 +344,21 @@ class Fetcher:
                 raise _judge(forked.revive(message["error"]), verdict)
             else:
                 assert verdict is not None
-                verdict.join(self._timeout)
-                if verdict.is_alive():
-                    raise Stalled(f"skopeo gave no verdict on the blob within {self._timeout:g} seconds.")
+                self._await(verdict)
                 if verdict.error is not None:
-                    raise DigestMismatch(f"skopeo refuses the blob: {verdict.error.message}", verdict.error.hint)
+                    # A skopeo that died before it could judge is no judgement; then the blob is fetched again.
+                    if is_passing(verdict.error):
+                        raise verdict.error
+                    raise DigestMismatch(f"skopeo refuses the blob: {_words(verdict.error)}", verdict.error.hint)
                 return LayerResult(**message["result"])
+
+    def _await(self, verdict: _Verdict) -> None:
+        """Wait for skopeo's judgement. It may have to queue behind another blob's, which comes when that blob has ended: as long as any
+        transfer moves nothing is stuck."""
+        while verdict.is_alive():
+            verdict.join(0.5)
+            if verdict.is_alive() and time.monotonic() - self._moved >= self._timeout:
+                raise Stalled(f"skopeo gave no verdict on the blob within {self._timeout:g} seconds.", "Check the registry, or raise the timeout.")
 
 
 def _judge(error: EngineError, verdict: _Verdict | None) -> _TransferFailed:
@@ -338,6 +366,15 @@ def _judge(error: EngineError, verdict: _Verdict | None) -> _TransferFailed:
     if verdict is None:
         return _TransferFailed(error, False)
     verdict.join(1.0)
-    if verdict.error is not None:
-        error.message += f" skopeo says: {verdict.error.message}"
+    said = verdict.error
+    if said is not None:
+        if isinstance(error, RegistryUnreachable) and type(said) is not ProxyFailed:
+            # The worker only sees the pipe end; skopeo knows why. Whatever broke a transfer may be gone at the next try.
+            error = passing(type(said)(error.message, said.hint))
+        error.message = f"{error.message} {_words(said)}"
     return _TransferFailed(error, not verdict.is_alive())
+
+
+def _words(error: EngineError) -> str:
+    """The part of a proxy's error that is skopeo's, which begins with ``skopeo says:`` or the like."""
+    return error.message[max(error.message.find("skopeo "), 0) :]

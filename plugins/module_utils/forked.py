@@ -23,6 +23,7 @@ from .errors import EngineError, IOFailed, by_code, from_os_error
 from .modulehelp import describe_crash
 
 MAX_MESSAGE = 64 * 1024
+_MAX_TEXT = 4000
 _PR_SET_PDEATHSIG = 1
 
 
@@ -35,13 +36,15 @@ def settle(parent: int) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
-    os.close(null)
+    if null > 2:
+        os.close(null)
 
 
 def failure(error: BaseException) -> dict[str, str]:
     """An exception as plain values that can cross to the parent; revive() makes an engine error of them again."""
     if isinstance(error, EngineError):
-        return {"code": error.code, "message": error.message, "hint": error.hint}
+        # Bounded, because a message between processes is: what an error quotes may come from an image.
+        return {"code": error.code, "message": error.message[:_MAX_TEXT], "hint": error.hint[:_MAX_TEXT]}
     if isinstance(error, OSError):
         return failure(from_os_error(error, "Storing objects"))
     if isinstance(error, MemoryError):

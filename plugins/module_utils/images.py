@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import documents, oci
-from .errors import EngineError, FormatError, ImageNotFound
+from .errors import EngineError, FormatError, ImageNotFound, MissingLibrary
 from .repository import Repository
 
 
@@ -32,6 +32,8 @@ def list_images(repository: Repository, name: str = "", digest: str = "") -> tup
     for manifest in wanted:
         try:
             found.append({"names": names.get(manifest, []), **describe_image(repository, manifest)})
+        except MissingLibrary:
+            raise  # not the image's fault, and no other can be read either
         except EngineError as error:
             complaints.append(f"{', '.join(names.get(manifest, [])) or manifest}: {error}")
     return sorted(found, key=lambda image: (image["names"] or [""])[0]), complaints

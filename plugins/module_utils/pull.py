@@ -16,9 +16,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from . import documents, oci, publish
+from . import codecs, documents, oci, publish
 from . import plan as planning
-from .errors import InvalidReference, NoSpace, RegistryUnreachable, doing
+from .errors import EngineError, InvalidReference, MissingLibrary, NoSpace, RegistryUnreachable, Stalled, doing, from_os_error
 from .oci import Platform, Reference, parse_platform, parse_reference
 from .plan import Layer, Plan, Request
 from .progress import SKIPPED, Event, Progress, human
@@ -60,13 +60,16 @@ def pull_images(repository: Repository, requests: Sequence[Request], options: Op
     Raises EngineError; then no name was created or moved, and layers that were already whole stay for the next run.
     """
     _check_names(repository, requests)
+    # Every stream in a repository is compressed with zstd, so nothing goes without it: better said now than after the first layer.
+    codecs.require_zstd()
     clock = _Clock()
     sources = _Sources(options, progress)
     try:
         plans = [_plan(repository, request, options, sources, progress) for request in requests]
         clock.lap("resolve")
         predictions = [publish.predict(repository, plan, options.images) for plan in plans]
-        if options.check or not any(predictions) and all(plan.previous == plan.digest for plan in plans):
+        settled = not any(predictions) and all(plan.previous == plan.digest for plan in plans)
+        if options.check or (settled and not any(publish.unfinished(repository, plan, options.images) for plan in plans)):
             outcomes = _untouched(plans, predictions)
         else:
             repository.require_writable()
@@ -129,21 +132,29 @@ def _check_names(repository: Repository, requests: Sequence[Request]) -> None:
 
 
 def _plan(repository: Repository, request: Request, options: Options, sources: _Sources, progress: Progress) -> Plan:
-    with doing(f"looking up {request.ref}"):
-        reference = parse_reference(request.ref)
+    # Outside of the block that names the reference in errors: one that cannot be understood may hold a password.
+    reference = parse_reference(request.ref)
+    record = not options.check
+    try:
         if options.policy == MISSING:
-            known = planning.recall(repository, request, [])
+            known = planning.recall(repository, request, [], record)
             if known is not None:
                 return known
         session = sources.session(reference, request.platform)
         try:
-            return planning.look_up(repository, request, reference, session, record=not options.check)
-        except RegistryUnreachable as error:
+            return planning.look_up(repository, request, reference, session, record)
+        except (RegistryUnreachable, Stalled) as error:
             warning = f"{error.message} What is there under {request.name!r} is left as it is."
-            known = planning.recall(repository, request, [warning]) if options.policy == NEWER else None
+            known = planning.recall(repository, request, [warning], record) if options.policy == NEWER else None
             if known is None:
                 raise
             return known
+    except EngineError as error:
+        if reference.text not in error.message and request.ref not in error.message:
+            error.message = f"Looking up {request.ref}: {error.message}"
+        raise
+    except OSError as error:
+        raise from_os_error(error, f"Looking up {request.ref}") from error
 
 
 def _untouched(plans: Sequence[Plan], predictions: Sequence[list[str]]) -> list[Outcome]:
@@ -249,18 +260,28 @@ def forget(repository: Repository, request: Request, check: bool) -> dict[str, A
     repository.check_tag_name(request.name)
     previous = repository.tag_digest(request.name)
     exists = previous is not None
-    previous_layers = _stored_layers(repository, previous)
+    try:
+        previous_layers = _stored_layers(repository, previous)
+    except MissingLibrary:
+        previous_layers = []  # only shown; a name can go without it
     if exists and not check:
         repository.require_writable()
         repository.untag(request.name)
-    return {**_blank(request), "previous_digest": previous, "previous_layers": previous_layers, "changed": exists}
+    return {**blank(request), "previous_digest": previous, "previous_layers": previous_layers, "changed": exists}
+
+
+def foretell(request: Request) -> dict[str, Any]:
+    """What check mode says of an image that would be pulled, where nobody can be asked about it; the result has the shape of describe()."""
+    return {**blank(request), "previous_layers": [], "changed": True}
 
 
 def describe(repository: Repository, outcome: Outcome) -> dict[str, Any]:
     """An outcome in plain values, as modules return it; ``previous_layers`` and ``changed`` are for the module itself."""
     plan = outcome.plan
+    # A layer that occurs twice, or that another image of the same task lacks too, is fetched once and counted there.
+    to_fetch = {stream: layer.source.size for stream, layer in plan.missing().items() if stream in outcome.streams}
     return {
-        **_blank(plan.request),
+        **blank(plan.request),
         "digest": plan.digest,
         "registry_digest": plan.registry_digest,
         "index_digest": plan.index_digest,
@@ -276,7 +297,7 @@ def describe(repository: Repository, outcome: Outcome) -> dict[str, Any]:
                 "size": layer.blob.size,
                 "media_type": layer.blob.media_type,
                 "status": layer.status,
-                "bytes_to_fetch": 0 if layer.stored else layer.source.size,
+                "bytes_to_fetch": to_fetch.pop(layer.stream, 0),
             }
             for layer in plan.layers
         ],
@@ -288,7 +309,8 @@ def describe(repository: Repository, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _blank(request: Request) -> dict[str, Any]:
+def blank(request: Request) -> dict[str, Any]:
+    """The shape of describe() for an image of which nothing is known."""
     return {
         "name": request.name,
         "ref": request.ref or None,

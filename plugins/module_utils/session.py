@@ -22,6 +22,7 @@ from .skopeo import ProxyOptions, skopeo_version, top_digest
 T = TypeVar("T")
 
 BACKOFF_LIMIT = 30.0
+CLOSE_WAIT = 1.0
 
 
 def is_passing(error: EngineError) -> bool:
@@ -51,6 +52,7 @@ class Session:
         self.protocol_version: str | None = None
         self._skopeo_version: str | None = None
         self._asked: threading.Thread | None = None
+        self._asking: list[threading.Thread] = []
         self._retries = retries
         self._progress = progress
         self._proxy: ImageProxy | None = None
@@ -133,6 +135,7 @@ class Session:
                 found[0] = top_digest(self.options, reference)[0]
 
         thread = threading.Thread(target=ask, name="index", daemon=True)
+        self._asking.append(thread)
         thread.start()
 
         def wait(registry_digest: str) -> str | None:
@@ -163,3 +166,6 @@ class Session:
             self._images.clear()
         if proxy is not None:
             proxy.close()
+        # After a failure questions may still be open. They end by themselves, but nobody waits long for answers that are not wanted.
+        for thread in (*self._asking, *([self._asked] if self._asked else [])):
+            thread.join(CLOSE_WAIT)

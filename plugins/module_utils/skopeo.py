@@ -394,8 +394,8 @@ _MEANINGS = (
         "There are several images: name one of them after the path, separated by a colon.",
     ),
     _means(
-        r"manifest unknown|name unknown|blob unknown|unknown blob|status ?(?:code)?(?: from registry)?:? 404\b|no such file or directory|no descriptor found|not found|no such image"
-        r"|does not exist|does not resolve to an image|is not an image",
+        r"manifest unknown|name unknown|blob unknown|unknown blob|status ?(?:code)?(?: from registry)?:? 404\b|no such file or directory"
+        r"|no descriptor found|not found|no such image|does not exist|does not resolve to an image|is not an image",
         ImageNotFound,
         "Check the name, the tag and the path.",
     ),
@@ -465,6 +465,15 @@ def scrub(options: ProxyOptions, text: str) -> str:
     return re.sub(r" {2,}", " ", text).strip()
 
 
+def _once(text: str) -> str:
+    """Without what is said twice in a row: registries answer with a code and a text, which often are the same."""
+    parts: list[str] = []
+    for part in text.split(": "):
+        if not parts or part.rstrip(".") != parts[-1]:
+            parts.append(part)
+    return ": ".join(parts)
+
+
 def classify(options: ProxyOptions, what: str, words: str, code: object = None) -> EngineError:
     """The error for skopeo's ``words`` (and, since protocol 0.2.8, its error code) about ``what``, a phrase such as ``Opening docker://…``."""
     # Paths, addresses and names are none of skopeo's words: an image may well be called unauthorized.
@@ -478,7 +487,7 @@ def classify(options: ProxyOptions, what: str, words: str, code: object = None) 
     else:
         if code == "retryable":
             kind = RegistryUnreachable
-    quoted = scrub(options, words).rstrip(".") or "nothing"
+    quoted = _once(scrub(options, words)).rstrip(".") or "nothing"
     return kind(f"{what}: skopeo says: {quoted}{'' if quoted[-1] in '?!…' else '.'}", hint)
 
 

@@ -26,6 +26,8 @@ attributes:
     support: full
     details:
       - The registry is asked what the reference means, and the result is exactly what a real run would change, with the bytes it would fetch.
+      - A repository that does not exist yet is taken for an empty one, with a warning. Where C(skopeo) is not installed yet, a new name is foretold as a
+        change without details, with a warning.
   diff_mode:
     support: full
   idempotent:
@@ -373,9 +375,9 @@ error:
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.composefs.oci.plugins.module_utils import pull
-from ansible_collections.composefs.oci.plugins.module_utils.errors import InvalidReference
-from ansible_collections.composefs.oci.plugins.module_utils.modulehelp import repository_path, run_module
-from ansible_collections.composefs.oci.plugins.module_utils.oci import is_digest
+from ansible_collections.composefs.oci.plugins.module_utils.errors import EngineError, InvalidReference, MissingLibrary, SkopeoMissing
+from ansible_collections.composefs.oci.plugins.module_utils.modulehelp import opened_repository, repository_path, run_module
+from ansible_collections.composefs.oci.plugins.module_utils.oci import is_digest, parse_reference
 from ansible_collections.composefs.oci.plugins.module_utils.progress import FileSink, Progress
 from ansible_collections.composefs.oci.plugins.module_utils.publish import Images
 from ansible_collections.composefs.oci.plugins.module_utils.repository import Repository
@@ -384,21 +386,30 @@ from ansible_collections.composefs.oci.plugins.module_utils.skopeo import ProxyO
 
 def requests_of(params: dict) -> list[pull.Request]:
     """The images that the task is about."""
-    asked = params["images"] or [{key: params[key] for key in ("ref", "name", "digest", "platform")}]
+    asked = params["images"]
+    if asked is None:
+        asked = [{key: params[key] for key in ("ref", "name", "digest", "platform")}]
     requests = []
     for image in asked:
         name = image["name"] or image["ref"]
         if not name or (params["state"] == "present" and not image["ref"]):
-            raise InvalidReference("An image without a reference.", "Set 'ref' for every image.")
+            raise InvalidReference(
+                f"The image {name!r} has no reference." if name else "An image has neither a reference nor a name.", "Set 'ref' to say which image it is."
+            )
         digest = image.get("digest") or ""
         if digest and not is_digest(digest):
             raise InvalidReference(f"{digest!r} is not a digest.", "Write 'digest' as sha256: and 64 hexadecimal digits.")
+        if params["state"] == "present":
+            parse_reference(image["ref"])
         requests.append(pull.Request(image["ref"] or "", name, digest, image.get("platform") or ""))
     return requests
 
 
 def options_of(params: dict, check: bool) -> pull.Options:
     """How to pull."""
+    for option, least in (("timeout", 1), ("retries", 0), ("parallel", 1)):
+        if params[option] is not None and params[option] < least:
+            raise EngineError(f"The option {option} is {params[option]}.", f"It must be at least {least}.")
     proxy = ProxyOptions(
         executable=(params["executable"],),
         auth_file=params["auth_file"],
@@ -421,12 +432,18 @@ def options_of(params: dict, check: bool) -> pull.Options:
     )
 
 
-def present(module: AnsibleModule, repository: Repository, requests: list[pull.Request]) -> list[dict]:
+def present(module: AnsibleModule, repository: Repository, requests: list[pull.Request], options: pull.Options) -> list[dict]:
     """Pull; one result for each image."""
     progress_file = module.params["progress_file"]
     progress = Progress(FileSink(progress_file) if progress_file else None)
     try:
-        outcomes = pull.pull_images(repository, requests, options_of(module.params, module.check_mode), progress)
+        outcomes = pull.pull_images(repository, requests, options, progress)
+    except (SkopeoMissing, MissingLibrary) as error:
+        # A fresh host: the task that installs skopeo and libraries was only foretold, too. That names which are not there will come is certain all the same.
+        if not module.check_mode or any(repository.tag_digest(request.name) for request in requests):
+            raise
+        module.warn(f"{error} So check mode cannot tell what the images are, only that they would be pulled.")
+        return [pull.foretell(request) for request in requests]
     finally:
         progress.close()
     for warning in dict.fromkeys(warning for outcome in outcomes for warning in outcome.plan.warnings):
@@ -448,14 +465,19 @@ def sides(image: dict) -> dict:
     }
 
 
-def run(module: AnsibleModule) -> dict:
-    """Do what the task says; its result."""
+def run(module: AnsibleModule, base: dict) -> dict:
+    """Do what the task says; its result. ``base`` is filled with what is returned in every case."""
     params = module.params
     path = repository_path(module)
+    base.update(repository=path)
     requests = requests_of(params)
-    with Repository.open(path) as repository:
+    # Only now, when the references proved to hold no password, they may be shown.
+    blanks = [{**pull.blank(request), "repository": path} for request in requests]
+    base.update({"images": blanks} if params["images"] is not None else blanks[0])
+    options = options_of(params, module.check_mode)
+    with opened_repository(module, path) as repository:
         if params["state"] == "present":
-            images = present(module, repository, requests)
+            images = present(module, repository, requests, options)
         else:
             images = [pull.forget(repository, request, module.check_mode) for request in requests]
     result = {"changed": any(image.pop("changed") for image in images), "repository": path}
@@ -467,7 +489,7 @@ def run(module: AnsibleModule) -> dict:
         for image in images:
             if image["digest"] != image["previous_digest"] and not module.check_mode:
                 module.log(f"{image['name']} in {path} is now {image['digest']} (was {image['previous_digest']})")
-    if params["images"]:
+    if params["images"] is not None:
         result["images"] = [{**image, "repository": path} for image in images]
     else:
         result.update(images[0])
@@ -504,7 +526,12 @@ def main() -> None:
         required_together=[("username", "password")],
         supports_check_mode=True,
     )
-    run_module(module, run)
+    base = {"changed": False, "repository": None, "skopeo_version": None, "protocol_version": None}
+    if module.params["images"] is None:
+        base = {**pull.blank(pull.Request("", "")), **base, "name": None}
+    else:
+        base["images"] = []
+    run_module(module, lambda module: run(module, base), base)
 
 
 if __name__ == "__main__":
