@@ -1,0 +1,142 @@
+# Copyright (c) composefs.oci contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What Molecule's create and destroy call: hosts, registries and images of one scenario.
+
+    lab.py check FILE...     can the scenarios of these molecule.yml be run here? Exit code 77 and the reason if not
+    lab.py create            reads {"scenario", "platforms", "lab"} as JSON from stdin, starts all of it, prints facts as JSON
+    lab.py destroy           reads the same, ends all of it and removes its files
+
+A platform has ``name``; ``kind``: namespace (default) or guest; ``suite``; ``flavour``: bare or ready (namespace), isolated: true (namespace).
+``lab`` has ``images`` (names, see images.py), ``registries`` (name: {tls, user, password}),
+``archives`` (transport:file to make, and the image to put there) and ``programs`` that must be on the PATH.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import ground
+import guests
+import images
+import namespace
+import registry
+from ground import Unavailable
+
+SKIP = 77
+Spec = dict[str, Any]
+
+
+def check(platforms: list[Spec], lab: Spec) -> None:
+    """`Unavailable` with the reason if the scenario cannot be run on this machine. Nothing is made."""
+    kinds = {platform.get("kind", "namespace") for platform in platforms}
+    if "namespace" in kinds:
+        namespace.check()
+    if "guest" in kinds:
+        guests.check()
+    ground.need("ssh", "ssh-keygen", why="logging in to test hosts")
+    if lab.get("registries"):
+        registry.find_registry()
+        ground.need("skopeo", why="filling a registry")
+    for program in lab.get("programs", []):
+        ground.need(program, why="this scenario")
+
+
+def start_host(platform: Spec) -> Spec:
+    if platform.get("kind", "namespace") == "guest":
+        return guests.start(platform["name"], **{key: platform[key] for key in ("suite", "disks") if key in platform})
+    namespace.remove(platform["name"])
+    return namespace.start(platform["name"], platform["suite"], platform.get("flavour", "ready"), platform.get("isolated", False))
+
+
+def remove_host(platform: Spec) -> None:
+    (guests if platform.get("kind", "namespace") == "guest" else namespace).remove(platform["name"])
+
+
+def services(scenario: str) -> pathlib.Path:
+    return ground.running(f"{scenario}-services")
+
+
+def start_registries(scenario: str, lab: Spec) -> Spec:
+    """Registries with the images in them; what a playbook has to know to use them."""
+    result: Spec = {}
+    for name, options in lab.get("registries", {}).items():
+        # The blobs stay from run to run: pushing what is there already takes no time.
+        server = registry.Registry(services(scenario) / name, storage=ground.state() / "registry", **options).start()
+        for image in lab.get("images", []):
+            server.push(images.source(image), f"{image}:latest", "--all")
+        result[name] = {"address": server.address, "guest_address": server.address.replace("127.0.0.1", "10.0.2.2"), **options}
+        if server.tls:
+            result[name]["ca"] = (server.ca_directory / "ca.crt").read_text()
+        if server.user:
+            result[name]["auth_file"] = server.auth_file().read_text()
+    return result
+
+
+def lay_out_archives(scenario: str, lab: Spec) -> Spec:
+    """Archives and directories of images, as somebody carries them to hosts that reach no registry."""
+    base = services(scenario) / "files"
+    base.mkdir(exist_ok=True)
+    result: Spec = {"path": str(base)}
+    for name, image in lab.get("archives", {}).items():
+        transport, _, file = name.partition(":")
+        tag = {"docker-archive": f":example.com/{image}:latest", "dir": ""}.get(transport, ":latest")
+        registry.skopeo_copy(images.source(image), f"{transport}:{base / file}{tag}")
+    # All in one file, for Ansible copies one file much faster than many.
+    ground.run("tar", "-cf", f"{base}.tar", "-C", base.parent, base.name)
+    return result
+
+
+def create(scenario: str, platforms: list[Spec], lab: Spec) -> Spec:
+    check(platforms, lab)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        hosts = [pool.submit(start_host, platform) for platform in platforms]
+        facts: Spec = {"registries": start_registries(scenario, lab), "files": lay_out_archives(scenario, lab) if lab.get("archives") else {}}
+        facts["images"] = {name: images.facts(name) for name in {*lab.get("images", []), *lab.get("archives", {}).values()}}
+        facts["instances"] = [host.result() for host in hosts]
+    return facts
+
+
+def destroy(scenario: str, platforms: list[Spec], lab: Spec) -> None:
+    for platform in platforms:
+        remove_host(platform)
+    for name in lab.get("registries", {}):
+        program = ground.HERE.parent / "support/registry.py"
+        subprocess.run([sys.executable, str(program), "stop", "--dir", str(services(scenario) / name)], check=False)
+    ground.remove(services(scenario))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("check", "create", "destroy"))
+    parser.add_argument("files", nargs="*", type=pathlib.Path)
+    options = parser.parse_args()
+    try:
+        if options.command == "check":
+            import yaml
+
+            for file in options.files:
+                document = yaml.safe_load(file.read_text())
+                check(document["platforms"], document["provisioner"].get("inventory", {}).get("group_vars", {}).get("all", {}).get("lab", {}))
+            return 0
+        spec = json.load(sys.stdin)
+        arguments = (spec["scenario"], spec["platforms"], spec.get("lab") or {})
+        if options.command == "create":
+            print(json.dumps(create(*arguments)))
+        else:
+            destroy(*arguments)
+    except Unavailable as reason:
+        print(f"cannot be run here: {reason}", file=sys.stderr)
+        return SKIP
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+# Copyright (c) composefs.oci contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Namespace hosts: a process tree with a root file system, a host name, process numbers and an sshd of its own, in a fraction of a second.
+
+Kernel, processors and (unless ``isolated``) the network are the machine's: 127.0.0.1 is the machine's loopback, so a registry there is everybody's.
+There is no systemd. /var/lib, /srv and /home are real directories, for a repository must not lie on overlayfs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import pathlib
+import subprocess
+from typing import Any
+
+import ground
+import roots
+from ground import Unavailable
+
+UNSHARE = ("unshare", "--mount", "--uts", "--pid", "--ipc", "--fork", "--kill-child=KILL")
+
+
+@functools.cache
+def check() -> None:
+    """`Unavailable`, with the reason, where namespace hosts cannot be had."""
+    if os.geteuid() != 0:
+        raise Unavailable("namespace hosts need root")
+    ground.need("unshare", "mount", "pivot_root", "setsid", "ip", why="a namespace host")
+    probe = subprocess.run([*UNSHARE, "true"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if probe.returncode:
+        raise Unavailable(f"this machine does not let namespaces be made: {probe.stdout.strip()}")
+    where = ground.state()
+    if ground.filesystem(where) in ("overlayfs", "nfs", "tmpfs"):
+        raise Unavailable(f"{where} is on {ground.filesystem(where)}, where host file systems cannot lie; set COMPOSEFS_OCI_CACHE to a directory on a disk")
+
+
+def _address(name: str) -> str:
+    """An address of the loopback network that no other host of this checkout has."""
+    file = ground.running(name) / "address"
+    with ground.locked(ground.running()):
+        if not file.exists():
+            taken = {other.read_text().strip() for other in ground.running().glob("*/address")}
+            file.write_text(next(address for address in (f"127.0.1.{number}" for number in range(1, 255)) if address not in taken) + "\n")
+    return file.read_text().strip()
+
+
+def _isolate(name: str) -> str:
+    """A network namespace that reaches nothing but this machine's end of its cable, and the address of the host in it."""
+    number = int(_address(name).rpartition(".")[2])
+    outer, space, address = f"cmpfs{number}", f"cmpfs-{name}", f"10.213.{number}.2"
+    _connect(name)
+    ground.run("ip", "netns", "add", space)
+    ground.run("ip", "link", "add", outer, "type", "veth", "peer", "name", "eth0", "netns", space)
+    ground.run("ip", "address", "add", f"10.213.{number}.1/30", "dev", outer)
+    ground.run("ip", "link", "set", outer, "up")
+    for words in (["address", "add", f"{address}/30", "dev", "eth0"], ["link", "set", "eth0", "up"], ["link", "set", "lo", "up"]):
+        ground.run("ip", "-n", space, *words)
+    return address
+
+
+def _connect(name: str) -> None:
+    """Undo `_isolate`."""
+    number = int(_address(name).rpartition(".")[2])
+    for words in (["link", "delete", f"cmpfs{number}"], ["netns", "delete", f"cmpfs-{name}"]):
+        subprocess.run(["ip", *words], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+
+
+def start(name: str, suite: str, flavour: str = "ready", isolated: bool = False) -> dict[str, Any]:
+    """Start a host with an empty disk, or one with the disk that it was stopped or crashed with; how to reach it."""
+    check()
+    tree = roots.tree(suite, flavour)
+    packages = str(roots.archive(suite)) if flavour == "bare" else "-"
+    directory = ground.running(name)
+    end(name)
+    for part in ("upper", "work", "root"):
+        (directory / part).mkdir(exist_ok=True)
+    address, prefix = _address(name), []
+    if isolated:
+        try:
+            address = _isolate(name)
+        except RuntimeError as problem:
+            raise Unavailable(f"a host without network cannot be made here: {problem}") from None
+        prefix = ["ip", "netns", "exec", f"cmpfs-{name}"]
+    port_file = directory / "port"
+    # A host that comes back is found where it was.
+    port = int(port_file.read_text()) if port_file.exists() else (22 if isolated else ground.free_port(address))
+    port_file.write_text(str(port))
+    (directory / "how").write_text(f"{suite} {flavour} {int(isolated)}\n")
+    inside = ground.HERE / "inside"
+    command = [*prefix, *UNSHARE, "bash", str(inside / "namespace-init"), name, str(directory), str(tree), packages, address, str(port), str(inside)]
+    with open(directory / "log", "ab") as log:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd="/")
+    ground.remember_process(directory, process.pid)
+    if not ground.answers(address, port, 20):
+        end(name)
+        raise RuntimeError(f"{name} did not start: {ground.quoted_tail(directory / 'log')}")
+    return {"instance": name, "address": address, "port": port, "user": "root", "identity_file": str(ground.key())}
+
+
+def again(name: str) -> dict[str, Any]:
+    """Start a host that was ended, with all its files."""
+    suite, flavour, isolated = (ground.running(name) / "how").read_text().split()
+    return start(name, suite, flavour, isolated == "1")
+
+
+def end(name: str) -> None:
+    """End every process of a host at once, as when the power of a container's machine goes; its files stay."""
+    ground.end_process(ground.running(name))
+    with contextlib.suppress(OSError, ValueError):
+        if (ground.running(name) / "how").read_text().split()[2] == "1":
+            _connect(name)
+
+
+def remove(name: str) -> None:
+    """End a host and remove its files."""
+    end(name)
+    ground.remove(ground.running(name))
+
+
+def directory_of(name: str) -> pathlib.Path:
+    """The real directory behind /var/lib, /srv and /home of a host."""
+    return ground.running(name) / "real"

@@ -1,0 +1,74 @@
+# Copyright (c) composefs.oci contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Fixtures for the tests of the Molecule scenarios: what was created, what the playbook runs returned, and the repositories on the hosts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+import composefs_testinfra
+import pytest
+
+REPOSITORY = "/srv/images"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of a playbook."""
+
+    name: str
+    check: bool
+    entries: list[dict[str, Any]]
+
+    def of(self, host: str, task: str) -> dict[str, Any]:
+        """The result of the task on the host; AssertionError unless there is exactly one."""
+        found = [entry["result"] for entry in self.entries if entry["host"] == host and entry["task"].endswith(task)]
+        assert len(found) == 1, f"{task} has {len(found)} results on {host} in {self.name}"
+        return dict(found[0])
+
+    def modules(self, host: str) -> list[tuple[str, dict[str, Any]]]:
+        """Task name and result of every task of the collection's modules on the host."""
+        return [(entry["task"], entry["result"]) for entry in self.entries if entry["host"] == host and entry["action"].startswith("composefs.oci.")]
+
+
+def ephemeral() -> pathlib.Path:
+    return pathlib.Path(os.environ["MOLECULE_EPHEMERAL_DIRECTORY"])
+
+
+def recorded() -> list[Run]:
+    """All runs so far, in their order."""
+    runs = []
+    for path in sorted((ephemeral() / "results").glob("*.jsonl")):
+        _number, name, mode = path.stem.split("-")
+        runs.append(Run(name, mode == "check", [json.loads(line) for line in path.read_text().splitlines()]))
+    return runs
+
+
+@pytest.fixture(scope="session")
+def lab() -> dict[str, Any]:
+    """What create made: registries, files, images, instances."""
+    return dict(json.loads((ephemeral() / "lab.json").read_text())["lab_made"])
+
+
+@pytest.fixture(scope="session")
+def runs() -> list[Run]:
+    """The runs before the tests."""
+    return recorded()
+
+
+@pytest.fixture
+def name(host: Any) -> str:
+    """The host's name in the inventory."""
+    return str(host.backend.host)
+
+
+@pytest.fixture
+def repository(host: Any) -> composefs_testinfra.Repository:
+    """The repository that the scenario makes on each host."""
+    return composefs_testinfra.Repository(host, REPOSITORY)
