@@ -148,7 +148,7 @@ def other_pythons() -> list[tuple[int, int]]:
     return found if OPTIONS.all_pythons else sorted({found[0], found[-1]} if found else set())
 
 
-def unit(part: Part) -> None:
+def own_python(part: Part) -> None:
     """Unit and property tests with the controller's Python."""
     part.pytest(VENV / "bin" / "python", "tests/unit")
     for wanted in ((3, 9), (3, 13)):
@@ -275,7 +275,6 @@ PARTS: dict[str, tuple[Callable[[Part], None], float]] = {
     # Name: function, seconds after which it is ended.
     "sanity": (sanity, 2400),
     "integration": (integration, 2400),
-    "unit": (unit, 1200),
     "demo": (demo, 900),
     "ansible-lint": (ansible_lint, 600),
     "galaxy": (galaxy, 600),
@@ -351,9 +350,10 @@ def main() -> int:
     )
     arguments = parser.parse_args(namespace=OPTIONS)
     environment.complete_path()
+    PARTS[f"unit-{sys.version_info[0]}.{sys.version_info[1]}"] = (own_python, 1200)
     for version in other_pythons():
         PARTS[f"unit-{version[0]}.{version[1]}"] = (unit_on(version), 1200)
-    GROUPS["unit"] = [name for name in PARTS if name.startswith("unit")]
+    GROUPS["unit"] = [name for name in PARTS if name.startswith("unit-")]
     if arguments.list:
         for name, (function, _limit) in PARTS.items():
             say(f"{name:14} {function.__doc__}")
