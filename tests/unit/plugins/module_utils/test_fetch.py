@@ -36,6 +36,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.errors import (
 )
 from ansible_collections.composefs.oci.plugins.module_utils.fetch import Fetcher, Job
 from ansible_collections.composefs.oci.plugins.module_utils.layer import LayerSpec
+from ansible_collections.composefs.oci.plugins.module_utils.objects import ObjectStore
 from ansible_collections.composefs.oci.plugins.module_utils.oci import parse_reference
 from ansible_collections.composefs.oci.plugins.module_utils.progress import DONE, STARTED, Progress
 from ansible_collections.composefs.oci.plugins.module_utils.repository import Repository
@@ -321,7 +322,7 @@ def test_an_error_of_the_store_comes_through_with_its_class(world: World, repo: 
         raise OSError(28, "No space left on device")
 
     # Patched before the fork, so the worker has it too.
-    monkeypatch.setattr(repo.objects, "put", full)
+    monkeypatch.setattr(ObjectStore, "_draft", full)
     with pytest.raises(NoSpace, match="importing layer"):
         Fetch(world, repo, 1).run()
 
@@ -330,7 +331,7 @@ def test_a_bug_in_a_worker_is_told_without_secrets(world: World, repo: Repositor
     def bug(*arguments: Any) -> Any:
         raise KeyError("hunter2")
 
-    monkeypatch.setattr(repo.objects, "put", bug)
+    monkeypatch.setattr(ObjectStore, "_draft", bug)
     with pytest.raises(EngineError, match="Internal error: KeyError at") as caught:
         Fetch(world, repo, 1).run()
     assert "hunter2" not in str(caught.value)

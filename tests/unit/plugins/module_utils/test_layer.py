@@ -32,6 +32,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     Stalled,
 )
 from ansible_collections.composefs.oci.plugins.module_utils.layer import LayerResult, LayerSpec
+from ansible_collections.composefs.oci.plugins.module_utils.objects import ObjectStore
 from ansible_collections.composefs.oci.plugins.module_utils.repository import Repository
 from ansible_collections.composefs.oci.tests.support.tarbytes import DIRECTORY, END, header, member, small_tree, tar
 
@@ -255,10 +256,10 @@ def test_the_decoder_is_stopped_when_the_archive_is_bad_long_before_its_end(repo
 
 
 def test_a_full_disk_stops_the_import_at_once(repo: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(data: Any) -> bytes:
+    def full(*arguments: Any) -> Any:
         raise NoSpace("Storing an object: No space left on device.")
 
-    monkeypatch.setattr(repo.objects, "put", full)
+    monkeypatch.setattr(ObjectStore, "_draft", full)
     blob = gzip.compress(TREE)
     # The rest never comes, and nobody waits for it: there is no doubt whose fault it is.
     start = time.monotonic()
