@@ -14,6 +14,7 @@ import concurrent.futures
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,6 +65,7 @@ def scenario_environment(name: str, long: bool) -> dict[str, str]:
     result["PATH"] = os.pathsep.join([str(MOLECULE / "bin"), *result["PATH"].split(os.pathsep)[1:]])
     result.pop("ANSIBLE_CONFIG")
     result.update(
+        ANSIBLE_COLLECTIONS_PATH=str(MOLECULE / "collections"),
         ANSIBLE_HOME=str(MOLECULE / "ansible"),
         MOLECULE_EPHEMERAL_DIRECTORY=str(MOLECULE / "run" / name),
         PYTHONDONTWRITEBYTECODE="1",
@@ -98,7 +100,10 @@ def run_scenario(name: str, action: str, long: bool) -> tuple[str, str, float, s
     if reason:
         return name, "skipped", 0.0, reason
     log = LOGS / f"molecule-{name}.log"
-    pathlib.Path(env["MOLECULE_EPHEMERAL_DIRECTORY"]).mkdir(parents=True, exist_ok=True)
+    ephemeral = pathlib.Path(env["MOLECULE_EPHEMERAL_DIRECTORY"])
+    if action == "test":
+        shutil.rmtree(ephemeral, ignore_errors=True)
+    ephemeral.mkdir(parents=True, exist_ok=True)
     if name == "example":
         command = [str(MOLECULE / "bin/python"), str(ROOT / "tests" / "hosts" / "run_example.py"), action]
     else:
@@ -149,7 +154,9 @@ def main() -> int:
         say(f"dev/molecule: {problem}")
     try:
         environment.virtual_environment(MOLECULE, environment.python(), [ROOT / "dev" / "requirements-molecule.txt"])
-        environment.collection_link()
+        # A copy, so that editing goes on while scenarios run.
+        if arguments.do in ("test", "create", "converge"):
+            environment.collection_copy(MOLECULE / "collections")
     except Missing as problem:
         say(f"dev/molecule: {problem}")
         return 2

@@ -308,7 +308,6 @@ def start(name: str, suite: str = "trixie") -> dict[str, Any]:
     """Start a guest from the template, with fresh disks; how to reach it."""
     check()
     frozen = template(suite)
-    remove(name)
     directory = ground.running(name)
     for disk in ("root", *DISKS):
         _overlay(frozen / f"{disk}.qcow2", "qcow2", directory / f"{disk}.qcow2")

@@ -52,7 +52,6 @@ def check(platforms: list[Spec], lab: Spec) -> None:
 def start_host(platform: Spec) -> Spec:
     if platform.get("kind", "namespace") == "guest":
         return guests.start(platform["name"], **{key: platform[key] for key in ("suite", "disks") if key in platform})
-    namespace.remove(platform["name"])
     return namespace.start(platform["name"], platform["suite"], platform.get("flavour", "ready"), platform.get("isolated", False))
 
 
@@ -96,6 +95,7 @@ def lay_out_archives(scenario: str, lab: Spec) -> Spec:
 
 def create(scenario: str, platforms: list[Spec], lab: Spec) -> Spec:
     check(platforms, lab)
+    destroy(scenario, platforms, lab)  # what an interrupted run left
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         hosts = [pool.submit(start_host, platform) for platform in platforms]
         facts: Spec = {"registries": start_registries(scenario, lab), "files": lay_out_archives(scenario, lab) if lab.get("archives") else {}}

@@ -1,0 +1,92 @@
+# Copyright (c) composefs.oci contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import time
+from typing import Any
+
+import guests
+import pytest
+from composefs_testinfra import Repository
+from scenarios import ephemeral
+
+testinfra_hosts = ["ansible://hosts"]
+
+GUEST = "power-trixie"
+ROUNDS = 20 if os.environ.get("COMPOSEFS_OCI_LONG") else 2
+# With fs-verity, where the kernel knows what is whole, and without, where the collection has to find out.
+PLACES = {"/srv/ext4": "required", "/srv/plain": "disabled"}
+
+
+def command(registry: str, number: int) -> str:
+    """Pull into a repository in each place at the same time; the shell fails if one of them does."""
+    pulls = [f"python3 pull_in_guest.py {place}/{number} {verity} docker://{registry}/cut:latest app" for place, verity in PLACES.items()]
+    return f"cd /opt/tests; {pulls[0]} & one=$!; {pulls[1]} && wait $one"
+
+
+@pytest.fixture(scope="module")
+def registry(lab: dict[str, Any]) -> str:
+    return str(lab["registries"]["plain"]["guest_address"])
+
+
+@pytest.fixture(scope="module")
+def engine() -> None:
+    """Lay the engine into the guest. Compiled once, it starts much faster on that slow processor than within a module, many times over."""
+    project = guests.ground.HERE.parents[1]
+    files = ["-C", str(project), "plugins/module_utils", "-C", str(guests.ground.HERE / "inside"), "pull_in_guest.py"]
+    packed = subprocess.run(["tar", "--exclude=__pycache__", "-c", *files], stdout=subprocess.PIPE, check=True).stdout
+    address = guests.address(GUEST)
+    unpack = "mkdir -p /opt/tests && cd /opt/tests && tar -x --no-same-owner && python3 -m compileall -q . && sync"
+    subprocess.run(guests.ground.ssh_command(address["address"], address["port"], unpack), input=packed, check=True)
+
+
+@pytest.fixture(scope="module")
+def seconds(engine: None, registry: str) -> float:
+    """How long the pulls take when nothing is in their way, warm."""
+    guests.ssh(GUEST, command(registry, 998))
+    started = time.monotonic()
+    guests.ssh(GUEST, command(registry, 999))
+    return time.monotonic() - started
+
+
+@pytest.mark.parametrize("number", range(ROUNDS))
+def test_nothing_that_has_a_name_is_damaged_by_a_power_cut(host: Any, registry: str, seconds: float, number: int, lab: dict[str, Any]) -> None:
+    moment = random.uniform(0.1, 1.15) * seconds
+    guests.ssh(GUEST, "sync")
+    address = guests.address(GUEST)
+    words = guests.ground.ssh_command(address["address"], address["port"], command(registry, number))
+    process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    time.sleep(moment)
+    guests.cut_power(GUEST)
+    finished = process.wait(60) == 0
+    guests.boot(GUEST)
+
+    left = {}
+    for place in PLACES:
+        repository = Repository(host, f"{place}/{number}")
+        if repository.exists:
+            left[place] = f"{repository.objects} objects, {len(repository.streams)} streams, {repository.unfinished} unfinished"
+            assert repository.damage() == []
+            if finished:
+                # The pull had said that it was done, so it must be there. (ssh told us so before the power went.)
+                assert repository.tags == {"app": lab["images"]["cut"]["digest"]}
+        else:
+            left[place] = "no repository"
+            assert not finished
+    told = f"cut after {moment:.1f} of {seconds:.1f} s, {'finished' if finished else 'unfinished'}: {left}"
+    print(told)
+    with open(ephemeral() / "power-cuts", "a") as file:
+        file.write(told + "\n")
+
+    guests.ssh(GUEST, command(registry, number))
+    for place, verity in PLACES.items():
+        repository = Repository(host, f"{place}/{number}")
+        assert repository.protected is (verity == "required")
+        assert repository.image("app").digest == lab["images"]["cut"]["digest"]
+        assert repository.damage() == [] and repository.unfinished == 0
+    guests.ssh(GUEST, f"rm -r {' '.join(f'{place}/{number}' for place in PLACES)}")
