@@ -216,3 +216,17 @@ def by_code(code: str) -> type[EngineError]:
         if kind.code == code:
             return kind
     return EngineError
+
+
+def describe_crash(error: BaseException) -> str:
+    """One line about an unexpected ``error``: its class and the places it came through, innermost last.
+
+    The error's own words are left out on purpose: they may quote a password, a token or a whole document.
+    """
+    places = []
+    trace = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        places.append(f"{os.path.basename(code.co_filename)}:{trace.tb_lineno} {code.co_name}")
+        trace = trace.tb_next
+    return f"Internal error: {type(error).__name__} at {' > '.join(places[-4:]) or 'an unknown place'}. Please report this line as a bug."

@@ -24,17 +24,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
 from . import documents, forked
-from .errors import DigestMismatch, EngineError, ProxyFailed, RegistryUnreachable, Stalled, doing
+from .errors import DigestMismatch, EngineError, ProxyFailed, RegistryUnreachable, Stalled, describe_crash, doing
 from .fsverity import Algorithm
 from .imageproxy import ImageProxy
-from .layer import LayerResult, LayerSpec, import_layer
+from .layer import AnyStorer, LayerResult, LayerSpec, import_layer
 from .objects import ObjectStore
-from .modulehelp import describe_crash
 from .oci import Reference
 from .progress import BYTES, DONE, STARTED, Event, Progress
 from .repository import Repository
 from .session import Session, is_passing, pause
 from .skopeo import passing
+from .storer import DirectStorer, Storer
 
 T = TypeVar("T")
 
@@ -153,20 +153,23 @@ def _serve(control: socket.socket, objects: ObjectStore, algorithm: Algorithm, t
     def tell(kind: str, **values: Any) -> None:
         control.send(json.dumps({"kind": kind, **values}).encode())
 
+    # Forked before any thread of this process exists; it ends with this process.
+    storer: AnyStorer = Storer(objects, control) if usable_processors() > 1 else DirectStorer(objects)
     while True:
         message, ancillary, _flags, _address = control.recvmsg(forked.MAX_MESSAGE, socket.CMSG_SPACE(4), getattr(socket, "MSG_CMSG_CLOEXEC", 0))
         if not message:
             return
         fd = array.array("i", ancillary[0][2])[0]
         try:
-            _one_layer(fd, LayerSpec(**json.loads(message)), objects, algorithm, timeout, tell)
+            _one_layer(fd, LayerSpec(**json.loads(message)), objects, storer, algorithm, timeout, tell)
         except BrokenPipeError:
             return
         except Exception as error:
+            storer.reset()
             tell("error", error=forked.failure(error))
 
 
-def _one_layer(fd: int, spec: LayerSpec, objects: ObjectStore, algorithm: Algorithm, timeout: float, tell: Callable[..., None]) -> None:
+def _one_layer(fd: int, spec: LayerSpec, objects: ObjectStore, storer: AnyStorer, algorithm: Algorithm, timeout: float, tell: Callable[..., None]) -> None:
     next_report = 0.0
 
     def on_bytes(done: int) -> None:
@@ -176,7 +179,7 @@ def _one_layer(fd: int, spec: LayerSpec, objects: ObjectStore, algorithm: Algori
             next_report = now + 0.1
             tell("bytes", done=done)
 
-    result = import_layer(fd, spec, objects, algorithm, timeout, on_bytes, lambda: tell("silent"), lambda: tell("drained"))
+    result = import_layer(fd, spec, objects, algorithm, timeout, on_bytes, lambda: tell("silent"), lambda: tell("drained"), storer)
     tell("result", result=result._asdict())
 
 

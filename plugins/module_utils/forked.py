@@ -19,8 +19,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from .errors import EngineError, IOFailed, by_code, from_os_error
-from .modulehelp import describe_crash
+from .errors import EngineError, IOFailed, by_code, describe_crash, from_os_error
 
 MAX_MESSAGE = 64 * 1024
 _MAX_TEXT = 4000

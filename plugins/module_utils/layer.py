@@ -21,12 +21,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, Union, cast
 
 from . import codecs, splitstream, tar
 from .errors import DigestMismatch, EngineError, InvalidLayer, RegistryUnreachable, Stalled
 from .fsverity import Algorithm
 from .objects import ObjectStore
+from .storer import DirectStorer, Storer
 
 # Decoded bytes per step: large enough that a step's fixed cost vanishes, small enough that what was decoded is still in the processor's
 # cache when it is hashed and split.
@@ -41,6 +42,9 @@ PROBE_AFTER = 3.0
 PADDING_LIMIT = 1024 * 1024
 # Compressed splitstream bytes kept in memory before they move to an unnamed file.
 SPOOL_LIMIT = 4 * 1024 * 1024
+
+
+AnyStorer = Union[Storer, DirectStorer]
 
 
 class LayerSpec(NamedTuple):
@@ -187,8 +191,8 @@ class _Decoder(threading.Thread):
 class _Sink:
     """Joins the splitter's pieces to the object store and the splitstream."""
 
-    def __init__(self, objects: ObjectStore, writer: splitstream.Writer) -> None:
-        self._put = objects.put
+    def __init__(self, objects: ObjectStore, storer: AnyStorer, writer: splitstream.Writer) -> None:
+        self._put = storer.put
         self._open = objects.writer
         self._external = writer.external
         self.inline = writer.inline
@@ -226,8 +230,11 @@ def import_layer(
     on_bytes: Callable[[int], None],
     on_silence: Callable[[], None],
     on_drained: Callable[[], None],
+    storer: AnyStorer | None = None,
 ) -> LayerResult:
     """Store the blob that arrives on ``fd`` (which is closed) and prove that it is what ``spec`` says.
+
+    ``storer`` takes the small objects; without one they are stored in this thread.
 
     Blob size, blob digest and diff_id are all checked; DigestMismatch names every one that disagrees. Follows the OCI image
     specification, "Image Layer Filesystem Changeset", for the tar and the composefs splitstream format for the result.
@@ -237,17 +244,17 @@ def import_layer(
     try:
         if spec.compression is None:
             return _import_blob(source, spec, objects, algorithm, on_drained, before)
-        return _import_tar(source, spec, objects, algorithm, on_drained, before)
+        return _import_tar(source, spec, objects, storer or DirectStorer(objects), algorithm, on_drained, before)
     finally:
         os.close(fd)
 
 
 def _import_tar(
-    source: PipeSource, spec: LayerSpec, objects: ObjectStore, algorithm: Algorithm, on_drained: Callable[[], None], before: _Counters
+    source: PipeSource, spec: LayerSpec, objects: ObjectStore, storer: AnyStorer, algorithm: Algorithm, on_drained: Callable[[], None], before: _Counters
 ) -> LayerResult:
     with contextlib.closing(_spool(objects)) as spool:
         writer = splitstream.Writer(algorithm, splitstream.LAYER, spool)
-        sink = _Sink(objects, writer)
+        sink = _Sink(objects, storer, writer)
         splitter = tar.Splitter(sink)
         decoder = _Decoder(source, cast(str, spec.compression))
         decoder.start()
@@ -255,6 +262,7 @@ def _import_tar(
             for chunk in decoder.chunks():
                 splitter.feed(chunk)
             splitter.finish()
+            storer.finish()
         except BaseException as error:
             sink.abort()
             decoder.stop()

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any, Callable, Protocol
 
-from .errors import EngineError, NotARepository, from_os_error
+from .errors import EngineError, NotARepository, describe_crash, from_os_error
 from .repository import Repository, default_path
 
 
@@ -57,23 +57,8 @@ def opened_repository(module: Module, path: str) -> Iterator[Repository]:
     from . import fsverity, provision
 
     module.warn(f"There is no repository at {path} yet. In check mode it is taken for one that is empty.")
-    with tempfile.TemporaryDirectory(prefix="composefs-check-") as directory:
-        with provision.create(f"{directory}/repository", fsverity.SHA256, provision.DISABLED) as empty:
-            yield empty
-
-
-def describe_crash(error: BaseException) -> str:
-    """One line about an unexpected ``error``: its class and the places it came through, innermost last.
-
-    The error's own words are left out on purpose: they may quote a password, a token or a whole document.
-    """
-    places = []
-    trace = error.__traceback__
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        places.append(f"{os.path.basename(code.co_filename)}:{trace.tb_lineno} {code.co_name}")
-        trace = trace.tb_next
-    return f"Internal error: {type(error).__name__} at {' > '.join(places[-4:]) or 'an unknown place'}. Please report this line as a bug."
+    with tempfile.TemporaryDirectory(prefix="composefs-") as base, provision.create(f"{base}/empty", fsverity.SHA256, provision.DISABLED) as empty:
+        yield empty
 
 
 def _occupy_standard_descriptors() -> None:

@@ -84,6 +84,11 @@ class ObjectStore:
         What is there without a seal is judged by its size, or, to ``prove`` it, by its content. NoSpace and other EngineErrors when the system refuses.
         """
         digest = fsverity.digest(data, self.algorithm)
+        self.put_known(digest, data, prove)
+        return digest
+
+    def put_known(self, digest: bytes, data: fsverity.Bytes, prove: bool = False) -> None:
+        """Like put(), for a caller who computed the digest of ``data`` already, perhaps in another thread."""
         text = digest.hex()
         name = f"{text[:2]}/{text[2:]}"
         size = len(data)
@@ -96,7 +101,7 @@ class ObjectStore:
         if state == _PRESENT:
             self.stats.present += 1
             self.stats.bytes_present += size
-            return digest
+            return
         draft = self._draft(os.O_WRONLY)
         try:
             written = os.write(draft.fd, data)
@@ -109,7 +114,6 @@ class ObjectStore:
             raise from_os_error(error, f"Storing an object of {size} bytes") from error
         finally:
             draft.close()
-        return digest
 
     def writer(self) -> ObjectWriter:
         """Begin an object whose content comes in pieces; memory does not grow with it."""

@@ -22,6 +22,7 @@ ENGINE = ROOT / "plugins" / "module_utils"
 # shows where a new room belongs. Formats turn bytes into values and back and stand below everything that does I/O.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "inodes", "progress", "erofsformat"),
+    ("forked",),
     # formats
     ("automaton", "codecs", "dumpfile", "fsverity", "oci", "refs", "tarheader"),
     ("erofsinodes", "metadata", "schemas", "splitstream", "tar", "tree"),
@@ -31,10 +32,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("hostfs", "mountinfo", "skopeo"),
     ("imageproxy", "objects"),
     # plumbing: one layer, one repository, one conversation with a source
+    ("storer",),
     ("imports", "layer", "mount", "session"),
     ("repository",),
     ("documents", "provision"),
-    ("forked", "modulehelp"),
+    ("modulehelp",),
     # porcelain: the verbs
     ("assemble", "diskuse", "fetch", "images", "plan"),
     ("mounts", "publish"),
