@@ -5,7 +5,8 @@
 """The product's main job, on this machine, with nothing but real parts.
 
 Builds an image from Debian's packages, serves it from a real registry on a loopback port, prepares this machine through the roles, pulls the image
-into a repository of its own below .demo, pulls it again, which must change nothing, and shows what is there. With a REFERENCE that image is pulled.
+into a repository of its own below .demo, pulls it again, which must change nothing, mounts it, holds every file against what tar makes of the layers,
+unmounts it, and shows what is there. With a REFERENCE that image is pulled.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 import environment
 from environment import ROOT, VENV, Missing, say
@@ -58,6 +60,22 @@ def serve_image(stack: contextlib.ExitStack, directory: pathlib.Path) -> str:
     return reference
 
 
+def unpack(layout: pathlib.Path, target: pathlib.Path) -> None:
+    """What tar makes of the image's layers. This image has no whiteouts; what lies in /run is left out of every composefs image."""
+    import json
+
+    def document(digest: str) -> dict[str, Any]:
+        return dict(json.loads((layout / "blobs/sha256" / digest[7:]).read_bytes()))
+
+    manifest = document(json.loads((layout / "index.json").read_bytes())["manifests"][0]["digest"])
+    target.mkdir()
+    for layer in manifest["layers"]:
+        blob = layout / "blobs/sha256" / layer["digest"][7:]
+        subprocess.run(["tar", "--extract", "--gzip", "--numeric-owner", "--preserve-permissions", "--file", str(blob), "--directory", str(target)], check=True)
+    shutil.rmtree(target / "run", ignore_errors=True)
+    (target / "run").mkdir()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="dev/demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -92,6 +110,7 @@ def main() -> int:
 
     with contextlib.ExitStack() as stack:
         variables = {"composefs_demo_repository": str(repository), "composefs_progress": "always", "ansible_python_interpreter": interpreter()}
+        variables["composefs_demo_mount"] = str(repository.parent / "mounted")
         if options.reference:
             variables["composefs_demo_ref"] = options.reference
             variables["composefs_demo_name"] = options.name or ""
@@ -99,6 +118,8 @@ def main() -> int:
             directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="demo-", dir=repository.parent))
             variables["composefs_demo_ref"] = serve_image(stack, pathlib.Path(directory))
             variables["composefs_demo_name"] = options.name or NAME
+            unpack(pathlib.Path(directory) / "layout", pathlib.Path(directory) / "unpacked")
+            variables["composefs_demo_unpacked"] = f"{directory}/unpacked"
             # This registry has no certificate.
             variables["composefs_demo_validate_certs"] = "false"
         command = [str(VENV / "bin" / "ansible-playbook"), "--inventory", "localhost,", "--connection", "local", str(ROOT / "playbooks" / "demo.yml")]
