@@ -17,6 +17,7 @@ import dataclasses
 import glob
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -271,9 +272,25 @@ def sanity(part: Part) -> None:
         raise Failed("ansible-test found nothing to test")
 
 
+def molecule(part: Part) -> None:
+    """The Molecule scenarios, over ssh on hosts of their own and in guests with fs-verity (short forms), by dev/molecule."""
+    code = part.run(ROOT / "dev" / "molecule", codes=(0, 1))
+    told = part.path.read_text(errors="replace")
+    for scenario, verdict, rest in re.findall(r"^(\S+) +[\d.]+ s  (ok|skipped|FAILED)(?:  (.*))?$", told, re.MULTILINE):
+        if verdict == "skipped":
+            part.counts.skips.append((f"scenario {scenario}", rest))
+        elif verdict == "ok":
+            part.counts.passed += int(rest.partition(" ")[0] or 0)
+        else:
+            part.counts.failed += 1
+    if code:
+        raise Failed("a scenario failed")
+
+
 PARTS: dict[str, tuple[Callable[[Part], None], float]] = {
     # Name: function, seconds after which it is ended.
     "sanity": (sanity, 2400),
+    "molecule": (molecule, 2400),
     "integration": (integration, 2400),
     "demo": (demo, 900),
     "ansible-lint": (ansible_lint, 600),
