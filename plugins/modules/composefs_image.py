@@ -480,7 +480,8 @@ def run(module: AnsibleModule, base: dict) -> dict:
             images = present(module, repository, requests, options)
         else:
             images = [pull.forget(repository, request, module.check_mode) for request in requests]
-    result = {"changed": any(image.pop("changed") for image in images), "repository": path}
+    # A list, for each must lose the key.
+    result = {"changed": any([image.pop("changed") for image in images]), "repository": path}
     for key in ("skopeo_version", "protocol_version"):
         result[key] = next((image[key] for image in images if image[key]), None)
     differences = [sides(image) for image in images]

@@ -1,0 +1,386 @@
+# Copyright (c) composefs.oci contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""composefs_image through AnsibleModule, in this process, with a source that is made up."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ansible.module_utils.basic", exc_type=ImportError)
+
+import yaml
+from ansible.module_utils import basic
+from ansible.module_utils.common.text.converters import to_bytes
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "module_utils"))
+
+from fake_source import REGISTRY, Layout, World
+from ociimage import sha256
+
+from ansible_collections.composefs.oci.plugins.module_utils import codecs, forked, fsverity, provision, pull, schemas
+from ansible_collections.composefs.oci.plugins.module_utils.errors import AuthFailed, RegistryUnreachable, SkopeoMissing
+from ansible_collections.composefs.oci.plugins.modules import composefs_image
+from ansible_collections.composefs.oci.tests.support.tarbytes import DIRECTORY, member, tar
+
+PASSWORD = "se:cret w0rd"
+FIRST = tar(member("usr/", type=DIRECTORY), member("usr/one", b"1" * 300))
+SECOND = tar(member("usr/two", b"2" * 300))
+IMAGE = set(pull.blank(pull.Request("", ""))) | {"repository"}
+SHAPE = IMAGE | {"changed"}
+
+
+@contextlib.contextmanager
+def arguments(values: dict[str, Any]) -> Iterator[None]:
+    """Make AnsibleModule see ``values``, in the way of whatever ansible-core there is."""
+    try:
+        from ansible.module_utils.testing import patch_module_args
+    except ImportError:
+        old = basic._ANSIBLE_ARGS
+        basic._ANSIBLE_ARGS = to_bytes(json.dumps({"ANSIBLE_MODULE_ARGS": values}))
+        try:
+            yield
+        finally:
+            basic._ANSIBLE_ARGS = old
+    else:
+        with patch_module_args(values):
+            yield
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    layout = Layout(tmp_path / "layout")
+    layout.image([FIRST, SECOND], "app")
+    layout.image([FIRST], "base")
+    monkeypatch.setattr(forked, "call", lambda what, function: function())
+    return World(layout).install(monkeypatch)
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> str:
+    provision.prepare(str(tmp_path / "repo"), fsverity.SHA256, "disabled")
+    return str(tmp_path / "repo")
+
+
+@pytest.fixture
+def run(world: World, repository: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    logged: list[str] = []
+    warned: list[str] = []
+    monkeypatch.setattr(basic.AnsibleModule, "log", lambda module, message, log_args=None: logged.append(message))
+    # Every ansible-core returns them in a way of its own.
+    monkeypatch.setattr(basic.AnsibleModule, "warn", lambda module, warning, **others: warned.append(warning))
+
+    def task(*, check: bool = False, diff: bool = False, shape: bool = True, **values: Any) -> dict[str, Any]:
+        values = {"repository": repository, "_ansible_remote_tmp": "/tmp", "_ansible_check_mode": check, "_ansible_diff": diff, **values}
+        with arguments(values), pytest.raises(SystemExit):
+            composefs_image.main()
+        output = capsys.readouterr().out
+        assert PASSWORD not in output.replace(json.dumps({"password": PASSWORD})[1:-1], "") and PASSWORD not in "".join(logged)
+        result: dict[str, Any] = json.loads(output)
+        result["warnings"] = list(warned)
+        warned.clear()
+        if shape:
+            extra = {"images", "changed", "repository", "skopeo_version", "protocol_version"}
+            assert set(result) - {"invocation", "diff", "warnings", "deprecations", "msg", "error", "failed"} == (extra if "images" in values else SHAPE)
+            for image in result.get("images", []):
+                assert set(image) == IMAGE
+        return result
+
+    return task
+
+
+# --- what is returned ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_image_is_pulled_once(run: Any, repository: str) -> None:
+    first = run(ref=REGISTRY + "app", name="x")
+    assert first["changed"] and first["name"] == "x" and first["ref"] == REGISTRY + "app" and first["repository"] == repository
+    assert first["previous_digest"] is None and first["image_id"] and first["skopeo_version"] == "1.2.3" and first["protocol_version"] == "0.2.3"
+    assert [layer["status"] for layer in first["layers"]] == ["new", "new"]
+    second = run(ref=REGISTRY + "app", name="x")
+    assert not second["changed"] and second["streams"] == [] and second["previous_digest"] == second["digest"] == first["digest"]
+    assert "diff" not in second
+
+
+def test_the_name_is_the_reference_as_written_unless_given(run: Any) -> None:
+    assert run(ref=REGISTRY + "app")["name"] == REGISTRY + "app"
+    assert not run(ref=REGISTRY + "app")["changed"]
+    assert run(ref=REGISTRY + "app", state="absent")["changed"]
+
+
+def test_the_shape_is_the_same_in_every_case(run: Any, world: World) -> None:
+    """run() compares it each time."""
+    run(ref=REGISTRY + "app", check=True)
+    run(ref=REGISTRY + "nowhere")
+    run(ref="docker:malformed")
+    run(ref=REGISTRY + "app", timeout=0)
+    run(ref=REGISTRY + "app", repository="/nonexistent")
+    run(name="app")
+    run(name="app", state="absent")
+    run(name="app", state="absent", check=True)
+    run(images=[{"ref": REGISTRY + "app"}, {"ref": REGISTRY + "base", "name": "b"}], check=True)
+    run(images=[{"ref": REGISTRY + "app"}, {"ref": REGISTRY + "nowhere"}])
+    run(images=[{"ref": REGISTRY + "app"}, {"ref": REGISTRY + "base", "name": "b"}])
+    run(images=[{"name": "b"}], state="absent")
+    run(images=[])
+    run(ref=REGISTRY + "app", pull="missing")
+
+
+def test_what_is_returned_is_documented(run: Any) -> None:
+    documented = yaml.safe_load(composefs_image.RETURN)
+    assert set(documented) == (SHAPE - {"changed"}) | {"images", "error"}
+    result = run(ref=REGISTRY + "app")
+    assert set(documented["layers"]["contains"]) == set(result["layers"][0])
+    assert set(documented["stats"]["contains"]) == set(result["stats"])
+
+
+def test_documentation_and_argument_spec_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, Any] = {}
+
+    class Caught(Exception):
+        pass
+
+    def catch(*arguments: Any, **options: Any) -> Any:
+        found.update(options)
+        raise Caught
+
+    monkeypatch.setattr(composefs_image, "AnsibleModule", catch)
+    with pytest.raises(Caught):
+        composefs_image.main()
+    documented = yaml.safe_load(composefs_image.DOCUMENTATION)["options"]
+    spec = found["argument_spec"]
+    assert set(documented) | {"repository"} == set(spec)
+    for name, option in documented.items():
+        for key in ("type", "choices", "default", "elements"):
+            assert option.get(key) == spec[name].get(key), name
+    assert set(documented["images"]["suboptions"]) == set(spec["images"]["options"])
+    assert spec["password"]["no_log"] is True
+
+
+def test_examples_are_tasks_that_the_module_accepts(world: World) -> None:
+    for task in yaml.safe_load(composefs_image.EXAMPLES):
+        values = dict(task["composefs.oci.composefs_image"])
+        params = {**dict.fromkeys(("ref", "name", "digest", "platform", "images")), "state": "present", **values}
+        params["images"] = [{**dict.fromkeys(("ref", "name", "digest", "platform")), **image} for image in params["images"] or []] or None
+        assert composefs_image.requests_of(params)
+
+
+# --- what is asked for -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {},
+        {"ref": "a.b/c", "images": []},
+        {"name": "a", "images": []},
+        {"digest": "sha256:" + "0" * 64, "images": []},
+        {"platform": "linux/amd64", "images": []},
+        {"ref": "a.b/c", "username": "u"},
+        {"ref": "a.b/c", "password": PASSWORD},
+        {"ref": "a.b/c", "username": "u", "password": PASSWORD, "auth_file": "/x"},
+        {"ref": "a.b/c", "state": "latest"},
+        {"ref": "a.b/c", "pull": "sometimes"},
+        {"ref": "a.b/c", "unenforced_policy": "maybe"},
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(run: Any, world: World, wrong: dict[str, Any]) -> None:
+    assert run(shape=False, **wrong)["failed"] and world.proxies == []
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"name": "app"}, "'app' has no reference"),
+        ({"images": [{"name": "app"}]}, "'app' has no reference"),
+        ({"images": [{"digest": "sha256:" + "0" * 64}]}, "neither a reference nor a name"),
+        ({"ref": REGISTRY + "app", "digest": "sha256:XYZ"}, "64 hexadecimal digits"),
+        ({"ref": REGISTRY + "app", "digest": "0" * 64}, "64 hexadecimal digits"),
+        ({"ref": "app"}, "names neither a registry nor a transport"),
+        ({"ref": REGISTRY + "app", "name": "@x"}, "Choose another name"),
+        ({"images": [{"ref": REGISTRY + "app"}, {"ref": REGISTRY + "app"}]}, "is asked for twice"),
+    ],
+)
+def test_requests_that_cannot_be_understood_say_what_to_write(run: Any, world: World, values: dict[str, Any], words: str) -> None:
+    result = run(**values)
+    assert result["failed"] and result["error"] == "invalid_reference" and words in result["msg"] and world.proxies == []
+
+
+@pytest.mark.parametrize(("option", "value"), [("timeout", 0), ("timeout", -1), ("retries", -1), ("parallel", 0), ("parallel", -3)])
+def test_numbers_out_of_range_are_refused(run: Any, world: World, option: str, value: int) -> None:
+    result = run(ref=REGISTRY + "app", **{option: value})
+    assert result["failed"] and f"The option {option} is {value}. It must be at least" in result["msg"] and world.proxies == []
+
+
+def test_options_reach_skopeo(run: Any, world: World) -> None:
+    run(
+        ref=REGISTRY + "app",
+        username="u",
+        password=PASSWORD,
+        validate_certs=False,
+        ca_cert_dir="/certs",
+        signature_policy="/policy.json",
+        unenforced_policy="ignore",
+        executable="/opt/skopeo",
+        timeout=7,
+        platform="linux/" + os.uname().machine,
+    )
+    options = world.proxies[0].options
+    assert (options.username, options.password, options.tls_verify, options.cert_dir) == ("u", PASSWORD, False, "/certs")
+    assert (options.policy, options.unenforced_policy, options.executable, options.timeout) == ("/policy.json", "ignore", ("/opt/skopeo",), 7)
+    assert options.platform.os == "linux" and PASSWORD not in repr(options)
+
+
+def test_where_certificates_are_not_spoken_of_the_host_decides(run: Any, world: World) -> None:
+    run(ref=REGISTRY + "app")
+    assert world.proxies[0].options.tls_verify is None
+
+
+# --- several images --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_several_images_in_one_task(run: Any, repository: str) -> None:
+    result = run(images=[{"ref": REGISTRY + "base", "name": "b"}, {"ref": REGISTRY + "app"}], diff=True)
+    assert [image["name"] for image in result["images"]] == ["b", REGISTRY + "app"] and result["changed"]
+    assert [image["repository"] for image in result["images"]] == [repository] * 2
+    assert [side["after"]["name"] for side in result["diff"]] == ["b", REGISTRY + "app"]
+    assert f"oci-layer-{sha256(FIRST)}" not in result["images"][1]["streams"]
+    assert result["skopeo_version"] == "1.2.3"
+    again = run(images=[{"ref": REGISTRY + "base", "name": "b"}, {"ref": REGISTRY + "app"}])
+    assert not again["changed"] and len(again["images"]) == 2
+    gone = run(images=[{"name": "b"}, {"ref": REGISTRY + "app"}, {"name": "never"}], state="absent")
+    assert gone["changed"] and [bool(image["previous_digest"]) for image in gone["images"]] == [True, True, False]
+
+
+def test_no_images_are_nothing_to_do(run: Any, world: World) -> None:
+    result = run(images=[])
+    assert not result["changed"] and result["images"] == [] and world.proxies == []
+
+
+def test_a_digest_belongs_to_its_image(run: Any) -> None:
+    digest = run(ref=REGISTRY + "app")["digest"]
+    assert not run(images=[{"ref": REGISTRY + "app", "digest": digest}])["changed"]
+    result = run(images=[{"ref": REGISTRY + "base", "digest": digest}])
+    assert result["failed"] and result["error"] == "digest_mismatch"
+
+
+# --- check mode and diff ---------------------------------------------------------------------------------------------------------------------
+
+
+def tree(path: str) -> list[str]:
+    return sorted(os.path.join(directory, name) for directory, folders, files in os.walk(path) for name in [*folders, *files])
+
+
+def test_check_mode_says_what_a_run_does_and_touches_nothing(run: Any, repository: str) -> None:
+    before = tree(repository)
+    predicted = run(ref=REGISTRY + "app", name="x", check=True, diff=True)
+    assert tree(repository) == before
+    done = run(ref=REGISTRY + "app", name="x", diff=True)
+    for key in ("changed", "digest", "config_digest", "previous_digest", "streams", "layers", "diff"):
+        assert predicted[key] == done[key], key
+    assert predicted["stats"]["bytes_fetched"] == done["stats"]["bytes_fetched"] == sum(layer["bytes_to_fetch"] for layer in done["layers"])
+    after = tree(repository)
+    assert run(name="x", state="absent", check=True)["changed"] and tree(repository) == after
+
+
+def test_diff_shows_name_digest_and_layers_before_and_after(run: Any) -> None:
+    old = run(ref=REGISTRY + "base", name="x", diff=True)
+    assert old["diff"]["before"] == {} and old["diff"]["before_header"] == "x"
+    assert old["diff"]["after"] == {"name": "x", "digest": old["digest"], "layers": [layer["digest"] for layer in old["layers"]]}
+    new = run(ref=REGISTRY + "app", name="x", diff=True)
+    assert new["diff"]["before"] == old["diff"]["after"]
+    assert len(new["diff"]["after"]["layers"]) == 2
+    gone = run(name="x", state="absent", diff=True)
+    assert gone["diff"]["before"] == new["diff"]["after"] and gone["diff"]["after"] == {}
+
+
+def test_on_a_fresh_host_check_mode_foretells(run: Any, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run(ref=REGISTRY + "app", repository=str(tmp_path / "not yet"), check=True)
+    assert result["changed"] and result["digest"] and "taken for one that is empty" in result["warnings"][0]
+    world.starting = [SkopeoMissing("There is no skopeo.", "Install it.")]
+    result = run(ref=REGISTRY + "app", check=True)
+    assert result["changed"] and result["digest"] is None and "There is no skopeo" in result["warnings"][0]
+    real = codecs._module
+    monkeypatch.setattr(codecs, "_module", lambda name: None if name in codecs.ZSTD_BACKENDS.values() else real(name))
+    result = run(ref=REGISTRY + "app", check=True)
+    assert result["changed"] and "composefs.oci.skopeo" in result["warnings"][0]
+    result = run(ref=REGISTRY + "app")
+    assert result["failed"] and result["error"] == "missing_library" and "composefs.oci.skopeo" in result["msg"]
+
+
+# --- what fails ------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_path_without_a_repository_says_what_to_do_and_makes_none(run: Any, tmp_path: Path) -> None:
+    result = run(ref=REGISTRY + "app", repository=str(tmp_path / "nothing"))
+    assert result["failed"] and result["error"] == "not_a_repository" and "composefs_repository" in result["msg"]
+    assert result["repository"] == str(tmp_path / "nothing") and not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize("ref", [f"docker://user:{PASSWORD.replace(' ', '')}@registry.test/app", f"user:{PASSWORD.replace(' ', '')}@registry.test/app"])
+def test_a_password_in_a_reference_does_not_come_back(run: Any, world: World, ref: str) -> None:
+    for values in ({"ref": ref}, {"images": [{"ref": ref}]}):
+        result = run(**values)
+        assert result["failed"] and result["error"] == "invalid_reference"
+        result.pop("invocation", None)  # which repeats what the playbook itself says
+        assert "cret" not in json.dumps(result)
+
+
+def test_a_password_comes_back_in_no_result(run: Any, world: World) -> None:
+    world.opening = [AuthFailed("Opening it: skopeo says: unauthorized.", "Give username and password.")]
+    for _time in range(2):
+        result = run(ref=REGISTRY + "app", username="u", password=PASSWORD)
+        assert PASSWORD not in json.dumps(result)
+    assert result["changed"]
+
+
+def test_a_bug_is_one_line(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bug(*arguments: Any) -> Any:
+        raise RuntimeError(PASSWORD)
+
+    monkeypatch.setattr(pull, "pull_images", bug)
+    result = run(ref=REGISTRY + "app", password=PASSWORD, username="u")
+    assert result["failed"] and result["error"] == "internal_error" and "RuntimeError" in result["msg"]
+
+
+def test_newer_warns_when_the_registry_is_gone(run: Any, world: World) -> None:
+    run(ref=REGISTRY + "app")
+    world.opening = [RegistryUnreachable("Opening it: skopeo says: connection refused.")] * 9
+    result = run(ref=REGISTRY + "app", pull="newer")
+    assert not result["changed"] and "left as it is" in result["warnings"][0]
+    assert run(ref=REGISTRY + "app")["error"] == "registry_unreachable"
+
+
+def test_the_lack_of_jsonschema_is_told_once(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schemas, "available", lambda: False)
+    result = run(images=[{"ref": REGISTRY + "app"}, {"ref": REGISTRY + "base"}])
+    assert len(result["warnings"]) == 1 and "jsonschema" in result["warnings"][0]
+
+
+# --- progress --------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_progress_is_written_where_it_is_asked_for(run: Any, tmp_path: Path) -> None:
+    file = tmp_path / "progress.json"
+    run(ref=REGISTRY + "app", progress_file=str(file))
+    state = json.loads(file.read_text())
+    assert state["finished"] and state["done"] == state["total"] > 0 and {layer["state"] for layer in state["layers"]} == {"done"}
+
+
+def test_progress_ends_when_the_task_fails(run: Any, tmp_path: Path) -> None:
+    file = tmp_path / "progress.json"
+    assert run(ref=REGISTRY + "nowhere", progress_file=str(file))["failed"]
+    assert json.loads(file.read_text())["finished"]
+
+
+def test_a_progress_file_that_cannot_be_written_does_no_harm(run: Any, tmp_path: Path) -> None:
+    assert run(ref=REGISTRY + "app", progress_file=str(tmp_path / "no such directory/file"))["changed"]
