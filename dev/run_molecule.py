@@ -18,7 +18,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import zlib
 
 import environment
 from environment import ROOT, VENV, Missing, say
@@ -67,6 +69,8 @@ def scenario_environment(name: str, long: bool) -> dict[str, str]:
     result.update(
         ANSIBLE_COLLECTIONS_PATH=str(MOLECULE / "collections"),
         ANSIBLE_HOME=str(MOLECULE / "ansible"),
+        # The path of a socket must be short, wherever the checkout lies.
+        ANSIBLE_SSH_CONTROL_PATH_DIR=f"{tempfile.gettempdir()}/composefs-oci-{os.getuid()}-{zlib.crc32(str(ROOT).encode()):08x}",
         MOLECULE_EPHEMERAL_DIRECTORY=str(MOLECULE / "run" / name),
         PYTHONDONTWRITEBYTECODE="1",
         NO_COLOR="1",

@@ -37,8 +37,8 @@ def registry(lab: dict[str, Any]) -> str:
 @pytest.fixture(scope="module")
 def engine() -> None:
     """Lay the engine into the guest. Compiled once, it starts much faster on that slow processor than within a module, many times over."""
-    project = guests.ground.HERE.parents[1]
-    files = ["-C", str(project), "plugins/module_utils", "-C", str(guests.ground.HERE / "inside"), "pull_in_guest.py"]
+    collection = f"{os.environ['ANSIBLE_COLLECTIONS_PATH']}/ansible_collections/composefs/oci"
+    files = ["-C", collection, "plugins/module_utils", "-C", str(guests.ground.HERE / "inside"), "pull_in_guest.py"]
     packed = subprocess.run(["tar", "--exclude=__pycache__", "-c", *files], stdout=subprocess.PIPE, check=True).stdout
     address = guests.address(GUEST)
     unpack = "mkdir -p /opt/tests && cd /opt/tests && tar -x --no-same-owner && python3 -m compileall -q . && sync"
