@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # Copyright (c) composefs.oci contributors
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
@@ -88,7 +87,7 @@ def one_big_file(path: pathlib.Path, options: argparse.Namespace) -> str:
     size = options.gibibytes << 30
     sink.write(header(b"usr/share/bench/large.bin", size, REGULAR))
     text = b"".join(b"%08d a line of a log that compresses as logs do\n" % number for number in range(2000))[: 1 << 16]
-    pool = [chance.getrandbits(8 << 16).to_bytes(1 << 16, "big") for _ in range(256)]
+    pool = [chance.getrandbits(8 << 16).to_bytes(1 << 16, "big") for _unused in range(256)]
     for number in range(size >> 16):
         # Rotating a pooled piece by a random amount keeps it random for gzip (whose window is 32 KiB) at no cost.
         turn = chance.randrange(1 << 16)

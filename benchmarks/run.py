@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # Copyright (c) composefs.oci contributors
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
@@ -169,7 +168,7 @@ class Bench:
         """Push an image unless the registry has just that; returns its reference."""
         layout = self.options.images / name
         wanted = json.loads((layout / "index.json").read_text())["manifests"][0]
-        status, headers, _ = self.registry.request("HEAD", f"/v2/{name}/manifests/latest", {"Accept": wanted["mediaType"]})
+        status, headers, _unused = self.registry.request("HEAD", f"/v2/{name}/manifests/latest", {"Accept": wanted["mediaType"]})
         if status != 200 or headers.get("docker-content-digest") != wanted["digest"]:
             self.registry.push(str(layout), f"{name}:latest")
         manifest = json.loads((layout / "blobs/sha256" / wanted["digest"].split(":")[1]).read_text())
@@ -222,7 +221,7 @@ class Bench:
         """One pull into an empty repository and one with nothing to do."""
         repository = self.fresh()
         both = []
-        for _ in range(2):
+        for _unused in range(2):
             result = measure(self.command(tool, repository, reference), self.environment, self.log)
             if result.status:
                 raise Failed(f"{tool} failed to pull {name}; the end of {self.log}:\n{self.log.read_text(errors='replace')[-2000:]}")
@@ -255,14 +254,14 @@ def _machine(options: argparse.Namespace) -> str:
     versions = [f"kernel {platform.release()}"]
     for command in ([options.cfsctl, "--version"], [options.skopeo, "--version"], [options.python, "--version"]):
         with contextlib.suppress(OSError):
-            versions.append(subprocess.run(command, stdout=subprocess.PIPE, text=True, stderr=subprocess.STDOUT).stdout.strip().splitlines()[0])
+            versions.append(subprocess.run(command, stdout=subprocess.PIPE, text=True, stderr=subprocess.STDOUT, check=False).stdout.strip().splitlines()[0])
     probe = (
         "import importlib.util as u\n"
         "names = ('isal', 'zlib_ng', 'zstandard', 'backports.zstd', 'compression.zstd', 'jsonschema')\n"
         "found = [n for n in names if u.find_spec(n.split('.')[0]) and u.find_spec(n)]\n"
         "print(' '.join(found) or 'none')"
     )
-    libraries = subprocess.run([options.python, "-c", probe], stdout=subprocess.PIPE, text=True).stdout.strip()
+    libraries = subprocess.run([options.python, "-c", probe], stdout=subprocess.PIPE, text=True, check=False).stdout.strip()
     load = " ".join(f"{value:.1f}" for value in os.getloadavg())
     return f"{len(os.sched_getaffinity(0))} processors, {model}; {', '.join(versions)}; Python libraries: {libraries}; load average at the start: {load}"
 

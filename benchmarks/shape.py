@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # Copyright (c) composefs.oci contributors
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
@@ -81,7 +80,7 @@ def in_lanes(work: Callable[[layer.LayerSpec], None], specs: list[layer.LayerSpe
                 return
             work(spec)
 
-    threads = [threading.Thread(target=lane) for _ in range(lanes)]
+    threads = [threading.Thread(target=lane) for _unused in range(lanes)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -33,9 +33,8 @@ JOB_LIMIT = 24 * 60 * 60
 JOB_KEYS = ("started", "finished", "ansible_job_id", "results_file", "ansible_async_watchdog_pid", "stdout", "stderr", "stdout_lines", "stderr_lines")
 
 
-def watched(task_vars: dict[str, t.Any]) -> bool:
-    """Whether progress is wanted: by the variable ``composefs_progress`` (``always``, ``never``), else if a person looks at a terminal."""
-    wish = str(task_vars.get("composefs_progress", "auto"))
+def watched(wish: str) -> bool:
+    """Whether progress is wanted: by ``wish``, the variable ``composefs_progress`` (``always``, ``never``), else if a person looks at a terminal."""
     if wish in ("always", "never"):
         return wish == "always"
     if os.environ.get("CI"):
@@ -62,12 +61,12 @@ class ActionModule(ActionBase):
     _supports_check_mode = True
     _supports_diff = True
 
-    def run(self, tmp: t.Optional[str] = None, task_vars: t.Optional[dict[str, t.Any]] = None) -> dict[str, t.Any]:
+    def run(self, tmp: str | None = None, task_vars: dict[str, t.Any] | None = None) -> dict[str, t.Any]:
         """Run the module; its result."""
         result = super().run(tmp, task_vars)
         task_vars = task_vars or {}
         quiet = self._task.async_val or self._task.check_mode or self._task.no_log or self._task.args.get("state") == "absent"
-        if quiet or not watched(task_vars):
+        if quiet or not watched(str(self._templar.template(task_vars.get("composefs_progress", "auto")))):
             result.update(self._execute_module(task_vars=task_vars, wrap_async=bool(self._task.async_val)))
             return result
         result.update(self._run_watched(task_vars))

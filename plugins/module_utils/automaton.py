@@ -325,7 +325,7 @@ class LastMatch:
             return self._nothing(True)
         total = max(least, 1) if most is None else most
         # The copies are made while the original has no loop yet.
-        parts = [fragment] + [self._copy(fragment) for _ in range(total - 1)]
+        parts = [fragment] + [self._copy(fragment) for _unused in range(total - 1)]
         if most is None:
             parts[-1] = self._loop(parts[-1])
         parts = [part if number < least else part._replace(nullable=True) for number, part in enumerate(parts)]

@@ -125,7 +125,7 @@ def name_layer(repository: Repository, stream: str, digest: bytes) -> None:
     this layer's tar. Without a name a collector would keep the stream and lose what it refers to. With it, both go when no image needs them.
     """
     before = repository.stream(stream)
-    if before not in (None, digest) and repository.objects.contains(before):
+    if before is not None and before != digest and repository.objects.contains(before):
         repository.register(KEPT + before.hex(), before)
     repository.register(stream, digest)
 

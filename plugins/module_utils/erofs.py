@@ -79,7 +79,8 @@ class _Image:
                 when = (stat.mtime & _U64, stat.mtime_nsec)
                 if low is None or when < low:
                     low = when
-        assert low is not None
+        if low is None:
+            raise AssertionError("this must hold: low is not None")
         self.min_mtime = low
         seconds, nanoseconds = low
         for node in self.nodes:
@@ -113,7 +114,8 @@ class _Image:
             tail = 0
             at = at + 31 & ~31
             if form == FORM_EXTERNAL:
-                assert isinstance(node, Leaf)
+                if not isinstance(node, Leaf):
+                    raise AssertionError("this must hold: isinstance(node, Leaf)")
                 if node.digest is not None:
                     xsize = 12 + xattrs.content + (8 if node.digest in shared_digests else pointer_size)
                 tail = 4 * self._chunks(node)[1]
@@ -218,26 +220,30 @@ class _Image:
             size = node.size
             layout, field, tail, attributes = PLAIN, 0, b"", xattrs.plain
             if form == FORM_EXTERNAL:
-                assert isinstance(node, Leaf)
+                if not isinstance(node, Leaf):
+                    raise AssertionError("this must hold: isinstance(node, Leaf)")
                 layout = CHUNKED
                 field, count = self._chunks(node)
                 tail = NULL_BLOCK * count
                 if node.digest is not None:
                     attributes = pointing(xattrs, node.digest)
             elif form == FORM_FOLDER:
-                assert isinstance(node, Folder)
+                if not isinstance(node, Folder):
+                    raise AssertionError("this must hold: isinstance(node, Folder)")
                 field = starts.get(index, 0)
                 if size % BLOCK:
                     layout = INLINE
                     tail = self._dirents(node, node.cuts[-1] if node.cuts else 0, len(node.names))
             elif form == FORM_LINK:
-                assert isinstance(node, Leaf)
+                if not isinstance(node, Leaf):
+                    raise AssertionError("this must hold: isinstance(node, Leaf)")
                 if index in starts:
                     field = starts[index]
                 else:
                     layout, tail = INLINE, node.data
             elif form == FORM_DATA:
-                assert isinstance(node, Leaf)
+                if not isinstance(node, Leaf):
+                    raise AssertionError("this must hold: isinstance(node, Leaf)")
                 field = starts.get(index, 0)
                 tail = node.data[size - self._tail_of(size) :]
                 if tail:

@@ -347,7 +347,8 @@ class Fetcher:
             elif kind == "error":
                 raise _judge(forked.revive(message["error"]), verdict)
             else:
-                assert verdict is not None
+                if verdict is None:
+                    raise AssertionError("this must hold: verdict is not None")
                 self._await(verdict)
                 if verdict.error is not None:
                     # A skopeo that died before it could judge is no judgement; then the blob is fetched again.
@@ -372,7 +373,7 @@ def _judge(error: EngineError, verdict: _Verdict | None) -> _TransferFailed:
     verdict.join(1.0)
     said = verdict.error
     if said is not None:
-        if isinstance(error, RegistryUnreachable) and type(said) is not ProxyFailed:
+        if isinstance(error, RegistryUnreachable) and said.__class__ is not ProxyFailed:
             # The worker only sees the pipe end; skopeo knows why. Whatever broke a transfer may be gone at the next try.
             error = passing(type(said)(error.message, said.hint))
         error.message = f"{error.message} {_words(said)}"

@@ -45,8 +45,7 @@ from .errors import (
     UnsupportedMediaType,
 )
 from .oci import MAX_CONFIG, MAX_LAYERS, MAX_MANIFEST, MAX_SIZE, Descriptor, Reference, digest_of, is_digest, load_json
-from .skopeo import INSTALL, Child, check_unenforced_policy, classify, command, passing, readable, scrub
-from .skopeo import ProxyOptions as ProxyOptions
+from .skopeo import INSTALL, Child, ProxyOptions, check_unenforced_policy, classify, command, passing, readable, scrub
 
 REQUEST = 32768  # the longest request that skopeo reads
 REPLY = 262144  # it answers with up to 32 KiB too, but a list of layers may be longer than that and is not cut by skopeo
@@ -135,7 +134,7 @@ class ImageProxy:
         """
         chosen = reference or self.reference
         value = self._call("OpenImage", chosen.text, what=f"Opening {chosen.text}").value
-        if type(value) is not int or not 0 < value <= MAX_SIZE:
+        if value.__class__ is not int or not 0 < value <= MAX_SIZE:
             self._violated("OpenImage", f"the image number {value!r:.100}")
         return value
 
@@ -186,7 +185,7 @@ class ImageProxy:
     def _layer_info(self, item: Any) -> Descriptor:
         members = item if isinstance(item, dict) else {}
         digest, size, media_type = members.get("digest"), members.get("size"), members.get("media_type")
-        if not is_digest(digest) or type(size) is not int or not 0 <= size <= MAX_SIZE or not isinstance(media_type, str):
+        if not is_digest(digest) or size.__class__ is not int or not 0 <= size <= MAX_SIZE or not isinstance(media_type, str):
             self._violated("GetLayerInfo", f"the layer {item!r:.200}")
         return Descriptor(media_type, str(digest), size)
 
@@ -355,12 +354,12 @@ class ImageProxy:
             reply = load_json(packet, REPLY, "reply")
         except InvalidDocument:
             reply = None
-        if not isinstance(reply, dict) or type(reply.get("success")) is not bool or not isinstance(reply.get("error", ""), str):
+        if not isinstance(reply, dict) or reply.get("success").__class__ is not bool or not isinstance(reply.get("error", ""), str):
             self._violated(method, f"{packet[:100]!r}")
         if not reply["success"]:
             raise classify(self.options, what, reply.get("error", ""), reply.get("error_code"))
         pipeid = reply.get("pipeid", 0)
-        if type(pipeid) is not int or not 0 <= pipeid < 2**32:
+        if pipeid.__class__ is not int or not 0 <= pipeid < 2**32:
             self._violated(method, f"the pipe {pipeid!r:.100}")
         return reply.get("value"), pipeid
 
@@ -408,7 +407,7 @@ def _descriptors(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
 
 def _check_announced(value: Any, descriptor: Descriptor) -> None:
     """The source may say how long a blob is (-1: it does not know); if that is not what the manifest says there is no use in waiting for it."""
-    if type(value) is int and 0 <= value != descriptor.size:
+    if value.__class__ is int and 0 <= value != descriptor.size:
         raise DigestMismatch(
             f"The source offers {value} bytes for the blob {descriptor.digest}, the manifest says {descriptor.size}.",
             "The image is damaged; ask its publisher.",

@@ -459,7 +459,8 @@ class ObjectWriter:
                     state = store._state(name, digest, size)
                     if prove and state == _PRESENT and not store.verify(digest):
                         state = _WRONG
-            assert digest is not None
+            if digest is None:
+                raise AssertionError("this must hold: digest is not None")
             if state == _PRESENT:
                 store.stats.present += 1
                 store.stats.bytes_present += size

@@ -503,9 +503,9 @@ def _load(raw: bytes, limit: int, what: str, known: Sequence[str]) -> dict[str, 
 def _kind(document: dict[str, Any], what: str, kinds: tuple[str, ...], default: str) -> str:
     version = document.get("schemaVersion")
     media_type = _text(document.get("mediaType"), f"mediaType of the {what}") or default
-    if version == 1 and type(version) is int:
+    if version == 1 and version.__class__ is int:
         raise UnsupportedMediaType(f"The {what} has Docker's old schema 1.", "Push the image again with a current tool.")
-    if version != 2 or type(version) is not int:
+    if version != 2 or version.__class__ is not int:
         raise InvalidDocument(f"The {what} has the schemaVersion {version!r:.50} instead of 2.")
     if media_type not in kinds:
         raise UnsupportedMediaType(f"The {what} has the media type {media_type!r:.300}.", f"Known are {' and '.join(kinds)}.")
@@ -557,7 +557,7 @@ def _descriptor(value: Any, what: str) -> Descriptor:
     if not isinstance(media_type, str) or not _MEDIA_TYPE.match(media_type):
         raise InvalidDocument(f"The {what} has no valid media type: {media_type!r:.200}.")
     size = members.get("size")
-    if type(size) is not int or not 0 <= size <= MAX_SIZE:
+    if size.__class__ is not int or not 0 <= size <= MAX_SIZE:
         raise InvalidDocument(f"The {what} has no valid size: {size!r:.100}.")
     platform = members.get("platform")
     return Descriptor(

@@ -205,7 +205,8 @@ def _carry_out(repository: Repository, plans: Sequence[Plan], options: Options, 
 
             jobs = []
             for stream, (plan, layer) in missing.items():
-                assert plan.session is not None
+                if plan.session is None:
+                    raise AssertionError("this must hold: plan.session is not None")
                 jobs.append(Job(stream, LayerSpec(layer.source.digest, layer.source.size, layer.diff_id, layer.compression), plan.session, plan.reference))
             fetcher = Fetcher(repository, options.parallel, options.timeout, options.retries, progress)
             fetcher.run(jobs)

@@ -118,7 +118,8 @@ class Child:
     def output(self, limit: int, deadline: float, what: str) -> bytes:
         """All of stdout, at most ``limit`` bytes. Raises Stalled if it does not end before the deadline, InvalidDocument if it is longer."""
         pipe = self.process.stdout
-        assert pipe is not None
+        if pipe is None:
+            raise AssertionError("this must hold: pipe is not None")
         data = bytearray()
         while len(data) <= limit:
             if not readable(pipe.fileno(), deadline):

@@ -278,7 +278,8 @@ class Writer:
     def _end_run(self) -> None:
         """Compress the run that was set aside, its length first, and what came after it."""
         run = self._run
-        assert run is not None
+        if run is None:
+            raise AssertionError("this must hold: run is not None")
         self._run = None
         rest = bytes(memoryview(self._out)[8:])
         self._out.clear()

@@ -131,8 +131,7 @@ class Splitter:
                 pos += BLOCK
 
             found = match(block) if quick and not parser.pending else None
-            if found is not None:
-                octal, checksum, kind = found.groups()
+            octal, checksum, kind = found.groups() if found is not None else (b"", b"", b"")
             if found is not None and kind in PLAIN and block_sum(block) == (known(checksum) or parser.expected_sum(checksum)):
                 size = int(octal, 8)
                 self.entries_seen += 1
@@ -206,7 +205,8 @@ class Splitter:
     def _resume_extension(self, data: bytes, pos: int) -> int:
         want = self._parser.want
         gathered = self._data
-        assert gathered is not None
+        if gathered is None:
+            raise AssertionError("this must hold: gathered is not None")
         piece = data[pos : pos + want - len(gathered)]
         pos += len(piece)
         whole = len(piece) == want

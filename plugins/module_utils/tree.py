@@ -91,7 +91,7 @@ class TreeBuilder:
         """
         # Unpacking once is cheaper than looking the fields up by name.
         path, kind, mode, uid, gid, mtime, mtime_nsec, size, link, major, minor, xattrs = entry
-        head, _, name = path.rpartition(b"/")
+        head, _unused, name = path.rpartition(b"/")
         if name in _ODD_NAMES:
             head, name = self._normalise(path)
 
@@ -274,7 +274,7 @@ class TreeBuilder:
     @staticmethod
     def _normalise(path: bytes) -> tuple[bytes, bytes]:
         """Split into the parent (any spelling) and a real name; the name is empty for the root, which a final ``..`` means too."""
-        head, _, name = path.rstrip(b"/").rpartition(b"/")
+        head, _unused, name = path.rstrip(b"/").rpartition(b"/")
         if name not in _ODD_NAMES:
             return head, name
         # Repeated slashes and "." components vanish. All at once: one by one would be quadratic.

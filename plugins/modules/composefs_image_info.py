@@ -245,7 +245,7 @@ def write_dumpfile(module: AnsibleModule, repository: Repository, images: list[d
         raise ImageNotFound(f"The repository {repository.path} has no image {asked}, so no dumpfile can be written.", "Pull it first, or correct the name.")
     if images[0]["image_id"] is None:
         raise ImageNotFound(f"{asked} has no EROFS image to dump in {repository.path}.", "Pull it with 'erofs: true'. Artifacts have none.")
-    base["dumpfile"] = os.path.abspath(os.path.expanduser(params["dumpfile"]))
+    base["dumpfile"] = os.path.abspath(params["dumpfile"])
     return exports.write(exports.dump(repository, images[0]["image_id"]), base["dumpfile"], module.check_mode)
 
 

@@ -235,7 +235,7 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
     """Do what the task says; ``base`` gets what a failure should still tell."""
     params = module.params
     check = module.check_mode
-    path = base["path"] = os.path.abspath(os.path.expanduser(params["path"]))
+    path = base["path"] = os.path.abspath(params["path"])
     base["repository"] = repository_path(module)
     real = os.path.realpath(path)
     there = mountinfo.at(real)

@@ -22,7 +22,7 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests" / "unit"), str(ROOT / "tests" / "support")]
 
-import conftest  # noqa: F401  # makes the collection importable
+__import__("conftest")  # makes the collection importable
 from ansible_collections.composefs.oci.plugins.module_utils import erofs, erofsread, fsverity
 from ansible_collections.composefs.oci.plugins.module_utils.errors import FormatError, InvalidLayer
 from readdump import read_dump
@@ -57,7 +57,7 @@ def run(data: bytes) -> None:
 
 def damage(image: bytes, dice: random.Random) -> bytes:
     data = bytearray(image)
-    for _ in range(dice.choice((1, 1, 1, 2, 4, 16))):
+    for _unused in range(dice.choice((1, 1, 1, 2, 4, 16))):
         if not data:
             break
         # Most of what is believed or not stands in the first blocks.

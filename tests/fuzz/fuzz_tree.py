@@ -23,7 +23,7 @@ import traceback
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests" / "unit")]
 
-import conftest  # noqa: F401  # makes the collection importable
+__import__("conftest")  # makes the collection importable
 from ansible_collections.composefs.oci.plugins.module_utils import boot, erofs, fsverity
 from ansible_collections.composefs.oci.plugins.module_utils.errors import EngineError
 from ansible_collections.composefs.oci.plugins.module_utils.tree import XATTR_MODES, TreeBuilder
@@ -71,7 +71,7 @@ def path(chance: random.Random) -> bytes:
     if chance.random() < 0.003:
         return b"d/" * chance.choice((100, 3000, 20_000)) + chance.choice(WORDS)
     last = chance.choice(WORDS if chance.random() < 0.99 else BAD_WORDS)
-    return b"/".join((*(chance.choice(PARENTS) for _ in range(chance.randrange(4))), last))
+    return b"/".join((*(chance.choice(PARENTS) for _unused in range(chance.randrange(4))), last))
 
 
 def entry(chance: random.Random) -> bytes:
@@ -79,7 +79,7 @@ def entry(chance: random.Random) -> bytes:
     odd = chance.random() < 0.03
     kind = chance.choice(b"SVgxLKDM\0" if odd else b"000555555234671")
     xattrs: dict[str, bytes] = {}
-    for _ in range(chance.choice((0, 0, 0, 1, 3))):
+    for _unused in range(chance.choice((0, 0, 0, 1, 3))):
         name = chance.choice(("security.capability", "security.selinux", "user.a", "trusted.overlay.opaque"))
         xattrs[name if not odd else "user." + "x" * 300] = chance.choice((b"", b"y", b"0sA=\n", b"x" * (70_000 if odd else 7000)))
     pax: dict[str, bytes] = {}
@@ -106,12 +106,12 @@ def policy(chance: random.Random) -> list[bytes]:
     """A policy with random expressions, which are matched against the paths of the same image."""
     lines = [
         b"/"
-        + b"".join(chance.choice(REGEX) for _ in range(chance.randrange(12)))
+        + b"".join(chance.choice(REGEX) for _unused in range(chance.randrange(12)))
         + chance.choice((b" ", b" -- ", b" -d "))
         + chance.choice((b"l", b"<<none>>"))
-        for _ in range(chance.randrange(6))
+        for _unused in range(chance.randrange(6))
     ]
-    subs = b"".join(b"/%s /%s\n" % (path(chance), path(chance)) for _ in range(chance.randrange(3)))
+    subs = b"".join(b"/%s /%s\n" % (path(chance), path(chance)) for _unused in range(chance.randrange(3)))
     return [
         *base("run", "a", "b"),
         member("etc/selinux/config", b"SELINUXTYPE=t\n"),
@@ -123,7 +123,7 @@ def policy(chance: random.Random) -> list[bytes]:
 def damaged(data: bytes, chance: random.Random) -> bytes:
     """A well-formed archive with a few bytes changed, cut out or doubled; sums of headers are made right again, so that more gets through."""
     raw = bytearray(data)
-    for _ in range(chance.randrange(1, 6)):
+    for _unused in range(chance.randrange(1, 6)):
         at = chance.randrange(len(raw))
         action = chance.randrange(4)
         if action == 0:
@@ -147,16 +147,20 @@ def damaged(data: bytes, chance: random.Random) -> bytes:
 def make(chance: random.Random) -> list[bytes]:
     shape = chance.randrange(8)
     if shape == 0:
-        return [damaged(small_tree(files=3, seed=chance.randrange(100)), chance) for _ in range(chance.randrange(1, 3))]
+        return [damaged(small_tree(files=3, seed=chance.randrange(100)), chance) for _unused in range(chance.randrange(1, 3))]
     if shape == 1:
-        return [tar(*policy(chance), *(entry(chance) for _ in range(chance.randrange(10))))]
+        return [tar(*policy(chance), *(entry(chance) for _unused in range(chance.randrange(10))))]
     if shape == 2:
         # Many directories for few bytes.
-        return [tar(*(header(b"%d/" % chance.randrange(3) + b"d/" * 45, 0, b"5") for _ in range(300)), member("x/" * chance.choice((16_000, 400_000)), b""))]
+        return [
+            tar(*(header(b"%d/" % chance.randrange(3) + b"d/" * 45, 0, b"5") for _unused in range(300)), member("x/" * chance.choice((16_000, 400_000)), b""))
+        ]
     if shape == 3:
-        loud = b"".join(member(path(chance), padding(1)) for _ in range(5))
-        return [tar(*base(), loud), damaged(tar(*(entry(chance) for _ in range(5))), chance)]
-    return [tar(*(START if chance.random() < 0.9 else []), *(entry(chance) for _ in range(chance.randrange(25)))) for _ in range(chance.randrange(1, 4))]
+        loud = b"".join(member(path(chance), padding(1)) for _unused in range(5))
+        return [tar(*base(), loud), damaged(tar(*(entry(chance) for _unused in range(5))), chance)]
+    return [
+        tar(*(START if chance.random() < 0.9 else []), *(entry(chance) for _unused in range(chance.randrange(25)))) for _unused in range(chance.randrange(1, 4))
+    ]
 
 
 def swallow(layers: list[bytes]) -> str:

@@ -75,7 +75,7 @@ def _codename() -> str:
     found = ""
     with contextlib.suppress(OSError), open("/etc/os-release") as release:
         for line in release:
-            key, _, value = line.strip().partition("=")
+            key, _unused, value = line.strip().partition("=")
             if key == "ID" and value.strip('"') != "debian":
                 raise Unavailable("this machine is not a Debian, so its apt sources name no Debian mirror")
             if key == "VERSION_CODENAME":
@@ -155,7 +155,7 @@ class AptRoot:
 
     def _apt(self, *arguments: str) -> str:
         environment = {**os.environ, "APT_CONFIG": str(self.directory / "apt.conf"), "LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive"}
-        done = subprocess.run(["apt-get", "-qq", *arguments], env=environment, capture_output=True, text=True)
+        done = subprocess.run(["apt-get", "-qq", *arguments], env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise Unavailable(f"apt-get {arguments[0]} for {self.suite} failed: {done.stderr.strip()[-600:] or done.stdout.strip()[-600:]}")
         return done.stdout

@@ -105,7 +105,7 @@ class FaultProxy:
     """Threads; HTTP on both sides; one connection to the registry per request."""
 
     def __init__(self, upstream: str) -> None:
-        host, _, port = upstream.rpartition(":")
+        host, _unused, port = upstream.rpartition(":")
         self.upstream = (host, int(port))
         self.rules: list[Rule] = []
         self.counts: dict[tuple[str, str], Count] = {}

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # Copyright (c) composefs.oci contributors
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
@@ -206,7 +205,7 @@ class Layout:
         temporary.replace(self.path / "index.json")
 
     def blob_path(self, digest: str) -> pathlib.Path:
-        algorithm, _, value = digest.partition(":")
+        algorithm, _unused, value = digest.partition(":")
         return self.path / "blobs" / algorithm / value
 
     def blob(self, data: bytes, digest: str | None = None) -> str:
@@ -270,7 +269,7 @@ class Layout:
             "os": "linux",
             "config": {"Cmd": ["/bin/sh"], **({"Labels": dict(labels)} if labels else {})},
             "rootfs": {"type": "layers", "diff_ids": [layer.diff_id for layer in layers]},
-            "history": [{"created": CREATED, "created_by": "test"} for _ in layers],
+            "history": [{"created": CREATED, "created_by": "test"} for _unused in layers],
             **overrides,
         }
         return self.descriptor(CONFIG, json.dumps(document).encode())
@@ -344,7 +343,7 @@ def docker_directory(path: str | os.PathLike[str], tars: Sequence[bytes], **conf
         "config": {"Cmd": ["/bin/sh"], "Labels": None},
         "created": CREATED,
         "docker_version": "20.10.24",
-        "history": [{"created": CREATED, "created_by": "test"} for _ in tars],
+        "history": [{"created": CREATED, "created_by": "test"} for _unused in tars],
         "os": "linux",
         "rootfs": {"type": "layers", "diff_ids": [sha256(tar) for tar in tars]},
         **config,
@@ -408,7 +407,7 @@ def _status(debs: Sequence[pathlib.Path]) -> bytes:
     paragraphs = []
     for deb in debs:
         control = subprocess.run(["dpkg-deb", "--field", str(deb)], check=True, stdout=subprocess.PIPE).stdout.rstrip(b"\n")
-        first, _, rest = control.partition(b"\n")
+        first, _unused, rest = control.partition(b"\n")
         paragraphs.append(first + b"\nStatus: install ok unpacked\n" + rest + b"\n")
     return b"\n".join(paragraphs)
 
@@ -531,7 +530,7 @@ def skopeo_copy(source: str, target: str, *options: str, executable: str = "skop
         policy = pathlib.Path(directory) / "policy.json"
         policy.write_text('{"default":[{"type":"insecureAcceptAnything"}]}')
         command = [executable, "--policy", str(policy), "copy", "--quiet", *options, source, target]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"skopeo copy {source} {target}: {done.stdout.strip()}")
 

@@ -36,7 +36,7 @@ def build(path: str | pathlib.Path, seed: int, size: int) -> None:
     top = os.fsencode(path)
     os.mkdir(top)
     folders, files = [top], [top]
-    for _ in range(size):
+    for _unused in range(size):
         name = dice.choice(NAMES) if dice.random() < 0.3 else bytes(dice.choices(b"abcXYZ019_.-", k=dice.choice((1, 2, 3, 8, 30, 200))))
         where = os.path.join(dice.choice(folders), name)
         if name in (b".", b"..") or len(where) > 3500 or os.path.lexists(where):
@@ -89,7 +89,7 @@ def _write(where: bytes, dice: random.Random) -> None:
 
 def _decorate(where: bytes, dice: random.Random) -> None:
     if dice.random() < 0.4:
-        for _ in range(dice.choice((1, 1, 2, 4))):
+        for _unused in range(dice.choice((1, 1, 2, 4))):
             with contextlib.suppress(OSError):  # not every file system and user may set every one
                 os.setxattr(where, dice.choice(XATTR_NAMES), dice.choice(XATTR_VALUES), follow_symlinks=False)
 

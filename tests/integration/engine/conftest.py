@@ -141,7 +141,7 @@ def small_fs(place: pathlib.Path) -> Iterator[SmallFileSystem]:
             features = ["-N", str(inodes)] if kind == "inodes" else ["-O", "verity", "-b", "4096"] if kind == "verity" else []
             subprocess.run(["mkfs.ext4", "-q", "-F", "-m", "0", *features, str(image)], check=True)
             command = ["mount", "-o", "loop", str(image), str(target)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
         if done.returncode:
             pytest.skip(f"cannot mount a {kind} here: {done.stdout.strip()}")
         mounted.append(target)
@@ -149,7 +149,7 @@ def small_fs(place: pathlib.Path) -> Iterator[SmallFileSystem]:
 
     yield make
     for target in reversed(mounted):
-        if subprocess.run(["umount", str(target)], stderr=subprocess.DEVNULL).returncode:
+        if subprocess.run(["umount", str(target)], stderr=subprocess.DEVNULL, check=False).returncode:
             subprocess.run(["umount", "--lazy", str(target)], check=True)
 
 
@@ -198,7 +198,7 @@ def cfsctl() -> Callable[..., str]:
         pytest.skip("cfsctl is not on the PATH, so nothing can be compared with it")
 
     def run(*arguments: str | os.PathLike[str], check: bool = True, stdin: bytes | None = None) -> str:
-        done = subprocess.run([program, *(os.fspath(argument) for argument in arguments)], input=stdin, capture_output=True)
+        done = subprocess.run([program, *(os.fspath(argument) for argument in arguments)], input=stdin, capture_output=True, check=False)
         if check:
             assert done.returncode == 0, f"cfsctl {' '.join(map(str, arguments))}: {done.stderr.decode(errors='replace')}"
         return done.stdout.decode(errors="surrogateescape")

@@ -270,7 +270,7 @@ def test_a_worker_killed_in_the_middle_is_a_clear_error(
     time.sleep(0.5)
     for pid in [pid for pid, name in descendants(process.pid).items() if name != "skopeo"]:
         os.kill(pid, signal.SIGKILL)
-    output, _ = process.communicate(timeout=60)
+    output, _unused = process.communicate(timeout=60)
     answer = json.loads(output)
     assert answer["error"] == "io_error" and "memory" in answer["msg"]
     finishes(repository_path, faults)
@@ -313,7 +313,7 @@ def test_killed_at_any_step_leaves_a_repository_that_the_next_run_finishes(
     for number in [1, 2, 3, 5, 8, 13, 21]:
         inject = f"inject={calls}:signal=SIGKILL:when={number}"
         process = running(reference, (strace, "-f", "-qq", "-o", "/dev/null", "-e", f"trace={calls}", "-e", inject))
-        output, _ = process.communicate(timeout=60)
+        output, _unused = process.communicate(timeout=60)
         survived = "error" not in json.loads(output or '{"error": "killed"}')
         with Repository.open(str(repository_path)) as repository:
             tags = repository.tags()

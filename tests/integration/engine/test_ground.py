@@ -32,7 +32,7 @@ from registry import Registry
 
 def copy(skopeo: str, source: str, target: pathlib.Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [skopeo, "--insecure-policy", "copy", "--quiet", *options, source, f"dir:{target}"]
-    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60)
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60, check=False)
 
 
 def first_layer(layout: Layout, tag: str) -> dict[str, object]:
@@ -183,13 +183,13 @@ def test_user_and_password_are_wanted(private_registry: Registry, images: Layout
 def test_docker_images_are_docker_images(registry: Registry, skopeo: str, place: pathlib.Path) -> None:
     digest = docker_directory(place / "docker", [tarbytes.small_tree()])
     registry.push(f"dir:{place / 'docker'}", "docker:v2s2", "--preserve-digests")
-    status, headers, _ = registry.request("GET", "/v2/docker/manifests/v2s2", {"Accept": ociimage.DOCKER_MANIFEST})
+    status, headers, _unused = registry.request("GET", "/v2/docker/manifests/v2s2", {"Accept": ociimage.DOCKER_MANIFEST})
     assert (status, headers["content-type"], headers["docker-content-digest"]) == (200, ociimage.DOCKER_MANIFEST, digest)
 
 
 def test_skopeo_makes_docker_images_of_oci_images(registry: Registry, images: Layout) -> None:
     registry.push(f"{images.path}:gzip", "converted:v2s2", "--format=v2s2")
-    _, headers, _ = registry.request("GET", "/v2/converted/manifests/v2s2", {"Accept": ociimage.DOCKER_MANIFEST})
+    _unused, headers, _unused = registry.request("GET", "/v2/converted/manifests/v2s2", {"Accept": ociimage.DOCKER_MANIFEST})
     assert headers["content-type"] == ociimage.DOCKER_MANIFEST
 
 
@@ -296,7 +296,7 @@ def test_a_lying_content_length(faults: FaultProxy, pushed: tuple[str, dict[str,
 
 def test_errors_come_as_often_as_told(faults: FaultProxy) -> None:
     faults.add(Rule("/v2/$", status=500, times=2))
-    assert [get(faults.address, "/v2/")[0] for _ in range(3)] == [500, 500, 200]
+    assert [get(faults.address, "/v2/")[0] for _unused in range(3)] == [500, 500, 200]
     assert faults.hits("/v2/$") == 3
 
 

@@ -77,7 +77,7 @@ def test_containers_storage(images: Layout, repository_path: pathlib.Path, place
     if os.geteuid() != 0:
         pytest.skip("a container storage of one's own needs podman unshare")
     store = f"containers-storage:[vfs@{place}/storage+{place}/run]localhost/app:1"
-    done = subprocess.run([newer_skopeo, "--insecure-policy", "copy", "-q", f"oci:{images.path}:gzip", store], capture_output=True, text=True)
+    done = subprocess.run([newer_skopeo, "--insecure-policy", "copy", "-q", f"oci:{images.path}:gzip", store], capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip(f"no container storage can be made here: {done.stderr.strip()[-200:]}")
     result = pull_one(repository_path, store, chosen=options(newer_skopeo))
@@ -364,7 +364,7 @@ def test_mistake_26_a_poisoned_layer_is_reported_and_replaced(images: Layout, re
     reference = f"oci:{images.path}:gzip"
     predicted = pull_one(repository_path, reference, chosen=options(check=True))
     result = pull_one(repository_path, reference)
-    assert f"oci-layer-{sha256(FIRST)}" in predicted["streams"] == result["streams"]
+    assert predicted["streams"] == result["streams"] and f"oci-layer-{sha256(FIRST)}" in result["streams"]
     assert any("lied" in warning for warning in result["warnings"])
     assert layer_tar(repository_path, sha256(FIRST)) == FIRST
 

@@ -45,6 +45,11 @@ class Connection:
         self._shell = Shell()
 
 
+class Templar:
+    def template(self, text: str) -> str:
+        return "never" if text == "{{ no }}" else text
+
+
 class Task:
     def __init__(self, **args: Any) -> None:
         self.args = args
@@ -59,6 +64,7 @@ class Host(ActionModule):
     def __init__(self, task: Task, answers: list[Any], progress: list[Any] | None = None, job: dict[str, Any] | None = None) -> None:
         self._task = task
         self._connection = Connection()
+        self._templar = Templar()
         self.answers = answers
         self.progress = progress or []
         self.job = JOB if job is None else job
@@ -124,18 +130,18 @@ def statuses(host: Host) -> list[str]:
 @pytest.mark.parametrize(
     ("wish", "ci", "terminal", "expected"),
     [
-        (None, "", True, True),
-        (None, "", False, False),
-        (None, "true", True, False),
         ("auto", "", True, True),
+        ("auto", "", False, False),
+        ("auto", "true", True, False),
+        ("anything", "", True, True),
         ("always", "true", False, True),
         ("never", "", True, False),
     ],
 )
-def test_progress_is_for_people_at_a_terminal(monkeypatch: pytest.MonkeyPatch, wish: str | None, ci: str, terminal: bool, expected: bool) -> None:
+def test_progress_is_for_people_at_a_terminal(monkeypatch: pytest.MonkeyPatch, wish: str, ci: str, terminal: bool, expected: bool) -> None:
     monkeypatch.setenv("CI", ci)
     monkeypatch.setattr(composefs_image, "_is_terminal", lambda pid: terminal)
-    assert watched({} if wish is None else {"composefs_progress": wish}) is expected
+    assert watched(wish) is expected
 
 
 def test_a_process_whose_output_is_no_terminal_or_that_is_gone_is_not_looked_at() -> None:
@@ -157,12 +163,13 @@ def test_a_process_whose_output_is_no_terminal_or_that_is_gone_is_not_looked_at(
         os.close(write)
 
 
-@pytest.mark.parametrize("why", ["nobody", "check mode", "async", "no_log", "absent"])
+@pytest.mark.parametrize("why", ["nobody", "template", "check mode", "async", "no_log", "absent"])
 def test_where_nothing_is_shown_the_module_just_runs(shown: list[str], monkeypatch: pytest.MonkeyPatch, why: str) -> None:
     task = Task(ref="a.b/c", **({"state": "absent"} if why == "absent" else {}))
     task.check_mode, task.no_log, task.async_val = why == "check mode", why == "no_log", 60 if why == "async" else 0
     host = Host(task, [])
-    result = host.run(task_vars={**ALWAYS, **({"composefs_progress": "never"} if why == "nobody" else {})})
+    wish = {"nobody": "never", "template": "{{ no }}"}.get(why, "always")
+    result = host.run(task_vars={**ALWAYS, "composefs_progress": wish})
     assert result == RESULT and shown == []
     assert host.calls == [("", {}, why == "async")]
 

@@ -165,7 +165,7 @@ BAD: dict[str, list[tuple[Any, ...]]] = {
 @pytest.mark.parametrize("name", GOOD)
 def test_whole_boot_files_are_accepted(name: str) -> None:
     root = layers.tree(image(*GOOD[name]), bootable=True).root
-    assert not any(path.startswith((b"/boot/", b"/sysroot/")) for path, _ in inodes.walk(root))
+    assert not any(path.startswith((b"/boot/", b"/sysroot/")) for path, _unused in inodes.walk(root))
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -210,7 +210,7 @@ def test_boot_and_sysroot_are_emptied_and_take_the_whole_time_of_usr() -> None:
         member("y", type=HARDLINK, linkname="boot/x"),
     )
     root = layers.tree(layer, bootable=True).root
-    assert [path for path, _ in inodes.walk(root)] == [b"/", b"/boot", b"/sysroot", b"/usr", b"/y"]
+    assert [path for path, _unused in inodes.walk(root)] == [b"/", b"/boot", b"/sysroot", b"/usr", b"/y"]
     assert root.entries[b"boot"].stat == Stat(0o700, 5, 0, 77, 123456789)
     assert root.entries[b"sysroot"].stat == Stat(0o755, 0, 0, 77, 123456789, {b"security.capability": b"c"})
     assert root.entries[b"y"].nlink == 1

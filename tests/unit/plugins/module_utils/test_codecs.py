@@ -200,7 +200,7 @@ def test_truncation_anywhere_is_an_error(compression: str, backend: str) -> None
 def test_damage_never_goes_unnoticed_where_there_is_a_checksum(compression: str, backend: str) -> None:
     blob = bytearray(pack("gzip", TEXT) if compression == "gzip" else with_checksum(TEXT))
     rng = random.Random(3)
-    for _ in range(60):
+    for _unused in range(60):
         at = rng.randrange(10, len(blob))
         damaged = bytearray(blob)
         damaged[at] ^= 1 << rng.randrange(8)
@@ -342,7 +342,7 @@ def test_a_frame_that_needs_a_dictionary_is_refused(backend: str) -> None:
 def test_a_bomb_costs_no_memory(compression: str, backend: str) -> None:
     if compression == "gzip":
         squeezer = zlib.compressobj(9, zlib.DEFLATED, 31)
-        blob = b"".join(squeezer.compress(bytes(1 << 20)) for _ in range(16)) + squeezer.flush()
+        blob = b"".join(squeezer.compress(bytes(1 << 20)) for _unused in range(16)) + squeezer.flush()
         source: Endless = Endless(blob, blob)
         bound = 3 << 20
     else:  # a run of 128 KiB in four bytes: a chunk of input is worth 8 GiB
@@ -351,7 +351,7 @@ def test_a_bomb_costs_no_memory(compression: str, backend: str) -> None:
     decoder = codecs.open_decoder(compression, source, backend=backend)
     tracemalloc.start()
     try:
-        for _ in range(12):
+        for _unused in range(12):
             assert 0 < len(decoder.read(1 << 20)) <= 1 << 20
         assert tracemalloc.get_traced_memory()[1] < bound
     finally:
@@ -388,7 +388,7 @@ def test_a_decoder_works_in_a_thread_beside_its_reader(compression: str, backend
     data = NOISE * 4
     blob = pack(compression, data)
     results: list[bytes] = []
-    threads = [threading.Thread(target=lambda: results.append(hashlib.sha256(unpack(compression, backend, blob)).digest())) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: results.append(hashlib.sha256(unpack(compression, backend, blob)).digest())) for _unused in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -360,7 +360,7 @@ def test_the_order_of_dicts_does_not_show() -> None:
 @pytest.mark.parametrize("version", erofsformat.VERSIONS)
 def test_ten_thousand_nested_directories_are_written(version: int) -> None:
     root = at = folder()
-    for _ in range(10000):
+    for _unused in range(10000):
         below = folder()
         at.entries[b"d"] = below
         at = below

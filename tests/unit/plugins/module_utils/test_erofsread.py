@@ -99,7 +99,7 @@ leaves = some.one_of(
 def trees(draw: some.DrawFn) -> Directory:
     folders = [Directory(draw(stats))]
     plain: list[Leaf] = []
-    for _ in range(draw(some.integers(0, 25))):
+    for _unused in range(draw(some.integers(0, 25))):
         entries = draw(some.sampled_from(folders)).entries
         name = draw(names)
         what = draw(some.integers(0, 5))
@@ -389,7 +389,7 @@ def test_shared_xattrs_that_overlap_cost_no_more_than_the_image_has_bytes() -> N
         erofsformat.XATTR_ENTRY.pack_into(image, start + 4096 * 20 + 4 * number, 1, 1, 0xFFFF)
     at = start
     nids = []
-    for _ in range(count):
+    for _unused in range(count):
         erofsformat.EXTENDED.pack_into(image, at, 1, size // 4 - 2, st.S_IFIFO, 0, 0, 0, 0, 0, 0, 0, 0, 1)
         erofsformat.XATTR_HEADER.pack_into(image, at + 64, 0, 255)
         struct.pack_into("<255I", image, at + 76, *((start + 4096 * 20) // 4 + number for number in range(255)))
@@ -410,7 +410,7 @@ def test_shared_xattrs_that_overlap_cost_no_more_than_the_image_has_bytes() -> N
 @pytest.mark.parametrize("version", erofsformat.VERSIONS)
 def test_ten_thousand_nested_directories_are_read(version: int) -> None:
     root = at = Directory(Stat())
-    for _ in range(10000):
+    for _unused in range(10000):
         below = Directory(Stat())
         at.entries[b"d"] = below
         at = below
@@ -429,10 +429,10 @@ def test_ten_thousand_nested_directories_are_read(version: int) -> None:
 def test_random_damage_gives_format_errors_only(version: int) -> None:
     dice = random.Random(version)
     images = [bytes(small(version)), erofs.image_bytes(golden("xattrs"), version, SHA256)]
-    for _ in range(200):
+    for _unused in range(200):
         image = bytearray(dice.choice(images))
         end = 1152 + 4096
-        for _ in range(dice.choice((1, 1, 2, 8))):
+        for _unused in range(dice.choice((1, 1, 2, 8))):
             at = dice.randrange(1024, min(end, len(image)))
             image[at] = dice.choice((0, 1, 0x7F, 0x80, 0xFF, image[at] ^ 1 << dice.randrange(8)))
         with contextlib.suppress(FormatError):

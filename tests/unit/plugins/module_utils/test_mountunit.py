@@ -221,7 +221,7 @@ def test_the_program_runs_in_an_isolated_interpreter(tmp_path: pathlib.Path) -> 
     program = tmp_path / "mount.pyz"
     program.write_bytes(mountunit.application())
     command = [sys.executable, "-I", str(program), "mount", "--repository", str(tmp_path), "--image", IMAGE, "--", "/srv/app"]
-    done = subprocess.run(command, env={}, cwd="/", capture_output=True, text=True)
+    done = subprocess.run(command, env={}, cwd="/", capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "") and done.stderr.startswith("not_a_repository: ")
-    bare = subprocess.run(command[:3], env={}, capture_output=True, text=True)
+    bare = subprocess.run(command[:3], env={}, capture_output=True, text=True, check=False)
     assert bare.returncode == 2 and "usage: mount.pyz" in bare.stderr

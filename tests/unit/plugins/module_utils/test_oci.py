@@ -202,7 +202,7 @@ def test_any_text_is_a_reference_or_refused(text):
         reference = oci.parse_reference(text)
     except InvalidReference:
         return
-    assert reference.text.split(":")[0] in oci.TRANSPORTS
+    assert reference.text.partition(":")[0] in oci.TRANSPORTS
     assert reference.text.isprintable() and " " not in reference.text
     assert reference.text.count("@") <= 1 or not reference.is_remote
     assert oci.parse_reference(reference.text).text == reference.text

@@ -43,7 +43,7 @@ def archive(contexts: bytes | None, *members: bytes, config: bytes | None = CONF
 def labels(contexts: bytes | None, *members: bytes, config: bytes | None = CONFIG, **others: bytes) -> dict[str, str | None]:
     """The labels of what ``members`` added, and of the root."""
     root = layers.tree(archive(contexts, *members, config=config, **others), bootable=True).root
-    ours = [path for path, _ in inodes.walk(root) if not path.startswith((b"/usr", b"/boot", b"/sysroot", b"/etc"))]
+    ours = [path for path, _unused in inodes.walk(root) if not path.startswith((b"/usr", b"/boot", b"/sysroot", b"/etc"))]
     found = dict(inodes.walk(root))
     return {path.decode(): label(found[path]) for path in ours}
 
@@ -68,7 +68,7 @@ def test_an_image_without_a_policy_gets_no_labels() -> None:
     assert labels(b"/.* all\n", config=b"SELINUX=enforcing\n") == {"/": None}
     for without in ([], [member("etc/", type=DIRECTORY)], [member("etc/selinux/", type=DIRECTORY)]):
         root = layers.tree(tar(*layers.base(), *without), bootable=True).root
-        assert {label(node) for _, node in inodes.walk(root)} == {None}
+        assert {label(node) for _unused, node in inodes.walk(root)} == {None}
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_removing_labels_reaches_every_inode_once() -> None:
     leaf = Leaf(stat)
     root = Directory(stat, {b"a": leaf, b"b": leaf, b"d": Directory(stat)})
     selinux.remove_labels(root)
-    assert [node.stat.xattrs for _, node in inodes.walk(root)] == [{b"user.x": b"1"}] * 4
+    assert [node.stat.xattrs for _unused, node in inodes.walk(root)] == [{b"user.x": b"1"}] * 4
     assert stat.xattrs == {LABEL: b"l", b"user.x": b"1"}
 
 
@@ -201,7 +201,7 @@ def groups(contexts: bytes) -> list[tuple[str, str | None, int]]:
     for path, node in inodes.walk(root):
         if isinstance(node, Leaf) and path.startswith(b"/x"):
             shared.setdefault(id(node), ["", label(node), node.nlink])[0] += path[-1:].decode()
-    return [(names, text, count) for names, text, count in shared.values()]
+    return [tuple(one) for one in shared.values()]
 
 
 def test_equal_labels_keep_hardlinks_together() -> None:
@@ -246,7 +246,7 @@ def test_thousands_of_lines_and_ten_thousands_of_paths_take_moments() -> None:
 
 def test_deep_trees_need_neither_recursion_nor_much_memory() -> None:
     root = directory = Directory(Stat())
-    for _ in range(10_000):
+    for _unused in range(10_000):
         child = Directory(Stat())
         directory.entries[b"d"] = child
         directory = child
@@ -310,8 +310,8 @@ def test_any_tree_is_labelled_as_the_naive_model_does(root: Directory, policy: P
     expected = expected_labels(root, policy)
     selinux.apply_policy(root, policy)
     found = dict(inodes.walk(root))
-    assert {path: (node.stat.xattrs or {}).get(LABEL) for path, node in found.items()} == {path: text for path, (text, _) in expected.items()}
-    numbers = [number for _, number in expected.values()]
+    assert {path: (node.stat.xattrs or {}).get(LABEL) for path, node in found.items()} == {path: text for path, (text, _unused) in expected.items()}
+    numbers = [number for _unused, number in expected.values()]
     assert [list(map(id, found.values())).count(id(node)) for node in found.values()] == [numbers.count(number) for number in numbers]
     assert all(node.nlink == list(map(id, found.values())).count(id(node)) for node in found.values() if isinstance(node, Leaf))
 

@@ -34,7 +34,7 @@ def process(objects: ObjectStore) -> Iterator[storer.Storer]:
 
 def contents(count: int) -> list[bytes]:
     source = random.Random(count)
-    return [source.randbytes(source.choice((65, 100, 4096, 4097, 70_000))) for _ in range(count)]
+    return [source.randbytes(source.choice((65, 100, 4096, 4097, 70_000))) for _unused in range(count)]
 
 
 def test_everything_is_stored_and_counted_when_finish_returns(objects: ObjectStore, process: storer.Storer) -> None:

@@ -213,7 +213,7 @@ def test_padding_is_inline_and_kept_as_it_is() -> None:
     data = header(size=100) + b"c" * 100 + b"junk" * 103 + header(b"next", 3) + b"abc" + b"\xff" * 509 + END
     result = split(data)
     assert result.sink.contents == [b"c" * 100]
-    assert [entry.path for entry, _ in read(data)] == [b"file", b"next"]
+    assert [entry.path for entry, _unused in read(data)] == [b"file", b"next"]
 
 
 def test_adjacent_inline_bytes_come_as_one_run_within_a_buffer() -> None:
@@ -304,7 +304,7 @@ def test_a_stray_zero_block_before_a_header_is_skipped() -> None:
     data = header(b"a") + bytes(512) + header(b"b") + bytes(512) + pax((b"path", b"c")) + bytes(512) + header() + END
     for step in (1 << 18, 100):
         assert [entry.path for entry in split(data, step).entries] == [b"a", b"b", b"c"]
-    assert [entry.path for entry, _ in read(data)] == [b"a", b"b", b"c"]
+    assert [entry.path for entry, _unused in read(data)] == [b"a", b"b", b"c"]
 
 
 @pytest.mark.parametrize("cut", [1, 511, 513, 600, 1023, 1024 + 512 + 1, 1024 + 512 + 511])
@@ -499,7 +499,7 @@ def test_old_headers_have_no_extensions_but_global_ones() -> None:
     for kind in (b"L", b"K", b"x", b"S"):
         data = header(b"name", 5, kind, magic=V7) + padded(b"12345") + header(b"next") + END
         assert [(entry.path, entry.type) for entry in split(data).entries] == [(b"name", kind), (b"next", b"0")]
-        assert [entry.path for entry, _ in read(data)] == [b"name", b"next"]
+        assert [entry.path for entry, _unused in read(data)] == [b"name", b"next"]
     assert only(pax(raw=b"hello", kind=b"g", magic=V7) + header() + END).path == b"file"
 
 
@@ -521,7 +521,7 @@ def test_the_pax_size_overrides_that_of_the_header_for_all_types(kind: bytes) ->
     data = pax((b"size", b"600")) + header(b"big", 7, kind) + padded(b"c" * 600) + header(b"next") + END
     for step in (1 << 18, 100):
         assert [(entry.path, entry.size) for entry in split(data, step).entries] == [(b"big", 600), (b"next", 0)]
-    assert [entry.path for entry, _ in read(data)] == [b"big", b"next"]
+    assert [entry.path for entry, _unused in read(data)] == [b"big", b"next"]
 
 
 def test_the_pax_size_is_not_that_of_another_extension_header() -> None:
@@ -716,7 +716,7 @@ def test_volume_labels_are_kept_and_ignored() -> None:
         result = split(data)
         assert [entry.path for entry in result.entries] == [b"next"]
         assert result.splitter.entries_seen == 1
-        assert [entry.path for entry, _ in read(data)] == [b"next"]
+        assert [entry.path for entry, _unused in read(data)] == [b"next"]
 
 
 def test_unknown_types_are_stored_for_the_tree_to_judge() -> None:
@@ -799,7 +799,7 @@ def test_the_chunks_are_used_up() -> None:
 
 def test_the_same_reader_can_read_several_layers() -> None:
     reader = tar.EntryReader()
-    for _ in range(2):
+    for _unused in range(2):
         assert len(list(reader.entries([header() + END]))) == 1
 
 
@@ -907,9 +907,9 @@ def test_hostile_bytes_only_raise_engine_errors_and_cuts_make_no_difference(bloc
             outcomes.append(error.message)
     assert outcomes[0] == outcomes[1] == outcomes[2]
     if not isinstance(outcomes[0], str):
-        assert [entry for entry, _ in tar.EntryReader().entries(outcomes[0])] == split(data).entries
+        assert [entry for entry, _unused in tar.EntryReader().entries(outcomes[0])] == split(data).entries
     try:
-        for _ in tar.EntryReader().entries(as_stored(data)):
+        for _unused in tar.EntryReader().entries(as_stored(data)):
             pass
     except (InvalidLayer, FormatError):
         pass
@@ -927,7 +927,7 @@ def test_mutated_archives_only_raise_engine_errors(data: st.DataObject) -> None:
         chunks = split(bytes(image), data.draw(st.integers(1, 4000)), entries=False).sink.chunks
     except InvalidLayer:
         return
-    assert [entry for entry, _ in tar.EntryReader().entries(chunks)] == split(bytes(image)).entries
+    assert [entry for entry, _unused in tar.EntryReader().entries(chunks)] == split(bytes(image)).entries
 
 
 def test_a_huge_archive_needs_little_memory() -> None:
@@ -939,13 +939,13 @@ def test_a_huge_archive_needs_little_memory() -> None:
             block = header(name, 1 << 28, kind)
             splitter.feed(block[:300])
             splitter.feed(block[300:])
-            for _ in range(1 << 10):
+            for _unused in range(1 << 10):
                 splitter.feed(piece)
         splitter.feed(header(b"long", (1 << 20) - 100, b"L"))
-        for _ in range(4):
+        for _unused in range(4):
             splitter.feed(b"n/" * (1 << 17))
         splitter.feed(header() + END)
-        for _ in range(100):
+        for _unused in range(100):
             splitter.feed(piece)
         splitter.finish()
         assert tracemalloc.get_traced_memory()[1] < 5 << 20

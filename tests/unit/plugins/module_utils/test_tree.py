@@ -305,7 +305,7 @@ def test_extended_attributes_that_do_not_fit_an_image_are_refused() -> None:
 
 def test_ten_thousand_nested_directories_are_possible() -> None:
     items, path = [USR], ""
-    for _ in range(10_000):
+    for _unused in range(10_000):
         path += "d/"
         items.append(folder(path))
     items.append(item(path + "f", content=b"x"))

@@ -46,13 +46,13 @@ class Host:
             self.images = [opened.objects.put(text).hex() for text in (b"one", b"two")]
             for image in self.images:
                 opened.link_image(bytes.fromhex(image))
-        monkeypatch.setattr(mountinfo, "at", lambda path: self.there.get(path))
+        monkeypatch.setattr(mountinfo, "at", self.there.get)
         monkeypatch.setattr(mountinfo, "hidden_at", lambda _path: [])
         monkeypatch.setattr(mountinfo, "children", lambda _of: [])
         monkeypatch.setattr(mounts, "require_capability", lambda _what: None)
         monkeypatch.setattr(mount, "mount", self.mount)
         monkeypatch.setattr(mount, "replace", self.mount)
-        monkeypatch.setattr(mount, "unmount", lambda path: self.there.pop(path))
+        monkeypatch.setattr(mount, "unmount", self.there.pop)
         for name in ("current", "ensure", "remove"):
             monkeypatch.setattr(mountunit, name, functools.partial(getattr(mountunit, name), places=self.places))
         monkeypatch.setattr(basic.AnsibleModule, "run_command", self.run_command)
