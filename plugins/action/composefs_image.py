@@ -87,8 +87,11 @@ class ActionModule(ActionBase):
         try:
             return self._watch(job["ansible_job_id"], progress_file, task_vars)
         finally:
+            # The job's own directory, and not the one that looking after it needed since: that goes in the end as after every task.
+            since = self._connection._shell.tmpdir
             with contextlib.suppress(AnsibleConnectionFailure):
-                self._remove_tmp_path(tmpdir, force=True)
+                self._remove_tmp_path(tmpdir)
+            self._connection._shell.tmpdir = since
 
     def _watch(self, jid: str, progress_file: str, task_vars: dict[str, t.Any]) -> dict[str, t.Any]:
         host = task_vars.get("inventory_hostname", "?")

@@ -78,6 +78,7 @@ class Host(ActionModule):
 
     def _remove_tmp_path(self, tmp_path: str, force: bool = False) -> None:
         self.removed.append(tmp_path)
+        self._connection._shell.tmpdir = None
 
     def _remote_expand_user(self, path: str, sudoable: bool = True, pathsep: Any = None) -> str:
         return path.replace("~", "/home/u")
@@ -99,8 +100,10 @@ class Host(ActionModule):
         if module_name is None:
             if wrap_async and module_args is not None:
                 assert self._task.async_val, "only then a module is run as a job"
+                self._connection._shell.tmpdir = None  # the job's own from now on
                 return dict(self.job)
             return dict(RESULT)
+        self._connection._shell.tmpdir = "/remote/another"
         answer = self.answers.pop(0) if self.answers or module_args.get("mode") != "cleanup" else {}
         if isinstance(answer, Exception):
             raise answer
@@ -184,6 +187,7 @@ def test_a_line_for_each_change_and_the_modules_own_result(shown: list[str]) -> 
     assert "10%" in shown[0] and "60%" in shown[1] and "EROFS" in shown[2]
     assert statuses(host) == ["status"] * 4 + ["cleanup"]
     assert host.removed == ["/remote/tmp"] and host._task.async_val == 0
+    assert host._connection._shell.tmpdir == "/remote/another", "which is removed after every task"
 
 
 def test_the_job_gets_a_file_of_its_own_for_its_progress(shown: list[str]) -> None:
