@@ -265,6 +265,48 @@ def test_the_same_name_twice_in_one_task_is_refused(images: Layout, repository_p
         pull_all(repository_path, [pull.Request(f"oci:{images.path}:gzip", "a"), pull.Request(f"oci:{images.path}:none", "a")])
 
 
+# ---- odd images ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["the same layer twice", "no layers", "an empty layer", "one layer in two encodings"])
+def test_odd_images_are_pulled_whole_and_come_to_rest(repository_path: pathlib.Path, place: pathlib.Path, each_skopeo: str, kind: str) -> None:
+    layout = Layout(place / "layout")
+    tars = {"the same layer twice": [FIRST, SECOND, FIRST], "no layers": [], "an empty layer": [FIRST, b""], "one layer in two encodings": [FIRST, FIRST]}[kind]
+    encodings = ["gzip", "none"] if "encodings" in kind else ["gzip"] * 3
+    layout.image([layout.layer(one, "none" if not one else encoding) for one, encoding in zip(tars, encodings)])
+    predicted = pull_one(repository_path, f"oci:{layout.path}:latest", chosen=options(each_skopeo, check=True))
+    result = pull_one(repository_path, f"oci:{layout.path}:latest", chosen=options(each_skopeo))
+    assert predicted["streams"] == result["streams"] and result["image_id"]
+    assert predicted["stats"]["bytes_fetched"] == result["stats"]["bytes_fetched"] == sum(layer["bytes_to_fetch"] for layer in result["layers"])
+    for layer, tar in zip(result["layers"], tars):
+        assert layer_tar(repository_path, layer["diff_id"]) == tar
+    assert not pull_one(repository_path, f"oci:{layout.path}:latest", chosen=options(each_skopeo))["changed"]
+
+
+def test_nothing_of_a_pull_is_left_in_the_process(images: Layout, repository_path: pathlib.Path) -> None:
+    """Neither descriptors nor children, living or dead, whether it went well or not."""
+
+    def left() -> tuple[int, list[str]]:
+        children = [child for task in pathlib.Path("/proc/self/task").glob("*/children") for child in task.read_text().split()]
+        return len(os.listdir("/proc/self/fd")), [child for child in children if pathlib.Path(f"/proc/{child}/comm").read_text().strip() != "registry"]
+
+    before = left()
+    for _time in range(2):
+        pull_one(repository_path, f"oci:{images.path}:gzip")
+        with pytest.raises(errors.ImageNotFound):
+            pull_one(repository_path, f"oci:{images.path}:nowhere")
+    assert left() == before
+
+
+def test_errors_name_the_image_once_and_skopeos_words_once(registry: Registry, repository_path: pathlib.Path) -> None:
+    reference = registry.reference("pull:never")
+    with pytest.raises(errors.ImageNotFound) as caught:
+        pull_one(repository_path, reference)
+    message = str(caught.value)
+    assert message.startswith(f"Opening {reference}: skopeo says: ") and message.endswith(" Check the name, the tag and the path.")
+    assert message.count(reference) == 1 and message.lower().count("manifest unknown") <= 1
+
+
 # ---- documents -------------------------------------------------------------------------------------------------------
 
 
@@ -447,6 +489,28 @@ def test_what_cfsctl_pulled_is_read_listed_and_pulled_again_without_a_change(ima
     assert not predicted["changed"] and not result["changed"] and names(repository_path) == before
     with Repository.open(str(repository_path)) as repository:
         assert [image["names"] for image in image_list.list_images(repository)[0]] == [["app"]]
+
+
+def test_a_collection_by_cfsctl_leaves_an_artifact_whose_blob_gave_its_name_away(
+    repository_path: pathlib.Path, place: pathlib.Path, cfsctl: Callable[..., str]
+) -> None:
+    layout = Layout(place / "layout")
+    layout.artifact([("application/x-tar", FIRST)], "artifact")
+    layout.image([FIRST], "image")
+    for name in ("artifact", "image"):
+        pull_one(repository_path, f"oci:{layout.path}:{name}", name)
+    assert "Objects: 0 removed" in cfsctl("--repo", repository_path, "gc")
+    assert "status: ok" in cfsctl("--repo", repository_path, "fsck") and "status: ok" in cfsctl("--repo", repository_path, "oci", "fsck")
+    for name in ("artifact", "image"):
+        assert not pull_one(repository_path, f"oci:{layout.path}:{name}", name)["changed"]
+    # What was kept for the artifact's sake goes with it.
+    with Repository.open(str(repository_path)) as repository:
+        assert repository.streams(documents.KEPT)
+        repository.untag("artifact")
+    cfsctl("--repo", repository_path, "gc")
+    with Repository.open(str(repository_path)) as repository:
+        assert not repository.streams(documents.KEPT)
+    assert not pull_one(repository_path, f"oci:{layout.path}:image", "image")["changed"]
 
 
 def test_cfsctl_pulls_our_image_again_without_new_streams(images: Layout, repository_path: pathlib.Path, cfsctl: Callable[..., str]) -> None:
