@@ -17,11 +17,13 @@ import pytest
 
 from ansible_collections.composefs.oci.plugins.module_utils import documents, errors, images as image_list, pull, splitstream
 from ansible_collections.composefs.oci.plugins.module_utils.progress import SKIPPED
+from ansible_collections.composefs.oci.plugins.module_utils.publish import Images
 from ansible_collections.composefs.oci.plugins.module_utils.repository import Repository
+import tarbytes
 from ociimage import Layout, docker_directory, sha256
 from pulling import Recorder, layer_tar, names, options, pull_all, pull_one, replaced
 from registry import Registry
-from tarbytes import small_tree
+from tarbytes import DIRECTORY, member, small_tree
 
 ENCODINGS = ("none", "gzip", "gzip-multi", "estargz", "zstd", "zstd-frames", "zstd-skippable", "zstd-chunked")
 FIRST, SECOND = small_tree(seed=1), small_tree(seed=2, files=5, prefix="usr/share/more")
@@ -535,3 +537,43 @@ def test_layer_and_config_streams_equal_cfsctls_to_the_byte(images: Layout, plac
         return {name for name in names(path) if "oci-manifest" not in name}
 
     assert streams(ours) == streams(theirs)
+
+
+def boot_tree() -> bytes:
+    """A small image that can be booted: a kernel, a policy with labels, and the directories that the boot transform empties."""
+    contexts = b"/.* system_u:object_r:default_t:s0\n/usr(/.*)? system_u:object_r:usr_t:s0\n/etc(/.*)? system_u:object_r:etc_t:s0\n"
+    directories = [b"usr", b"usr/lib", b"usr/lib/modules", b"usr/lib/modules/6.1", b"boot", b"sysroot", b"run", b"etc", b"etc/selinux", b"etc/selinux/targeted"]
+    directories += [b"etc/selinux/targeted/contexts", b"etc/selinux/targeted/contexts/files"]
+    files = {
+        b"usr/lib/modules/6.1/vmlinuz": b"kernel" * 100,
+        b"usr/lib/modules/6.1/initramfs.img": b"initramfs" * 100,
+        b"usr/large": bytes(range(256)) * 50,
+        b"etc/small": b"small",
+        b"boot/left-over": b"is emptied",
+        b"etc/selinux/config": b"SELINUX=enforcing\nSELINUXTYPE=targeted\n",
+        b"etc/selinux/targeted/contexts/files/file_contexts": contexts,
+    }
+    return tarbytes.tar(*(member(name, type=DIRECTORY, mode=0o755) for name in directories), *(member(name, data) for name, data in files.items()))
+
+
+def test_bootable_images_equal_those_of_cfsctl(place: pathlib.Path, new_repository: Any, cfsctl: Callable[..., str]) -> None:
+    layout = Layout(place / "layout")
+    layout.image([boot_tree()])
+    reference = f"oci:{layout.path}:latest"
+    ours, theirs = new_repository(place / "ours"), new_repository(place / "theirs")
+    chosen = replaced(options(), images=Images(plain=True, bootable=True))
+    predicted = pull_one(ours, reference, "app", chosen=replaced(chosen, check=True))
+    result = pull_one(ours, reference, "app", chosen=chosen)
+    said = cfsctl("--repo", theirs, "oci", "pull", "--bootable", reference, "app")
+    assert f"Boot image: {result['boot_image_id']}" in said
+    assert predicted["streams"] == result["streams"]
+    assert cfsctl("--repo", ours, "oci", "compute-id", "--bootable", "app").strip() == result["boot_image_id"] != result["image_id"]
+    assert "status: ok" in cfsctl("--repo", ours, "oci", "fsck") and "0 removed" in cfsctl("--repo", ours, "gc", "--dry-run")
+    again = pull_one(ours, reference, "app", chosen=chosen)
+    assert not again["changed"] and again["boot_image_id"] == result["boot_image_id"]
+    # A later pull that does not ask for the boot image leaves it alone.
+    assert pull_one(ours, reference, "app")["boot_image_id"] == result["boot_image_id"]
+    plain = new_repository(place / "plain")
+    assert pull_one(plain, reference, "app")["boot_image_id"] is None
+    gained = pull_one(plain, reference, "app", chosen=chosen)
+    assert gained["changed"] and gained["boot_image_id"] == result["boot_image_id"]
