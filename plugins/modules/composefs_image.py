@@ -46,7 +46,7 @@ options:
     type: str
   images:
     description:
-      - Several images to pull in one task. Layers that they share are fetched once.
+      - Several images to pull in one task. Layers that they share are fetched once. An empty list is nothing to do.
       - No name is created or moved unless all of them could be stored.
     type: list
     elements: dict
@@ -73,8 +73,8 @@ options:
   pull:
     description:
       - V(always) asks the registry what the reference means now, and fetches what is missing.
-      - V(missing) is content with an image that has the name, without any network.
-      - V(newer) is like V(always), but leaves what is there, with a warning, if the registry cannot be reached.
+      - V(missing) is content with an image that has the name, and is what O(digest) and O(platform) ask for, without any network.
+      - V(newer) is like V(always), but leaves what is there, with a warning, if the registry cannot be reached or does not answer in time.
     type: str
     choices: [always, missing, newer]
     default: always
@@ -138,11 +138,11 @@ options:
     default: false
   parallel:
     description:
-      - How many layers to import at once. Defaults to the number of processors that the task may use.
+      - How many layers to import at once, at least V(1). Defaults to the number of processors that the task may use.
     type: int
   timeout:
     description:
-      - After how many seconds without any data a transfer counts as stalled.
+      - After how many seconds without any data, at least V(1), a transfer counts as stalled.
     type: int
     default: 60
   retries:
@@ -290,7 +290,9 @@ layers:
       description: V(present) if the layer was there already, V(new) if it was fetched, or would be in check mode.
       type: str
     bytes_to_fetch:
-      description: The bytes that were fetched for the layer, or would be in check mode.
+      description:
+        - The bytes that were fetched for the layer, or would be in check mode.
+        - A layer that occurs several times in a task is counted where it occurs first.
       type: int
   sample:
     - digest: sha256:1f7ce2fa46ab3942feabee654933948821303a5a821789dddab2d8c3df59e227
