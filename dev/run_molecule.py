@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zlib
 
@@ -53,6 +54,7 @@ GUEST_COMMANDS = {
 }
 
 running: list[subprocess.Popen[bytes]] = []
+stopping = threading.Event()
 
 
 def scenarios() -> list[str]:
@@ -99,7 +101,7 @@ def run_scenario(name: str, action: str, long: bool) -> tuple[str, str, float, s
     """Run one; its name, ok/skipped/FAILED, seconds, and the reason or the tests that ran."""
     started = time.monotonic()
     env = scenario_environment(name, long)
-    reason = why_not(name, env)
+    reason = "interrupted" if stopping.is_set() else why_not(name, env)
     if reason:
         return name, "skipped", 0.0, reason
     log = LOGS / f"molecule-{name}.log"
@@ -122,6 +124,7 @@ def run_scenario(name: str, action: str, long: bool) -> tuple[str, str, float, s
 
 
 def end_all(signum: int, _frame: object) -> None:
+    stopping.set()
     for process in running:
         os.killpg(process.pid, signal.SIGTERM)
     raise SystemExit(128 + signum)

@@ -70,7 +70,8 @@ def start_registries(scenario: str, lab: Spec) -> Spec:
         # The blobs stay from run to run: pushing what is there already takes no time.
         server = registry.Registry(services(scenario) / name, storage=ground.state() / "registry", **options).start()
         for image in lab.get("images", []):
-            server.push(images.source(image), f"{image}:latest", "--all")
+            # As it is: skopeo would put a gzip layer that the registry knows in the place of the same one in zstd.
+            server.push(images.source(image), f"{image}:latest", "--all", "--preserve-digests")
         result[name] = {"address": server.address, "guest_address": server.address.replace("127.0.0.1", "10.0.2.2"), **options}
         if server.tls:
             result[name]["ca"] = (server.ca_directory / "ca.crt").read_text()

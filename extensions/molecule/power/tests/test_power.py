@@ -47,8 +47,7 @@ def engine() -> None:
 
 @pytest.fixture(scope="module")
 def seconds(engine: None, registry: str) -> float:
-    """How long the pulls take when nothing is in their way, warm."""
-    guests.ssh(GUEST, command(registry, 998))
+    """How long the pulls take when nothing is in their way."""
     started = time.monotonic()
     guests.ssh(GUEST, command(registry, 999))
     return time.monotonic() - started

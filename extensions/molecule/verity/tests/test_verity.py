@@ -92,7 +92,7 @@ def test_a_byte_changed_on_the_raw_disk_is_refused_on_read(host: Any) -> None:
     block = int(re.search(r"^\s*0:\s+0\.\.\s*\d+:\s+(\d+)\.\.", host.run(f"filefrag -v -b4096 {path}").stdout, re.MULTILINE).group(1)) + 1  # type: ignore[union-attr]
     spoil = f"""python3 -c '
 import os
-disk = os.open("/dev/disk/by-label/ext4", os.O_RDWR)
+disk = os.open("/dev/vdb", os.O_RDWR)
 byte = os.pread(disk, 1, {block} * 4096 + 17)
 os.pwrite(disk, bytes([byte[0] ^ 1]), {block} * 4096 + 17)
 os.fsync(disk)'"""
