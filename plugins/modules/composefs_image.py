@@ -483,7 +483,8 @@ def run(module: AnsibleModule, base: dict) -> dict:
         else:
             images = [pull.forget(repository, request, module.check_mode) for request in requests]
     # A list, for each must lose the key.
-    result = {"changed": any([image.pop("changed") for image in images]), "repository": path}
+    changes = [image.pop("changed") for image in images]
+    result = {"changed": any(changes), "repository": path}
     for key in ("skopeo_version", "protocol_version"):
         result[key] = next((image[key] for image in images if image[key]), None)
     differences = [sides(image) for image in images]

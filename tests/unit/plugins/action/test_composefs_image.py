@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -28,6 +28,10 @@ RESULT = {"changed": True, "digest": "sha256:1"}
 def state(done: int, message: str = "", finished: bool = False) -> str:
     layers = [{"id": "sha256:a", "state": "done" if done == 100 else "bytes", "done": done, "total": 100}]
     return json.dumps({"done": done, "total": 100, "rate": 10, "elapsed": 1.0, "message": message, "finished": finished, "layers": layers})
+
+
+def give_up(error: Exception) -> NoReturn:
+    raise error
 
 
 class Shell:
@@ -90,7 +94,7 @@ class Host(ActionModule):
         self.commands.append(cmd)
         answer = self.progress.pop(0) if self.progress else {"rc": 1, "stdout": ""}
         if isinstance(answer, Exception):
-            raise answer
+            give_up(answer)
         return answer if isinstance(answer, dict) else {"rc": 0, "stdout": answer}
 
     def _execute_module(
@@ -106,7 +110,7 @@ class Host(ActionModule):
         self._connection._shell.tmpdir = "/remote/another"
         answer = self.answers.pop(0) if self.answers or module_args.get("mode") != "cleanup" else {}
         if isinstance(answer, Exception):
-            raise answer
+            give_up(answer)
         return dict(answer)
 
 
