@@ -41,6 +41,8 @@ T = TypeVar("T")
 # The verdict on a blob may take as long as the blob; who waits for it watches the worker and ends the wait by killing skopeo.
 FOREVER = 1_000_000.0
 CGROUPS = "/sys/fs/cgroup"
+# Seconds that a worker gets to end by itself.
+GRACE = 1.0
 
 
 class Job(NamedTuple):
@@ -141,8 +143,19 @@ class Worker:
         return cast("dict[str, Any]", json.loads(message))
 
     def close(self) -> None:
-        """End the worker and reap it."""
+        """End the worker and reap it.
+
+        Asked first, so that it can reap its own storer, and killed if it does not go: it may be in the middle of a layer that nobody wants any more.
+        """
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
+        deadline = time.monotonic() + GRACE
+        with contextlib.suppress(ChildProcessError):
+            while time.monotonic() < deadline:
+                if os.waitpid(self.pid, os.WNOHANG)[0]:
+                    return
+                time.sleep(0.002)
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
@@ -155,18 +168,21 @@ def _serve(control: socket.socket, objects: ObjectStore, algorithm: Algorithm, t
 
     # Forked before any thread of this process exists; it ends with this process.
     storer: AnyStorer = Storer(objects, control) if usable_processors() > 1 else DirectStorer(objects)
-    while True:
-        message, ancillary, _flags, _address = control.recvmsg(forked.MAX_MESSAGE, socket.CMSG_SPACE(4), getattr(socket, "MSG_CMSG_CLOEXEC", 0))
-        if not message:
-            return
-        fd = array.array("i", ancillary[0][2])[0]
-        try:
-            _one_layer(fd, LayerSpec(**json.loads(message)), objects, storer, algorithm, timeout, tell)
-        except BrokenPipeError:
-            return
-        except Exception as error:
-            storer.reset()
-            tell("error", error=forked.failure(error))
+    try:
+        while True:
+            message, ancillary, _flags, _address = control.recvmsg(forked.MAX_MESSAGE, socket.CMSG_SPACE(4), getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+            if not message:
+                return
+            fd = array.array("i", ancillary[0][2])[0]
+            try:
+                _one_layer(fd, LayerSpec(**json.loads(message)), objects, storer, algorithm, timeout, tell)
+            except BrokenPipeError:
+                return
+            except Exception as error:
+                storer.reset()
+                tell("error", error=forked.failure(error))
+    finally:
+        storer.close()
 
 
 def _one_layer(fd: int, spec: LayerSpec, objects: ObjectStore, storer: AnyStorer, algorithm: Algorithm, timeout: float, tell: Callable[..., None]) -> None:
