@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "support"))
@@ -63,7 +64,8 @@ def need(*programs: str, why: str) -> None:
 def run(*command: str | os.PathLike[str], **options: object) -> str:
     """Run a command to its end; its output. RuntimeError with the last words if it fails."""
     words = [os.fspath(word) for word in command]
-    done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)  # type: ignore[call-overload]
+    settings: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, **options}
+    done = subprocess.run(words, check=False, **settings)
     if done.returncode:
         raise RuntimeError(f"{' '.join(words[:8])}: exit code {done.returncode}: {done.stdout[-1500:].strip()}")
     return str(done.stdout)

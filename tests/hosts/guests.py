@@ -185,14 +185,16 @@ def _make_initramfs(modules: pathlib.Path, target: pathlib.Path) -> None:
     """busybox, the drivers that are modules with all they depend on, and guest-initramfs as /init."""
     dependencies: dict[str, tuple[str, list[str]]] = {}
     for line in (modules / "modules.dep").read_text().splitlines():
-        path, _, others = line.partition(":")
+        path, _unused, others = line.partition(":")
         dependencies[pathlib.Path(path).name.split(".")[0].replace("-", "_")] = (path, others.split())
     with tempfile.TemporaryDirectory() as temporary:
         tree = pathlib.Path(temporary)
         (tree / "bin").mkdir()
         (tree / "modules").mkdir()
         shutil.copy(str(shutil.which("busybox")), tree / "bin/busybox")
-        shutil.copy(ground.HERE / "inside/guest-initramfs", tree / "init")
+        # The line that tells the kernel what runs it is added here: as a file of the collection it would stand for a program of every host.
+        (tree / "init").write_text("#!/bin/busybox sh\n" + (ground.HERE / "inside/guest-initramfs").read_text())
+        (tree / "init").chmod(0o755)
         order: list[str] = []
         for driver in DRIVERS:
             if driver not in dependencies:
@@ -318,7 +320,7 @@ def _wait(name: str, seconds: float) -> None:
     while time.monotonic() < end:
         # sshd may greet while systemd still keeps users out.
         login = ground.ssh_command("127.0.0.1", port, "true")
-        if ground.answers("127.0.0.1", port, 1) and subprocess.run(login, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0:
+        if ground.answers("127.0.0.1", port, 1) and subprocess.run(login, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False).returncode == 0:
             return
         if ground.process_of(directory) is None:
             raise RuntimeError(f"{name}: qemu ended: {ground.quoted_tail(directory / 'log')} {ground.quoted_tail(directory / 'console')}")

@@ -86,7 +86,7 @@ def lay_out_archives(scenario: str, lab: Spec) -> Spec:
     base.mkdir(exist_ok=True)
     result: Spec = {"path": str(base)}
     for name, image in lab.get("archives", {}).items():
-        transport, _, file = name.partition(":")
+        transport, _unused, file = name.partition(":")
         tag = {"docker-archive": f":example.com/{image}:latest", "dir": ""}.get(transport, ":latest")
         registry.skopeo_copy(images.source(image), f"{transport}:{base / file}{tag}")
     # All in one file, for Ansible copies one file much faster than many.

@@ -46,7 +46,9 @@ def bootstrap(suite: str, include: list[str], target: str, log: pathlib.Path, *o
     command = ["mmdebstrap", "--mode=root", "--variant=minbase", f"--include={','.join(include)}", *options]
     command += [f"--dpkgopt=path-exclude={pattern}" for pattern in LEFT_OUT] + ["--dpkgopt=force-unsafe-io"]
     with open(log, "wb") as out:
-        done = subprocess.run([*command, suite, target, f"deb {signed}{source.uri} {suite} main"], stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+        done = subprocess.run(
+            [*command, suite, target, f"deb {signed}{source.uri} {suite} main"], stdin=subprocess.DEVNULL, stdout=out, stderr=out, check=False
+        )
     if done.returncode:
         raise Unavailable(f"mmdebstrap could not make a root tree of {suite}: {ground.quoted_tail(log, 3)}")
 

@@ -65,7 +65,7 @@ def main() -> int:
         # The user's own environment: nothing of what dev/molecule sets for the scenarios of the collection but where the collection is.
         env = {key: value for key, value in os.environ.items() if not key.startswith("MOLECULE_")}
         env.update(ROLLOUT_INVENTORY=str(file), MOLECULE_EPHEMERAL_DIRECTORY=str(work / "molecule"), ANSIBLE_PIPELINING="1")
-        return subprocess.run(["molecule", sys.argv[1], "-s", "rollout"], cwd=copy, env=env, stdin=subprocess.DEVNULL).returncode
+        return subprocess.run(["molecule", sys.argv[1], "-s", "rollout"], cwd=copy, env=env, stdin=subprocess.DEVNULL, check=False).returncode
     finally:
         lab.destroy("example", PLATFORMS, LAB)
 

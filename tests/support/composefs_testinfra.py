@@ -272,7 +272,7 @@ class Repository:
         done = self.host.run("cat /proc/self/mountinfo")
         assert done.rc == 0
         for line in reversed(done.stdout.splitlines()):
-            before, _, after = line.partition(" - ")
+            before, _unused, after = line.partition(" - ")
             kind, source = after.split(" ")[:2]
             if before.split(" ")[4] == path:
                 return source[len("composefs:") :] if kind == "overlay" and source.startswith("composefs:") else None

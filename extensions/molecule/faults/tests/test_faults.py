@@ -32,7 +32,9 @@ def host_of(name: str) -> Any:
 def play(registry: str) -> Run:
     """Run the playbook to its end, whatever that is; what was recorded."""
     command = ["ansible-playbook", "--inventory", os.environ["MOLECULE_INVENTORY_FILE"], "--extra-vars", f"faults_registry={registry}", str(PULL)]
-    done = subprocess.run(command, cwd=ephemeral(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, cwd=ephemeral(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, check=False
+    )
     print(done.stdout)
     return recorded()[-1]
 

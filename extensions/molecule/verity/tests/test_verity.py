@@ -89,7 +89,8 @@ def test_a_byte_changed_on_the_raw_disk_is_refused_on_read(host: Any) -> None:
     # Through the mount to the object, and from there to its second block on the disk.
     size = len(bulk()[2])
     path = host.run(f"find /srv/ext4/images/objects -type f -size {size}c -exec cmp -s {{}} /srv/from-ext4/data/201/2 \\; -print").stdout.strip()
-    block = int(re.search(r"^\s*0:\s+0\.\.\s*\d+:\s+(\d+)\.\.", host.run(f"filefrag -v -b4096 {path}").stdout, re.MULTILINE).group(1)) + 1  # type: ignore[union-attr]
+    extents = host.run(f"filefrag -v -b4096 {path}").stdout
+    block = int(re.search(r"^\s*0:\s+0\.\.\s*\d+:\s+(\d+)\.\.", extents, re.MULTILINE).group(1)) + 1  # type: ignore[union-attr]
     spoil = f"""python3 -c '
 import os
 disk = os.open("/dev/vdb", os.O_RDWR)
