@@ -4,8 +4,8 @@
 
 """Missing layers, several at once: who fetches what, when to try again, and when a layer gets its name.
 
-Shape, chosen by experiment (benchmarks/README.md): one worker process per layer under way, because splitting a tar holds the
-interpreter's lock and two layers in two threads take as long as one after the other. A lane, a thread of the parent that mostly waits,
+One worker process per layer under way: splitting a tar holds the interpreter's lock, so that layers in threads of one process would take turns
+(benchmarks/README.md tells what was measured). A lane, a thread of the parent that mostly waits,
 stands behind each worker: it asks skopeo for a blob, hands the pipe to its worker, awaits both verdicts, and registers the layer.
 """
 

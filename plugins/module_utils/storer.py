@@ -4,8 +4,8 @@
 
 """Small objects, written by a process of their own beside the one that splits the tar.
 
-Making a file costs the kernel several times what splitting and hashing it costs us, and in threads the two wait for the interpreter's lock in
-turn at every system call (benchmarks/README.md has the experiment). So digests and contents go through a pipe, many in one write.
+Making a file costs the kernel several times what splitting and hashing it costs us, and a thread that makes files waits for the interpreter's lock
+at every system call: it gained nothing (benchmarks/README.md has the figures). So digests and contents go through a pipe, many in one write.
 
 On the pipe: a batch is its count and the bytes of its contents (``<II``), then for each object its digest and size, then all contents.
 A batch of none asks for an account, which comes as a JSON packet on the control socket; the first error comes there at once, by itself.
