@@ -174,9 +174,12 @@ class Repository:
         return found
 
     def end_import(self) -> None:
-        """After the last object was stored: one more barrier, and the import is not marked as unfinished any more."""
+        """After the last object was stored and the last name made: one more barrier, and the import is not marked as unfinished any more.
+
+        The barrier is for repositories without a mark, too: what the caller is about to report as done must outlive a power cut, names included.
+        """
+        self.sync()
         if self._mark is not None:
-            self.sync()
             with doing("Ending the import"):
                 self._mark.remove()
             self._mark = None

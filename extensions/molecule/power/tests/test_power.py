@@ -18,7 +18,8 @@ from scenarios import ephemeral
 testinfra_hosts = ["ansible://hosts"]
 
 GUEST = "power-trixie"
-ROUNDS = 20 if os.environ.get("COMPOSEFS_OCI_LONG") else 2
+# The power goes at a random moment of a pull, and in some rounds as soon as the pull has said that it is done: then all of it must be there.
+ROUNDS = ["random"] * 20 + ["done"] * 4 if os.environ.get("COMPOSEFS_OCI_LONG") else ["random", "done"]
 # With fs-verity, where the kernel knows what is whole, and without, where the collection has to find out.
 PLACES = {"/srv/ext4": "required", "/srv/plain": "disabled"}
 
@@ -53,14 +54,17 @@ def seconds(engine: None, registry: str) -> float:
     return time.monotonic() - started
 
 
-@pytest.mark.parametrize("number", range(ROUNDS))
-def test_nothing_that_has_a_name_is_damaged_by_a_power_cut(host: Any, registry: str, seconds: float, number: int, lab: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("number", "when"), enumerate(ROUNDS))
+def test_nothing_that_has_a_name_is_damaged_by_a_power_cut(host: Any, registry: str, seconds: float, number: int, when: str, lab: dict[str, Any]) -> None:
     moment = random.uniform(0.1, 1.15) * seconds
     guests.ssh(GUEST, "sync")
     address = guests.address(GUEST)
     words = guests.ground.ssh_command(address["address"], address["port"], command(registry, number))
     process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    time.sleep(moment)
+    if when == "done":
+        assert process.wait(120) == 0
+    else:
+        time.sleep(moment)
     guests.cut_power(GUEST)
     finished = process.wait(60) == 0
     guests.boot(GUEST)
@@ -77,7 +81,7 @@ def test_nothing_that_has_a_name_is_damaged_by_a_power_cut(host: Any, registry: 
         else:
             left[place] = "no repository"
             assert not finished
-    told = f"cut after {moment:.1f} of {seconds:.1f} s, {'finished' if finished else 'unfinished'}: {left}"
+    told = f"cut {'as soon as it was done' if when == 'done' else f'after {moment:.1f} of {seconds:.1f} s'}, {'finished' if finished else 'unfinished'}: {left}"
     print(told)
     with open(ephemeral() / "power-cuts", "a") as file:
         file.write(told + "\n")
@@ -87,5 +91,7 @@ def test_nothing_that_has_a_name_is_damaged_by_a_power_cut(host: Any, registry: 
         repository = Repository(host, f"{place}/{number}")
         assert repository.protected is (verity == "required")
         assert repository.image("app").digest == lab["images"]["cut"]["digest"]
-        assert repository.damage() == [] and repository.unfinished == 0
+        assert repository.damage() == []
+        # A mark may be back whose removal the cut undid. It is harmless, and goes with the next pull that stores something.
+        assert repository.unfinished <= 1
     guests.ssh(GUEST, f"rm -r {' '.join(f'{place}/{number}' for place in PLACES)}")

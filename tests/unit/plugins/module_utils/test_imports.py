@@ -242,3 +242,12 @@ def test_marks_are_made_without_unnamed_files_too(repository: Repository, monkey
 def test_a_secure_repository_needs_no_marks(tmp_path: Path, verity_kernel: object) -> None:
     with provision.create(str(tmp_path / "secure"), fsverity.SHA256, "required") as repository, repository.importing():
         assert marks(repository) == []
+
+
+def test_what_a_secure_repository_was_given_outlives_a_power_cut_too(tmp_path: Path, verity_kernel: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by cutting the power of a guest as soon as a pull was done: objects and streams were there, the name of the image was not."""
+    with provision.create(str(tmp_path / "secure"), fsverity.SHA256, "required") as repository:
+        synced: list[bool] = []
+        with repository.importing():
+            monkeypatch.setattr(type(repository), "sync", lambda _self: synced.append(True))
+        assert synced == [True]
