@@ -371,6 +371,8 @@ def main() -> int:
     for version in other_pythons():
         PARTS[f"unit-{version[0]}.{version[1]}"] = (unit_on(version), 1200)
     GROUPS["unit"] = [name for name in PARTS if name.startswith("unit-")]
+    # What .ci/run runs: all but the scenarios on hosts and guests of their own, which take as long as everything else together.
+    GROUPS["ci"] = [name for name in PARTS if name != "molecule"]
     if arguments.list:
         for name, (function, _limit) in PARTS.items():
             say(f"{name:14} {function.__doc__}")
