@@ -268,6 +268,8 @@ def forget(repository: Repository, request: Request, check: bool) -> dict[str, A
     if exists and not check:
         repository.require_writable()
         repository.untag(request.name)
+        # What is reported as removed must not come back after a power cut.
+        repository.sync()
     return {**blank(request), "previous_digest": previous, "previous_layers": previous_layers, "changed": exists}
 
 
