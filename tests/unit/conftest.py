@@ -10,6 +10,7 @@ ansible-test and ansible-core bring an importer of their own; this steps in only
 from __future__ import annotations
 
 import importlib.util
+import os
 import pathlib
 import sys
 import types
@@ -34,3 +35,10 @@ def _provide_collection() -> None:
 
 
 _provide_collection()
+
+# In CI the same examples every time: a submission must not fail for what chance found in somebody else's code. At home they vary, and find more.
+if os.environ.get("CI") and importlib.util.find_spec("hypothesis") is not None:
+    from hypothesis import settings
+
+    settings.register_profile("ci", derandomize=True, database=None)
+    settings.load_profile("ci")

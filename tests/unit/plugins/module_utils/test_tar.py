@@ -868,7 +868,8 @@ def test_whatever_tarfile_writes_is_split_and_read_back(form: int, entries: list
         expected = reader.getmembers()
     assert len(expected) == len(whole.entries)
     for entry, info in zip(whole.entries, expected):
-        assert entry.path.rstrip(b"/") == info.name.encode("utf-8", "surrogateescape")
+        # The tarfile of Python 3.9 leaves the slash on a directory with a long GNU name, later ones take it away.
+        assert entry.path.rstrip(b"/") == info.name.encode("utf-8", "surrogateescape").rstrip(b"/")
         assert (entry.type, entry.mode, entry.uid, entry.gid, entry.size) == (info.type, info.mode, info.uid, info.gid, info.size)
         assert entry.mtime + entry.mtime_nsec / 1e9 == info.mtime
         assert entry.linkname == info.linkname.encode("utf-8", "surrogateescape")
