@@ -10,8 +10,8 @@ There is no systemd. /var/lib, /srv and /home are real directories, for a reposi
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import json
 import os
 import pathlib
 import subprocess
@@ -48,32 +48,53 @@ def _address(name: str) -> str:
     return file.read_text().strip()
 
 
-def _isolate(name: str) -> str:
-    """A network namespace that reaches nothing but this machine's end of its cable, and the address of the host in it."""
-    number = int(_address(name).rpartition(".")[2])
-    outer, space, address = f"cmpfs{number}", f"cmpfs-{name}", f"10.213.{number}.2"
-    _connect(name)
-    ground.run("ip", "netns", "add", space)
+def _isolate(name: str) -> tuple[str, str]:
+    """A network namespace that reaches nothing but this machine's end of its cable: its name, and the address of the host in it."""
+    # Names and addresses are the machine's, so another checkout may have taken them.
+    for number in range(1, 255):
+        outer, space, address = f"cmpfs{number}", f"cmpfs-{number}", f"10.213.{number}.2"
+        made = subprocess.run(["ip", "netns", "add", space], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        if made.returncode == 0:
+            break
+        if "File exists" not in made.stdout:
+            raise Unavailable(f"a host without network cannot be made here: {made.stdout.strip()}")
+    else:
+        raise Unavailable("a host without network cannot be made here: all names for such networks are taken (ip netns list)")
+    (ground.running(name) / "network").write_text(str(number))
     ground.run("ip", "link", "add", outer, "type", "veth", "peer", "name", "eth0", "netns", space)
     ground.run("ip", "address", "add", f"10.213.{number}.1/30", "dev", outer)
     ground.run("ip", "link", "set", outer, "up")
     for words in (["address", "add", f"{address}/30", "dev", "eth0"], ["link", "set", "eth0", "up"], ["link", "set", "lo", "up"]):
         ground.run("ip", "-n", space, *words)
-    return address
+    return space, address
 
 
 def _connect(name: str) -> None:
     """Undo `_isolate`."""
-    number = int(_address(name).rpartition(".")[2])
-    for words in (["link", "delete", f"cmpfs{number}"], ["netns", "delete", f"cmpfs-{name}"]):
-        subprocess.run(["ip", *words], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+    file = ground.running(name) / "network"
+    if file.exists():
+        for words in (["link", "delete", f"cmpfs{file.read_text()}"], ["netns", "delete", f"cmpfs-{file.read_text()}"]):
+            subprocess.run(["ip", *words], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+        file.unlink()
 
 
-def start(name: str, suite: str, flavour: str = "ready", isolated: bool = False) -> dict[str, Any]:
-    """Start a host with an empty disk, or one with the disk that it was stopped or crashed with; how to reach it."""
+def python_directories(interpreter: str) -> list[str]:
+    """What a host needs of a Python of this machine to run it too: its virtual environment, and what that was made from."""
+    places = ground.run(interpreter, "-c", "import sys; print(sys.prefix); print(sys.base_prefix)").split()
+    if "/usr" in places:
+        raise Unavailable(f"{interpreter} is part of this machine's own system and cannot be lent to a host")
+    return list(dict.fromkeys(places))
+
+
+def start(name: str, suite: str, flavour: str = "ready", isolated: bool = False, python: str = "") -> dict[str, Any]:
+    """Start a host with an empty disk, or one with the disk that it was stopped or crashed with; how to reach it.
+
+    ``python`` is an interpreter of this machine that the host gets, at the same path, beside its own.
+    """
     check()
     tree = roots.tree(suite, flavour)
     packages = str(roots.archive(suite)) if flavour == "bare" else "-"
+    lent = python_directories(python) if python else []
     directory = ground.running(name)
     end(name)
     for part in ("upper", "work", "root"):
@@ -81,17 +102,17 @@ def start(name: str, suite: str, flavour: str = "ready", isolated: bool = False)
     address, prefix = _address(name), []
     if isolated:
         try:
-            address = _isolate(name)
+            space, address = _isolate(name)
         except RuntimeError as problem:
             raise Unavailable(f"a host without network cannot be made here: {problem}") from None
-        prefix = ["ip", "netns", "exec", f"cmpfs-{name}"]
+        prefix = ["ip", "netns", "exec", space]
     port_file = directory / "port"
     # A host that comes back is found where it was.
     port = int(port_file.read_text()) if port_file.exists() else (22 if isolated else ground.free_port(address))
     port_file.write_text(str(port))
-    (directory / "how").write_text(f"{suite} {flavour} {int(isolated)}\n")
+    (directory / "how").write_text(json.dumps([suite, flavour, isolated, python]))
     inside = ground.HERE / "inside"
-    command = [*prefix, *UNSHARE, "bash", str(inside / "namespace-init"), name, str(directory), str(tree), packages, address, str(port), str(inside)]
+    command = [*prefix, *UNSHARE, "bash", str(inside / "namespace-init"), name, str(directory), str(tree), packages, address, str(port), str(inside), *lent]
     with open(directory / "log", "ab") as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd="/")
     ground.remember_process(directory, process.pid)
@@ -103,16 +124,13 @@ def start(name: str, suite: str, flavour: str = "ready", isolated: bool = False)
 
 def again(name: str) -> dict[str, Any]:
     """Start a host that was ended, with all its files."""
-    suite, flavour, isolated = (ground.running(name) / "how").read_text().split()
-    return start(name, suite, flavour, isolated == "1")
+    return start(name, *json.loads((ground.running(name) / "how").read_text()))
 
 
 def end(name: str) -> None:
     """End every process of a host at once, as when the power of a container's machine goes; its files stay."""
     ground.end_process(ground.running(name))
-    with contextlib.suppress(OSError, ValueError):
-        if (ground.running(name) / "how").read_text().split()[2] == "1":
-            _connect(name)
+    _connect(name)
 
 
 def remove(name: str) -> None:

@@ -22,10 +22,12 @@ from ground import Unavailable
 
 # What a host must have before Ansible can do anything with it, and what makes it look around.
 BARE = ("openssh-server", "python3", "procps", "e2fsprogs", "passwd")
-NEEDED = ("skopeo", "python3-zstandard", "python3-jsonschema", "ca-certificates")
-ACCELERATORS = {"bookworm": (), "trixie": ("python3-isal",)}
-# ansible.builtin.apt installs it by itself where it is missing.
-INSTALLABLE = (*NEEDED, "python3-apt")
+NEEDED = ("skopeo", "python3-jsonschema", "ca-certificates")
+# Python 3.14 has zstd in its standard library: hosts of forky do without the package, so that this is tried as well.
+ZSTD = {"bookworm": ("python3-zstandard",), "trixie": ("python3-zstandard",), "forky": ()}
+ACCELERATORS = {"bookworm": (), "trixie": ("python3-isal",), "forky": ("python3-isal",)}
+# The role asks for the first; ansible.builtin.apt installs the second by itself where it is missing.
+INSTALLABLE = (*NEEDED, "python3-zstandard", "python3-apt")
 LEFT_OUT = ("/usr/share/man/*", "/usr/share/doc/*", "/usr/share/locale/*", "/usr/share/info/*")
 
 
@@ -33,7 +35,7 @@ def packages(suite: str, flavour: str) -> list[str]:
     """The packages that a tree is made with, apart from what Debian calls essential."""
     if suite not in ACCELERATORS:
         raise Unavailable(f"no root tree is described for the suite {suite!r}")
-    return [*BARE, *({"bare": (), "ready": (*NEEDED, *ACCELERATORS[suite])}[flavour])]
+    return [*BARE, *({"bare": (), "ready": (*NEEDED, *ZSTD[suite], *ACCELERATORS[suite])}[flavour])]
 
 
 def bootstrap(suite: str, include: list[str], target: str, log: pathlib.Path, *options: str) -> None:
@@ -45,6 +47,8 @@ def bootstrap(suite: str, include: list[str], target: str, log: pathlib.Path, *o
     signed = f"[signed-by={source.signed_by}] " if os.path.exists(source.signed_by) else ""
     command = ["mmdebstrap", "--mode=root", "--variant=minbase", f"--include={','.join(include)}", *options]
     command += [f"--dpkgopt=path-exclude={pattern}" for pattern in LEFT_OUT] + ["--dpkgopt=force-unsafe-io"]
+    # As in aptroot: a mirror that lags behind will do.
+    command += ['--aptopt=Acquire::Check-Valid-Until "false"']
     with open(log, "wb") as out:
         done = subprocess.run(
             [*command, suite, target, f"deb {signed}{source.uri} {suite} main"], stdin=subprocess.DEVNULL, stdout=out, stderr=out, check=False
