@@ -168,9 +168,19 @@ def project_files() -> list[str]:
 
 
 def collection_copy(base: pathlib.Path) -> pathlib.Path:
-    """A true copy of the collection below ``base`` (ansible-test refuses symbolic links); files that are gone from the project go there too."""
+    """A true copy of the collection below ``base`` (ansible-test refuses symbolic links); files that are gone from the project go there too.
+
+    What is there already stays untouched, for somebody may be using it.
+    """
     target = base / "ansible_collections" / NAMESPACE / NAME
     target.mkdir(parents=True, exist_ok=True)
+    with open(base / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _bring_up_to_date(target)
+    return target
+
+
+def _bring_up_to_date(target: pathlib.Path) -> None:
     files = project_files()
     wanted = set(files)
     for directory, _directories, names in os.walk(target):
@@ -180,12 +190,21 @@ def collection_copy(base: pathlib.Path) -> pathlib.Path:
                 path.unlink()
     for name in files:
         source, copy = ROOT / name, target / name
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(source, copy, follow_symlinks=False)
+        if not _same(source, copy):
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, copy, follow_symlinks=False)
     for directory, directories, names in os.walk(target, topdown=False):
         if not names and not any(os.path.lexists(os.path.join(directory, name)) for name in directories):
             os.rmdir(directory)
-    return target
+
+
+def _same(source: pathlib.Path, copy: pathlib.Path) -> bool:
+    """Whether a copy of ``source`` need not be made again, by size, mode and time."""
+    try:
+        there, here = copy.lstat(), source.lstat()
+    except FileNotFoundError:
+        return False
+    return not source.is_symlink() and (there.st_size, there.st_mtime_ns, there.st_mode) == (here.st_size, here.st_mtime_ns, here.st_mode)
 
 
 @functools.cache

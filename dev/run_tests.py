@@ -272,10 +272,11 @@ def sanity(part: Part) -> None:
         raise Failed("ansible-test found nothing to test")
 
 
-def molecule(part: Part) -> None:
-    """The Molecule scenarios, over ssh on hosts of their own and in guests with fs-verity (short forms), by dev/molecule."""
-    code = part.run(ROOT / "dev" / "molecule", codes=(0, 1))
+def molecule(part: Part, scenarios: str) -> None:
+    code = part.run(ROOT / "dev" / "molecule", scenarios, codes=(0, 1))
     told = part.path.read_text(errors="replace")
+    for test, reason in re.findall(r"^    skipped (.*?): (.*)$", told, re.MULTILINE):
+        part.counts.skips.append((test, reason))
     for scenario, verdict, rest in re.findall(r"^(\S+) +[\d.]+ s  (ok|skipped|FAILED)(?:  (.*))?$", told, re.MULTILINE):
         if verdict == "skipped":
             part.counts.skips.append((f"scenario {scenario}", rest))
@@ -287,10 +288,21 @@ def molecule(part: Part) -> None:
         raise Failed("a scenario failed")
 
 
+def hosts(part: Part) -> None:
+    """The Molecule scenarios on several hosts, over ssh, by dev/molecule."""
+    molecule(part, "namespace")
+
+
+def guests(part: Part) -> None:
+    """The Molecule scenarios in virtual machines, for fs-verity and power cuts (short forms), by dev/molecule."""
+    molecule(part, "guests")
+
+
 PARTS: dict[str, tuple[Callable[[Part], None], float]] = {
     # Name: function, seconds after which it is ended.
     "sanity": (sanity, 2400),
-    "molecule": (molecule, 2400),
+    "hosts": (hosts, 2400),
+    "guests": (guests, 2400),
     "integration": (integration, 2400),
     "demo": (demo, 900),
     "ansible-lint": (ansible_lint, 600),
@@ -302,7 +314,7 @@ PARTS: dict[str, tuple[Callable[[Part], None], float]] = {
     "licences": (licences, 120),
     "changelog": (changelog, 120),
 }
-GROUPS = {"lint": ["ansible-lint", "docs", "mypy", "ruff", "yamllint", "licences", "changelog"]}
+GROUPS = {"molecule": ["hosts", "guests"], "lint": ["ansible-lint", "docs", "mypy", "ruff", "yamllint", "licences", "changelog"]}
 # Parts that need more of the system than git and Python.
 NEEDS = {"integration": environment.TEST_COMMANDS, "demo": environment.DEMO_COMMANDS, "sanity": {"shellcheck": "shellcheck"}}
 OPTIONS = argparse.Namespace(all_pythons=False, sanity=[])
@@ -371,8 +383,6 @@ def main() -> int:
     for version in other_pythons():
         PARTS[f"unit-{version[0]}.{version[1]}"] = (unit_on(version), 1200)
     GROUPS["unit"] = [name for name in PARTS if name.startswith("unit-")]
-    # What .ci/run runs: all but the scenarios on hosts and guests of their own, which take as long as everything else together.
-    GROUPS["ci"] = [name for name in PARTS if name != "molecule"]
     if arguments.list:
         for name, (function, _limit) in PARTS.items():
             say(f"{name:14} {function.__doc__}")

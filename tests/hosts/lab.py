@@ -5,12 +5,16 @@
 """What Molecule's create and destroy call: hosts, registries and images of one scenario.
 
     lab.py check FILE...     can the scenarios of these molecule.yml be run here? Exit code 77 and the reason if not
+    lab.py clean FILE...     end what an interrupted run of these scenarios left
     lab.py create            reads {"scenario", "platforms", "lab"} as JSON from stdin, starts all of it, prints facts as JSON
     lab.py destroy           reads the same, ends all of it and removes its files
 
 A platform has ``name``; ``kind``: namespace (default) or guest; ``suite``; ``flavour``: bare or ready (namespace), isolated: true (namespace).
 ``lab`` has ``images`` (names, see images.py), ``registries`` (name: {tls, user, password}),
 ``archives`` (transport:file to make, and the image to put there) and ``programs`` that must be on the PATH.
+
+Two variables of the environment change every host of a scenario, so that it can be tried on others than it names:
+COMPOSEFS_OCI_SUITE is the Debian suite, COMPOSEFS_OCI_HOST_PYTHON an interpreter of this machine that namespace hosts get beside their own.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -31,6 +36,8 @@ import registry
 from ground import Unavailable
 
 SKIP = 77
+SUITE = os.environ.get("COMPOSEFS_OCI_SUITE", "")
+HOST_PYTHON = os.environ.get("COMPOSEFS_OCI_HOST_PYTHON", "")
 Spec = dict[str, Any]
 
 
@@ -41,6 +48,10 @@ def check(platforms: list[Spec], lab: Spec) -> None:
         namespace.check()
     if "guest" in kinds:
         guests.check()
+        if HOST_PYTHON:
+            raise Unavailable("guests have no other Python than their own")
+    if HOST_PYTHON:
+        namespace.python_directories(HOST_PYTHON)
     ground.need("ssh", "ssh-keygen", why="logging in to test hosts")
     if lab.get("registries"):
         registry.find_registry()
@@ -50,9 +61,10 @@ def check(platforms: list[Spec], lab: Spec) -> None:
 
 
 def start_host(platform: Spec) -> Spec:
+    suite = SUITE or platform["suite"]
     if platform.get("kind", "namespace") == "guest":
-        return guests.start(platform["name"], **{key: platform[key] for key in ("suite", "disks") if key in platform})
-    return namespace.start(platform["name"], platform["suite"], platform.get("flavour", "ready"), platform.get("isolated", False))
+        return guests.start(platform["name"], suite)
+    return namespace.start(platform["name"], suite, platform.get("flavour", "ready"), platform.get("isolated", False), HOST_PYTHON)
 
 
 def remove_host(platform: Spec) -> None:
@@ -94,6 +106,19 @@ def lay_out_archives(scenario: str, lab: Spec) -> Spec:
     return result
 
 
+def describe(instances: list[Spec]) -> list[Spec]:
+    """What runs on hosts: the release of Debian, the kernel if it is their own, the Python that runs the modules, skopeo ("" where there is none)."""
+    python = os.environ.get("COMPOSEFS_OCI_INTERPRETER") or "/usr/bin/python3"
+    words = f". /etc/os-release; echo $VERSION_CODENAME; uname -r; {python} -c 'import platform; print(platform.python_version())'; skopeo --version || true"
+    described = []
+    for host in instances:
+        suite, kernel, version, *skopeo = ground.run(*ground.ssh_command(host["address"], host["port"], words), stderr=subprocess.DEVNULL).splitlines()
+        # Namespace hosts run on the kernel of the machine.
+        kernel = "" if kernel == os.uname().release else kernel
+        described.append({"suite": suite, "kernel": kernel, "python": version, "skopeo": skopeo[0].split()[2] if skopeo else ""})
+    return described
+
+
 def create(scenario: str, platforms: list[Spec], lab: Spec) -> Spec:
     check(platforms, lab)
     destroy(scenario, platforms, lab)  # what an interrupted run left
@@ -102,6 +127,7 @@ def create(scenario: str, platforms: list[Spec], lab: Spec) -> Spec:
         facts: Spec = {"registries": start_registries(scenario, lab), "files": lay_out_archives(scenario, lab) if lab.get("archives") else {}}
         facts["images"] = {name: images.facts(name) for name in {*lab.get("images", []), *lab.get("archives", {}).values()}}
         facts["instances"] = [host.result() for host in hosts]
+    facts["hosts"] = {host["instance"]: described for host, described in zip(facts["instances"], describe(facts["instances"]))}
     return facts
 
 
@@ -116,16 +142,20 @@ def destroy(scenario: str, platforms: list[Spec], lab: Spec) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("check", "create", "destroy"))
+    parser.add_argument("command", choices=("check", "clean", "create", "destroy"))
     parser.add_argument("files", nargs="*", type=pathlib.Path)
     options = parser.parse_args()
     try:
-        if options.command == "check":
+        if options.command in ("check", "clean"):
             import yaml
 
             for file in options.files:
                 document = yaml.safe_load(file.read_text())
-                check(document["platforms"], document["provisioner"].get("inventory", {}).get("group_vars", {}).get("all", {}).get("lab", {}))
+                lab = document["provisioner"].get("inventory", {}).get("group_vars", {}).get("all", {}).get("lab", {})
+                if options.command == "check":
+                    check(document["platforms"], lab)
+                else:
+                    destroy(file.parent.name, document["platforms"], lab)
             return 0
         spec = json.load(sys.stdin)
         arguments = (spec["scenario"], spec["platforms"], spec.get("lab") or {})

@@ -13,11 +13,13 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 
 import ground
 import lab
+import report
 
 EXAMPLE = ground.HERE.parents[1] / "examples/molecule-rollout"
 PLATFORMS = [{"name": "example-bookworm", "suite": "bookworm"}, {"name": "example-trixie", "suite": "trixie"}]
@@ -34,7 +36,7 @@ def inventory(made: lab.Spec) -> lab.Spec:
             "ansible_user": host["user"],
             "ansible_ssh_private_key_file": host["identity_file"],
             "ansible_ssh_common_args": " ".join(ground.SSH_OPTIONS),
-            "ansible_python_interpreter": "/usr/bin/python3",
+            "ansible_python_interpreter": os.environ.get("COMPOSEFS_OCI_INTERPRETER") or "/usr/bin/python3",
         }
         for host in made["instances"]
     }
@@ -54,6 +56,8 @@ def inventory(made: lab.Spec) -> lab.Spec:
 
 
 def main() -> int:
+    # An interruption, too, leads to the end of this function, where the hosts are removed.
+    signal.signal(signal.SIGTERM, lambda signum, _frame: sys.exit(128 + signum))
     work = pathlib.Path(os.environ["MOLECULE_EPHEMERAL_DIRECTORY"])
     copy = work / "copy"
     shutil.rmtree(copy, ignore_errors=True)
@@ -65,7 +69,11 @@ def main() -> int:
         # The user's own environment: nothing of what dev/molecule sets for the scenarios of the collection but where the collection is.
         env = {key: value for key, value in os.environ.items() if not key.startswith("MOLECULE_")}
         env.update(ROLLOUT_INVENTORY=str(file), MOLECULE_EPHEMERAL_DIRECTORY=str(work / "molecule"), ANSIBLE_PIPELINING="1")
-        return subprocess.run(["molecule", sys.argv[1], "-s", "rollout"], cwd=copy, env=env, stdin=subprocess.DEVNULL, check=False).returncode
+        # That plugin of pytest only counts; it brings nothing that the example's tests could lean on.
+        env.update(PYTEST_PLUGINS="report", PYTHONPATH=str(ground.HERE))
+        code = subprocess.run(["molecule", sys.argv[1], "-s", "rollout"], cwd=copy, env=env, stdin=subprocess.DEVNULL, check=False).returncode
+        report.write(hosts=lab.describe(made["instances"]))
+        return code
     finally:
         lab.destroy("example", PLATFORMS, LAB)
 

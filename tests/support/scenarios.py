@@ -33,8 +33,9 @@ class Run:
         return dict(found[0])
 
     def modules(self, host: str) -> list[tuple[str, dict[str, Any]]]:
-        """Task name and result of every task of the collection's modules on the host."""
-        return [(entry["task"], entry["result"]) for entry in self.entries if entry["host"] == host and entry["action"].startswith("composefs.oci.")]
+        """Task name and result of every task of the collection's modules on the host, but not of those that were skipped."""
+        mine = [entry for entry in self.entries if entry["host"] == host and entry["kind"] != "skipped"]
+        return [(entry["task"], entry["result"]) for entry in mine if entry["action"].startswith("composefs.oci.")]
 
 
 def ephemeral() -> pathlib.Path:
@@ -50,10 +51,22 @@ def recorded() -> list[Run]:
     return runs
 
 
-@pytest.fixture(scope="session")
-def lab() -> dict[str, Any]:
+def pytest_sessionfinish() -> None:
+    """Tell what the tests ran on."""
+    import lab
+    import report
+
+    report.write(hosts=lab.describe(created()["instances"]))
+
+
+def created() -> dict[str, Any]:
     """What create made: registries, files, images, instances."""
     return dict(json.loads((ephemeral() / "lab.json").read_text())["lab_made"])
+
+
+@pytest.fixture(scope="session")
+def lab() -> dict[str, Any]:
+    return created()
 
 
 @pytest.fixture(scope="session")

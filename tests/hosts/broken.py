@@ -1,0 +1,188 @@
+# Copyright (c) composefs.oci contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Ways to break what the Molecule scenarios stand for, one promise at a time, and the test that has to notice each.
+
+``dev/molecule --broken`` puts ``new`` in the place of ``old`` in a copy of the collection, runs the scenario to its tests, whatever the steps
+before say, and wants ``noticed_by`` among the tests that fail.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import NamedTuple
+
+ENGINE = "plugins/module_utils/"
+IMAGE = "plugins/modules/composefs_image.py"
+
+
+class Breakage(NamedTuple):
+    """One broken promise."""
+
+    scenario: str
+    promise: str
+    file: str
+    old: str
+    new: str
+    noticed_by: str
+
+    def apply(self, collection: pathlib.Path) -> None:
+        """Break a copy of the collection. ValueError if the code is not what it was when this was written."""
+        path = collection / self.file
+        text = path.read_text()
+        if text.count(self.old) != 1:
+            raise ValueError(f"{self.file} has {self.old!r} {text.count(self.old)} times; tests/hosts/broken.py has to follow it")
+        path.write_text(text.replace(self.old, self.new))
+
+
+BREAKAGES = (
+    Breakage(
+        "default",
+        "check mode foretells the change",
+        IMAGE,
+        '"changed": any(changes)',
+        '"changed": any(changes) and not module.check_mode',
+        "test_check_mode_on_a_fresh_host_foretells_what_changes",
+    ),
+    Breakage("default", "a second run changes nothing", IMAGE, '"changed": any(changes)', '"changed": True', "test_a_further_run_changes_nothing"),
+    Breakage(
+        "default",
+        "objects hold what their names say",
+        ENGINE + "objects.py",
+        "written = os.write(draft.fd, data)",
+        'written = os.write(draft.fd, bytes(data[:-1]) + b"?")',
+        "test_the_repository_holds_the_images_and_nothing_is_damaged",
+    ),
+    Breakage("default", "pulls are in the system log", IMAGE, "module.log(f", "str(f", "test_the_pulls_are_in_the_system_log"),
+    Breakage(
+        "registry",
+        "the password is on no command line",
+        ENGINE + "skopeo.py",
+        'argv += ["--authfile", f"/proc/self/fd/{descriptor}"]',
+        'argv += ["--creds", f"{options.username}:{options.password}"]',
+        "test_no_process_showed_the_password",
+    ),
+    Breakage(
+        "registry",
+        "the password is in no result",
+        IMAGE,
+        '"password": {"type": "str", "no_log": True}',
+        '"password": {"type": "str", "no_log": False}',
+        "test_the_password_is_in_no_result_log_or_diff",
+    ),
+    Breakage("registry", "every mistake has its code", ENGINE + "errors.py", 'code = "tls_failed"', 'code = "failed"', "test_what_goes_wrong_has_its_code"),
+    Breakage(
+        "transports",
+        "what is there is not fetched again",
+        ENGINE + "plan.py",
+        "    if stored is None or not repository.objects.contains(stored):\n",
+        "    if True:\n",
+        "test_a_docker_archive_has_the_same_layers",
+    ),
+    Breakage(
+        "transports",
+        "what cannot be reached is told as such",
+        ENGINE + "errors.py",
+        'code = "registry_unreachable"',
+        'code = "failed"',
+        "test_what_cannot_be_reached_has_its_code",
+    ),
+    Breakage(
+        "unprivileged",
+        "nobody else gets into the repository",
+        ENGINE + "provision.py",
+        "DIRECTORY_MODE = 0o700",
+        "DIRECTORY_MODE = 0o755",
+        "test_all_of_it_belongs_to_the_user_and_nobody_else_gets_in",
+    ),
+    Breakage(
+        "unprivileged",
+        "what is not allowed is said",
+        ENGINE + "errors.py",
+        'code = "permission_denied"',
+        'code = "io_error"',
+        "test_what_is_not_allowed_is_said",
+    ),
+    Breakage("faults", "a full disk is told as such", ENGINE + "errors.py", 'code = "no_space"', 'code = "io_error"', "test_a_full_disk_is_told_as_such"),
+    Breakage(
+        "faults",
+        "no temporary file is left",
+        ENGINE + "objects.py",
+        "self._tmpfile = True",
+        "self._tmpfile = False",
+        "test_no_temporary_file_and_no_process_is_left",
+    ),
+    Breakage(
+        "faults",
+        "the next run looks after what was left unfinished",
+        ENGINE + "imports.py",
+        '                os.unlink(f"{IMPORTS}/{name}", dir_fd=root)\n',
+        "",
+        "test_everything_is_whole_in_the_end",
+    ),
+    Breakage(
+        "upgrade",
+        "streams in the older format are read",
+        ENGINE + "splitstream.py",
+        "elif header[18:29] == _MAGIC:",
+        "elif False:",
+        "test_what_was_there_is_not_pulled_again",
+    ),
+    Breakage(
+        "upgrade",
+        "what is there is not written anew",
+        ENGINE + "provision.py",
+        "_try_out(path, algorithm, PREFERRED)",
+        'os.chmod(f"{path}/objects/{_object_names(path)[0]}", 0o600)',
+        "test_nothing_that_was_there_is_changed_or_gone",
+    ),
+    Breakage(
+        "example",
+        "a pull that is done is not marked as unfinished",
+        ENGINE + "imports.py",
+        "os.unlink(self._name, dir_fd=self._root)",
+        "pass",
+        "test_every_image_is_there_and_whole",
+    ),
+    Breakage(
+        "verity",
+        "objects are sealed",
+        ENGINE + "objects.py",
+        "            if self._seal:\n                self._seal_draft(draft, digest)\n            self._place",
+        "            self._place",
+        "test_every_object_is_measured_by_the_kernel",
+    ),
+    Breakage(
+        "verity",
+        "mounts insist on fs-verity",
+        ENGINE + "mount.py",
+        'context.string("verity", "require")',
+        "pass",
+        "test_the_image_is_mounted_and_the_kernel_insists_on_fs_verity",
+    ),
+    Breakage(
+        "verity",
+        "a file system without fs-verity is refused",
+        ENGINE + "provision.py",
+        "if lack is not None and verity == REQUIRED:",
+        "if False:",
+        "test_a_file_system_without_fs_verity_is_refused_at_preparation",
+    ),
+    Breakage(
+        "verity",
+        "a persistent mount is back after a reboot",
+        ENGINE + "mountunit.py",
+        'os.symlink(f"{places.units}/{name}", link)',
+        "pass",
+        "test_the_persistent_mount_comes_back_after_a_reboot",
+    ),
+    Breakage(
+        "power",
+        "what has a name is on the disk",
+        ENGINE + "hostfs.py",
+        "if library.syncfs(fd):",
+        "if False:",
+        "test_nothing_that_has_a_name_is_damaged_by_a_power_cut",
+    ),
+)
