@@ -6,11 +6,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,6 @@ pytest.importorskip("ansible.module_utils.basic", exc_type=ImportError)
 
 import yaml
 from ansible.module_utils import basic
-from ansible.module_utils.common.text.converters import to_bytes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "module_utils"))
 
@@ -30,6 +27,7 @@ from ociimage import sha256
 from ansible_collections.composefs.oci.plugins.module_utils import codecs, forked, fsverity, provision, pull, schemas
 from ansible_collections.composefs.oci.plugins.module_utils.errors import AuthFailed, RegistryUnreachable, SkopeoMissing
 from ansible_collections.composefs.oci.plugins.modules import composefs_image
+from ansible_collections.composefs.oci.tests.support.moduleargs import arguments
 from ansible_collections.composefs.oci.tests.support.tarbytes import DIRECTORY, member, tar
 
 PASSWORD = "se:cret w0rd"
@@ -37,23 +35,6 @@ FIRST = tar(member("usr/", type=DIRECTORY), member("usr/one", b"1" * 300))
 SECOND = tar(member("usr/two", b"2" * 300))
 IMAGE = set(pull.blank(pull.Request("", ""))) | {"repository"}
 SHAPE = IMAGE | {"changed"}
-
-
-@contextlib.contextmanager
-def arguments(values: dict[str, Any]) -> Iterator[None]:
-    """Make AnsibleModule see ``values``, in the way of whatever ansible-core there is."""
-    try:
-        from ansible.module_utils.testing import patch_module_args
-    except ImportError:
-        old = basic._ANSIBLE_ARGS
-        basic._ANSIBLE_ARGS = to_bytes(json.dumps({"ANSIBLE_MODULE_ARGS": values}))
-        try:
-            yield
-        finally:
-            basic._ANSIBLE_ARGS = old
-    else:
-        with patch_module_args(values):
-            yield
 
 
 @pytest.fixture

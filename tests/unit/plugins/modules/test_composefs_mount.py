@@ -6,11 +6,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +18,12 @@ pytest.importorskip("ansible.module_utils.basic", exc_type=ImportError)
 
 import yaml
 from ansible.module_utils import basic
-from ansible.module_utils.common.text.converters import to_bytes
 
 from ansible_collections.composefs.oci.plugins.module_utils import fsverity, mount, mountinfo, mounts, mountunit, provision
 from ansible_collections.composefs.oci.plugins.module_utils.errors import MountFailed
 from ansible_collections.composefs.oci.plugins.module_utils.repository import Repository
 from ansible_collections.composefs.oci.plugins.modules import composefs_mount
+from ansible_collections.composefs.oci.tests.support.moduleargs import arguments
 
 SHAPE = {"changed", "image_id", "previous_image_id", "path", "repository", "mounted", "verity", "unit"}
 
@@ -71,23 +69,6 @@ class Host:
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
     return Host(tmp_path, monkeypatch)
-
-
-@contextlib.contextmanager
-def arguments(values: dict[str, Any]) -> Iterator[None]:
-    """Make AnsibleModule see ``values``, in the way of whatever ansible-core there is."""
-    try:
-        from ansible.module_utils.testing import patch_module_args
-    except ImportError:
-        old = basic._ANSIBLE_ARGS
-        basic._ANSIBLE_ARGS = to_bytes(json.dumps({"ANSIBLE_MODULE_ARGS": values}))
-        try:
-            yield
-        finally:
-            basic._ANSIBLE_ARGS = old
-    else:
-        with patch_module_args(values):
-            yield
 
 
 @pytest.fixture

@@ -6,11 +6,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +17,12 @@ import pytest
 pytest.importorskip("ansible.module_utils.basic", exc_type=ImportError)
 
 import yaml
-from ansible.module_utils import basic
-from ansible.module_utils.common.text.converters import to_bytes
 
 from ansible_collections.composefs.oci.plugins.module_utils import fsverity, provision
 from ansible_collections.composefs.oci.plugins.modules import composefs_repository
+from ansible_collections.composefs.oci.tests.support.moduleargs import arguments
 
 SHAPE = {"changed", "path", *composefs_repository.FACTS}
-
-
-@contextlib.contextmanager
-def arguments(values: dict[str, Any]) -> Iterator[None]:
-    """Make AnsibleModule see ``values``, in the way of whatever ansible-core there is."""
-    try:
-        from ansible.module_utils.testing import patch_module_args
-    except ImportError:
-        old = basic._ANSIBLE_ARGS
-        basic._ANSIBLE_ARGS = to_bytes(json.dumps({"ANSIBLE_MODULE_ARGS": values}))
-        try:
-            yield
-        finally:
-            basic._ANSIBLE_ARGS = old
-    else:
-        with patch_module_args(values):
-            yield
 
 
 def run(capsys: pytest.CaptureFixture[str], **values: Any) -> dict[str, Any]:
