@@ -21,7 +21,6 @@ connection, so a fault of the collection does not hide itself. It needs python3 
 from __future__ import annotations
 
 import base64
-import functools
 import json
 import shlex
 import zlib
@@ -149,6 +148,16 @@ out["unfinished"] = len(os.listdir(imports)) if os.path.isdir(imports) else 0
 for directory, _, files in os.walk("objects"):
     out["objects"] += len(files)
 
+def image_of(tag):
+    """What there is to tell of the image with this name; None if there is none."""
+    digest = out["tags"].get(tag)
+    objects = reachable("streams/oci-manifest-" + digest) if digest else None
+    if objects is None:
+        return None
+    damaged = [path_of(one) + ": " + complaint(one) for one in sorted(objects) if complaint(one)]
+    ids = sorted(one for one in objects if os.path.lexists("images/" + one))
+    return {"digest": digest, "objects": len(objects), "damaged": damaged, "image_ids": ids}
+
 if wanted == "check":
     links = ["streams/" + entry for entry in out["streams"]] + ["images/" + entry for entry in out["erofs"]]
     damaged, every = [], set()
@@ -169,14 +178,10 @@ if wanted == "check":
     for tag, digest in out["tags"].items():
         if not os.path.exists("streams/oci-manifest-" + digest):
             damaged.append("tag " + tag + ": its manifest is missing")
-    out["damaged"], out["checked"] = damaged, len(every)
+    out["damaged"] = damaged
+    out["images"] = {tag: image_of(tag) for tag in out["tags"]}
 elif wanted:
-    digest = out["tags"].get(wanted)
-    objects = reachable("streams/oci-manifest-" + digest) if digest else None
-    if objects is not None:
-        damaged = [path_of(one) + ": " + complaint(one) for one in sorted(objects) if complaint(one)]
-        ids = sorted(one for one in objects if os.path.lexists("images/" + one))
-        out["image"] = {"digest": digest, "objects": len(objects), "damaged": damaged, "image_ids": ids}
+    out["images"] = {wanted: image_of(wanted)}
 finish()
 '''
 
@@ -207,17 +212,25 @@ class Repository:
 
     def __init__(self, host: Any, path: str = "/sysroot/composefs") -> None:
         self.host, self.path = host, path
-        self._ask = functools.lru_cache(maxsize=None)(self._run)
+        self._known: dict[str, dict[str, Any]] = {}
 
     def fresh(self) -> Repository:
         return Repository(self.host, self.path)
+
+    def _ask(self, wanted: str) -> dict[str, Any]:
+        """Everything there is to know for ``wanted``: an image's name, "check" for all there is, "" for what needs no reading of objects."""
+        # Who has looked at everything need not look again; neither must anybody for what every answer has.
+        for known in ("check", wanted, *(self._known if not wanted else ())):
+            if known in self._known:
+                return self._known[known]
+        return self._known.setdefault(wanted, self._run(wanted))
 
     def _run(self, wanted: str) -> dict[str, Any]:
         program = base64.b85encode(zlib.compress(PROGRAM.encode())).decode()
         loader = f"import base64,zlib;exec(zlib.decompress(base64.b85decode({program!r})))"
         done = self.host.run(f"cd {shlex.quote(self.path)} && python3 -c {shlex.quote(loader)} {shlex.quote(json.dumps([self.path, wanted]))}")
         if done.rc and not self.host.file(self.path).exists:
-            return {"exists": False, "tags": {}}
+            return {"exists": False, "tags": {}, "images": {}}
         assert done.rc == 0, f"the repository {self.path} cannot be read: {done.stderr}"
         answer: dict[str, Any] = json.loads(done.stdout)
         return answer
@@ -259,13 +272,17 @@ class Repository:
 
     def image(self, name: str) -> Image:
         """The image of that name, every one of its objects read and hashed; AssertionError if there is none."""
-        found = self._ask(name).get("image")
+        found = self._ask(name)["images"].get(name)
         assert found, f"{self.path} has no image called {name}, but {', '.join(self.tags) or 'none at all'}"
         return Image(name, found)
 
     def damage(self) -> list[str]:
-        """What is wrong with anything that has a name, one line for each fault; in a protected repository with any object. Reads all of it."""
-        return list(self._ask("check")["damaged"])
+        """What is wrong with anything that has a name, one line for each fault; in a protected repository with any object. Reads all of it.
+
+        That there is no repository is a fault, too. Whatever else is asked afterwards is answered from what was read.
+        """
+        found = self._ask("check")
+        return list(found["damaged"]) if found["exists"] else [f"{self.path}: there is no repository"]
 
     def mounted(self, path: str) -> str | None:
         """The id of the image that is mounted at ``path``; None if none is."""

@@ -46,10 +46,10 @@ def object_of(host: Any, repository: str, content: bytes) -> str:
 
 def test_every_object_is_measured_by_the_kernel(host: Any, disk: str, lab: dict[str, Any]) -> None:
     repository = Repository(host, f"/srv/{disk}/images")
+    assert repository.damage() == []
     assert repository.exists and repository.protected and repository.algorithm == REPOSITORIES[disk]
     image = repository.image("small")
     assert image.digest == lab["images"]["small"]["digest"] and image.objects > 25
-    assert repository.damage() == []
 
 
 def test_the_tools_of_fs_verity_agree(host: Any, disk: str) -> None:
