@@ -61,7 +61,7 @@ GUEST_COMMANDS = {
     "xz": "xz-utils",
 }
 # Which Pythons each series of ansible-core runs on.
-CONTROLLERS = {"2.18": ((3, 11), (3, 13)), "2.19": ((3, 11), (3, 13)), "2.20": ((3, 12), (3, 14)), "2.21": ((3, 12), (3, 14)), "2.22": ((3, 12), (3, 14))}
+CONTROLLERS = {"2.18": ((3, 11), (3, 13)), "2.19": ((3, 11), (3, 13)), "2.20": ((3, 12), (3, 14)), "2.21": ((3, 12), (3, 14))}
 
 running: dict[str, subprocess.Popen[bytes]] = {}
 stopping = threading.Event()
