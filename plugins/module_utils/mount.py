@@ -48,6 +48,9 @@ ATTRIBUTES = {
     "nosymfollow": 0x200000,
 }
 
+# How kernels say that they do not take a layer in this form. Before 6.5 overlay's options are strings only, and a descriptor is "not supported".
+_NOT_THIS_WAY = (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP)
+
 _LOOP_CTL_GET_FREE = 0x4C82
 _LOOP_CONFIGURE = 0x4C0A
 _LOOP_READ_ONLY, _LOOP_AUTOCLEAR, _LOOP_DIRECT_IO = 1, 4, 16
@@ -251,7 +254,7 @@ def _mount_overlay(kernel: _Kernel, request: Request, erofs: int) -> int:
             context.descriptor("datadir+", request.objects)
             return context.create(_attributes(request))
     except _KernelRefused as error:
-        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOSYS):
+        if error.errno not in _NOT_THIS_WAY:
             raise
         refusal = error
     with _attached(kernel, erofs) as helper:
@@ -268,7 +271,7 @@ def _mount_overlay(kernel: _Kernel, request: Request, erofs: int) -> int:
                             context.string("lowerdir", "::".join(layers))
                         return context.create(_attributes(request))
                 except _KernelRefused as error:
-                    if error.errno not in (errno.EINVAL, errno.ENOSYS):
+                    if error.errno not in _NOT_THIS_WAY:
                         raise
                     refusal = error
         finally:

@@ -60,16 +60,15 @@ class Kernel:
     def judge(self, kind: str, key: str, value: str, command: int) -> int:
         if kind == "erofs":
             return errno.ENOTBLK if command == 6 and self.version < (6, 12) and not self.is_loop else 0
-        if key == "source":
-            self.layers: list[str] = []
+        if self.version < (6, 5):
+            # Any string is taken and looked at when the overlay is made; a descriptor is not.
+            return {5: errno.EOPNOTSUPP, 6: errno.EINVAL}.get(command, 0)
         if key in ("lowerdir+", "datadir+"):
             if value == "fd":
                 return 0 if self.version >= (6, 15) else errno.EBADF if self.version >= (6, 13) else errno.EINVAL
             return 0 if self.version >= (6, 7) else errno.EINVAL
         if key == "verity":
             return 0 if self.version >= (6, 6) else errno.EINVAL
-        if key == "lowerdir" or command == 6:
-            return 0 if self.version >= (6, 5) else errno.EINVAL
         return 0
 
     is_loop = False
