@@ -277,10 +277,10 @@ def notices(way: Way, breakage: broken.Breakage) -> Outcome:
 
 
 def sequence(name: str) -> list[str]:
-    """The actions of a scenario, as its molecule.yml or the common base says."""
+    """The actions of a scenario up to its tests, as its molecule.yml or the common base says."""
     texts = [path.read_text() for path in (SCENARIOS / name / "molecule.yml", SCENARIOS / "shared" / "base.yml")]
     found = next(match for text in texts if (match := re.search(r"test_sequence: \[(.*)\]", text)))
-    return found[1].replace(" ", "").split(",")
+    return found[1].replace(" ", "").split(",")[:-1]
 
 
 def tell(outcome: Outcome, verbose: bool) -> None:
