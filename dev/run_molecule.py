@@ -214,32 +214,36 @@ def molecule(way: Way, name: str, action: str, log: Any) -> int:
         del running[name]
 
 
+def attempt(way: Way, name: str, actions: Sequence[str], new: bool, clean: bool) -> tuple[int, dict[str, Any]]:
+    """Have Molecule do ``actions`` one after the other, whatever comes of them; the exit code of the last, and what the tests reported.
+
+    ``new``: with an empty directory; ``clean``: no host is left in any case, where otherwise that is only so after an interruption.
+    """
+    ephemeral, report = way.directory / "run" / name, LOGS / f"molecule-{name}.json"
+    if new:
+        shutil.rmtree(ephemeral, ignore_errors=True)
+    report.unlink(missing_ok=True)
+    ephemeral.mkdir(parents=True, exist_ok=True)
+    code = 1
+    with open(LOGS / f"molecule-{name}.log", "wb") as log:
+        for action in actions:
+            if not stopping.is_set():
+                code = molecule(way, name, action, log)
+    if (clean or stopping.is_set()) and name != "example":  # which cleans up by itself
+        lab(way, "clean", name)
+    return code, json.loads(report.read_text()) if report.exists() else {}
+
+
 def run_scenario(way: Way, name: str, action: str) -> Outcome:
     """Run one scenario to its end."""
     started = time.monotonic()
     reason = "interrupted" if stopping.is_set() else why_not(way, name)
     if reason:
         return Outcome(name, "skipped", words=reason)
-    ephemeral = way.directory / "run" / name
-    report = LOGS / f"molecule-{name}.json"
-    if action == "test":
-        shutil.rmtree(ephemeral, ignore_errors=True)
-        report.unlink(missing_ok=True)
-    ephemeral.mkdir(parents=True, exist_ok=True)
-    outcome = Outcome(name, "ok")
-    with open(outcome.log, "wb") as log:
-        code = molecule(way, name, action, log)
-    if stopping.is_set():
-        if name != "example":  # which cleans up by itself
-            lab(way, "clean", name)
-        outcome.words = "interrupted"
-    if action in ("test", "verify") and report.exists():
-        outcome.report = json.loads(report.read_text())
-        outcome.words = f"{outcome.report.get('passed', 0)} tests"
-    if code or (action == "test" and not outcome.report.get("passed")):
-        outcome.verdict = "FAILED"
-    outcome.seconds = time.monotonic() - started
-    return outcome
+    code, report = attempt(way, name, [action], new=action == "test", clean=False)
+    good = not code and (action != "test" or bool(report.get("passed")))
+    words = "interrupted" if stopping.is_set() else f"{report['passed']} tests" if report else ""
+    return Outcome(name, "ok" if good else "FAILED", time.monotonic() - started, words, report)
 
 
 def run_all(way: Way, names: Sequence[str], action: str, jobs: int) -> Iterator[Outcome]:
@@ -256,24 +260,11 @@ def notices(way: Way, breakage: broken.Breakage) -> Outcome:
     if reason:
         return Outcome(name, "skipped", words=reason)
     breakage.apply(environment.collection_copy(way.collections))
-    report, ephemeral = LOGS / f"molecule-{name}.json", way.directory / "run" / name
-    shutil.rmtree(ephemeral, ignore_errors=True)
-    report.unlink(missing_ok=True)
-    ephemeral.mkdir(parents=True)
-    outcome = Outcome(name, "FAILED", words=f"{breakage.promise}: broken, and {breakage.noticed_by} did not notice")
-    with open(outcome.log, "wb") as log:
-        # The steps before the tests may fail or not; what counts is what the tests say.
-        for action in ("test",) if name == "example" else sequence(name):
-            if not stopping.is_set():
-                molecule(way, name, action, log)
-    if name != "example":
-        lab(way, "clean", name)
-    if report.exists():
-        outcome.report = json.loads(report.read_text())
-        if any(breakage.noticed_by in test for test in outcome.report.get("failed", [])):
-            outcome.verdict, outcome.words = "ok", f"{breakage.promise}: broken, noticed by {breakage.noticed_by}"
-    outcome.seconds = time.monotonic() - started
-    return outcome
+    # The steps before the tests may fail or not; what counts is what the tests say.
+    _code, report = attempt(way, name, ["test"] if name == "example" else sequence(name), new=True, clean=True)
+    noticed = any(breakage.noticed_by in test for test in report.get("failed", []))
+    words = f"{breakage.promise}: broken, {'noticed by' if noticed else 'and not noticed by'} {breakage.noticed_by}"
+    return Outcome(name, "ok" if noticed else "FAILED", time.monotonic() - started, words)
 
 
 def sequence(name: str) -> list[str]:
