@@ -7,7 +7,8 @@
 A composefs mount is an overlay with one lower layer, the EROFS image, and one data-only layer, the repository's ``objects/``. The image is
 given as an open descriptor that the caller measured: the bytes that were measured are the bytes that are mounted.
 
-What kernels take: overlay with data-only layers since 6.5, ``verity=`` since 6.6, ``lowerdir+`` since 6.7, EROFS on a plain file since
+What kernels take: overlay with data-only layers since 6.5 (before, the objects are an ordinary layer under an image that hides their
+directories, and nothing can insist on fs-verity), ``verity=`` since 6.6, ``lowerdir+`` since 6.7, EROFS on a plain file since
 6.12 (a loop device before), descriptors of detached mounts as layers since 6.15 (an attached helper mount before). Each attempt gets a new
 context, for a failed option may leave traces in the old one.
 """
@@ -19,6 +20,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import stat
 import struct
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -158,7 +160,7 @@ def mount(request: Request, path: str, beneath: bool = False) -> None:
             overlay = _mount_overlay(kernel, request, erofs)
             stack.callback(os.close, overlay)
             flags = _MOVE_EMPTY_PATH | (_MOVE_BENEATH if beneath else 0)
-            kernel.call(f"attaching to {target}", _MOVE_MOUNT, overlay, b"", _AT_FDCWD, os.fsencode(target), flags)
+            kernel.call(_beneath(target) if beneath else f"attaching to {target}", _MOVE_MOUNT, overlay, b"", _AT_FDCWD, os.fsencode(target), flags)
     except _KernelRefused as refusal:
         raise _explain(refusal, request, target) from refusal
     except OSError as error:
@@ -260,15 +262,15 @@ def _mount_overlay(kernel: _Kernel, request: Request, erofs: int) -> int:
     with _attached(kernel, erofs) as helper:
         lower = os.open(helper, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            layers = f"/proc/self/fd/{lower}", f"/proc/self/fd/{request.objects}"
-            for separate in (True, False):
+            first, data = f"/proc/self/fd/{lower}", f"/proc/self/fd/{request.objects}"
+            forms = [{"lowerdir+": first, "datadir+": data}, {"lowerdir": f"{first}::{data}"}]
+            if not request.verity and _hides_objects(helper):
+                forms.append({"lowerdir": f"{first}:{data}"})
+            for form in forms:
                 try:
                     with _overlay(kernel, request) as context:
-                        if separate:
-                            context.string("lowerdir+", layers[0])
-                            context.string("datadir+", layers[1])
-                        else:
-                            context.string("lowerdir", "::".join(layers))
+                        for key, value in form.items():
+                            context.string(key, value)
                         return context.create(_attributes(request))
                 except _KernelRefused as error:
                     if error.errno not in _NOT_THIS_WAY:
@@ -277,6 +279,21 @@ def _mount_overlay(kernel: _Kernel, request: Request, erofs: int) -> int:
         finally:
             os.close(lower)
     raise refusal
+
+
+def _hides_objects(image: str) -> bool:
+    """Whether the image, attached at ``image``, may lie on the objects as on any other layer, which is all that kernels before 6.5 know.
+
+    Then the directories of the objects would show in its root, unless it has a whiteout for each of them. Images of format V1 bring those.
+    """
+    for first in range(256):
+        try:
+            found = os.lstat(f"{image}/{first:02x}")
+        except FileNotFoundError:
+            return False
+        if not stat.S_ISCHR(found.st_mode) or found.st_rdev != 0:
+            return False
+    return True
 
 
 def _overlay(kernel: _Kernel, request: Request) -> _Context:
@@ -324,6 +341,10 @@ def _attached(kernel: _Kernel, erofs: int) -> Iterator[str]:
         os.rmdir(helper)
 
 
+def _beneath(target: str) -> str:
+    return f"attaching under the mount at {target}"
+
+
 def _explain(refusal: _KernelRefused, request: Request, target: str) -> EngineError:
     words = f" The kernel says: {refusal.words}." if refusal.words else ""
     text = f"Mounting the image {request.image_id} at {target} failed when {refusal.step}: {os.strerror(refusal.errno)}.{words}"
@@ -339,10 +360,12 @@ def _explain(refusal: _KernelRefused, request: Request, target: str) -> EngineEr
         return MountFailed(text, f"The last mount with {request.workdir} was volatile, so what is there may be torn: empty the upper and the work directory.")
     if refusal.step == "creating the erofs" and refusal.errno in (errno.EINVAL, errno.EUCLEAN):
         return MountFailed(text, "The object is no EROFS image that this kernel understands, or its file system cannot hold one; the kernel's log says more.")
+    if refusal.errno == errno.EINVAL and refusal.step == _beneath(target):
+        return MountFailed(text, "Kernels before 6.5 cannot put a mount under another: unmount the old image first, then mount the new one.")
     if refusal.errno == errno.EINVAL:
         return MountFailed(
             text,
-            "Kernels before 6.5 cannot mount composefs images, and before 6.6 not with verity; file systems without d_type, or overlays, cannot hold "
-            "objects. The kernel's log may say more.",
+            "Kernels before 6.6 cannot mount with verity, and before 6.5 only images of format V1; file systems without d_type, or overlays, cannot "
+            "hold objects. The kernel's log may say more.",
         )
     return MountFailed(text)

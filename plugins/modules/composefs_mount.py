@@ -96,7 +96,8 @@ options:
     default: false
 notes:
   - Mounting needs root, more exactly the capability C(CAP_SYS_ADMIN) in the initial user namespace.
-  - Linux 6.5 or later is needed, 6.6 for fs-verity. Before 6.12 each image takes a loop device.
+  - Linux 6.6 or later is needed for O(verity=required), and 6.5 to put one image in the place of another. Without both, older kernels mount images of
+    format V1, which is what M(composefs.oci.composefs_image) makes. Before 6.12 each image takes a loop device.
   - A repository on an overlay file system, such as in most containers, cannot be mounted from.
   - Services that use a persistent mount should be ordered after its unit, RV(unit).
 seealso:

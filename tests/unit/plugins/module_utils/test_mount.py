@@ -10,7 +10,9 @@ import errno
 import fcntl
 import os
 import pathlib
+import stat
 import struct
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -50,6 +52,7 @@ class Kernel:
             kinds[result] = "mount"
         elif number == MOVE_MOUNT:
             said = f"attach {os.fsdecode(arguments[3])} {arguments[4]:#x}".replace(str(os.getpid()), "self")
+            refuse = errno.EINVAL if arguments[4] & 0x200 and self.version < (6, 5) else 0
         self.calls.append(said)
         if refuse:
             if number == FSOPEN:
@@ -62,7 +65,9 @@ class Kernel:
             return errno.ENOTBLK if command == 6 and self.version < (6, 12) and not self.is_loop else 0
         if self.version < (6, 5):
             # Any string is taken and looked at when the overlay is made; a descriptor is not.
-            return {5: errno.EOPNOTSUPP, 6: errno.EINVAL}.get(command, 0)
+            self.given = {**({} if key == "source" else self.given), key: value}
+            plain = set(self.given) <= {"source", "metacopy", "redirect_dir", "lowerdir", ""} and "::" not in self.given.get("lowerdir", "::")
+            return errno.EOPNOTSUPP if command == 5 else errno.EINVAL if command == 6 and not plain else 0
         if key in ("lowerdir+", "datadir+"):
             if value == "fd":
                 return 0 if self.version >= (6, 15) else errno.EBADF if self.version >= (6, 13) else errno.EINVAL
@@ -72,6 +77,7 @@ class Kernel:
         return 0
 
     is_loop = False
+    given: dict[str, str] = {}
 
     def umount(self, path: str, flags: int) -> None:
         self.calls.append(f"umount {path} {flags}")
@@ -177,9 +183,53 @@ def test_einval_everywhere_is_explained_with_the_kernels_words(kernel: type[Kern
     assert not any(call.startswith(f"attach {tmp_path} ") for call in kernel.calls)
 
 
+@pytest.fixture
+def stubs(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Names in the root of the attached image that are whiteouts; as an image of format V1 has them, unless a test takes some away."""
+    names = {f"{first:02x}" for first in range(256)}
+
+    def lstat(path: str) -> Any:
+        if os.path.basename(path) not in names:
+            raise FileNotFoundError(errno.ENOENT, "none", path)
+        return types.SimpleNamespace(st_mode=stat.S_IFCHR, st_rdev=0)
+
+    monkeypatch.setattr(mount, "os", types.SimpleNamespace(**{**vars(os), "lstat": lstat}))
+    return names
+
+
+def test_before_6_5_the_objects_are_an_ordinary_layer_under_an_image_that_hides_them(
+    kernel: type[Kernel], image: int, tmp_path: pathlib.Path, stubs: set[str]
+) -> None:
+    kernel.version = (6, 1)
+    mount.mount(request(image), str(tmp_path))
+    joined = [call for call in plain(kernel.calls, image) if call.startswith("lowerdir=")]
+    assert [call.endswith("::/proc/self/fd/IMAGE") for call in joined] == [True, False] and joined[1].endswith(":/proc/self/fd/IMAGE")
+    assert kernel.calls[-1] == f"attach {tmp_path} 0x4"
+
+
+def test_before_6_5_an_image_that_would_show_the_objects_is_not_mounted(kernel: type[Kernel], image: int, tmp_path: pathlib.Path, stubs: set[str]) -> None:
+    kernel.version = (6, 1)
+    stubs.discard("7f")
+    with pytest.raises(MountFailed, match="before 6.5 only images of format V1"):
+        mount.mount(request(image), str(tmp_path))
+
+
+def test_before_6_5_replacing_a_mount_says_what_to_do_instead(kernel: type[Kernel], image: int, tmp_path: pathlib.Path, stubs: set[str]) -> None:
+    kernel.version = (6, 1)
+    with pytest.raises(MountFailed, match="attaching under the mount at .*before 6.5 cannot put a mount under another: unmount the old image first"):
+        mount.replace(request(image), str(tmp_path))
+    assert not any(call.startswith(f"umount {tmp_path} ") for call in kernel.calls), "the old mount stays"
+
+
+def test_before_6_5_nothing_is_mounted_that_should_insist_on_verity(kernel: type[Kernel], image: int, tmp_path: pathlib.Path, stubs: set[str]) -> None:
+    kernel.version = (6, 1)
+    with pytest.raises(MountFailed, match="before 6.6 cannot mount with verity"):
+        mount.mount(request(image, verity=True), str(tmp_path))
+
+
 def test_verity_before_6_6_is_not_dropped_silently(kernel: type[Kernel], image: int, tmp_path: pathlib.Path) -> None:
     kernel.version = (6, 5)
-    with pytest.raises(MountFailed, match="option verity.*before 6.6 not with verity"):
+    with pytest.raises(MountFailed, match="option verity.*before 6.6 cannot mount with verity"):
         mount.mount(request(image, verity=True), str(tmp_path))
 
 
