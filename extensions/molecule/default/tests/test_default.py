@@ -42,6 +42,8 @@ def foretold(result: dict[str, Any]) -> dict[str, Any]:
 def test_the_role_brought_what_is_needed(host: Any) -> None:
     assert host.package("skopeo").is_installed
     assert host.run(LIBRARIES).rc == 0
+    # Nothing is installed that is not needed.
+    assert host.package("python3-zstandard").is_installed is (host.run("python3 -c 'import compression.zstd'").rc != 0)
 
 
 def test_the_repository_holds_the_images_and_nothing_is_damaged(repository: Repository, lab: dict[str, Any]) -> None:
