@@ -2,20 +2,38 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Make a repository and pull into it, with the engine alone: pull_in_guest.py PATH required|disabled REFERENCE NAME."""
+"""Make a repository and pull into it, with the engine alone: pull_in_guest.py PATH required|disabled REFERENCE NAME.
+
+It prints "begun" when the first layer is on its way, and at the end whether anything changed.
+"""
 
 from __future__ import annotations
 
 import sys
 
 from plugins.module_utils import fsverity, provision, pull
-from plugins.module_utils.progress import Progress
+from plugins.module_utils.progress import Event, Progress
 from plugins.module_utils.repository import Repository
 from plugins.module_utils.skopeo import ProxyOptions
+
+
+class Begun:
+    """Tells of the first event."""
+
+    told = False
+
+    def event(self, _event: Event) -> None:
+        if not self.told:
+            print("begun", flush=True)
+        self.told = True
+
+    def close(self) -> None:
+        pass
+
 
 path, verity, reference, name = sys.argv[1:]
 provision.prepare(path, fsverity.SHA256, verity)
 proxy = ProxyOptions(executable=("skopeo",), tls_verify=False, unenforced_policy="ignore")
 with Repository.open(path) as repository:
-    (outcome,) = pull.pull_images(repository, [pull.Request(reference, name)], pull.Options(proxy=proxy), Progress(None))
+    (outcome,) = pull.pull_images(repository, [pull.Request(reference, name)], pull.Options(proxy=proxy), Progress(Begun()))
 print("changed" if outcome.changed else "no change")
