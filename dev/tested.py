@@ -59,29 +59,31 @@ def _numbers(version: str) -> list[int]:
     return [int(part) for part in re.findall(r"\d+", version)]
 
 
-def readme_table(entries: list[Entry]) -> str:
-    """One row for each pair of a controller and a set of hosts, with the scenarios that passed there."""
-    rows: dict[tuple[str, str], list[Entry]] = {}
+def rows(entries: list[Entry]) -> list[tuple[str, str, list[Entry]]]:
+    """The runs by what they ran on: one row for each pair of a controller and a set of hosts."""
+    found: dict[tuple[str, str], list[Entry]] = {}
     for entry in entries:
-        key = f"{entry['ansible']} on Python {entry['controller']}", "; ".join(entry["hosts"])
-        rows.setdefault(key, []).append(entry)
+        found.setdefault((f"{entry['ansible']} on Python {entry['controller']}", "; ".join(entry["hosts"])), []).append(entry)
+    return [(controller, hosts, runs) for (controller, hosts), runs in found.items()]
+
+
+def readme_table(entries: list[Entry]) -> str:
+    """The scenarios that passed, as Markdown; the tests of a scenario that ran in both forms count once."""
     lines = ["| ansible-core | hosts | scenarios that passed | tests |", "|---|---|---|---|"]
-    for (controller, hosts), found in rows.items():
-        names = sorted({f"`{entry['scenario']}`" for entry in found})
-        tests = sum(max(entry["tests"] for entry in found if entry["scenario"] == name) for name in {entry["scenario"] for entry in found})
-        lines.append(f"| {controller} | {hosts} | {', '.join(names)} | {tests} |")
+    for controller, hosts, runs in rows(entries):
+        tests: dict[str, int] = {}
+        for run in runs:
+            tests[run["scenario"]] = max(run["tests"], tests.get(run["scenario"], 0))
+        lines.append(f"| {controller} | {hosts} | {', '.join(f'`{name}`' for name in sorted(tests))} | {sum(tests.values())} |")
     return "\n".join(lines)
 
 
 def times_table(entries: list[Entry]) -> str:
-    """How long each run took, as reStructuredText."""
-    lines = [".. list-table::", "   :header-rows: 1", "", "   * - Scenario", "     - ansible-core", "     - Hosts", "     - Tests", "     - Seconds"]
-    for entry in sorted(entries, key=lambda one: (one["scenario"], one["long"], _numbers(one["ansible"]), one["hosts"])):
-        lines.append(f"   * - ``{entry['scenario']}``{' (long)' if entry['long'] else ''}")
-        lines.append(f"     - {entry['ansible']}")
-        lines.append(f"     - {'; '.join(entry['hosts'])}")
-        lines.append(f"     - {entry['tests']}")
-        lines.append(f"     - {entry['seconds']}")
+    """How many tests each scenario has and how long it took, as reStructuredText."""
+    lines = [".. list-table::", "   :header-rows: 1", "", "   * - ansible-core", "     - Hosts", "     - Scenarios: tests, seconds"]
+    for controller, hosts, runs in rows(entries):
+        told = [f"``{run['scenario']}``{' (long)' if run['long'] else ''}: {run['tests']}, {run['seconds']}" for run in runs]
+        lines += [f"   * - {controller}", f"     - {hosts}", f"     - {'; '.join(told)}"]
     return "\n".join(lines)
 
 
