@@ -53,6 +53,7 @@ class Session:
         self._skopeo_version: str | None = None
         self._asked: threading.Thread | None = None
         self._asking: list[threading.Thread] = []
+        self._closed = False
         self._retries = retries
         self._progress = progress
         self._proxy: ImageProxy | None = None
@@ -122,8 +123,8 @@ class Session:
         """Begin to ask what the reference itself leads to; the function that is returned, to be called with the manifest's
         digest as the source knows it, waits for the digest of the index (None: there is none).
 
-        The image proxy tells only the digest of the platform's manifest. So skopeo is asked a second time, beside the first, and a
-        failure here is no failure of the pull.
+        The image proxy tells only the digest of the platform's manifest. So skopeo is asked a second time, beside the first, and again after
+        a passing fault, for a task that names the index's digest cannot do without the answer. A lasting failure is none of the pull.
         """
         if not reference.is_remote or reference.digest:
             # A digest in the reference answers the question: either it is the manifest's own, or it is the index's.
@@ -131,8 +132,17 @@ class Session:
         found: list[str | None] = [None]
 
         def ask() -> None:
-            with contextlib.suppress(EngineError):
-                found[0] = top_digest(self.options, reference)[0]
+            attempt = 0
+            while not self._closed:
+                try:
+                    found[0] = top_digest(self.options, reference)[0]
+                    return
+                except EngineError as error:
+                    if attempt >= self._retries or not is_passing(error):
+                        return
+                    attempt += 1
+                    self.retried += 1
+                    pause(attempt, error, self._progress)
 
         thread = threading.Thread(target=ask, name="index", daemon=True)
         self._asking.append(thread)
@@ -161,6 +171,7 @@ class Session:
 
     def close(self) -> None:
         """End the proxy."""
+        self._closed = True
         with self._lock:
             proxy, self._proxy = self._proxy, None
             self._images.clear()

@@ -174,6 +174,28 @@ def test_local_sources_have_no_index_digest(world: World) -> None:
     assert talk().ask_index_digest(parse_reference("oci:/somewhere"))("sha256:" + "b" * 64) is None
 
 
+def test_the_index_is_asked_for_again_after_a_passing_fault(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "pause", lambda attempt, error, progress: None)
+    ask, failures = session.top_digest, [GONE, GONE]
+
+    def fail_twice(options: Any, reference: Any) -> tuple[str, bytes]:
+        if failures:
+            raise failures.pop()
+        return ask(options, reference)
+
+    monkeypatch.setattr(session, "top_digest", fail_twice)
+    conversation = talk(retries=2)
+    reference = parse_reference(REGISTRY + "index")
+    answer = conversation.ask_index_digest(reference)
+    assert answer(conversation.manifest(reference)[0]) and conversation.retried == 2
+
+
+def test_an_index_that_is_refused_is_not_asked_for_again(world: World) -> None:
+    world.index_failure = AuthFailed("Opening it: unauthorized.", "Log in.")
+    conversation = talk(retries=2)
+    assert conversation.ask_index_digest(APP)("sha256:" + "b" * 64) is None and conversation.retried == 0
+
+
 def test_an_index_that_cannot_be_asked_for_is_no_failure(world: World) -> None:
     world.index_failure = GONE
     assert talk().ask_index_digest(APP)("sha256:" + "b" * 64) is None
