@@ -27,8 +27,10 @@ def provide_engine() -> None:
 
 
 def pull(options: argparse.Namespace) -> list[dict[str, Any]]:
-    from ansible_collections.composefs.oci.plugins.module_utils import plan, progress, pull, repository
-    from ansible_collections.composefs.oci.plugins.module_utils.imageproxy import ProxyOptions
+    from ansible_collections.composefs.oci.plugins.module_utils import progress
+    from ansible_collections.composefs.oci.plugins.module_utils.pull import plan, pull
+    from ansible_collections.composefs.oci.plugins.module_utils.store import repository
+    from ansible_collections.composefs.oci.plugins.module_utils.source.imageproxy import ProxyOptions
 
     sink = progress.TerminalSink(sys.stderr) if options.progress else None
     listener = progress.Progress(sink)

@@ -32,7 +32,10 @@ from pull import provide_engine
 
 provide_engine()
 
-from ansible_collections.composefs.oci.plugins.module_utils import forked, fsverity, layer, oci, provision, repository
+from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity, oci
+from ansible_collections.composefs.oci.plugins.module_utils.host import forked
+from ansible_collections.composefs.oci.plugins.module_utils.pull import layer
+from ansible_collections.composefs.oci.plugins.module_utils.store import provision, repository
 
 
 def specifications(layout: pathlib.Path) -> list[layer.LayerSpec]:

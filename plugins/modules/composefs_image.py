@@ -376,14 +376,14 @@ error:
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.composefs.oci.plugins.module_utils import pull
+from ansible_collections.composefs.oci.plugins.module_utils.pull import pull
 from ansible_collections.composefs.oci.plugins.module_utils.errors import EngineError, InvalidReference, MissingLibrary, SkopeoMissing
-from ansible_collections.composefs.oci.plugins.module_utils.modulehelp import opened_repository, repository_path, run_module
-from ansible_collections.composefs.oci.plugins.module_utils.oci import is_digest, parse_reference
+from ansible_collections.composefs.oci.plugins.module_utils.module import opened_repository, repository_path, run_module
+from ansible_collections.composefs.oci.plugins.module_utils.formats.oci import is_digest, parse_reference
 from ansible_collections.composefs.oci.plugins.module_utils.progress import FileSink, Progress
-from ansible_collections.composefs.oci.plugins.module_utils.publish import Images
-from ansible_collections.composefs.oci.plugins.module_utils.repository import Repository
-from ansible_collections.composefs.oci.plugins.module_utils.skopeo import ProxyOptions
+from ansible_collections.composefs.oci.plugins.module_utils.pull.publish import Images
+from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
+from ansible_collections.composefs.oci.plugins.module_utils.source.skopeo import ProxyOptions
 
 
 def requests_of(params: dict) -> list[pull.Request]:

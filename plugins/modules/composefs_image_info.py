@@ -212,12 +212,12 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.composefs.oci.plugins.module_utils import exports
-from ansible_collections.composefs.oci.plugins.module_utils.diskuse import disk_use
+from ansible_collections.composefs.oci.plugins.module_utils.operations import exports
+from ansible_collections.composefs.oci.plugins.module_utils.operations.diskuse import disk_use
 from ansible_collections.composefs.oci.plugins.module_utils.errors import ImageNotFound
-from ansible_collections.composefs.oci.plugins.module_utils.images import list_images
-from ansible_collections.composefs.oci.plugins.module_utils.modulehelp import opened_repository, repository_path, run_module
-from ansible_collections.composefs.oci.plugins.module_utils.repository import Repository
+from ansible_collections.composefs.oci.plugins.module_utils.operations.images import list_images
+from ansible_collections.composefs.oci.plugins.module_utils.module import opened_repository, repository_path, run_module
+from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 
 EMPTY: dict[str, Any] = {"changed": False, "repository": None, "images": [], "dumpfile": None}
 

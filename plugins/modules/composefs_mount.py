@@ -202,9 +202,10 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.composefs.oci.plugins.module_utils import mountinfo, mounts, mountunit
-from ansible_collections.composefs.oci.plugins.module_utils.modulehelp import repository_path, run_module
-from ansible_collections.composefs.oci.plugins.module_utils.repository import Repository
+from ansible_collections.composefs.oci.plugins.module_utils.host import mountinfo
+from ansible_collections.composefs.oci.plugins.module_utils.operations import mounts, mountunit
+from ansible_collections.composefs.oci.plugins.module_utils.module import repository_path, run_module
+from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 
 ARGUMENT_SPEC = {
     "image": {"type": "str"},

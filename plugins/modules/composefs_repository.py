@@ -196,9 +196,11 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.composefs.oci.plugins.module_utils import fsverity, hostfs, provision
+from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
+from ansible_collections.composefs.oci.plugins.module_utils.host import hostfs
+from ansible_collections.composefs.oci.plugins.module_utils.store import provision
 from ansible_collections.composefs.oci.plugins.module_utils.errors import EngineError, IOFailed, doing
-from ansible_collections.composefs.oci.plugins.module_utils.modulehelp import repository_path, run_module
+from ansible_collections.composefs.oci.plugins.module_utils.module import repository_path, run_module
 
 ARGUMENT_SPEC = {
     "path": {"type": "path"},

@@ -23,7 +23,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests" / "unit"), str(ROOT / "tests" / "support")]
 
 __import__("conftest")  # makes the collection importable
-from ansible_collections.composefs.oci.plugins.module_utils import erofs, erofsread, fsverity
+from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
+from ansible_collections.composefs.oci.plugins.module_utils.rootfs import erofs, erofsread
 from ansible_collections.composefs.oci.plugins.module_utils.errors import FormatError, InvalidLayer
 from readdump import read_dump
 

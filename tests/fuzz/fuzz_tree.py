@@ -24,9 +24,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests" / "unit")]
 
 __import__("conftest")  # makes the collection importable
-from ansible_collections.composefs.oci.plugins.module_utils import boot, erofs, fsverity
+from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
+from ansible_collections.composefs.oci.plugins.module_utils.rootfs import boot, erofs
 from ansible_collections.composefs.oci.plugins.module_utils.errors import EngineError
-from ansible_collections.composefs.oci.plugins.module_utils.tree import XATTR_MODES, TreeBuilder
+from ansible_collections.composefs.oci.plugins.module_utils.rootfs.tree import XATTR_MODES, TreeBuilder
 from ansible_collections.composefs.oci.tests.support.layers import Objects, base
 from ansible_collections.composefs.oci.tests.support.tarbytes import header, member, padding, small_tree, tar
 

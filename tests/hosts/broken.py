@@ -49,7 +49,7 @@ BREAKAGES = (
     Breakage(
         "default",
         "objects hold what their names say",
-        ENGINE + "objects.py",
+        ENGINE + "store/objects.py",
         "written = os.write(draft.fd, data)",
         'written = os.write(draft.fd, bytes(data[:-1]) + b"?")',
         "test_the_repository_holds_the_images_and_nothing_is_damaged",
@@ -58,7 +58,7 @@ BREAKAGES = (
     Breakage(
         "registry",
         "the password is on no command line",
-        ENGINE + "skopeo.py",
+        ENGINE + "source/skopeo.py",
         'argv += ["--authfile", f"/proc/self/fd/{descriptor}"]',
         'argv += ["--creds", f"{options.username}:{options.password}"]',
         "test_no_process_showed_the_password",
@@ -75,7 +75,7 @@ BREAKAGES = (
     Breakage(
         "transports",
         "what is there is not fetched again",
-        ENGINE + "plan.py",
+        ENGINE + "pull/plan.py",
         "    if stored is None or not repository.objects.contains(stored):\n",
         "    if True:\n",
         "test_a_docker_archive_has_the_same_layers",
@@ -91,7 +91,7 @@ BREAKAGES = (
     Breakage(
         "unprivileged",
         "nobody else gets into the repository",
-        ENGINE + "provision.py",
+        ENGINE + "store/provision.py",
         "DIRECTORY_MODE = 0o700",
         "DIRECTORY_MODE = 0o755",
         "test_all_of_it_belongs_to_the_user_and_nobody_else_gets_in",
@@ -108,7 +108,7 @@ BREAKAGES = (
     Breakage(
         "faults",
         "no temporary file is left",
-        ENGINE + "objects.py",
+        ENGINE + "store/objects.py",
         "self._tmpfile = True",
         "self._tmpfile = False",
         "test_no_temporary_file_and_no_process_is_left",
@@ -116,7 +116,7 @@ BREAKAGES = (
     Breakage(
         "faults",
         "the next run looks after what was left unfinished",
-        ENGINE + "imports.py",
+        ENGINE + "store/imports.py",
         '                os.unlink(f"{IMPORTS}/{name}", dir_fd=root)\n',
         "",
         "test_everything_is_whole_in_the_end",
@@ -124,7 +124,7 @@ BREAKAGES = (
     Breakage(
         "upgrade",
         "streams in the older format are read",
-        ENGINE + "splitstream.py",
+        ENGINE + "formats/splitstream.py",
         "elif header[18:29] == _MAGIC:",
         "elif False:",
         "test_what_was_there_is_not_pulled_again",
@@ -132,7 +132,7 @@ BREAKAGES = (
     Breakage(
         "upgrade",
         "what is there is not written anew",
-        ENGINE + "provision.py",
+        ENGINE + "store/provision.py",
         "_try_out(path, algorithm, PREFERRED)",
         'os.chmod(f"{path}/objects/{_object_names(path)[0]}", 0o600)',
         "test_nothing_that_was_there_is_changed_or_gone",
@@ -140,7 +140,7 @@ BREAKAGES = (
     Breakage(
         "example",
         "a pull that is done is not marked as unfinished",
-        ENGINE + "imports.py",
+        ENGINE + "store/imports.py",
         "os.unlink(self._name, dir_fd=self._root)",
         "pass",
         "test_every_image_is_there_and_whole",
@@ -148,7 +148,7 @@ BREAKAGES = (
     Breakage(
         "verity",
         "objects are sealed",
-        ENGINE + "objects.py",
+        ENGINE + "store/objects.py",
         "            if self._seal:\n                self._seal_draft(draft, digest)\n            self._place",
         "            self._place",
         "test_every_object_is_measured_by_the_kernel",
@@ -156,7 +156,7 @@ BREAKAGES = (
     Breakage(
         "verity",
         "mounts insist on fs-verity",
-        ENGINE + "mount.py",
+        ENGINE + "host/mount.py",
         'context.string("verity", "require")',
         "pass",
         "test_the_image_is_mounted_and_the_kernel_insists_on_fs_verity",
@@ -164,7 +164,7 @@ BREAKAGES = (
     Breakage(
         "verity",
         "a file system without fs-verity is refused",
-        ENGINE + "provision.py",
+        ENGINE + "store/provision.py",
         "if lack is not None and verity == REQUIRED:",
         "if False:",
         "test_a_file_system_without_fs_verity_is_refused_at_preparation",
@@ -172,7 +172,7 @@ BREAKAGES = (
     Breakage(
         "verity",
         "a persistent mount is back after a reboot",
-        ENGINE + "mountunit.py",
+        ENGINE + "operations/mountunit.py",
         'os.symlink(f"{places.units}/{name}", link)',
         "pass",
         "test_the_persistent_mount_comes_back_after_a_reboot",
@@ -180,7 +180,7 @@ BREAKAGES = (
     Breakage(
         "power",
         "what has a name is on the disk",
-        ENGINE + "hostfs.py",
+        ENGINE + "host/hostfs.py",
         "if library.syncfs(fd):",
         "if False:",
         "test_nothing_that_has_a_name_is_damaged_by_a_power_cut",

@@ -19,11 +19,12 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from ansible_collections.composefs.oci.plugins.module_utils import boot, fsverity
-from ansible_collections.composefs.oci.plugins.module_utils.inodes import FileSystem
-from ansible_collections.composefs.oci.plugins.module_utils.tar import EntryReader, Splitter
-from ansible_collections.composefs.oci.plugins.module_utils.tarheader import Entry
-from ansible_collections.composefs.oci.plugins.module_utils.tree import TreeBuilder
+from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
+from ansible_collections.composefs.oci.plugins.module_utils.rootfs import boot
+from ansible_collections.composefs.oci.plugins.module_utils.rootfs.inodes import FileSystem
+from ansible_collections.composefs.oci.plugins.module_utils.formats.tar import EntryReader, Splitter
+from ansible_collections.composefs.oci.plugins.module_utils.formats.tarheader import Entry
+from ansible_collections.composefs.oci.plugins.module_utils.rootfs.tree import TreeBuilder
 from ansible_collections.composefs.oci.tests.support.tarbytes import DIRECTORY, member
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import stat as st
 
-from ansible_collections.composefs.oci.plugins.module_utils import fsverity
-from ansible_collections.composefs.oci.plugins.module_utils.inodes import Directory, Leaf, Stat
+from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
+from ansible_collections.composefs.oci.plugins.module_utils.rootfs.inodes import Directory, Leaf, Stat
 
 INLINE_LIMIT = 64
 

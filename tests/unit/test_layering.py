@@ -18,56 +18,79 @@ from ansible_collections.composefs.oci.plugins.module_utils import errors
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 ENGINE = ROOT / "plugins" / "module_utils"
 
-# Lowest first. A room may import rooms of lower floors only, never one of its own floor: that keeps the order free of cycles and
-# shows where a new room belongs. Formats turn bytes into values and back and stand below everything that does I/O.
-FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "inodes", "progress", "erofsformat"),
-    ("forked",),
-    # formats
-    ("automaton", "codecs", "dumpfile", "fsverity", "oci", "refs", "tarheader"),
-    ("erofsinodes", "metadata", "schemas", "splitstream", "tar", "tree"),
-    ("erofs", "erofsread", "selinux"),
-    ("boot",),
-    # ground: the host's file systems and mounts, objects, skopeo
-    ("hostfs", "mountinfo", "skopeo"),
-    ("imageproxy", "objects"),
-    # plumbing: one layer, one repository, one conversation with a source
-    ("storer",),
-    ("imports", "layer", "mount", "session"),
-    ("repository",),
-    ("documents", "provision"),
-    ("modulehelp",),
-    # porcelain: the verbs
-    ("assemble", "diskuse", "fetch", "images", "plan"),
-    ("mounts", "publish"),
-    ("exports", "mountmain", "pull"),
-    ("mountunit",),
-)
-FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+# Which wings each wing may know. The root ("") is what everybody stands on; source and store never meet, pull joins them.
+MAY_KNOW: dict[str, set[str]] = {
+    "": set(),
+    "formats": {""},
+    "rootfs": {"", "formats"},
+    "host": {"", "formats"},
+    "source": {"", "formats", "host"},
+    "store": {"", "formats", "rootfs", "host"},
+    "pull": {"", "formats", "rootfs", "host", "source", "store"},
+    "operations": {"", "formats", "rootfs", "host", "source", "store", "pull"},
+}
+
+# Within a wing lowest first. A room may import rooms of lower floors only, never one of its own floor: that keeps the order free of cycles
+# and shows where a new room belongs.
+FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "": (("errors", "progress"),),
+    "formats": (("codecs", "fsverity", "oci", "refs", "tarheader"), ("metadata", "schemas", "splitstream", "tar")),
+    "rootfs": (("automaton", "erofsformat", "inodes"), ("dumpfile", "erofsinodes", "tree"), ("erofs", "erofsread", "selinux"), ("boot",)),
+    "host": (("forked", "hostfs", "mountinfo"), ("mount",)),
+    "source": (("skopeo",), ("imageproxy",), ("session",)),
+    "store": (("objects",), ("imports",), ("repository",), ("documents", "provision")),
+    "pull": (("storer",), ("layer",), ("assemble", "fetch", "plan"), ("publish",), ("pull",)),
+    "operations": (("diskuse", "images"), ("mounts",), ("exports", "mountmain"), ("mountunit",)),
+}
+# The threshold to Ansible stands at the root and looks into the house; no room looks at it.
+THRESHOLD = "module"
+
+FLOOR = {f"{wing}.{room}" if wing else room: number for wing, floors in FLOORS.items() for number, rooms in enumerate(floors) for room in rooms}
 
 # Only these know that there are other programs.
-STARTS_PROGRAMS = {"imageproxy", "skopeo"}
+STARTS_PROGRAMS = {"source.imageproxy", "source.skopeo"}
 
-ROOMS = sorted(path.stem for path in ENGINE.glob("*.py") if path.stem != "__init__")
+# These wings turn bytes into values and back, or values into values; they open nothing.
+SANS_IO = ("formats", "rootfs")
+OPENERS = {"open", "opendir", "scandir", "listdir"}
+
+ROOMS = sorted(".".join(path.relative_to(ENGINE).with_suffix("").parts) for path in ENGINE.rglob("*.py") if path.stem != "__init__")
+
+
+def source_of(room: str) -> str:
+    return (ENGINE / f"{room.replace('.', '/')}.py").read_text(encoding="utf-8")
+
+
+def wing_of(room: str) -> str:
+    return room.rpartition(".")[0]
 
 
 def imports(room: str) -> Iterator[tuple[int, str]]:
-    """What ``room`` imports, wherever in the file: pairs of relative level and dotted name."""
-    for node in ast.walk(ast.parse((ENGINE / f"{room}.py").read_text(encoding="utf-8"))):
+    """What ``room`` imports, wherever in the file: pairs of relative level and dotted name, for relative ones from the engine's root."""
+    package = room.split(".")[:-1]
+    for node in ast.walk(ast.parse(source_of(room))):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield 0, alias.name
         elif isinstance(node, ast.ImportFrom):
-            if node.module:
-                yield node.level, node.module
+            if not node.level:
+                yield 0, node.module or ""
+                continue
+            base = package[: len(package) - node.level + 1] + (node.module.split(".") if node.module else [])
+            if ".".join(base) in ROOMS:
+                yield node.level, ".".join(base)
             else:
                 for alias in node.names:
-                    yield node.level, alias.name
+                    yield node.level, ".".join([*base, alias.name])
+
+
+def rooms_known(room: str) -> list[str]:
+    return [name for level, name in imports(room) if level]
 
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_every_room_has_a_floor(room: str) -> None:
-    assert room in FLOOR, f"give {room} a floor in FLOORS, as low as possible"
+    assert room in FLOOR or room == THRESHOLD, f"give {room} a floor in FLOORS, as low as possible"
 
 
 def test_no_floor_keeps_a_room_that_is_gone() -> None:
@@ -75,16 +98,44 @@ def test_no_floor_keeps_a_room_that_is_gone() -> None:
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_rooms_look_downwards_only(room: str) -> None:
-    wrong = [name for level, name in imports(room) if level and FLOOR.get(name.split(".")[0], -1) >= FLOOR.get(room, len(FLOORS))]
+def test_wings_look_where_they_may(room: str) -> None:
+    if room == THRESHOLD:
+        return
+    known = rooms_known(room)
+    assert [name for name in known if name not in ROOMS] == [], "these are no rooms"
+    assert [name for name in known if wing_of(name) not in {wing_of(room), *MAY_KNOW[wing_of(room)]} or name == THRESHOLD] == []
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_look_downwards_only_within_their_wing(room: str) -> None:
+    wrong = [name for name in rooms_known(room) if wing_of(name) == wing_of(room) and FLOOR.get(name, -1) >= FLOOR.get(room, 99)]
     assert wrong == [], f"{room} may not import these"
+
+
+def test_source_and_store_never_meet() -> None:
+    assert "store" not in MAY_KNOW["source"] and "source" not in MAY_KNOW["store"]
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS if wing_of(room) in SANS_IO])
+def test_formats_and_rootfs_open_nothing(room: str) -> None:
+    for node in ast.walk(ast.parse(source_of(room))):
+        if isinstance(node, ast.Call):
+            called = node.func
+            bare = isinstance(called, ast.Name) and called.id == "open"
+            of_os = isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name) and called.value.id == "os" and called.attr in OPENERS
+            assert not bare and not of_os, f"{room} opens something in line {node.lineno}"
+
+
+@pytest.mark.parametrize("wing", [wing for wing in FLOORS if wing])
+def test_the_doors_of_wings_are_empty(wing: str) -> None:
+    assert (ENGINE / wing / "__init__.py").read_bytes() == b""
 
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_the_engine_imports_no_ansible_and_itself_only_relatively(room: str) -> None:
     for level, name in imports(room):
-        assert level in (0, 1), name
-        assert level == 1 or not name.startswith("ansible"), name
+        assert level <= 2, name
+        assert level or not name.startswith("ansible"), name
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -94,7 +145,7 @@ def test_programs_are_started_in_one_place(room: str) -> None:
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_no_room_holds_several(room: str) -> None:
-    assert len((ENGINE / f"{room}.py").read_text(encoding="utf-8").splitlines()) <= 700
+    assert len(source_of(room).splitlines()) <= 700
 
 
 def sources() -> list[pathlib.Path]:
@@ -117,7 +168,7 @@ def test_every_python_file_says_whose_it_is_and_under_which_licence() -> None:
         if path.suffix != ".py" or (path.name == "__init__.py" and not path.read_text(encoding="utf-8")):
             continue
         head = "\n".join(path.read_text(encoding="utf-8").splitlines()[:4])
-        licence = "BSD-2-Clause" if path.parent == ENGINE else "GPL-3.0-or-later"
+        licence = "BSD-2-Clause" if ENGINE in path.parents else "GPL-3.0-or-later"
         assert "# Copyright (c) composefs.oci contributors" in head, path
         # Put together here, so that it is not taken for this file's own licence.
         assert "SPDX-License-" + f"Identifier: {licence}" in head, path

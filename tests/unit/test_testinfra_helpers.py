@@ -21,8 +21,11 @@ from composefs_testinfra import Repository
 from fake_source import REGISTRY, Layout, World, pull_all
 from tarbytes import DIRECTORY, member, tar
 
-from ansible_collections.composefs.oci.plugins.module_utils import documents, forked, fsverity, provision, pull
-from ansible_collections.composefs.oci.plugins.module_utils.repository import Repository as Engine
+from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
+from ansible_collections.composefs.oci.plugins.module_utils.host import forked
+from ansible_collections.composefs.oci.plugins.module_utils.pull import pull
+from ansible_collections.composefs.oci.plugins.module_utils.store import documents, provision
+from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository as Engine
 
 BIG = tar(member("usr/", type=DIRECTORY), member("usr/one", b"1" * 300_000), member("usr/two", b"2" * 5000))
 SMALL = tar(member("usr/three", b"3" * 500))

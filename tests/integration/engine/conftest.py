@@ -35,7 +35,7 @@ from tarbytes import small_tree
 from trixie_skopeo import trixie_skopeo
 
 if TYPE_CHECKING:
-    from ansible_collections.composefs.oci.plugins.module_utils.repository import Repository
+    from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 
 SBIN = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 
@@ -95,7 +95,8 @@ def place(disk: pathlib.Path) -> Iterator[pathlib.Path]:
 @pytest.fixture
 def new_repository() -> Callable[..., pathlib.Path]:
     """``new_repository(path, algorithm="sha256")`` makes an empty repository without fs-verity there, as the module would."""
-    from ansible_collections.composefs.oci.plugins.module_utils import fsverity, provision
+    from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
+    from ansible_collections.composefs.oci.plugins.module_utils.store import provision
 
     def make(path: pathlib.Path, algorithm: str = "sha256") -> pathlib.Path:
         provision.prepare(str(path), fsverity.ALGORITHMS[algorithm], provision.DISABLED)
@@ -113,7 +114,7 @@ def repository_path(place: pathlib.Path, new_repository: Callable[..., pathlib.P
 @pytest.fixture
 def repository(repository_path: pathlib.Path) -> Iterator[Repository]:
     """The same, open for writing."""
-    from ansible_collections.composefs.oci.plugins.module_utils.repository import Repository
+    from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 
     with Repository.open(str(repository_path), write=True) as opened:
         yield opened

@@ -12,11 +12,12 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from ansible_collections.composefs.oci.plugins.module_utils import pull, splitstream
+from ansible_collections.composefs.oci.plugins.module_utils.formats import splitstream
+from ansible_collections.composefs.oci.plugins.module_utils.pull import pull
 from ansible_collections.composefs.oci.plugins.module_utils.progress import Event, Progress
-from ansible_collections.composefs.oci.plugins.module_utils.publish import Images
-from ansible_collections.composefs.oci.plugins.module_utils.repository import Repository
-from ansible_collections.composefs.oci.plugins.module_utils.skopeo import ProxyOptions
+from ansible_collections.composefs.oci.plugins.module_utils.pull.publish import Images
+from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
+from ansible_collections.composefs.oci.plugins.module_utils.source.skopeo import ProxyOptions
 
 
 class Recorder:

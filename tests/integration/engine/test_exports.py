@@ -13,9 +13,9 @@ from collections.abc import Callable
 
 import pytest
 
-from ansible_collections.composefs.oci.plugins.module_utils import exports, mounts
-from ansible_collections.composefs.oci.plugins.module_utils.diskuse import disk_use
-from ansible_collections.composefs.oci.plugins.module_utils.repository import Repository
+from ansible_collections.composefs.oci.plugins.module_utils.operations import exports, mounts
+from ansible_collections.composefs.oci.plugins.module_utils.operations.diskuse import disk_use
+from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ociimage import Built, Layout
 from pulling import pull_one
 

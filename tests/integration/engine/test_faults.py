@@ -21,9 +21,10 @@ from typing import Any
 
 import pytest
 
-from ansible_collections.composefs.oci.plugins.module_utils import errors, pull
+from ansible_collections.composefs.oci.plugins.module_utils import errors
+from ansible_collections.composefs.oci.plugins.module_utils.pull import pull
 from ansible_collections.composefs.oci.plugins.module_utils.progress import MESSAGE
-from ansible_collections.composefs.oci.plugins.module_utils.repository import Repository
+from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from faultproxy import FaultProxy, Rule
 from ociimage import Layout, sha256
 from pulling import Recorder, layer_tar, names, options, pull_all, pull_one

@@ -22,10 +22,12 @@ from typing import Any
 
 import pytest
 
-from ansible_collections.composefs.oci.plugins.module_utils import fsverity, mount, mountinfo, mounts, mountunit
+from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
+from ansible_collections.composefs.oci.plugins.module_utils.host import mount, mountinfo
+from ansible_collections.composefs.oci.plugins.module_utils.operations import mounts, mountunit
 from ansible_collections.composefs.oci.plugins.module_utils.errors import Busy, FormatError, ImageNotFound, IncompatibleRepository, MountFailed
-from ansible_collections.composefs.oci.plugins.module_utils.mounts import Wish
-from ansible_collections.composefs.oci.plugins.module_utils.repository import Repository
+from ansible_collections.composefs.oci.plugins.module_utils.operations.mounts import Wish
+from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ociimage import Layout
 from pulling import pull_one
 from tarbytes import CHARDEV, DIRECTORY, member, small_tree, tar
@@ -334,8 +336,9 @@ def test_replacing_works_where_mounts_are_shared(mounted: Ensure, point: pathlib
     script = f"""
 import os, subprocess, sys
 import conftest
-from ansible_collections.composefs.oci.plugins.module_utils import mountinfo, mounts
-from ansible_collections.composefs.oci.plugins.module_utils.repository import Repository
+from ansible_collections.composefs.oci.plugins.module_utils.host import mountinfo
+from ansible_collections.composefs.oci.plugins.module_utils.operations import mounts
+from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 path = {str(point)!r}
 with Repository.open({str(pulled)!r}) as repository:
     for image in ("one", "two", "one"):

@@ -15,10 +15,14 @@ from typing import Any
 
 import pytest
 
-from ansible_collections.composefs.oci.plugins.module_utils import documents, errors, images as image_list, pull, splitstream
+from ansible_collections.composefs.oci.plugins.module_utils import errors
+from ansible_collections.composefs.oci.plugins.module_utils.formats import splitstream
+from ansible_collections.composefs.oci.plugins.module_utils.operations import images as image_list
+from ansible_collections.composefs.oci.plugins.module_utils.pull import pull
+from ansible_collections.composefs.oci.plugins.module_utils.store import documents
 from ansible_collections.composefs.oci.plugins.module_utils.progress import SKIPPED
-from ansible_collections.composefs.oci.plugins.module_utils.publish import Images
-from ansible_collections.composefs.oci.plugins.module_utils.repository import Repository
+from ansible_collections.composefs.oci.plugins.module_utils.pull.publish import Images
+from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 import tarbytes
 from ociimage import Layout, docker_directory, sha256
 from pulling import Recorder, layer_tar, names, options, pull_all, pull_one, replaced
@@ -416,7 +420,7 @@ def test_mistake_26_a_poisoned_layer_is_reported_and_replaced(images: Layout, re
 def test_a_layer_of_another_tool_is_proved_once_and_then_trusted(
     images: Layout, repository_path: pathlib.Path, cfsctl: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ansible_collections.composefs.oci.plugins.module_utils import layer
+    from ansible_collections.composefs.oci.plugins.module_utils.pull import layer
 
     proofs: list[Any] = []
     real = layer.tar_sha256

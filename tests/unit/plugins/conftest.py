@@ -14,7 +14,7 @@ import struct
 
 import pytest
 
-from ansible_collections.composefs.oci.plugins.module_utils import fsverity
+from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
 
 ENABLE = 0x40806685
 MEASURE = 0xC0046686

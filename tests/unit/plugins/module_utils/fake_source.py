@@ -24,14 +24,16 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3] / "support"))
 
 from ociimage import Layout
 
-from ansible_collections.composefs.oci.plugins.module_utils import fetch, hostfs, pull, session
+from ansible_collections.composefs.oci.plugins.module_utils.host import hostfs
+from ansible_collections.composefs.oci.plugins.module_utils.pull import fetch, pull
+from ansible_collections.composefs.oci.plugins.module_utils.source import session
 from ansible_collections.composefs.oci.plugins.module_utils.errors import EngineError, ImageNotFound, ProxyFailed
-from ansible_collections.composefs.oci.plugins.module_utils.imageproxy import BlobPipe
-from ansible_collections.composefs.oci.plugins.module_utils.oci import Descriptor, Reference, digest_of
+from ansible_collections.composefs.oci.plugins.module_utils.source.imageproxy import BlobPipe
+from ansible_collections.composefs.oci.plugins.module_utils.formats.oci import Descriptor, Reference, digest_of
 from ansible_collections.composefs.oci.plugins.module_utils.progress import Event, Progress
-from ansible_collections.composefs.oci.plugins.module_utils.publish import Images
-from ansible_collections.composefs.oci.plugins.module_utils.repository import Repository
-from ansible_collections.composefs.oci.plugins.module_utils.skopeo import passing
+from ansible_collections.composefs.oci.plugins.module_utils.pull.publish import Images
+from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
+from ansible_collections.composefs.oci.plugins.module_utils.source.skopeo import passing
 
 __all__ = ["Events", "Layout", "World", "pull_all", "settings"]
 

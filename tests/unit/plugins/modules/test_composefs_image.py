@@ -24,7 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "module_utils"))
 from fake_source import REGISTRY, Layout, World
 from ociimage import sha256
 
-from ansible_collections.composefs.oci.plugins.module_utils import codecs, forked, fsverity, provision, pull, schemas
+from ansible_collections.composefs.oci.plugins.module_utils.formats import codecs, fsverity, schemas
+from ansible_collections.composefs.oci.plugins.module_utils.host import forked
+from ansible_collections.composefs.oci.plugins.module_utils.pull import pull
+from ansible_collections.composefs.oci.plugins.module_utils.store import provision
 from ansible_collections.composefs.oci.plugins.module_utils.errors import AuthFailed, RegistryUnreachable, SkopeoMissing
 from ansible_collections.composefs.oci.plugins.modules import composefs_image
 from ansible_collections.composefs.oci.tests.support.moduleargs import arguments

@@ -16,10 +16,11 @@ pytest.importorskip("ansible.module_utils.basic", exc_type=ImportError)
 
 import yaml
 
-from ansible_collections.composefs.oci.plugins.module_utils import documents, fsverity, oci, provision
-from ansible_collections.composefs.oci.plugins.module_utils.erofs import write_image
-from ansible_collections.composefs.oci.plugins.module_utils.inodes import Directory, Leaf, Stat
-from ansible_collections.composefs.oci.plugins.module_utils.repository import Repository
+from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity, oci
+from ansible_collections.composefs.oci.plugins.module_utils.store import documents, provision
+from ansible_collections.composefs.oci.plugins.module_utils.rootfs.erofs import write_image
+from ansible_collections.composefs.oci.plugins.module_utils.rootfs.inodes import Directory, Leaf, Stat
+from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ansible_collections.composefs.oci.plugins.modules import composefs_image_info
 from ansible_collections.composefs.oci.tests.support.moduleargs import arguments
 

@@ -19,9 +19,12 @@ pytest.importorskip("ansible.module_utils.basic", exc_type=ImportError)
 import yaml
 from ansible.module_utils import basic
 
-from ansible_collections.composefs.oci.plugins.module_utils import fsverity, mount, mountinfo, mounts, mountunit, provision
+from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
+from ansible_collections.composefs.oci.plugins.module_utils.host import mount, mountinfo
+from ansible_collections.composefs.oci.plugins.module_utils.operations import mounts, mountunit
+from ansible_collections.composefs.oci.plugins.module_utils.store import provision
 from ansible_collections.composefs.oci.plugins.module_utils.errors import MountFailed
-from ansible_collections.composefs.oci.plugins.module_utils.repository import Repository
+from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ansible_collections.composefs.oci.plugins.modules import composefs_mount
 from ansible_collections.composefs.oci.tests.support.moduleargs import arguments
 

@@ -18,7 +18,8 @@ pytest.importorskip("ansible.module_utils.basic", exc_type=ImportError)
 
 import yaml
 
-from ansible_collections.composefs.oci.plugins.module_utils import fsverity, provision
+from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
+from ansible_collections.composefs.oci.plugins.module_utils.store import provision
 from ansible_collections.composefs.oci.plugins.modules import composefs_repository
 from ansible_collections.composefs.oci.tests.support.moduleargs import arguments
 

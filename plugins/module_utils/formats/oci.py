@@ -1,0 +1,579 @@
+# Copyright (c) composefs.oci contributors
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
+
+"""OCI references, platforms, descriptors, manifests, indexes and configurations as typed, bounded values. No I/O.
+
+Documents come from strangers. Whatever the bytes are, the functions here either return a value that keeps every promise of its type
+or raise an engine error; nothing in a document decides how much memory or time is spent beyond the bounds below. The bytes are kept
+as they came, since only they have the digest that names them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..errors import InvalidDocument, InvalidReference, PlatformNotFound, UnsupportedMediaType
+
+# containers/image and the distribution registry take manifests of at most 4 MiB; configurations are bounded likewise, with room for
+# what a conversion from Docker's format adds.
+MAX_MANIFEST = 4 * 1024 * 1024
+MAX_CONFIG = 8 * 1024 * 1024
+MAX_LAYERS = 4096
+MAX_INDEX = 4096
+MAX_SIZE = 2**53 - 1  # the largest integer that every JSON implementation keeps exact
+MAX_TEXT = 4096
+MAX_NESTING = 64
+# Each array or object costs some sixty bytes in memory for two in the document; this keeps a hostile document below 40 MB.
+MAX_VALUES = 300_000
+
+OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+OCI_INDEX = "application/vnd.oci.image.index.v1+json"
+OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
+OCI_EMPTY = "application/vnd.oci.empty.v1+json"
+DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
+DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
+DOCKER_CONFIG = "application/vnd.docker.container.image.v1+json"
+# The digest of the two bytes ``{}``, the configuration that artifacts share (OCI image spec, "Guidance for an empty descriptor").
+EMPTY_DIGEST = "sha256:44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
+
+_COMPRESSION = {
+    "application/vnd.oci.image.layer.v1.tar": "none",
+    "application/vnd.oci.image.layer.v1.tar+gzip": "gzip",
+    "application/vnd.oci.image.layer.v1.tar+zstd": "zstd",
+    "application/vnd.oci.image.layer.nondistributable.v1.tar": "none",
+    "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip": "gzip",
+    "application/vnd.oci.image.layer.nondistributable.v1.tar+zstd": "zstd",
+    "application/vnd.docker.image.rootfs.diff.tar": "none",
+    "application/vnd.docker.image.rootfs.diff.tar.gzip": "gzip",
+    "application/vnd.docker.image.rootfs.diff.tar.zstd": "zstd",
+    "application/vnd.docker.image.rootfs.foreign.diff.tar": "none",
+    "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip": "gzip",
+    "application/vnd.docker.image.rootfs.foreign.diff.tar.zstd": "zstd",
+}
+
+_SHA256 = re.compile(r"sha256:[0-9a-f]{64}\Z")
+_ANY_DIGEST = re.compile(r"[a-z0-9]+(?:[+._-][a-z0-9]+)*:[a-zA-Z0-9=_-]+\Z")
+_MEDIA_TYPE = re.compile(r"[!-~]{1,255}\Z")
+_PLATFORM_PART = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}\Z")
+_ARCHITECTURES = {
+    "x86_64": ("amd64", ""),
+    "x86-64": ("amd64", ""),
+    "aarch64": ("arm64", ""),
+    "armhf": ("arm", "v7"),
+    "armel": ("arm", "v6"),
+    "i386": ("386", ""),
+    "i686": ("386", ""),
+}
+
+
+@dataclass(frozen=True)
+class Platform:
+    """Operating system, processor architecture and variant in Go's words: ``linux``, ``arm64``, ``v8`` (the variant may be empty)."""
+
+    os: str
+    architecture: str
+    variant: str = ""
+
+    def __str__(self) -> str:
+        return "/".join(part for part in (self.os, self.architecture, self.variant) if part)
+
+    def accepts(self, other: Platform) -> bool:
+        """Whether an image built for ``other`` is what was asked for; a variant counts only where both name one."""
+        same = (self.os, self.architecture) == (other.os, other.architecture)
+        return same and (not self.variant or not other.variant or self.variant == other.variant)
+
+
+def parse_platform(text: str) -> Platform:
+    """The platform behind ``os/architecture[/variant]``; the kernel's names (``x86_64``, ``aarch64``) are taken too.
+
+    Raises PlatformNotFound, whose message shows the form, for anything else.
+    """
+    parts = text.split("/") if isinstance(text, str) else []
+    if not 2 <= len(parts) <= 3 or not all(_PLATFORM_PART.match(part) for part in parts):
+        raise PlatformNotFound(
+            f"Cannot understand the platform {text!r:.200}.", "Write it as os/architecture[/variant], for example linux/amd64 or linux/arm64/v8."
+        )
+    architecture, variant = _ARCHITECTURES.get(parts[1], (parts[1], ""))
+    return Platform(parts[0], architecture, parts[2] if len(parts) == 3 else variant)
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """What names a piece of content: media type, digest as ``sha256:<hex>`` and size in bytes (OCI image spec, "Content Descriptors")."""
+
+    media_type: str
+    digest: str
+    size: int
+    annotations: Mapping[str, str] = field(default_factory=dict, compare=False)
+    platform: Platform | None = None
+    artifact_type: str = ""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One image's or artifact's manifest. ``raw`` are the bytes as they came, ``digest`` is their ``sha256:<hex>``."""
+
+    raw: bytes = field(repr=False)
+    digest: str
+    media_type: str
+    config: Descriptor
+    layers: tuple[Descriptor, ...]
+    artifact_type: str = ""
+    annotations: Mapping[str, str] = field(default_factory=dict, compare=False)
+    subject: Descriptor | None = None
+
+
+@dataclass(frozen=True)
+class Index:
+    """A list of manifests for several platforms (OCI image index, Docker manifest list)."""
+
+    raw: bytes = field(repr=False)
+    digest: str
+    media_type: str
+    manifests: tuple[Descriptor, ...]
+    annotations: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A container image's configuration; ``created`` is the text as it came, empty where there is none."""
+
+    raw: bytes = field(repr=False)
+    digest: str
+    diff_ids: tuple[str, ...]
+    architecture: str
+    os: str
+    variant: str
+    created: str
+    labels: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def platform(self) -> Platform:
+        return Platform(self.os, self.architecture, self.variant)
+
+
+def digest_of(raw: bytes) -> str:
+    """``sha256:<hex>`` of the bytes."""
+    return "sha256:" + hashlib.sha256(raw).hexdigest()
+
+
+def is_digest(text: object) -> bool:
+    """Whether ``text`` is ``sha256:`` and 64 lower-case hexadecimal digits: the only form that may become a name in a repository."""
+    return isinstance(text, str) and _SHA256.match(text) is not None
+
+
+def layer_compression(media_type: str) -> str | None:
+    """``none``, ``gzip`` or ``zstd`` for the tar layers of OCI and Docker images; None means that the content is no tar layer."""
+    return _COMPRESSION.get(media_type)
+
+
+def is_container(manifest: Manifest) -> bool:
+    """Whether the manifest describes a container image; everything else is an artifact whose layers are plain blobs."""
+    return manifest.config.media_type in (OCI_CONFIG, DOCKER_CONFIG)
+
+
+def pairs(manifest: Manifest, config: Config) -> list[tuple[Descriptor, str]]:
+    """A container's layers with their diff_ids, lowest first. Raises InvalidDocument and UnsupportedMediaType.
+
+    A layer that is no tar is refused: stored as a blob it would stand where another image expects the tar with that diff_id.
+    """
+    if len(manifest.layers) != len(config.diff_ids):
+        raise InvalidDocument(
+            f"The manifest {manifest.digest} lists {len(manifest.layers)} layers, its configuration {len(config.diff_ids)}.",
+            "The image is damaged; ask its publisher.",
+        )
+    for layer in manifest.layers:
+        if layer_compression(layer.media_type) is None:
+            raise UnsupportedMediaType(
+                f"The layer {layer.digest} of the container image {manifest.digest} has the media type {layer.media_type}.",
+                "Only tar layers, plain or compressed with gzip or zstd, can be unpacked; encrypted layers must be decrypted first.",
+            )
+    return list(zip(manifest.layers, config.diff_ids))
+
+
+def check_platform(config: Config, wanted: Platform) -> None:
+    """Raise PlatformNotFound if the image is for another platform than ``wanted``.
+
+    skopeo chooses a platform only within an index: a single manifest is handed out whatever was asked for.
+    """
+    if not wanted.accepts(config.platform):
+        raise PlatformNotFound(f"The image is for {config.platform or 'no platform'}, not for {wanted}.", "Choose an image or a platform that fit each other.")
+
+
+def parse_manifest(raw: bytes) -> Manifest:
+    """The manifest in ``raw`` (OCI image manifest or Docker schema 2). Raises InvalidDocument and UnsupportedMediaType."""
+    what = "manifest"
+    document = _load(raw, MAX_MANIFEST, what, ("schemaVersion", "mediaType", "config", "layers", "artifactType", "annotations", "subject"))
+    media_type = _kind(document, what, (OCI_MANIFEST, DOCKER_MANIFEST), OCI_MANIFEST)
+    if "manifests" in document:
+        raise InvalidDocument("The manifest has a list of manifests too, so that different programs would read different images.")
+    layers = _list(document.get("layers"), MAX_LAYERS, "layers of the manifest")
+    subject = document.get("subject")
+    return Manifest(
+        raw=raw,
+        digest=digest_of(raw),
+        media_type=media_type,
+        config=_descriptor(document.get("config"), "config of the manifest"),
+        layers=tuple(_descriptor(layer, f"layer {number} of the manifest") for number, layer in enumerate(layers)),
+        artifact_type=_text(document.get("artifactType"), "artifactType of the manifest"),
+        annotations=_texts(document.get("annotations"), "annotations of the manifest"),
+        subject=None if subject is None else _descriptor(subject, "subject of the manifest"),
+    )
+
+
+def parse_index(raw: bytes) -> Index:
+    """The list of manifests in ``raw`` (OCI image index or Docker manifest list). Raises InvalidDocument and UnsupportedMediaType."""
+    what = "index"
+    document = _load(raw, MAX_MANIFEST, what, ("schemaVersion", "mediaType", "manifests", "artifactType", "annotations", "subject"))
+    media_type = _kind(document, what, (OCI_INDEX, DOCKER_LIST), OCI_INDEX)
+    if "layers" in document or "config" in document:
+        raise InvalidDocument("The index has layers or a configuration too, so that different programs would read different images.")
+    manifests = _list(document.get("manifests"), MAX_INDEX, "manifests of the index")
+    return Index(
+        raw=raw,
+        digest=digest_of(raw),
+        media_type=media_type,
+        manifests=tuple(_descriptor(item, f"entry {number} of the index") for number, item in enumerate(manifests)),
+        annotations=_texts(document.get("annotations"), "annotations of the index"),
+    )
+
+
+def is_index(raw: bytes) -> bool:
+    """Whether ``raw`` claims to be an index rather than a manifest; raises InvalidDocument if it is no JSON object."""
+    document = _load(raw, MAX_MANIFEST, "document", ())
+    kind = document.get("mediaType")
+    return kind in (OCI_INDEX, DOCKER_LIST) if isinstance(kind, str) and kind else "manifests" in document
+
+
+def parse_config(raw: bytes) -> Config:
+    """The configuration of a container image (OCI image configuration, Docker image JSON). Raises InvalidDocument and UnsupportedMediaType."""
+    document = _load(raw, MAX_CONFIG, "configuration", ("architecture", "os", "variant", "created", "config", "rootfs"))
+    rootfs = _object(document.get("rootfs"), "rootfs of the configuration")
+    if rootfs.get("type") != "layers":
+        raise InvalidDocument("The rootfs of the configuration is not of the type layers.")
+    diff_ids = _list(rootfs.get("diff_ids"), MAX_LAYERS, "diff_ids of the configuration")
+    settings = document.get("config")
+    labels = None if settings is None else _object(settings, "config member of the configuration").get("Labels")
+    return Config(
+        raw=raw,
+        digest=digest_of(raw),
+        diff_ids=tuple(_digest(item, f"diff_id {number} of the configuration") for number, item in enumerate(diff_ids)),
+        architecture=_text(document.get("architecture"), "architecture of the configuration"),
+        os=_text(document.get("os"), "os of the configuration"),
+        variant=_text(document.get("variant"), "variant of the configuration"),
+        created=_text(document.get("created"), "created of the configuration"),
+        labels=_texts(labels, "labels of the configuration"),
+    )
+
+
+# -- References to images
+
+# What skopeo calls transports; ``registry:`` is another spelling of ``docker://``.
+TRANSPORTS = ("docker", "oci", "oci-archive", "docker-archive", "dir", "containers-storage", "docker-daemon")
+_LOCAL = ("oci", "oci-archive", "docker-archive", "dir")
+MAX_REFERENCE = 4096  # bytes; a request to skopeo, at most 32 KiB, holds it even if every character is escaped
+
+_HOST = re.compile(r"(?:(?:[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?)(?:\.[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?)*|\[[a-fA-F0-9:]+\])(?::[0-9]{1,5})?\Z")
+_PATH = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*\Z")
+_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}\Z")
+_FORMS = "Write HOST/NAME:TAG, or one of " + ", ".join(["docker://HOST/NAME:TAG"] + [f"{name}:PATH" for name in _LOCAL] + ["containers-storage:NAME"]) + "."
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Where an image is. ``name`` is what follows the transport, in the form that every skopeo takes; ``original`` is the text as written.
+
+    For ``docker``, ``registry`` is the host (with its port), ``repository`` the path on it, and ``tag`` and ``digest`` what the text
+    names; if it names both the digest wins and ``name`` has no tag, since skopeo refuses both at once. Else these are empty.
+    """
+
+    transport: str
+    name: str
+    original: str = field(compare=False)
+    registry: str = ""
+    repository: str = ""
+    tag: str = ""
+    digest: str = ""
+
+    @property
+    def text(self) -> str:
+        """The reference in skopeo's syntax. It starts with the transport, so that it can never be taken for an option."""
+        return f"docker://{self.name}" if self.transport == "docker" else f"{self.transport}:{self.name}"
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether a registry is asked."""
+        return self.transport == "docker"
+
+    @property
+    def path(self) -> str:
+        """The file or directory of a local transport, empty for the others. A tag or image name after it is cut off as skopeo does."""
+        if self.transport == "dir":
+            return self.name
+        return self.name.split(":", 1)[0] if self.transport in _LOCAL else ""
+
+    def pinned(self, digest: str) -> Reference:
+        """The reference to the same repository by ``sha256:<hex>``: what a tag meant a moment ago. Only registries can be asked so."""
+        if self.transport != "docker" or not is_digest(digest):
+            return self
+        return replace(self, name=f"{self.registry}/{self.repository}@{digest}", digest=digest)
+
+
+def parse_reference(text: str) -> Reference:
+    """The reference behind ``text``: ``HOST/NAME[:TAG][@DIGEST]``, ``docker://…``, ``registry:…``, ``oci:PATH[:TAG]``, ``oci-archive:…``,
+    ``docker-archive:…``, ``dir:PATH``, ``containers-storage:…`` or ``docker-daemon:…``.
+
+    Raises InvalidReference, whose message never repeats what may be a password.
+    """
+    if not isinstance(text, str) or not text:
+        raise InvalidReference("The image reference is empty.", _FORMS)
+    if not text.isprintable() or any(character.isspace() for character in text):
+        raise InvalidReference(f"The image reference {ascii(text):.200} contains white space or control characters.", _FORMS)
+    if len(text.encode()) > MAX_REFERENCE:
+        raise InvalidReference(f"The image reference has more than {MAX_REFERENCE} bytes.", _FORMS)
+    prefix, colon, rest = text.partition(":")
+    if prefix in ("http", "https") and rest.startswith("//"):
+        raise InvalidReference("The image reference is a web address.", "Leave out the scheme: HOST/NAME:TAG; validate_certs=false also allows plain HTTP.")
+    if prefix == "docker" and colon:
+        if not rest.startswith("//"):
+            raise InvalidReference(f"The image reference {_safe(text)} lacks the // after docker:.", "Write docker://HOST/NAME:TAG.")
+        return _in_registry(text, rest[2:], short=True)
+    if prefix == "registry" and colon and not re.match(r"[0-9]{1,5}/", rest):
+        return _in_registry(text, rest[2:] if rest.startswith("//") else rest, short=True)
+    if colon and prefix in TRANSPORTS:
+        return _elsewhere(text, prefix, rest)
+    if text[0] in "./~" or (colon and rest.startswith("/")) or "://" in text:
+        if text[0] in "./~":
+            raise InvalidReference(
+                f"The image reference {_safe(text)} is a path without a transport.", "Write oci:PATH, dir:PATH, oci-archive:PATH or docker-archive:PATH."
+            )
+        raise InvalidReference(
+            f"The image reference {_safe(text)} has an unknown transport.",
+            f"Known are docker://, registry:, {', '.join(name + ':' for name in TRANSPORTS[1:])}.",
+        )
+    return _in_registry(text, text, short=False)
+
+
+def _safe(text: str) -> str:
+    """``text`` for a message, without what stands before an ``@`` that no digest follows: it may be a password."""
+    _head, at, tail = text.rpartition("@")
+    return f"{text if not at or is_digest(tail) else '…@' + tail!r:.300}"
+
+
+def _in_registry(text: str, name: str, short: bool) -> Reference:
+    rest, at, digest = name.partition("@")
+    if at and not is_digest(digest):
+        # Nothing is quoted here: what stands before the @ may be a user and a password.
+        raise InvalidReference(
+            "The image reference has an @ that is not followed by sha256: and 64 lower-case hexadecimal digits.",
+            "Copy the digest in full; other algorithms are not supported. Credentials do not belong there: use username and password, or auth_file.",
+        )
+    head, slash, last = rest.rpartition("/")
+    last, colon, tag = last.partition(":")
+    path = head + slash + last
+    if colon and not _TAG.match(tag):
+        if not slash and tag.isdigit() or not tag:
+            raise InvalidReference(f"The image reference {_safe(text)} has no valid tag.", _FORMS)
+        raise InvalidReference(f"The image reference {_safe(text)} has an invalid tag.", "A tag is at most 128 letters, digits, dots, dashes and underscores.")
+    host, slash, repository = path.partition("/")
+    if not slash or not ("." in host or ":" in host or host == "localhost" or host.lower() != host):
+        # What a short name means is up to whoever reads it. Written with docker:// it means what it means to skopeo.
+        if not short:
+            raise InvalidReference(
+                f"The image reference {_safe(text)} names neither a registry nor a transport.",
+                f"Write the registry's host first, for example docker.io/library/{rest}, or one of {', '.join(form + ':' for form in TRANSPORTS[1:])}."
+                if _PATH.match(path)
+                else _FORMS,
+            )
+        host, repository = "docker.io", path
+    if host in ("docker.io", "index.docker.io"):
+        host, repository = "docker.io", repository if "/" in repository else f"library/{repository}"
+    if not _HOST.match(host) or not _PATH.match(repository) or len(host) + len(repository) > 254:
+        hint = "The name must be in lower case." if repository != repository.lower() else _FORMS
+        raise InvalidReference(f"The image reference {_safe(text)} is not a valid name in a registry.", hint)
+    named = f"{host}/{repository}"
+    full = f"{named}@{digest}" if digest else f"{named}:{tag}" if tag else named
+    return Reference("docker", full, text, registry=host, repository=repository, tag=tag, digest=digest)
+
+
+def _elsewhere(text: str, transport: str, rest: str) -> Reference:
+    if transport == "containers-storage" and rest.startswith("sha256:"):
+        rest = rest[len("sha256:") :]  # skopeo knows image ids without it only
+    if not rest.partition(":")[0] and transport in _LOCAL or not rest:
+        raise InvalidReference(
+            f"The image reference {_safe(text)} names nothing after the transport.", f"Write {transport}:{'PATH' if transport in _LOCAL else 'NAME'}."
+        )
+    return Reference(transport, rest, text)
+
+
+# -- JSON within bounds
+
+
+def load_json(raw: bytes, limit: int, what: str) -> Any:
+    """The value of the JSON text ``raw``; raises InvalidDocument for all that another reader could take for something else.
+
+    That is: text that is not UTF-8, keys that occur twice, NaN and infinities, numbers beyond any use, characters that no encoding
+    can carry, and more bytes than ``limit`` or more values or deeper nesting than any real document has.
+    """
+    if len(raw) > limit:
+        raise InvalidDocument(f"The {what} has {len(raw)} bytes; at most {limit} are taken.")
+    if raw.count(b",") + raw.count(b"[") + raw.count(b"{") > MAX_VALUES:
+        raise InvalidDocument(f"The {what} has more than {MAX_VALUES} values.")
+    try:
+        # Decoded here because json.loads() guesses UTF-16 and UTF-32 too.
+        value = json.loads(str(raw, "utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_int=_bounded_int, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        raise InvalidDocument(f"The {what} is not valid JSON: {_brief(error)}.", "The image is damaged; ask its publisher.") from error
+    _walk(value, what)
+    return value
+
+
+def _brief(error: Exception) -> str:
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error).rstrip(".")[:200]
+
+
+def _unique(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(members)
+    if len(result) != len(members):
+        raise ValueError("a key occurs twice in one object")
+    return result
+
+
+def _refuse_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not a JSON number")
+
+
+def _bounded_int(text: str) -> int:
+    # Converting decimal digits takes quadratic time, and old Pythons have no limit of their own.
+    if len(text) > 40:
+        raise ValueError("a number has more than 40 digits")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if len(text) > 400 or not math.isfinite(value):
+        raise ValueError("a number is out of range")
+    return value
+
+
+def _walk(value: Any, what: str) -> None:
+    """Bound the nesting, and find unpaired surrogates, which would fail later wherever the text is written."""
+    level = [value]
+    for _depth in range(MAX_NESTING):
+        deeper: list[Any] = []
+        for item in level:
+            if isinstance(item, str):
+                if not item.isascii():
+                    try:
+                        item.encode()
+                    except UnicodeEncodeError as error:
+                        raise InvalidDocument(f"The {what} contains half a character (an unpaired surrogate).") from error
+            elif isinstance(item, dict):
+                deeper.extend(item)
+                deeper.extend(item.values())
+            elif isinstance(item, list):
+                deeper.extend(item)
+        if not deeper:
+            return
+        level = deeper
+    raise InvalidDocument(f"The {what} is nested more than {MAX_NESTING} levels deep.")
+
+
+def _load(raw: bytes, limit: int, what: str, known: Sequence[str]) -> dict[str, Any]:
+    document = _object(load_json(raw, limit, what), what)
+    if known:
+        # Go's decoder, and so skopeo, takes "Layers" for "layers": a document that uses that means different things to different readers.
+        folded = {name.casefold(): name for name in known}
+        for key in document:
+            if folded.get(key.casefold(), key) != key:
+                raise InvalidDocument(
+                    f"The {what} writes {folded[key.casefold()]!r} as {key!r:.80}.", "The image is damaged or made to deceive; ask its publisher."
+                )
+    return document
+
+
+def _kind(document: dict[str, Any], what: str, kinds: tuple[str, ...], default: str) -> str:
+    version = document.get("schemaVersion")
+    media_type = _text(document.get("mediaType"), f"mediaType of the {what}") or default
+    if version == 1 and version.__class__ is int:
+        raise UnsupportedMediaType(f"The {what} has Docker's old schema 1.", "Push the image again with a current tool.")
+    if version != 2 or version.__class__ is not int:
+        raise InvalidDocument(f"The {what} has the schemaVersion {version!r:.50} instead of 2.")
+    if media_type not in kinds:
+        raise UnsupportedMediaType(f"The {what} has the media type {media_type!r:.300}.", f"Known are {' and '.join(kinds)}.")
+    return media_type
+
+
+def _object(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InvalidDocument(f"The {what} is missing or not a JSON object.")
+    return value
+
+
+def _list(value: Any, limit: int, what: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise InvalidDocument(f"The {what} are missing or not a JSON array.")
+    if len(value) > limit:
+        raise InvalidDocument(f"There are {len(value)} {what}; at most {limit} are taken.")
+    return value
+
+
+def _text(value: Any, what: str) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str) or len(value) > MAX_TEXT:
+        raise InvalidDocument(f"The {what} is not a text of at most {MAX_TEXT} characters.")
+    return value
+
+
+def _texts(value: Any, what: str) -> dict[str, str]:
+    """A map of texts; null stands for the empty text and the empty map, as Go writes them."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(item is None or isinstance(item, str) for item in value.values()):
+        raise InvalidDocument(f"The {what} are not a JSON object of texts.")
+    return {key: item or "" for key, item in value.items()}
+
+
+def _digest(value: Any, what: str) -> str:
+    if isinstance(value, str) and _SHA256.match(value):
+        return value
+    if isinstance(value, str) and len(value) < 300 and _ANY_DIGEST.match(value) and not value.startswith("sha256:"):
+        raise UnsupportedMediaType(f"The {what} has the digest {value}.", "Only sha256 digests can be stored.")
+    raise InvalidDocument(f"The {what} has no valid digest: {value!r:.200}.")
+
+
+def _descriptor(value: Any, what: str) -> Descriptor:
+    members = _object(value, what)
+    media_type = members.get("mediaType")
+    if not isinstance(media_type, str) or not _MEDIA_TYPE.match(media_type):
+        raise InvalidDocument(f"The {what} has no valid media type: {media_type!r:.200}.")
+    size = members.get("size")
+    if size.__class__ is not int or not 0 <= size <= MAX_SIZE:
+        raise InvalidDocument(f"The {what} has no valid size: {size!r:.100}.")
+    platform = members.get("platform")
+    return Descriptor(
+        media_type=media_type,
+        digest=_digest(members.get("digest"), what),
+        size=size,
+        annotations=_texts(members.get("annotations"), f"annotations of the {what}"),
+        platform=None if platform is None else _platform(platform, what),
+        artifact_type=_text(members.get("artifactType"), f"artifactType of the {what}"),
+    )
+
+
+def _platform(value: Any, what: str) -> Platform:
+    members = _object(value, f"platform of the {what}")
+    return Platform(
+        os=_text(members.get("os"), f"os of the {what}"),
+        architecture=_text(members.get("architecture"), f"architecture of the {what}"),
+        variant=_text(members.get("variant"), f"variant of the {what}"),
+    )

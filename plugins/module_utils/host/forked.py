@@ -1,0 +1,92 @@
+# Copyright (c) composefs.oci contributors
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
+
+"""Work in a process of its own: it uses another processor, and all its memory is gone when it ends.
+
+``fork`` and nothing else: a module runs from a temporary archive that no new interpreter could import from. A child never returns into its
+parent's stack, says nothing on the module's output, and dies with its parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import EngineError, IOFailed, by_code, describe_crash, from_os_error
+
+MAX_MESSAGE = 64 * 1024
+_MAX_TEXT = 4000
+_PR_SET_PDEATHSIG = 1
+
+
+def settle(parent: int) -> None:
+    """Make a freshly forked process a quiet one that dies with its parent, whose process id is ``parent``."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)  # the parent died before the kernel was told to tell
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    if null > 2:
+        os.close(null)
+
+
+def failure(error: BaseException) -> dict[str, str]:
+    """An exception as plain values that can cross to the parent; revive() makes an engine error of them again."""
+    if isinstance(error, EngineError):
+        # Bounded, because a message between processes is: what an error quotes may come from an image.
+        return {"code": error.code, "message": error.message[:_MAX_TEXT], "hint": error.hint[:_MAX_TEXT]}
+    if isinstance(error, OSError):
+        return failure(from_os_error(error, "Storing objects"))
+    if isinstance(error, MemoryError):
+        return failure(IOFailed("The host is out of memory.", "Lower 'parallel', or give the host more memory."))
+    return {"code": EngineError.code, "message": describe_crash(error), "hint": ""}
+
+
+def revive(values: dict[str, str]) -> EngineError:
+    """The engine error that failure() wrote down."""
+    return by_code(values["code"])(values["message"], values["hint"])
+
+
+def killed(what: str) -> IOFailed:
+    """The error for a child that ended without a word."""
+    return IOFailed(f"The process that {what} was killed.", "The host may be out of memory; look at its kernel log, and lower 'parallel'.")
+
+
+def call(what: str, function: Callable[[], Any]) -> Any:
+    """Run ``function`` in a child and return its value, which must fit into a small JSON document. Engine errors come through."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            ours.close()
+            settle(parent)
+            try:
+                answer = {"value": function()}
+            except BaseException as error:
+                answer = {"error": failure(error)}
+            theirs.send(json.dumps(answer).encode())
+        finally:
+            os._exit(0)
+    theirs.close()
+    try:
+        answer = json.loads(ours.recv(MAX_MESSAGE) or b"null")
+    finally:
+        ours.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    if answer is None:
+        raise killed(what)
+    if "error" in answer:
+        raise revive(answer["error"])
+    return answer["value"]

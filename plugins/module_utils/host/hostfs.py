@@ -1,0 +1,141 @@
+# Copyright (c) composefs.oci contributors
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
+
+"""What is asked of the file system below a repository: its type, its free space, whether it has fs-verity, and one barrier for all of it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+
+from ..formats import fsverity
+from ..errors import EngineError, IOFailed, PermissionDenied, ReadOnly, VerityUnsupported, from_os_error
+
+# What open(O_TMPFILE) answers where a file system (or a very old kernel) does not have it.
+NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS)
+
+
+def type_of(fd: int) -> str:
+    """The type of the file system that the open file lies on (``ext4``, ``btrfs``, ...), or ``unknown``. See proc(5), mountinfo."""
+    try:
+        with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as info:
+            mount = next(line.split()[1] for line in info if line.startswith("mnt_id:"))
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
+            for line in mounts:
+                fields = line.split(" ")
+                if fields[0] == mount:
+                    return fields[fields.index("-", 6) + 1]
+    except (OSError, StopIteration, ValueError, IndexError):
+        pass
+    return "unknown"
+
+
+def free_space(fd: int) -> tuple[int, int | None]:
+    """Bytes and inodes that an ordinary user may still use; None inodes where the file system does not count them (btrfs)."""
+    found = os.fstatvfs(fd)
+    return found.f_bavail * found.f_frsize, found.f_favail if found.f_files else None
+
+
+def require_writable(fd: int, path: str) -> None:
+    """Raise ReadOnly or PermissionDenied unless files can be made in the open directory ``fd`` (``path`` in the message)."""
+    if os.fstatvfs(fd).f_flag & os.ST_RDONLY:
+        raise ReadOnly(f"{path} lies on a file system that is mounted read-only.", "Remount it read-write or choose another path.")
+    effective = os.access in os.supports_effective_ids
+    if not os.access(".", os.W_OK | os.X_OK, dir_fd=fd, effective_ids=effective):
+        raise PermissionDenied(f"This user may not write to {path}.", "Run as its owner, for example with become.")
+
+
+def sync(fd: int) -> None:
+    """Wait until everything written so far to the file system of ``fd`` (not O_PATH) is on the disk. See syncfs(2).
+
+    Raises NoSpace or IOFailed if the kernel could not write something: then nothing that was written may be relied on.
+    """
+    import ctypes
+
+    library = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(library, "syncfs"):
+        os.sync()
+        return
+    if library.syncfs(fd):
+        number = ctypes.get_errno()
+        raise from_os_error(OSError(number, os.strerror(number)), "Writing the repository's data to the disk")
+
+
+def nearest_directory(path: str) -> str:
+    """``path`` if it exists, else the nearest parent that does. IOFailed if that is no directory."""
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    if not os.path.isdir(path):
+        raise IOFailed(f"{path} is not a directory.", "Choose another path.")
+    return path
+
+
+def missing_ability(fd: int, algorithm: fsverity.Algorithm) -> VerityUnsupported | None:
+    """Try out on a file in the open directory ``fd`` whether fs-verity works there: None if so, else the error that says why not.
+
+    Asking the kernel is the only way: a feature flag of the file system, a kernel option and the block size all have a say. The file has
+    no name where that is possible, and is gone afterwards in any case.
+    """
+    name = None
+    try:
+        try:
+            draft = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=fd)
+        except OSError as error:
+            if error.errno not in NO_TMPFILE:
+                raise
+            name = ".tmp-object-" + os.urandom(6).hex()
+            draft = os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=fd)
+        try:
+            os.write(draft, b"fs-verity?")
+            sealed = os.open(f"/proc/self/fd/{draft}", os.O_RDONLY | os.O_CLOEXEC)
+        finally:
+            os.close(draft)
+        try:
+            fsverity.enable(sealed, algorithm)
+            if fsverity.measure(sealed, algorithm) == fsverity.digest(b"fs-verity?", algorithm):
+                return None
+            return VerityUnsupported("The kernel's fs-verity digest is not the one that is computed here.", "Report this as a bug.")
+        finally:
+            os.close(sealed)
+    except VerityUnsupported as error:
+        return error
+    except OSError as error:
+        # EINVAL: a block size that this kernel cannot seal (ext4 before 6.3 needs blocks of the page size).
+        if error.errno == errno.EINVAL:
+            return VerityUnsupported(
+                "The file system refuses fs-verity with blocks of 4096 bytes.", "On older kernels the file system's own block size must be 4096, too."
+            )
+        raise from_os_error(error, "Trying out fs-verity") from error
+    finally:
+        if name is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=fd)
+
+
+def require_links(fd: int, path: str) -> None:
+    """Raise IOFailed unless the file system of the open directory ``fd`` has symbolic and hard links; leaves nothing behind."""
+    try:
+        # Every file system that has unnamed files has links as well, and this test is invisible.
+        os.close(os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=fd))
+        return
+    except OSError as error:
+        if error.errno not in NO_TMPFILE:
+            raise from_os_error(error, f"Making a file in {path}") from error
+    trial = ".tmp-object-" + os.urandom(6).hex()
+    try:
+        os.mkdir(trial, 0o700, dir_fd=fd)
+        try:
+            os.symlink("target", f"{trial}/symlink", dir_fd=fd)
+            os.link(f"{trial}/symlink", f"{trial}/link", src_dir_fd=fd, dst_dir_fd=fd, follow_symlinks=False)
+        finally:
+            for name in ("link", "symlink"):
+                with contextlib.suppress(OSError):
+                    os.unlink(f"{trial}/{name}", dir_fd=fd)
+            os.rmdir(trial, dir_fd=fd)
+    except OSError as error:
+        known: EngineError = from_os_error(error, f"Making links in {path}")
+        if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            known = IOFailed(f"The file system of {path} ({type_of(fd)}) has no links, which a repository is made of.", "Use ext4, btrfs or XFS.")
+        raise known from error

@@ -1,0 +1,371 @@
+# Copyright (c) composefs.oci contributors
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
+
+"""Composefs mounts by the kernel's file-descriptor interface (fsopen(2) and its kin), with what older kernels take instead.
+
+A composefs mount is an overlay with one lower layer, the EROFS image, and one data-only layer, the repository's ``objects/``. The image is
+given as an open descriptor that the caller measured: the bytes that were measured are the bytes that are mounted.
+
+What kernels take: overlay with data-only layers since 6.5 (before, the objects are an ordinary layer under an image that hides their
+directories, and nothing can insist on fs-verity), ``verity=`` since 6.6, ``lowerdir+`` since 6.7, EROFS on a plain file since
+6.12 (a loop device before), descriptors of detached mounts as layers since 6.15 (an attached helper mount before). Each attempt gets a new
+context, for a failed option may leave traces in the old one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import stat
+import struct
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from ..errors import Busy, EngineError, MountFailed, PermissionDenied, from_os_error
+from .mountinfo import SOURCE
+
+_FSOPEN, _FSCONFIG, _FSMOUNT, _MOVE_MOUNT = 430, 431, 432, 429
+_SET_FLAG, _SET_STRING, _SET_FD, _CMD_CREATE = 0, 1, 5, 6
+_CLOEXEC = 1
+_MOVE_EMPTY_PATH = 0x4
+_MOVE_BENEATH = 0x200
+_AT_FDCWD = -100
+_MNT_DETACH = 2
+_UMOUNT_NOFOLLOW = 8
+_RDONLY = 0x1
+
+# Options of a mount point that an operator may ask for (mount_setattr(2)); others go to the overlay file system itself.
+ATTRIBUTES = {
+    "nosuid": 0x2,
+    "nodev": 0x4,
+    "noexec": 0x8,
+    "noatime": 0x10,
+    "strictatime": 0x20,
+    "nodiratime": 0x80,
+    "nosymfollow": 0x200000,
+}
+
+# How kernels say that they do not take a layer in this form. Before 6.5 overlay's options are strings only, and a descriptor is "not supported".
+_NOT_THIS_WAY = (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP)
+
+_LOOP_CTL_GET_FREE = 0x4C82
+_LOOP_CONFIGURE = 0x4C0A
+_LOOP_READ_ONLY, _LOOP_AUTOCLEAR, _LOOP_DIRECT_IO = 1, 4, 16
+
+
+class Request(NamedTuple):
+    """What to mount. ``image_id`` is hex; ``image`` and ``objects`` are open descriptors; ``options`` as an operator writes them."""
+
+    image_id: str
+    image: int
+    objects: int
+    verity: bool
+    upperdir: str | None = None
+    workdir: str | None = None
+    options: Sequence[str] = ()
+
+
+class _KernelRefused(Exception):
+    """A step of the mount failed; ``words`` are the kernel's own."""
+
+    def __init__(self, step: str, number: int, words: str) -> None:
+        super().__init__(step, number, words)
+        self.step = step
+        self.errno = number
+        self.words = words
+
+
+class _Kernel:
+    """The system calls that the standard library lacks."""
+
+    def __init__(self) -> None:
+        self._libc = ctypes.CDLL(None, use_errno=True)
+
+    def call(self, step: str, number: int, *arguments: int | bytes | None, context: int = -1) -> int:
+        converted = [ctypes.c_long(argument) if isinstance(argument, int) else ctypes.c_char_p(argument) for argument in arguments]
+        result = int(self._libc.syscall(ctypes.c_long(number), *converted))
+        if result < 0:
+            raise _KernelRefused(step, ctypes.get_errno(), _kernel_words(context))
+        return result
+
+    def umount(self, path: str, flags: int) -> None:
+        if self._libc.umount2(ctypes.c_char_p(os.fsencode(path)), ctypes.c_int(flags)) < 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), path)
+
+
+def _kernel_words(context: int) -> str:
+    """What the kernel logged into a mount context: lines such as ``e overlay: ...``."""
+    words = []
+    while context >= 0:
+        try:
+            line = os.read(context, 4096)
+        except OSError:
+            break
+        if not line:
+            break
+        words.append(line.decode("utf-8", "replace").strip()[2:])
+    return "; ".join(words)
+
+
+class _Context:
+    """One file-system context; a context manager that closes it."""
+
+    def __init__(self, kernel: _Kernel, kind: str) -> None:
+        self._kernel = kernel
+        self.kind = kind
+        self.fd = kernel.call(f"opening a context for {kind}", _FSOPEN, kind.encode(), _CLOEXEC)
+
+    def __enter__(self) -> _Context:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        os.close(self.fd)
+
+    def _config(self, step: str, command: int, key: bytes | None, value: bytes | None, number: int) -> None:
+        self._kernel.call(step, _FSCONFIG, self.fd, command, key, value, number, context=self.fd)
+
+    def flag(self, key: str) -> None:
+        self._config(f"option {key}", _SET_FLAG, key.encode(), None, 0)
+
+    def string(self, key: str, value: str) -> None:
+        self._config(f"option {key}", _SET_STRING, key.encode(), os.fsencode(value), 0)
+
+    def descriptor(self, key: str, fd: int) -> None:
+        self._config(f"option {key}", _SET_FD, key.encode(), None, fd)
+
+    def create(self, attributes: int) -> int:
+        """The detached mount, as a descriptor."""
+        self._config(f"creating the {self.kind}", _CMD_CREATE, None, None, 0)
+        return self._kernel.call(f"mounting the {self.kind}", _FSMOUNT, self.fd, _CLOEXEC, attributes, context=self.fd)
+
+
+def mount(request: Request, path: str, beneath: bool = False) -> None:
+    """Mount at the existing directory ``path`` (links in it are followed).
+
+    With ``beneath`` the new mount goes under the one that is there, to be uncovered when that is detached: at no moment does ``path`` show
+    neither. Raises MountFailed with the kernel's words, PermissionDenied, and Busy.
+    """
+    kernel = _Kernel()
+    target = os.path.realpath(path)
+    try:
+        with contextlib.ExitStack() as stack:
+            erofs = _mount_erofs(kernel, request.image)
+            stack.callback(os.close, erofs)
+            overlay = _mount_overlay(kernel, request, erofs)
+            stack.callback(os.close, overlay)
+            flags = _MOVE_EMPTY_PATH | (_MOVE_BENEATH if beneath else 0)
+            kernel.call(_beneath(target) if beneath else f"attaching to {target}", _MOVE_MOUNT, overlay, b"", _AT_FDCWD, os.fsencode(target), flags)
+    except _KernelRefused as refusal:
+        raise _explain(refusal, request, target) from refusal
+    except OSError as error:
+        raise from_os_error(error, f"Mounting the image {request.image_id} at {target}") from error
+
+
+def replace(request: Request, path: str) -> None:
+    """Put a new mount in the place of the topmost one at ``path``, without a moment of neither, and detach the old one.
+
+    Files that are open on the old mount stay readable until they are closed.
+    """
+    mount(request, path, beneath=True)
+    detach(path)
+
+
+def detach(path: str) -> None:
+    """Detach the topmost mount at ``path``; it vanishes when nobody uses it any more."""
+    _unmount(path, _MNT_DETACH)
+
+
+def unmount(path: str) -> None:
+    """Unmount the topmost mount at ``path``. Raises Busy if it is in use."""
+    _unmount(path, 0)
+
+
+def _unmount(path: str, flags: int) -> None:
+    try:
+        _Kernel().umount(os.path.realpath(path), flags | _UMOUNT_NOFOLLOW)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise Busy(
+                f"{path} is in use, so it cannot be unmounted.", "End what has files or a working directory there (fuser -vm shows it), then run again."
+            ) from error
+        if error.errno in (errno.EPERM, errno.EACCES):
+            raise PermissionDenied(f"Unmounting {path} needs the capability CAP_SYS_ADMIN.", "Run as root, for example with become.") from error
+        raise MountFailed(f"Unmounting {path} failed: {error.strerror}.") from error
+
+
+def _mount_erofs(kernel: _Kernel, image: int) -> int:
+    source = f"/proc/self/fd/{image}"
+    try:
+        return _erofs_from(kernel, source)
+    except _KernelRefused as refusal:
+        if refusal.errno != errno.ENOTBLK:
+            raise
+    # Before 6.12 EROFS wants a block device.
+    loop = _loop_device(image)
+    try:
+        return _erofs_from(kernel, f"/proc/self/fd/{loop}")
+    finally:
+        os.close(loop)  # AUTOCLEAR: the device lives as long as the mount
+
+
+def _erofs_from(kernel: _Kernel, source: str) -> int:
+    with _Context(kernel, "erofs") as context:
+        context.flag("ro")
+        context.string("source", source)
+        return context.create(_RDONLY)
+
+
+def _loop_device(image: int) -> int:
+    """A read-only loop device over the image, as a descriptor. Another process may take the free device first: then the next one."""
+    try:
+        control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise _KernelRefused("opening /dev/loop-control", error.errno or 0, "this kernel mounts EROFS from block devices only") from error
+    try:
+        for attempt in range(64):
+            number = fcntl.ioctl(control, _LOOP_CTL_GET_FREE)
+            device = os.open(f"/dev/loop{number}", os.O_RDWR | os.O_CLOEXEC)
+            # Not every file system under the image can do direct input and output.
+            flags = _LOOP_READ_ONLY | _LOOP_AUTOCLEAR | (_LOOP_DIRECT_IO if attempt % 2 == 0 else 0)
+            config = struct.pack("<II5Q4I64s64s32s2Q64s", image, 4096, 0, 0, 0, 0, 0, 0, 0, 0, flags, b"", b"", b"", 0, 0, b"")
+            try:
+                fcntl.ioctl(device, _LOOP_CONFIGURE, config)
+                return device
+            except OSError as error:
+                os.close(device)
+                if error.errno not in (errno.EBUSY, errno.EINVAL):
+                    raise
+        raise _KernelRefused("setting up a loop device", errno.EBUSY, "")
+    except OSError as error:
+        raise _KernelRefused("setting up a loop device", error.errno or 0, "") from error
+    finally:
+        os.close(control)
+
+
+def _mount_overlay(kernel: _Kernel, request: Request, erofs: int) -> int:
+    refusal: _KernelRefused | None = None
+    try:
+        with _overlay(kernel, request) as context:
+            context.descriptor("lowerdir+", erofs)
+            context.descriptor("datadir+", request.objects)
+            return context.create(_attributes(request))
+    except _KernelRefused as error:
+        if error.errno not in _NOT_THIS_WAY:
+            raise
+        refusal = error
+    with _attached(kernel, erofs) as helper:
+        lower = os.open(helper, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            first, data = f"/proc/self/fd/{lower}", f"/proc/self/fd/{request.objects}"
+            forms = [{"lowerdir+": first, "datadir+": data}, {"lowerdir": f"{first}::{data}"}]
+            if not request.verity and _hides_objects(helper):
+                forms.append({"lowerdir": f"{first}:{data}"})
+            for form in forms:
+                try:
+                    with _overlay(kernel, request) as context:
+                        for key, value in form.items():
+                            context.string(key, value)
+                        return context.create(_attributes(request))
+                except _KernelRefused as error:
+                    if error.errno not in _NOT_THIS_WAY:
+                        raise
+                    refusal = error
+        finally:
+            os.close(lower)
+    raise refusal
+
+
+def _hides_objects(image: str) -> bool:
+    """Whether the image, attached at ``image``, may lie on the objects as on any other layer, which is all that kernels before 6.5 know.
+
+    Then the directories of the objects would show in its root, unless it has a whiteout for each of them. Images of format V1 bring those.
+    """
+    for first in range(256):
+        try:
+            found = os.lstat(f"{image}/{first:02x}")
+        except FileNotFoundError:
+            return False
+        if not stat.S_ISCHR(found.st_mode) or found.st_rdev != 0:
+            return False
+    return True
+
+
+def _overlay(kernel: _Kernel, request: Request) -> _Context:
+    context = _Context(kernel, "overlay")
+    try:
+        context.string("source", SOURCE + request.image_id)
+        context.string("metacopy", "on")
+        context.string("redirect_dir", "on")
+        if request.verity:
+            context.string("verity", "require")
+        if request.upperdir:
+            # The kernel takes a backslash in these two for an escape.
+            context.string("upperdir", request.upperdir.replace("\\", "\\\\"))
+            context.string("workdir", (request.workdir or "").replace("\\", "\\\\"))
+        for option in request.options:
+            key, separator, value = option.partition("=")
+            if key in ATTRIBUTES or option == "ro":
+                continue
+            if separator:
+                context.string(key, value)
+            else:
+                context.flag(key)
+    except BaseException:
+        os.close(context.fd)
+        raise
+    return context
+
+
+def _attributes(request: Request) -> int:
+    read_only = request.upperdir is None or "ro" in request.options
+    return sum({ATTRIBUTES[option] for option in request.options if option in ATTRIBUTES}) | (_RDONLY if read_only else 0)
+
+
+@contextlib.contextmanager
+def _attached(kernel: _Kernel, erofs: int) -> Iterator[str]:
+    """Give a detached mount a place for the while that an overlay is built on it: kernels before 6.15 refuse detached layers."""
+    helper = tempfile.mkdtemp(prefix="composefs-", dir="/run" if os.access("/run", os.W_OK) else None)
+    try:
+        kernel.call("attaching the image", _MOVE_MOUNT, erofs, b"", _AT_FDCWD, os.fsencode(helper), _MOVE_EMPTY_PATH)
+        try:
+            yield helper
+        finally:
+            kernel.umount(helper, _MNT_DETACH | _UMOUNT_NOFOLLOW)
+    finally:
+        os.rmdir(helper)
+
+
+def _beneath(target: str) -> str:
+    return f"attaching under the mount at {target}"
+
+
+def _explain(refusal: _KernelRefused, request: Request, target: str) -> EngineError:
+    words = f" The kernel says: {refusal.words}." if refusal.words else ""
+    text = f"Mounting the image {request.image_id} at {target} failed when {refusal.step}: {os.strerror(refusal.errno)}.{words}"
+    if refusal.errno in (errno.EPERM, errno.EACCES):
+        return PermissionDenied(text, "Mounting needs the capability CAP_SYS_ADMIN in the initial user namespace: run as root, for example with become.")
+    if refusal.errno == errno.EBUSY:
+        return Busy(text, "Loop devices, or the upper or work directory, may be in use by others.")
+    if refusal.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+        return MountFailed(text, "Make the directory that is missing.")
+    if refusal.errno in (errno.ENODEV, errno.ENOSYS):
+        return MountFailed(text, "The kernel lacks EROFS or overlay, or is older than 5.2; load the modules or update it.")
+    if refusal.errno == errno.EINVAL and request.workdir and os.path.isdir(f"{request.workdir}/work/incompat/volatile"):
+        return MountFailed(text, f"The last mount with {request.workdir} was volatile, so what is there may be torn: empty the upper and the work directory.")
+    if refusal.step == "creating the erofs" and refusal.errno in (errno.EINVAL, errno.EUCLEAN):
+        return MountFailed(text, "The object is no EROFS image that this kernel understands, or its file system cannot hold one; the kernel's log says more.")
+    if refusal.errno == errno.EINVAL and refusal.step == _beneath(target):
+        return MountFailed(text, "Kernels before 6.5 cannot put a mount under another: unmount the old image first, then mount the new one.")
+    if refusal.errno == errno.EINVAL:
+        return MountFailed(
+            text,
+            "Kernels before 6.6 cannot mount with verity, and before 6.5 only images of format V1; file systems without d_type, or overlays, cannot "
+            "hold objects. The kernel's log may say more.",
+        )
+    return MountFailed(text)

@@ -1,0 +1,98 @@
+# Copyright (c) composefs.oci contributors
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
+
+"""What every module does alike: find the repository, and end in one clean line whatever happens.
+
+The ``AnsibleModule`` is passed in and used by its methods only, so that the engine's folder stays free of ansible imports and the
+functions can be tested with a stand-in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any, Callable, Protocol
+
+from .errors import EngineError, NotARepository, describe_crash, from_os_error
+from .store.repository import Repository, default_path
+
+
+class Module(Protocol):
+    """The part of ``AnsibleModule`` that is used here."""
+
+    params: dict[str, Any]
+    check_mode: bool
+
+    def warn(self, warning: str) -> Any: ...
+
+    def exit_json(self, **kwargs: Any) -> Any: ...
+
+    def fail_json(self, msg: str, **kwargs: Any) -> Any: ...
+
+
+def repository_path(module: Module, option: str = "repository") -> str:
+    """The repository that ``option`` of the task names, or the default one; absolute, without a trailing slash."""
+    return os.path.abspath(os.path.expanduser(module.params.get(option) or default_path()))
+
+
+@contextlib.contextmanager
+def opened_repository(module: Module, path: str) -> Iterator[Repository]:
+    """The repository at ``path``; in check mode, where there is nothing yet, an empty one that vanishes with the ``with``.
+
+    On a fresh host an earlier task only foretold that it would make the repository, and a run of the whole playbook in check mode goes on.
+    """
+    try:
+        repository = Repository.open(path)
+    except NotARepository:
+        if not module.check_mode or (os.path.lexists(path) and (not os.path.isdir(path) or os.listdir(path))):
+            raise
+    else:
+        with repository:
+            yield repository
+        return
+    # Loaded here, for it is seldom needed, and every file costs time in every task.
+    from .formats import fsverity
+    from .store import provision
+
+    module.warn(f"There is no repository at {path} yet. In check mode it is taken for one that is empty.")
+    with tempfile.TemporaryDirectory(prefix="composefs-") as base, provision.create(f"{base}/empty", fsverity.SHA256, provision.DISABLED) as empty:
+        yield empty
+
+
+def _occupy_standard_descriptors() -> None:
+    """Make sure that nothing else gets the numbers 0, 1 and 2: processes that are forked put /dev/null there, whatever it is."""
+    while True:
+        fd = os.open(os.devnull, os.O_RDWR)
+        if fd > 2:
+            os.close(fd)
+            return
+
+
+def run_module(module: Module, main: Callable[[Any], Mapping[str, Any]], base: Mapping[str, Any] | None = None) -> None:
+    """Call ``main(module)`` and leave through ``exit_json`` with what it returns, or through ``fail_json``.
+
+    ``base`` holds the return values that exist in every case; ``main``'s own take precedence. It is read when the module ends, so ``main`` may
+    fill in what it learns before it fails. Failures carry ``error``: the code of the engine's error class, ``out_of_memory``, or
+    ``internal_error`` for a bug.
+    """
+    _occupy_standard_descriptors()
+    try:
+        result = main(module)
+    except EngineError as error:
+        failure = {"msg": str(error), "error": error.code}
+    except OSError as error:
+        known = from_os_error(error, "The module could not go on")
+        failure = {"msg": str(known), "error": known.code}
+    except MemoryError:
+        failure = {"msg": "The host has not enough memory for this task.", "error": "out_of_memory"}
+    except Exception as error:  # the last resort: a traceback must never reach the user
+        failure = {"msg": describe_crash(error), "error": "internal_error"}
+    else:
+        module.exit_json(**{**(base or {}), **result})
+        return
+    values = dict(base or {})
+    values.update(failure)
+    module.fail_json(**values)

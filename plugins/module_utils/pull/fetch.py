@@ -1,0 +1,402 @@
+# Copyright (c) composefs.oci contributors
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
+
+"""Missing layers, several at once: who fetches what, when to try again, and when a layer gets its name.
+
+One worker process per layer under way: splitting a tar holds the interpreter's lock, so that layers in threads of one process would take turns
+(benchmarks/README.md tells what was measured). A lane, a thread of the parent that mostly waits,
+stands behind each worker: it asks skopeo for a blob, hands the pipe to its worker, awaits both verdicts, and registers the layer.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import json
+import os
+import queue
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
+
+from ..host import forked
+from ..store import documents
+from ..errors import DigestMismatch, EngineError, ProxyFailed, RegistryUnreachable, Stalled, describe_crash, doing
+from ..formats.fsverity import Algorithm
+from ..source.imageproxy import ImageProxy
+from .layer import AnyStorer, LayerResult, LayerSpec, import_layer
+from ..store.objects import ObjectStore
+from ..formats.oci import Reference
+from ..progress import BYTES, DONE, STARTED, Event, Progress
+from ..store.repository import Repository
+from ..source.session import Session, is_passing, pause
+from ..source.skopeo import passing
+from .storer import DirectStorer, Storer
+
+T = TypeVar("T")
+
+# The verdict on a blob may take as long as the blob; who waits for it watches the worker and ends the wait by killing skopeo.
+FOREVER = 1_000_000.0
+CGROUPS = "/sys/fs/cgroup"
+# Seconds that a worker gets to end by itself.
+GRACE = 1.0
+
+
+class Job(NamedTuple):
+    """One missing layer: the stream it will become and where its blob comes from."""
+
+    stream: str
+    spec: LayerSpec
+    session: Session
+    reference: Reference
+
+
+class _TransferFailed(Exception):
+    """One attempt failed with ``error``; ``proxy_usable`` tells whether skopeo itself is well."""
+
+    def __init__(self, error: EngineError, proxy_usable: bool) -> None:
+        super().__init__(error)
+        self.error = error
+        self.proxy_usable = proxy_usable
+
+
+def usable_processors() -> int:
+    """Processors this process may use: its affinity, lowered by the quota of its control group (at least 1)."""
+    count = len(os.sched_getaffinity(0))
+    for quota in _cgroup_quotas():
+        count = min(count, max(1, int(quota + 0.5)))
+    return max(count, 1)
+
+
+def _cgroup_quotas() -> list[float]:
+    quotas = []
+    try:
+        with open("/proc/self/cgroup", encoding="ascii", errors="replace") as file:
+            lines = file.read().splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        number, controllers, path = (*line.split(":", 2), "", "")[:3]
+        unified = number == "0"
+        if not unified and "cpu" not in controllers.split(","):
+            continue
+        root = CGROUPS if unified else os.path.join(CGROUPS, "cpu")
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        # The limit of any ancestor binds as well. In a container the path may be the host's, while the root that is mounted is the container's own.
+        for depth in range(len(parts), -1, -1):
+            with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+                quotas += _quota_of(os.path.join(root, *parts[:depth]), unified)
+    return quotas
+
+
+def _quota_of(group: str, unified: bool) -> list[float]:
+    """The processors that a control group's own quota allows, as a list of one, or none if it has no quota. OSError, ValueError."""
+    names = ("cpu.max",) if unified else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+    words: list[str] = []
+    for name in names:
+        with open(os.path.join(group, name), encoding="ascii") as file:
+            words += file.read().split()
+    limit, period = words
+    return [] if limit == "max" or int(limit) <= 0 else [int(limit) / int(period)]
+
+
+class Worker:
+    """A forked process that imports the layers it is handed, one after the other."""
+
+    def __init__(self, objects: ObjectStore, algorithm: Algorithm, timeout: float, siblings: Sequence[Worker], sessions: Sequence[Session]) -> None:
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        parent = os.getpid()
+        self.pid = os.fork()
+        if self.pid == 0:
+            # Never return into the caller's stack: whatever happens, this process ends here.
+            try:
+                forked.settle(parent)
+                self._socket.close()
+                for sibling in siblings:
+                    sibling._socket.close()
+                for session in sessions:
+                    session.abandon()
+                _serve(theirs, objects, algorithm, timeout)
+            finally:
+                os._exit(0)
+        theirs.close()
+
+    def send(self, spec: LayerSpec, fd: int) -> None:
+        """Give the worker a layer and its pipe. Raises IOFailed if it is gone."""
+        message = json.dumps(spec._asdict()).encode()
+        try:
+            self._socket.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))])
+        except OSError as error:
+            raise forked.killed("imports layers") from error
+
+    def receive(self) -> dict[str, Any]:
+        """The worker's next message. Raises IOFailed if it is gone."""
+        try:
+            message = self._socket.recv(forked.MAX_MESSAGE)
+        except OSError:
+            message = b""
+        if not message:
+            raise forked.killed("imports layers")
+        return cast("dict[str, Any]", json.loads(message))
+
+    def close(self) -> None:
+        """End the worker and reap it.
+
+        Asked first, so that it can reap its own storer, and killed if it does not go: it may be in the middle of a layer that nobody wants any more.
+        """
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        deadline = time.monotonic() + GRACE
+        with contextlib.suppress(ChildProcessError):
+            while time.monotonic() < deadline:
+                if os.waitpid(self.pid, os.WNOHANG)[0]:
+                    return
+                time.sleep(0.002)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
+
+
+def _serve(control: socket.socket, objects: ObjectStore, algorithm: Algorithm, timeout: float) -> None:
+    def tell(kind: str, **values: Any) -> None:
+        control.send(json.dumps({"kind": kind, **values}).encode())
+
+    # Forked before any thread of this process exists; it ends with this process.
+    storer: AnyStorer = Storer(objects, control) if usable_processors() > 1 else DirectStorer(objects)
+    try:
+        while True:
+            message, ancillary, _flags, _address = control.recvmsg(forked.MAX_MESSAGE, socket.CMSG_SPACE(4), getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+            if not message:
+                return
+            fd = array.array("i", ancillary[0][2])[0]
+            try:
+                _one_layer(fd, LayerSpec(**json.loads(message)), objects, storer, algorithm, timeout, tell)
+            except BrokenPipeError:
+                return
+            except Exception as error:
+                storer.reset()
+                tell("error", error=forked.failure(error))
+    finally:
+        storer.close()
+
+
+def _one_layer(fd: int, spec: LayerSpec, objects: ObjectStore, storer: AnyStorer, algorithm: Algorithm, timeout: float, tell: Callable[..., None]) -> None:
+    next_report = 0.0
+
+    def on_bytes(done: int) -> None:
+        nonlocal next_report
+        now = time.monotonic()
+        if now >= next_report:
+            next_report = now + 0.1
+            tell("bytes", done=done)
+
+    result = import_layer(fd, spec, objects, algorithm, timeout, on_bytes, lambda: tell("silent"), lambda: tell("drained"), storer)
+    tell("result", result=result._asdict())
+
+
+class _Verdict(threading.Thread):
+    """skopeo's judgement of one blob, awaited beside the import.
+
+    FinishPipe blocks skopeo's only request channel until the blob is drained, so it is sent when the last byte was read, or when the
+    pipe has gone silent: then it is the only way to hear that the source failed, for skopeo leaves a broken transfer's pipe open.
+    """
+
+    def __init__(self, proxy: ImageProxy, pipe: Any) -> None:
+        super().__init__(name="verdict", daemon=True)
+        self._proxy = proxy
+        self._pipe = pipe
+        self.error: EngineError | None = None
+
+    def run(self) -> None:
+        try:
+            self._proxy.finish_pipe(self._pipe.pipeid, timeout=FOREVER)
+        except EngineError as error:
+            self.error = error
+
+
+class Fetcher:
+    """Brings missing layers into a repository and names each as soon as it is whole, synced and verified."""
+
+    def __init__(self, repository: Repository, parallel: int, timeout: float, retries: int, progress: Progress) -> None:
+        self._repository = repository
+        self._parallel = parallel or usable_processors()
+        self._timeout = timeout
+        self._retries = retries
+        self._progress = progress
+        self._main: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self._failure: EngineError | None = None
+        self._over = threading.Event()
+        self._moved = 0.0
+        self.results: dict[str, LayerResult] = {}
+        self.retried = 0
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Fetch all ``jobs``, largest first. Raises the first error after the layers under way have ended; what was imported stays named."""
+        todo: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        for job in sorted(jobs, key=lambda job: -job.spec.size):
+            todo.put(job)
+        sessions = list({id(job.session): job.session for job in jobs}.values())
+        workers: list[Worker] = []
+        lanes: list[threading.Thread] = []
+        try:
+            # All forks happen before the first lane starts: a forked child holds only what the forking thread held.
+            for _lane in range(min(self._parallel, len(jobs))):
+                objects = self._repository.objects
+                workers.append(Worker(objects, self._repository.algorithm, self._timeout, workers, sessions))
+            for session in sessions:
+                session.in_main = self._in_main
+            lanes = [threading.Thread(target=self._lane, args=(worker, todo), daemon=True) for worker in workers]
+            for lane in lanes:
+                lane.start()
+            self._serve_lanes(len(lanes))
+        finally:
+            # In this order: a lane whose worker is gone ends, unless it waits for this thread to do something, which is then told to it.
+            for worker in workers:
+                worker.close()
+            self._over.set()
+            for lane in lanes:
+                lane.join()
+            for session in sessions:
+                session.in_main = lambda function: function()
+        if self._failure:
+            raise self._failure
+
+    def _serve_lanes(self, count: int) -> None:
+        while count:
+            request = self._main.get()
+            if request is None:
+                count -= 1
+            else:
+                request()
+
+    def _in_main(self, function: Callable[[], T]) -> T:
+        done = threading.Event()
+        outcome: list[Any] = []
+
+        def call() -> None:
+            try:
+                outcome[:] = [function(), None]
+            except BaseException as error:
+                outcome[:] = [None, error]
+            done.set()
+
+        self._main.put(call)
+        while not done.wait(0.2):
+            if self._over.is_set():
+                raise EngineError("The pull was interrupted.", "Run the task again.")
+        if outcome[1] is not None:
+            raise outcome[1]
+        return cast(T, outcome[0])
+
+    def _lane(self, worker: Worker, todo: queue.SimpleQueue[Job]) -> None:
+        try:
+            while self._failure is None:
+                try:
+                    job = todo.get_nowait()
+                except queue.Empty:
+                    return
+                with doing(f"importing layer {job.spec.diff_id} of {job.reference.original}"):
+                    result = self._persistently(worker, job)
+                    self._publish(job, result)
+                self.results[job.stream] = result
+                self._progress(Event(DONE, job.spec.diff_id, job.spec.size, job.spec.size))
+        except EngineError as error:
+            self._failure = self._failure or error
+        except BaseException as error:
+            # Nothing may pass unnoticed: a lane that ends without a word counts as done.
+            self._failure = self._failure or EngineError(describe_crash(error))
+        finally:
+            self._main.put(None)
+
+    def _publish(self, job: Job, result: LayerResult) -> None:
+        # The barrier first: a name must never lead to bytes that a power cut can still take away.
+        self._repository.sync()
+        digest = bytes.fromhex(result.stream)
+        documents.name_layer(self._repository, job.stream, digest)
+        self._repository.trust(job.spec.diff_id, digest)
+
+    def _persistently(self, worker: Worker, job: Job) -> LayerResult:
+        attempt = 0
+        while True:
+            generation = job.session.generation
+            try:
+                return self._attempt(worker, job)
+            except _TransferFailed as failure:
+                error, usable = failure.error, failure.proxy_usable
+            except EngineError as failure:
+                error, usable = failure, False
+            # A proxy that was replaced on another blob's account took this transfer with it: that is not this blob's failure.
+            innocent = generation != job.session.generation
+            if not innocent:
+                if not is_passing(error) or attempt >= self._retries:
+                    raise error
+                attempt += 1
+                if not usable:
+                    job.session.replace(generation)
+            self.retried += 1
+            pause(max(attempt, 1), error, self._progress)
+
+    def _attempt(self, worker: Worker, job: Job) -> LayerResult:
+        proxy, image = job.session.image(job.reference)
+        pipe = proxy.get_blob(image, job.spec.digest, job.spec.size)
+        self._progress(Event(STARTED, job.spec.diff_id, 0, job.spec.size))
+        try:
+            worker.send(job.spec, pipe.fd)
+        finally:
+            os.close(pipe.fd)
+        verdict: _Verdict | None = None
+        while True:
+            message = worker.receive()
+            kind = message["kind"]
+            self._moved = time.monotonic()
+            if kind == "bytes":
+                self._progress(Event(BYTES, job.spec.diff_id, message["done"], job.spec.size))
+            elif kind in ("silent", "drained"):
+                if verdict is None:
+                    verdict = _Verdict(proxy, pipe)
+                    verdict.start()
+            elif kind == "error":
+                raise _judge(forked.revive(message["error"]), verdict)
+            else:
+                if verdict is None:
+                    raise AssertionError("this must hold: verdict is not None")
+                self._await(verdict)
+                if verdict.error is not None:
+                    # A skopeo that died before it could judge is no judgement; then the blob is fetched again.
+                    if is_passing(verdict.error):
+                        raise verdict.error
+                    raise DigestMismatch(f"skopeo refuses the blob: {_words(verdict.error)}", verdict.error.hint)
+                return LayerResult(**message["result"])
+
+    def _await(self, verdict: _Verdict) -> None:
+        """Wait for skopeo's judgement. It may have to queue behind another blob's, which comes when that blob has ended: as long as any
+        transfer moves nothing is stuck."""
+        while verdict.is_alive():
+            verdict.join(0.5)
+            if verdict.is_alive() and time.monotonic() - self._moved >= self._timeout:
+                raise Stalled(f"skopeo gave no verdict on the blob within {self._timeout:g} seconds.", "Check the registry, or raise the timeout.")
+
+
+def _judge(error: EngineError, verdict: _Verdict | None) -> _TransferFailed:
+    """The worker's error, with skopeo's own words where it has any."""
+    if verdict is None:
+        return _TransferFailed(error, False)
+    verdict.join(1.0)
+    said = verdict.error
+    if said is not None:
+        if isinstance(error, RegistryUnreachable) and said.__class__ is not ProxyFailed:
+            # The worker only sees the pipe end; skopeo knows why. Whatever broke a transfer may be gone at the next try.
+            error = passing(type(said)(error.message, said.hint))
+        error.message = f"{error.message} {_words(said)}"
+    return _TransferFailed(error, not verdict.is_alive())
+
+
+def _words(error: EngineError) -> str:
+    """The part of a proxy's error that is skopeo's, which begins with ``skopeo says:`` or the like."""
+    return error.message[max(error.message.find("skopeo "), 0) :]

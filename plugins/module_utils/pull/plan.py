@@ -1,0 +1,242 @@
+# Copyright (c) composefs.oci contributors
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
+
+"""What a reference means now, what of it the repository already holds, and what a pull would therefore do. Changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ..formats import oci, splitstream
+from ..store import documents
+from ..errors import DigestMismatch, EngineError, FormatError
+from ..formats.oci import Reference, parse_reference
+from ..store.repository import Repository
+from ..source.session import Session
+
+PRESENT = "present"
+NEW = "new"
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One image: the reference as the user wrote it, the name to give it, and what it must be (``sha256:<hex>``, ``os/arch``)."""
+
+    ref: str
+    name: str
+    digest: str = ""
+    platform: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One layer of an image.
+
+    ``blob`` is what the manifest announces; ``source`` is what the transport delivers instead where that differs
+    (``containers-storage:`` delivers uncompressed tars). ``stored`` is the object digest of a layer stream that is there and proved.
+    """
+
+    blob: oci.Descriptor
+    diff_id: str
+    stream: str
+    source: oci.Descriptor
+    stored: bytes | None
+
+    @property
+    def status(self) -> str:
+        """``present`` or ``new``."""
+        return NEW if self.stored is None else PRESENT
+
+    @property
+    def compression(self) -> str | None:
+        """How the source is compressed; None for a blob that is no tar."""
+        compression = oci.layer_compression(self.source.media_type)
+        # docker-archive: calls its plain tars gzip. The digest does not lie: a blob that has the tar's digest is the tar.
+        return "none" if compression is not None and self.source.digest == self.diff_id else compression
+
+
+@dataclasses.dataclass
+class Plan:
+    """What one request amounts to."""
+
+    request: Request
+    reference: Reference
+    manifest: oci.Manifest
+    registry_digest: str
+    index_digest: str | None
+    config_raw: bytes
+    config: oci.Config | None
+    layers: list[Layer]
+    previous: str | None
+    manifest_document: documents.Document | None
+    config_document: documents.Document | None
+    session: Session | None = None
+    image_refs: dict[str, bytes] = dataclasses.field(default_factory=dict)
+    warnings: list[str] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.config is not None and self.config_document is not None:
+            self.image_refs = {name: digest for name, digest in self.config_document.refs.items() if documents.is_image_ref(name)}
+
+    @property
+    def digest(self) -> str:
+        """The manifest digest under which the image is stored."""
+        return self.manifest.digest
+
+    @property
+    def config_digest(self) -> str:
+        return self.manifest.config.digest
+
+    def missing(self) -> dict[str, Layer]:
+        """The layers to fetch, each once, by stream name."""
+        return {layer.stream: layer for layer in self.layers if layer.stored is None}
+
+
+def look_up(repository: Repository, request: Request, reference: Reference, session: Session, record: bool) -> Plan:
+    """Ask the source what ``request`` means and hold it against the repository.
+
+    With ``record`` a layer stream of another tool that passed its proof is remembered, so that it is hashed only once.
+    """
+    warnings: list[str] = []
+    index = session.ask_index_digest(reference)
+    registry_digest, raw = session.manifest(reference)
+    manifest = oci.parse_manifest(raw)
+    manifest_document = documents.usable(repository, documents.MANIFEST, manifest.digest)
+    if manifest_document is None:
+        _validate("manifest", raw, warnings)
+    index_digest = index(registry_digest)
+    _check_digest(request, manifest.digest, registry_digest, index_digest)
+    config_document = documents.usable(repository, documents.CONFIG, manifest.config.digest)
+    config_raw = config_document.raw if config_document else session.config(reference, manifest.config, converted=manifest.digest != registry_digest)
+    config = None
+    if oci.is_container(manifest):
+        config = oci.parse_config(config_raw)
+        if config_document is None:
+            _validate("config", config_raw, warnings)
+        if request.platform:
+            oci.check_platform(config, oci.parse_platform(request.platform))
+    plan = Plan(
+        request=request,
+        reference=reference,
+        manifest=manifest,
+        registry_digest=registry_digest,
+        index_digest=index_digest,
+        config_raw=config_raw,
+        config=config,
+        layers=[],
+        previous=repository.tag_digest(request.name),
+        manifest_document=manifest_document,
+        config_document=config_document,
+        session=session,
+        warnings=warnings,
+    )
+    sources = session.layer_sources(reference, manifest)
+    for blob, source, diff_id in zip(manifest.layers, sources, _diff_ids(manifest, config)):
+        plan.layers.append(_stored_layer(repository, plan, blob, source, diff_id, record, plan.warnings))
+    return plan
+
+
+def recall(repository: Repository, request: Request, warnings: list[str], record: bool) -> Plan | None:
+    """What the repository holds under the request's name, without asking anybody; None unless it is whole and is what was asked for.
+
+    Layers are proved, and proofs remembered with ``record``, as look_up() does.
+    """
+    digest = repository.tag_digest(request.name)
+    if digest is None or (request.digest and request.digest != digest):
+        return None
+    manifest_document = documents.usable(repository, documents.MANIFEST, digest)
+    if manifest_document is None:
+        return None
+    manifest = oci.parse_manifest(manifest_document.raw)
+    config_document = documents.usable(repository, documents.CONFIG, manifest.config.digest)
+    if config_document is None:
+        return None
+    config = oci.parse_config(config_document.raw) if oci.is_container(manifest) else None
+    if request.platform and config is not None and not oci.parse_platform(request.platform).accepts(config.platform):
+        return None
+    plan = Plan(
+        request=request,
+        reference=parse_reference(request.ref),
+        manifest=manifest,
+        registry_digest=digest,
+        index_digest=None,
+        config_raw=config_document.raw,
+        config=config,
+        layers=[],
+        previous=digest,
+        manifest_document=manifest_document,
+        config_document=config_document,
+        warnings=warnings,
+    )
+    for blob, diff_id in zip(manifest.layers, _diff_ids(manifest, config)):
+        # What is wrong with a layer is told by the look-up that follows then.
+        layer = _stored_layer(repository, plan, blob, blob, diff_id, record, [])
+        if layer.stored is None:
+            return None
+        plan.layers.append(layer)
+    return plan
+
+
+def _stored_layer(repository: Repository, plan: Plan, blob: oci.Descriptor, source: oci.Descriptor, diff_id: str, record: bool, warnings: list[str]) -> Layer:
+    stream = documents.LAYER + diff_id
+    candidate = repository.stream(stream)
+    if plan.config is None and plan.manifest_document is not None:
+        # The stream's name may meanwhile lead to a container's split tar of the same bytes; what the artifact has is still right.
+        candidate = plan.manifest_document.refs.get(diff_id, candidate)
+    stored = proved_layer(repository, candidate, diff_id, plan.config is not None, record, warnings)
+    return Layer(blob, diff_id, stream, source, stored)
+
+
+def _validate(kind: str, raw: bytes, warnings: list[str]) -> None:
+    """Hold a new document against its schema; without jsonschema the typed checks, which always run, stand alone."""
+    from ..formats import schemas  # late: only a document that is new needs it
+
+    if not schemas.validate(kind, raw):
+        warnings.append("The Python library jsonschema is not installed on the host, so new documents are checked without their JSON schemas.")
+
+
+def _diff_ids(manifest: oci.Manifest, config: oci.Config | None) -> list[str]:
+    """The digests that name the layer streams: a container's diff_ids, an artifact's blob digests."""
+    if config is None:
+        return [layer.digest for layer in manifest.layers]
+    return [diff_id for _layer, diff_id in oci.pairs(manifest, config)]
+
+
+def _check_digest(request: Request, digest: str, registry_digest: str, index_digest: str | None) -> None:
+    if request.digest and request.digest not in (digest, registry_digest, index_digest):
+        raise DigestMismatch(
+            f"The reference means {registry_digest} now, where 'digest' asks for {request.digest}.",
+            "Somebody moved the tag, or the digest belongs to another platform: decide which image you want and update the task.",
+        )
+
+
+def proved_layer(repository: Repository, stored: bytes | None, diff_id: str, tar: bool, record: bool, warnings: list[str]) -> bytes | None:
+    """``stored``, the object digest of a layer stream, if it is there and its content is what it is named after; None if it must be fetched.
+
+    A stream that this engine registered, or once proved, is remembered as trusted together with its object digest. Any other may have been
+    put there by a tool that never compared it with the diff_id, for an image that lied: its tar is hashed once before it is believed.
+    """
+    if stored is None or not repository.objects.contains(stored):
+        return None
+    stream = documents.LAYER + diff_id
+    try:
+        # An artifact's layer is a raw blob, but the same bytes stored as a layer serve as well; a container needs a split tar.
+        with repository.open_object_stream(stored, splitstream.LAYER if tar else None) as opened:
+            if repository.trusted(diff_id) == stored:
+                return stored
+            from .layer import tar_sha256  # late: a run that changes nothing need not load the decoders
+
+            found = "sha256:" + tar_sha256(opened, repository.objects)
+    except FormatError as error:
+        warnings.append(f"The stored layer {stream} is not usable and is replaced: {error.message}")
+        return None
+    except EngineError as error:
+        warnings.append(f"The stored layer {stream} cannot be read and is replaced: {error.message}")
+        return None
+    if found != diff_id:
+        warnings.append(f"The stored layer {stream} holds {found}: it was registered by another tool for an image that lied about it, and is replaced.")
+        return None
+    if record:
+        repository.trust(diff_id, stored)
+    return stored

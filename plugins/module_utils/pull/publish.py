@@ -1,0 +1,170 @@
+# Copyright (c) composefs.oci contributors
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
+
+"""The last step of a pull: EROFS images, configuration and manifest of an image whose layers are all there.
+
+``predict`` takes the same decisions as ``publish`` without the bytes; what it says is what ``publish`` then returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, TypeVar
+
+from ..store import documents
+from .plan import Layer, Plan
+from ..progress import Progress
+from ..store.repository import Repository
+
+T = TypeVar("T")
+
+
+class Images(NamedTuple):
+    """Which EROFS images to make of a container: ``plain`` ones to mount, ``bootable`` ones to boot from."""
+
+    plain: bool = True
+    bootable: bool = False
+
+
+def predict(repository: Repository, plan: Plan, images: Images) -> list[str]:
+    """The names under ``streams/`` that publish() would register, after those of the missing layers."""
+    streams = list(plan.missing())
+    layers = {layer.diff_id: _expected(repository, plan, layer) for layer in plan.layers}
+    config = plan.config_document
+    if config is not None and _leads_to(plan, config.refs, layers) and all(image in config.refs for image in _wanted(repository, plan, images)):
+        # An image whose object is gone comes back the same: making images is deterministic.
+        manifest = plan.manifest_document
+        if manifest is None or manifest.refs != _manifest_refs(plan, config.stream, layers):
+            streams.append(documents.MANIFEST + plan.digest)
+        return streams
+    holders = documents.manifests_of_config(repository, plan.config_digest)
+    coming = _coming_config(repository, plan, images, layers, holders)
+    lead = documents.CONFIG_REF + plan.config_digest
+    manifests = [digest for digest, document in holders.items() if digest != plan.digest and document.refs[lead] != coming]
+    if plan.manifest_document is None or plan.manifest_document.refs != _manifest_refs(plan, coming, layers):
+        manifests.insert(0, plan.digest)
+    return [*streams, documents.CONFIG + plan.config_digest, *(documents.MANIFEST + digest for digest in manifests)]
+
+
+def unfinished(repository: Repository, plan: Plan, images: Images) -> bool:
+    """Whether publish() has something to repair that no stream shows: an image without its object or link, or what a crash left behind."""
+    if repository.stream(documents.PENDING + plan.config_digest) is not None:
+        return True
+    wanted = _wanted(repository, plan, images)
+    return any(name in wanted and not (repository.objects.contains(digest) and repository.image(digest)) for name, digest in plan.image_refs.items())
+
+
+def publish(repository: Repository, plan: Plan, images: Images, fetched: Mapping[str, bytes], progress: Progress) -> list[str]:
+    """Store and name what ``plan`` still lacks; the names under ``streams/`` that were given. ``fetched``: layer stream -> object digest.
+
+    The final streams are written at once, so nothing is left over for a collector.
+    """
+    tree = [layer.stored or fetched[layer.stream] for layer in plan.layers]
+    layers = {layer.diff_id: digest for layer, digest in zip(plan.layers, tree)}
+    before = plan.config_document
+    current = before is not None and _leads_to(plan, before.refs, layers)
+    # Images stay true as long as the layers they were made of do.
+    image_refs = {name: digest for name, digest in before.refs.items() if documents.is_image_ref(name)} if before and current and plan.config else {}
+    wanted = _wanted(repository, plan, images)
+    missing = [format_ for name, format_ in wanted.items() if name not in image_refs or not repository.objects.contains(image_refs[name])]
+    if missing:
+        progress.message(f"Making the EROFS image of {plan.request.name}")
+        from .assemble import write_images  # late: most runs make none
+
+        plain, bootable = write_images(
+            repository,
+            tree,
+            [version for version, boot in missing if not boot],
+            [version for version, boot in missing if boot],
+        )
+        image_refs.update({documents.image_ref(version): digest for version, digest in plain.items()})
+        image_refs.update({documents.image_ref(version, boot=True): digest for version, digest in bootable.items()})
+    config_refs = {**layers, **image_refs}
+    if before is not None and current and (plan.config is None or before.refs == config_refs):
+        config_stream = before.stream
+    else:
+        config_stream = documents.store(repository, documents.CONFIG, plan.config_raw, config_refs)
+    refs = _manifest_refs(plan, config_stream, layers)
+    manifests = {}
+    if plan.manifest_document is None or plan.manifest_document.refs != refs:
+        manifests[plan.digest] = documents.store(repository, documents.MANIFEST, plan.manifest.raw, refs)
+    moves = before is None or before.stream != config_stream
+    if moves:
+        # Other manifests with the same configuration follow it, or a collector would find theirs without a name.
+        for digest, document in documents.manifests_of_config(repository, plan.config_digest, config_stream).items():
+            if digest != plan.digest:
+                moved = {**document.refs, documents.CONFIG_REF + plan.config_digest: config_stream}
+                manifests[digest] = documents.store(repository, documents.MANIFEST, document.raw, moved)
+    plan.image_refs = image_refs
+    if missing or manifests or moves:
+        # The barrier: what the names below lead to, directly or through others, is on the disk before they exist.
+        repository.sync()
+    for image in image_refs.values():
+        if repository.objects.contains(image):
+            repository.link_image(image)
+    documents.replace(repository, plan.config_digest, config_stream, manifests)
+    return [*([documents.CONFIG + plan.config_digest] if moves else []), *(documents.MANIFEST + digest for digest in manifests)]
+
+
+def image_id(repository: Repository, plan: Plan, boot: bool) -> str | None:
+    """The EROFS image (hex) in the repository's own format, None if the image has none."""
+    for version in repository.metadata.erofs_formats:
+        digest = plan.image_refs.get(documents.image_ref(version, boot))
+        if digest is not None:
+            return digest.hex()
+    return None
+
+
+def _wanted(repository: Repository, plan: Plan, images: Images) -> dict[str, tuple[int, bool]]:
+    """The images that the configuration shall lead to: key -> format, and whether it is the one to boot from."""
+    if plan.config is None:
+        return {}
+    formats = repository.metadata.erofs_formats
+    # A configuration has one place for formats 0 and 1: where both are wanted, 1 takes it, and 0 would be nobody's.
+    chosen = [(version, boot) for boot, yes in ((False, images.plain), (True, images.bootable)) if yes for version in formats if version or 1 not in formats]
+    return {documents.image_ref(version, boot): (version, boot) for version, boot in chosen}
+
+
+def _expected(repository: Repository, plan: Plan, layer: Layer) -> bytes | None:
+    """The stream object a layer has, or will most likely get: an import is deterministic, so one that vanished comes back the same."""
+    if layer.stored is not None:
+        return layer.stored
+    proved = repository.trusted(layer.diff_id) if plan.config is not None else None
+    if proved is not None:
+        return proved
+    document = plan.config_document if plan.config is not None else plan.manifest_document
+    known = document.refs.get(layer.diff_id) if document else None
+    there = repository.stream(layer.stream)
+    # What is there and is to be replaced is not what the layer will be.
+    return None if known == there and there is not None and repository.objects.contains(there) else known
+
+
+def _coming_config(repository: Repository, plan: Plan, images: Images, layers: Mapping[str, bytes | None], holders: Mapping[str, documents.Document]) -> bytes:
+    """The stream that publish() will give to the configuration, if it is stored already; else empty, which no stream is.
+
+    It is where the name or the document is gone, and where a run died between moving the manifests, ``holders``, and the configuration.
+    """
+    config = plan.config_document
+    keys = set(_wanted(repository, plan, images))
+    if config is not None and _leads_to(plan, config.refs, layers):
+        keys |= {name for name in config.refs if documents.is_image_ref(name)}
+    candidates = [repository.stream(documents.CONFIG + plan.config_digest)]
+    candidates += [document.refs[documents.CONFIG_REF + plan.config_digest] for document in holders.values()]
+    for stream in dict.fromkeys(candidates):
+        refs = documents.refs_of(repository, documents.CONFIG, stream) if stream else None
+        if stream and refs is not None and refs.keys() == keys | layers.keys() and _leads_to(plan, refs, layers):
+            return stream
+    return b""
+
+
+def _leads_to(plan: Plan, refs: Mapping[str, bytes], layers: Mapping[str, bytes | None]) -> bool:
+    """Whether a stored configuration has exactly these layers."""
+    if plan.config is None:
+        # The empty configuration is shared by many artifacts and cannot lead to the layers of all: their manifests do.
+        return True
+    return {name: digest for name, digest in refs.items() if not documents.is_image_ref(name)} == layers
+
+
+def _manifest_refs(plan: Plan, config: bytes, layers: Mapping[str, T]) -> dict[str, bytes | T]:
+    return {documents.CONFIG_REF + plan.config_digest: config, **layers}

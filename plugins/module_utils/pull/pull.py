@@ -1,0 +1,340 @@
+# Copyright (c) composefs.oci contributors
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
+
+"""Pull images into a repository: find out what they are, fetch what is missing, publish, and tell exactly what changed.
+
+The order is the safety argument. Everything that can be refused is refused before the first byte is fetched; layers get their names
+one by one as they are whole and synced, so that a run that fails leaves its work to the next; manifest, configuration and tag follow
+after one more barrier, when everything they lead to is on the disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from ..formats import codecs, oci
+from . import publish
+from ..store import documents
+from . import plan as planning
+from ..errors import EngineError, InvalidReference, MissingLibrary, NoSpace, RegistryUnreachable, Stalled, doing, from_os_error
+from ..formats.oci import Platform, Reference, parse_platform, parse_reference
+from .plan import Layer, Plan, Request
+from ..progress import SKIPPED, Event, Progress, human
+from ..store.repository import Repository
+from ..source.session import Session
+from ..source.skopeo import ProxyOptions
+
+ALWAYS = "always"
+MISSING = "missing"
+NEWER = "newer"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to pull. ``timeout`` is the longest silence in seconds; ``parallel`` 0 means as many layers at once as processors."""
+
+    policy: str = ALWAYS
+    parallel: int = 0
+    timeout: float = 60.0
+    retries: int = 3
+    images: publish.Images = publish.Images()
+    check: bool = False
+    proxy: ProxyOptions = dataclasses.field(default_factory=ProxyOptions)
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What became of one image. ``streams`` are the names that this run registered, or would register in check mode."""
+
+    plan: Plan
+    streams: list[str]
+    stats: dict[str, Any]
+    changed: bool
+
+
+def pull_images(repository: Repository, requests: Sequence[Request], options: Options, progress: Progress) -> list[Outcome]:
+    """Make every requested image present under its name; outcomes in the order of the requests.
+
+    Raises EngineError; then no name was created or moved, and layers that were already whole stay for the next run.
+    """
+    _check_names(repository, requests)
+    # Every stream in a repository is compressed with zstd, so nothing goes without it: better said now than after the first layer.
+    codecs.require_zstd()
+    clock = _Clock()
+    sources = _Sources(options, progress)
+    try:
+        plans = [_plan(repository, request, options, sources, progress) for request in requests]
+        clock.lap("resolve")
+        predictions = [publish.predict(repository, plan, options.images) for plan in plans]
+        settled = not any(predictions) and all(plan.previous == plan.digest for plan in plans)
+        if options.check or (settled and not any(publish.unfinished(repository, plan, options.images) for plan in plans)):
+            outcomes = _untouched(plans, predictions)
+        else:
+            repository.require_writable()
+            outcomes = _carry_out(repository, plans, options, progress, clock)
+        for outcome in outcomes:
+            outcome.stats["seconds"] = clock.laps()
+            outcome.stats["retries"] += sources.retried
+        return outcomes
+    finally:
+        sources.close()
+
+
+class _Clock:
+    """Seconds per phase."""
+
+    def __init__(self) -> None:
+        self._last = self._start = time.monotonic()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, phase: str) -> None:
+        now = time.monotonic()
+        self._laps[phase] = self._laps.get(phase, 0.0) + now - self._last
+        self._last = now
+
+    def laps(self) -> dict[str, float]:
+        return {**{phase: round(seconds, 3) for phase, seconds in self._laps.items()}, "total": round(time.monotonic() - self._start, 3)}
+
+
+class _Sources:
+    """The sessions of one pull: one skopeo for all images that it can serve with the same options."""
+
+    def __init__(self, options: Options, progress: Progress) -> None:
+        self._options = options
+        self._progress = progress
+        self._sessions: dict[tuple[str, str, Platform | None], Session] = {}
+
+    def session(self, reference: Reference, platform: str) -> Session:
+        wanted = parse_platform(platform) if platform else None
+        key = (reference.transport, reference.registry, wanted)
+        if key not in self._sessions:
+            options = dataclasses.replace(self._options.proxy, platform=wanted)
+            self._sessions[key] = Session(options, self._options.retries, self._progress)
+        return self._sessions[key]
+
+    @property
+    def retried(self) -> int:
+        return sum(session.retried for session in self._sessions.values())
+
+    def close(self) -> None:
+        for session in self._sessions.values():
+            session.close()
+
+
+def _check_names(repository: Repository, requests: Sequence[Request]) -> None:
+    names = [request.name for request in requests]
+    for name in names:
+        repository.check_tag_name(name)
+        if names.count(name) > 1:
+            raise InvalidReference(f"The name {name!r} is asked for twice in one task.", "Give each image a name of its own.")
+
+
+def _plan(repository: Repository, request: Request, options: Options, sources: _Sources, progress: Progress) -> Plan:
+    # Outside of the block that names the reference in errors: one that cannot be understood may hold a password.
+    reference = parse_reference(request.ref)
+    record = not options.check
+    try:
+        if options.policy == MISSING:
+            known = planning.recall(repository, request, [], record)
+            if known is not None:
+                return known
+        session = sources.session(reference, request.platform)
+        try:
+            return planning.look_up(repository, request, reference, session, record)
+        except (RegistryUnreachable, Stalled) as error:
+            warning = f"{error.message} What is there under {request.name!r} is left as it is."
+            known = planning.recall(repository, request, [warning], record) if options.policy == NEWER else None
+            if known is None:
+                raise
+            return known
+    except EngineError as error:
+        if reference.text not in error.message and request.ref not in error.message:
+            error.message = f"Looking up {request.ref}: {error.message}"
+        raise
+    except OSError as error:
+        raise from_os_error(error, f"Looking up {request.ref}") from error
+
+
+def _untouched(plans: Sequence[Plan], predictions: Sequence[list[str]]) -> list[Outcome]:
+    """Outcomes of a run that writes nothing. A layer that several images lack is counted with the first, as a real run would fetch it."""
+    outcomes = []
+    claimed: set[str] = set()
+    for plan, predicted in zip(plans, predictions):
+        streams = [stream for stream in predicted if stream not in claimed]
+        fetched = sum(layer.source.size for stream, layer in plan.missing().items() if stream not in claimed)
+        claimed.update(streams)
+        stats = {**_stats(plan), "bytes_fetched": fetched}
+        outcomes.append(Outcome(plan, streams, stats, bool(streams) or plan.previous != plan.digest))
+    return outcomes
+
+
+def _stats(plan: Plan | None) -> dict[str, Any]:
+    """The figures of an image for which nothing was done yet."""
+    different = len({layer.stream for layer in plan.layers}) if plan else 0
+    return {
+        "layers": len(plan.layers) if plan else 0,
+        "layers_already_present": different - len(plan.missing()) if plan else 0,
+        "objects_copied": 0,
+        "objects_already_present": 0,
+        "bytes_copied": 0,
+        "bytes_inlined": 0,
+        "bytes_fetched": 0,
+        "retries": 0,
+        "seconds": {"total": 0.0},
+    }
+
+
+def _carry_out(repository: Repository, plans: Sequence[Plan], options: Options, progress: Progress, clock: _Clock) -> list[Outcome]:
+    missing: dict[str, tuple[Plan, Layer]] = {}
+    for plan in plans:
+        for layer in plan.layers:
+            if layer.stored is not None:
+                progress(Event(SKIPPED, layer.diff_id, layer.blob.size, layer.blob.size))
+        for stream, layer in plan.missing().items():
+            missing.setdefault(stream, (plan, layer))
+    _require_space(repository, [layer for _plan, layer in missing.values()])
+    with repository.importing():
+        fetched = {}
+        retried = 0
+        if missing:
+            # Loaded here: a run that fetches nothing starts faster without the decoders and the tar splitter.
+            from .fetch import Fetcher, Job
+            from .layer import LayerSpec
+
+            jobs = []
+            for stream, (plan, layer) in missing.items():
+                if plan.session is None:
+                    raise AssertionError("this must hold: plan.session is not None")
+                jobs.append(Job(stream, LayerSpec(layer.source.digest, layer.source.size, layer.diff_id, layer.compression), plan.session, plan.reference))
+            fetcher = Fetcher(repository, options.parallel, options.timeout, options.retries, progress)
+            fetcher.run(jobs)
+            fetched, retried = fetcher.results, fetcher.retried
+        clock.lap("fetch")
+        stored = {stream: bytes.fromhex(result.stream) for stream, result in fetched.items()}
+        outcomes = []
+        claimed: set[str] = set()
+        for plan in plans:
+            mine = [stream for stream in plan.missing() if stream not in claimed]
+            claimed.update(mine)
+            with doing(f"registering {plan.request.ref}"):
+                documents_changed = publish.publish(repository, plan, options.images, stored, progress)
+            stats = _stats(plan)
+            for result in (fetched[stream] for stream in mine):
+                stats["objects_copied"] += result.objects_new
+                stats["objects_already_present"] += result.objects_present
+                stats["bytes_copied"] += result.bytes_new
+                stats["bytes_inlined"] += result.bytes_inlined
+                stats["bytes_fetched"] += result.fetched
+            stats["retries"] = retried
+            streams = mine + [stream for stream in documents_changed if stream not in claimed]
+            claimed.update(streams)
+            outcomes.append(Outcome(plan, streams, stats, bool(streams) or plan.previous != plan.digest))
+        # Only now, when every document is in place, do the names appear: an image of this task that cannot be stored leaves all names alone.
+        for plan in plans:
+            repository.tag(plan.request.name, plan.digest)
+    clock.lap("register")
+    return outcomes
+
+
+def _require_space(repository: Repository, layers: Sequence[Layer]) -> None:
+    """Refuse before the first byte when not even the blobs as they are compressed would fit."""
+    needed = sum(layer.source.size for layer in layers)
+    # Every layer needs at least its splitstream, every image its documents.
+    inodes = len(layers) + 2
+    free, free_inodes = repository.free_space()
+    if needed > free:
+        raise NoSpace(
+            f"The missing layers need at least {needed} bytes ({human(needed)}), and {repository.path} has {free} bytes ({human(free)}) free.",
+            "Free space on that file system or remove images, then run again.",
+        )
+    if free_inodes is not None and inodes > free_inodes:
+        raise NoSpace(
+            f"The missing layers need at least {inodes} inodes, and the file system of {repository.path} has {free_inodes} free.",
+            "Remove files there, then run again.",
+        )
+
+
+def forget(repository: Repository, request: Request, check: bool) -> dict[str, Any]:
+    """Remove the name of an image; the result has the shape of describe(). The data stays until the repository is pruned."""
+    repository.check_tag_name(request.name)
+    previous = repository.tag_digest(request.name)
+    exists = previous is not None
+    try:
+        previous_layers = _stored_layers(repository, previous)
+    except MissingLibrary:
+        previous_layers = []  # only shown; a name can go without it
+    if exists and not check:
+        repository.require_writable()
+        repository.untag(request.name)
+        # What is reported as removed must not come back after a power cut.
+        repository.sync()
+    return {**blank(request), "previous_digest": previous, "previous_layers": previous_layers, "changed": exists}
+
+
+def foretell(request: Request) -> dict[str, Any]:
+    """What check mode says of an image that would be pulled, where nobody can be asked about it; the result has the shape of describe()."""
+    return {**blank(request), "previous_layers": [], "changed": True}
+
+
+def describe(repository: Repository, outcome: Outcome) -> dict[str, Any]:
+    """An outcome in plain values, as modules return it; ``previous_layers`` and ``changed`` are for the module itself."""
+    plan = outcome.plan
+    # A layer that occurs twice, or that another image of the same task lacks too, is fetched once and counted there.
+    to_fetch = {stream: layer.source.size for stream, layer in plan.missing().items() if stream in outcome.streams}
+    return {
+        **blank(plan.request),
+        "digest": plan.digest,
+        "registry_digest": plan.registry_digest,
+        "index_digest": plan.index_digest,
+        "config_digest": plan.config_digest,
+        "image_id": publish.image_id(repository, plan, boot=False),
+        "boot_image_id": publish.image_id(repository, plan, boot=True),
+        "previous_digest": plan.previous,
+        "previous_layers": _stored_layers(repository, plan.previous),
+        "layers": [
+            {
+                "digest": layer.blob.digest,
+                "diff_id": layer.diff_id,
+                "size": layer.blob.size,
+                "media_type": layer.blob.media_type,
+                "status": layer.status,
+                "bytes_to_fetch": to_fetch.pop(layer.stream, 0),
+            }
+            for layer in plan.layers
+        ],
+        "streams": outcome.streams,
+        "stats": outcome.stats,
+        "skopeo_version": plan.session.skopeo_version if plan.session else None,
+        "protocol_version": plan.session.protocol_version if plan.session else None,
+        "changed": outcome.changed,
+    }
+
+
+def blank(request: Request) -> dict[str, Any]:
+    """The shape of describe() for an image of which nothing is known."""
+    return {
+        "name": request.name,
+        "ref": request.ref or None,
+        "digest": None,
+        "registry_digest": None,
+        "index_digest": None,
+        "config_digest": None,
+        "previous_digest": None,
+        "image_id": None,
+        "boot_image_id": None,
+        "layers": [],
+        "streams": [],
+        "stats": _stats(None),
+        "skopeo_version": None,
+        "protocol_version": None,
+    }
+
+
+def _stored_layers(repository: Repository, digest: str | None) -> list[str]:
+    """The blob digests of a stored manifest's layers, for showing what a name led to."""
+    document = documents.usable(repository, documents.MANIFEST, digest) if digest else None
+    return [layer.digest for layer in oci.parse_manifest(document.raw).layers] if document else []

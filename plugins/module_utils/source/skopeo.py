@@ -1,0 +1,503 @@
+# Copyright (c) composefs.oci contributors
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
+
+"""Running skopeo: its command line, its credentials, its process, and what its words mean.
+
+Secrets go to skopeo in a file without a name, never in arguments or the environment, and are taken out of whatever it says. The process
+dies with us and is always reaped. There are no threads in here, so a caller may fork at any time.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from ..errors import (
+    AuthFailed,
+    DigestMismatch,
+    EngineError,
+    ImageNotFound,
+    InvalidDocument,
+    InvalidReference,
+    NoSpace,
+    PermissionDenied,
+    PlatformNotFound,
+    PolicyRejected,
+    ProxyFailed,
+    RegistryUnreachable,
+    SkopeoMissing,
+    Stalled,
+    TlsFailed,
+    UnsupportedMediaType,
+)
+from ..formats.oci import MAX_MANIFEST, Platform, Reference, digest_of, load_json
+
+_E = TypeVar("_E", bound=EngineError)
+
+INSTALL = "Install skopeo 1.6 or later (the role composefs.oci.skopeo does), or name it with the option executable."
+_MAX_LOG = 256 * 1024
+_MAX_WORDS = 2000
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class ProxyOptions:
+    """How skopeo is run and how it reaches the source; the modules' options of the same names say more.
+
+    ``timeout`` is in seconds: the longest silence within one request. ``policy`` is the path of a policy.json, None the host's.
+    ``unenforced_policy`` (``refuse`` or ``ignore``) says what to do where skopeo is too old to enforce it.
+    """
+
+    executable: tuple[str, ...] = ("skopeo",)
+    auth_file: str | None = None
+    username: str | None = None
+    password: str | None = field(default=None, repr=False)
+    tls_verify: bool | None = None
+    cert_dir: str | None = None
+    policy: str | None = None
+    insecure_policy: bool = False
+    unenforced_policy: str = "refuse"
+    platform: Platform | None = None
+    tmpdir: str | None = None
+    timeout: float = 120.0
+
+
+# -- one process
+
+
+class Child:
+    """A skopeo process: dies with us, is killed with all its children, is reaped, and its first words on stderr are kept."""
+
+    def __init__(self, argv: Sequence[str], stdin: int, stdout: int, descriptors: Sequence[int]) -> None:
+        self._lock = threading.Lock()
+        self._log = _log_file()
+        try:
+            self.process = subprocess.Popen(
+                argv,
+                stdin=stdin,
+                stdout=stdout,
+                stderr=self._log,
+                pass_fds=descriptors,
+                start_new_session=True,
+                preexec_fn=_die_with_parent(),
+            )
+        except FileNotFoundError as error:
+            os.close(self._log)
+            raise SkopeoMissing(
+                f"There is no {argv[0]!r} on this host.", INSTALL if argv[0] != "podman" else "Without root, containers-storage is read through podman."
+            ) from error
+        except (OSError, subprocess.SubprocessError, ValueError) as error:
+            os.close(self._log)
+            raise SkopeoMissing(f"Cannot start {argv[0]!r}: {getattr(error, 'strerror', None) or error}.", INSTALL) from error
+
+    def kill(self) -> None:
+        """SIGKILL to the process and what it started, then reap it; from any thread, any number of times."""
+        with self._lock:
+            # Until it is reaped here its number cannot be given to another process or group.
+            if self.process.returncode is None:
+                with contextlib.suppress(OSError):
+                    os.killpg(self.process.pid, signal.SIGKILL)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(5.0)
+
+    def output(self, limit: int, deadline: float, what: str) -> bytes:
+        """All of stdout, at most ``limit`` bytes. Raises Stalled if it does not end before the deadline, InvalidDocument if it is longer."""
+        pipe = self.process.stdout
+        if pipe is None:
+            raise AssertionError("this must hold: pipe is not None")
+        data = bytearray()
+        while len(data) <= limit:
+            if not readable(pipe.fileno(), deadline):
+                self.kill()
+                raise Stalled(f"{what}: skopeo gave no answer in time.", "Check the network and the registry, or raise the option timeout.")
+            piece = os.read(pipe.fileno(), min(65536, limit + 1 - len(data)))
+            if not piece:
+                return bytes(data)
+            data += piece
+        self.kill()
+        raise InvalidDocument(f"{what}: the answer has more than {limit} bytes.")
+
+    def wait(self, seconds: float) -> int | None:
+        """The exit status (negative: a signal), or None if it has not ended after ``seconds``."""
+        deadline = time.monotonic() + seconds
+        pause = 0.0005
+        while True:
+            with self._lock:
+                if self.process.poll() is not None:
+                    return self.process.returncode
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(pause)
+            pause = min(pause * 2, 0.02)
+
+    def words(self) -> str:
+        """What it said on stderr, without the decoration of its logger."""
+        with contextlib.suppress(OSError, ValueError):
+            return unwrap_log(os.pread(self._log, _MAX_LOG, 0))
+        return ""
+
+    def close(self) -> None:
+        self.kill()
+        self.abandon()
+
+    def abandon(self) -> None:
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        log, self._log = self._log, -1
+        if log >= 0:
+            os.close(log)
+
+
+def _unnamed_file(name: str, flags: int = 0) -> int:
+    """The descriptor of a file that no directory knows, so that nothing remains of it whatever happens; readable by its owner only."""
+    try:
+        descriptor = os.memfd_create(name, 1 | flags)  # MFD_CLOEXEC
+    except (OSError, AttributeError):
+        with tempfile.TemporaryFile(buffering=0) as file:
+            descriptor = os.dup(file.fileno())
+    os.fchmod(descriptor, 0o600)
+    return descriptor
+
+
+def _log_file() -> int:
+    """A file for stderr: it needs no reader, so that no thread does, and cannot grow, so that no chatter fills the memory."""
+    descriptor = _unnamed_file("skopeo-stderr", 2)  # MFD_ALLOW_SEALING
+    with contextlib.suppress(OSError):
+        os.truncate(descriptor, _MAX_LOG)
+        fcntl.fcntl(descriptor, 1033, 0x0004)  # F_ADD_SEALS, F_SEAL_GROW: a write beyond the size fails, and skopeo goes on
+    return descriptor
+
+
+def _die_with_parent() -> Any:
+    """A function to run between fork and exec that has the kernel kill the process when the thread that started it ends.
+
+    Why this is sound although it runs in a fork of a process that may have threads: everything it needs is looked up here, before the
+    fork. What remains is one call of a C function through a bound pointer and one of getppid: no import, no lock of ours, and
+    the allocator is usable since the C library takes its locks around fork. Signal and parent are checked in this order so that there is
+    no gap: if the parent died before prctl, getppid tells; if after, the kernel does. ``podman unshare`` gets the signal itself, its skopeo
+    then sees the connection close; ``kill`` reaches both since they share a process group.
+    """
+    prctl = ctypes.CDLL(None).prctl
+    prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong]
+    number = int(signal.SIGKILL)
+    parent = os.getpid()
+    getppid, leave = os.getppid, os._exit
+
+    def run() -> None:
+        prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
+        if getppid() != parent:
+            leave(127)
+
+    return run
+
+
+@contextlib.contextmanager
+def command(options: ProxyOptions, reference: Reference, verb: Sequence[str], last: Sequence[str]) -> Iterator[tuple[list[str], list[int]]]:
+    """The arguments for skopeo and the descriptors that it must inherit, which are ours only until it has started."""
+    argv = list(options.executable)
+    if reference.transport == "containers-storage" and os.geteuid() != 0 and len(argv) == 1:
+        # Without root the storage is in a user namespace, which skopeo does not enter by itself.
+        argv = ["podman", "unshare", *argv]
+    if options.policy:
+        if not os.access(options.policy, os.R_OK):
+            raise PolicyRejected(f"The signature policy {options.policy} does not exist or cannot be read.", "Name a file as containers-policy.json(5) says.")
+        argv += ["--policy", options.policy]
+    if options.insecure_policy:
+        argv.append("--insecure-policy")
+    if options.tmpdir:
+        argv += ["--tmpdir", options.tmpdir]
+    if options.platform is not None:
+        argv += ["--override-os", options.platform.os, "--override-arch", options.platform.architecture]
+        if options.platform.variant:
+            argv += ["--override-variant", options.platform.variant]
+    argv += verb
+    if options.tls_verify is not None:
+        argv.append(f"--tls-verify={'true' if options.tls_verify else 'false'}")
+    if options.cert_dir:
+        if not os.path.isdir(options.cert_dir):
+            raise TlsFailed(f"The certificate directory {options.cert_dir} does not exist.", "Name a directory with *.crt files.")
+        argv += ["--cert-dir", options.cert_dir]
+    descriptors: list[int] = []
+    with contextlib.ExitStack() as stack:
+        if options.auth_file:
+            if options.username or options.password:
+                raise AuthFailed("Both an authentication file and a user name or password are given.", "Use one of them.")
+            if not os.access(options.auth_file, os.R_OK):
+                raise AuthFailed(
+                    f"The authentication file {options.auth_file} does not exist or cannot be read.", "Name a file as skopeo login or podman login write it."
+                )
+            argv += ["--authfile", options.auth_file]
+        elif options.username or options.password:
+            if not options.username or not options.password or ":" in options.username:
+                raise AuthFailed("The user name or the password is empty, or the name has a colon.", "Give both or none.")
+            if reference.is_remote:
+                descriptor = _auth_file(options.username, options.password, reference.registry)
+                stack.callback(os.close, descriptor)
+                descriptors.append(descriptor)
+                argv += ["--authfile", f"/proc/self/fd/{descriptor}"]
+        yield argv + list(last), descriptors
+
+
+def _auth_file(username: str, password: str, registry: str) -> int:
+    """The descriptor of a file with the credentials for one registry (containers-auth.json(5))."""
+    token = base64.b64encode(f"{username}:{password}".encode("utf-8", "surrogateescape")).decode()
+    descriptor = _unnamed_file("auth")
+    os.write(descriptor, json.dumps({"auths": {registry: {"auth": token}}}).encode())
+    return descriptor
+
+
+def readable(fd: int, deadline: float) -> bool:
+    """Wait until there is something to read (an end counts too); False if the deadline passes first."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
+
+
+def skopeo_version(executable: Sequence[str] = ("skopeo",), timeout: float = 20.0) -> str:
+    """The version of skopeo, for example ``1.9.3``. Raises SkopeoMissing, Stalled, ProxyFailed."""
+    child = Child([*executable, "--version"], subprocess.DEVNULL, subprocess.PIPE, ())
+    try:
+        output = child.output(65536, time.monotonic() + timeout, "Asking skopeo for its version").decode("utf-8", "replace")
+    finally:
+        child.close()
+    match = re.search(r"skopeo version v?(\d+(?:\.\d+)*\S{0,40})", output)
+    if match is None:
+        raise ProxyFailed(f"{executable[0]!r} does not tell its version as skopeo does: {output!r:.100}.", INSTALL)
+    return match.group(1)
+
+
+def top_digest(options: ProxyOptions, reference: Reference) -> tuple[str, bytes]:
+    """``sha256:<hex>`` and the bytes of the topmost manifest or index that the reference means.
+
+    The proxy tells the digest of the platform's manifest only, so this is a second skopeo, ``inspect --raw``, with the same credentials. It
+    costs a process and one or two requests to the registry; a reference by digest is answered from the text alone by whoever has it.
+    """
+    what = f"Reading the index of {reference.text}"
+    with command(options, reference, ("inspect", "--raw"), ("--", reference.text)) as (argv, descriptors):
+        child = Child(argv, subprocess.DEVNULL, subprocess.PIPE, descriptors)
+    try:
+        raw = child.output(MAX_MANIFEST, time.monotonic() + options.timeout, what)
+        status = child.wait(options.timeout)
+        if status != 0:
+            raise classify(options, what, child.words())
+    finally:
+        child.close()
+    return digest_of(raw), raw
+
+
+# -- the signature policy
+
+
+def check_unenforced_policy(options: ProxyOptions) -> None:
+    """Raise PolicyRejected if the policy asks for more than an old skopeo, which enforces none in its proxy, gives."""
+    if options.unenforced_policy == "ignore" or options.insecure_policy:
+        return
+    demand = policy_demand(options.policy)
+    if demand:
+        raise PolicyRejected(
+            f"This skopeo is too old to enforce a signature policy (1.13 is needed), and {demand}.",
+            "Install a newer skopeo, or set the option unenforced_policy to ignore to go on without the checks.",
+        )
+
+
+def policy_path(path: str | None) -> str:
+    """The policy.json that skopeo reads: the one given, else the user's, else the system's."""
+    if path:
+        return path
+    users = os.path.join(os.environ.get("HOME") or os.path.expanduser("~"), ".config/containers/policy.json")
+    return users if os.path.exists(users) else "/etc/containers/policy.json"
+
+
+def policy_is_accept_anything(path: str | None = None) -> bool:
+    """Whether the policy accepts every image from everywhere, so that it does not matter whether it is enforced."""
+    return not policy_demand(path)
+
+
+def policy_demand(path: str | None = None) -> str:
+    """What the policy asks for beyond accepting everything, as part of a sentence; empty if nothing (containers-policy.json(5))."""
+    name = policy_path(path)
+    try:
+        with open(name, "rb") as file:
+            policy = load_json(file.read(MAX_MANIFEST + 1), MAX_MANIFEST, f"policy {name}")
+    except FileNotFoundError:
+        return f"there is no policy {name}, without which newer ones refuse every image"
+    except (OSError, EngineError) as error:
+        return f"the policy {name} cannot be read ({error})"
+    if not isinstance(policy, dict):
+        return f"the policy {name} is not a JSON object"
+    scopes: list[tuple[str, Any]] = [("default", policy.get("default"))]
+    transports = policy.get("transports", {})
+    for transport, names in (transports if isinstance(transports, dict) else {"transports": None}).items():
+        scopes += [(f"{transport}:{scope}", demands) for scope, demands in names.items()] if isinstance(names, dict) else [(transport, None)]
+    for scope, demands in scopes:
+        if not isinstance(demands, list) or not demands or any(item != {"type": "insecureAcceptAnything"} for item in demands):
+            return f"the policy {name} asks for more than insecureAcceptAnything ({scope!r:.200})"
+    return ""
+
+
+# -- skopeo's words
+
+_LOG_LINE = re.compile(r'^(?:time="[^"]*" )?level=(?P<level>[a-z]+) msg=(?P<msg>"(?:[^"\\]|\\.)*"|\S*)')
+
+
+_NAMES = re.compile(r"reading manifest \S+ in \S+|\b(?:tag|reference) \"[^\"]*\"|\S*/\S*")
+
+
+def _means(pattern: str, kind: type[EngineError], hint: str = "") -> tuple[re.Pattern[str], type[EngineError], str]:
+    return re.compile(pattern), kind, hint
+
+
+# The first that fits decides. Heard from skopeo 1.9.3 and 1.18 in front of a registry and of servers that fail on purpose.
+_MEANINGS = (
+    _means(
+        r"image rejected|rejected by policy|signature was required|signature policy|trust policy|policy\.json"
+        r"|signatures were accepted|signature for identity|invalid gpg signature",
+        PolicyRejected,
+        "Sign the image as the signature policy asks, or change the policy.",
+    ),
+    _means(r"no image found in (?:manifest list|image index)", PlatformNotFound, "Choose one of the platforms that the image has, with the option platform."),
+    _means(r"unknown (?:flag|command|shorthand)", SkopeoMissing, INSTALL),
+    _means(r"tls handshake timeout", RegistryUnreachable, "Check the network and the registry, and try again later."),
+    _means(
+        r"server gave http response to https client",
+        TlsFailed,
+        "The registry speaks plain HTTP: give it TLS, or set validate_certs to false.",
+    ),
+    _means(
+        r"x509: |tls: |certificate signed by|bad certificate",
+        TlsFailed,
+        "Name the directory with the authority's certificate with ca_cert_dir, or set validate_certs to false.",
+    ),
+    _means(
+        r"unauthorized|authentication required|(?<!permission )\bdenied\b|status ?(?:code)?(?: from registry)?:? 40[13]\b"
+        r"|getting username and password|authentication file|auth ?file",
+        AuthFailed,
+        "Give username and password, or auth_file, of an account that may read the image. Some registries answer so for images that do not exist.",
+    ),
+    _means(
+        r"more than one image|choose an image|expected 1 item, got",
+        InvalidReference,
+        "There are several images: name one of them after the path, separated by a colon.",
+    ),
+    _means(
+        r"manifest unknown|name unknown|blob unknown|unknown blob|status ?(?:code)?(?: from registry)?:? 404\b|no such file or directory"
+        r"|no descriptor found|not found|no such image|does not exist|does not resolve to an image|is not an image",
+        ImageNotFound,
+        "Check the name, the tag and the path.",
+    ),
+    _means(r"corrupted blob|expected \d+ bytes in blob|digest did not match", DigestMismatch, "Try again; if it stays so, the image is damaged."),
+    _means(r"no space left on device|disk quota exceeded", NoSpace, "Free space where skopeo unpacks archives (the directory for temporary files)."),
+    _means(r"permission denied|operation not permitted", PermissionDenied, "Run as a user that may read it, for example with become."),
+    _means(
+        r"connection re(?:fused|set)|no such host|time-?out|timed out|deadline exceeded|unreachable|no route to host|\beof\b|too ?many ?requests"
+        r"|status ?(?:code)?(?: from registry)?:? (?:408|429|5\d\d)\b|temporary failure|server misbehaving|broken pipe|proxyconnect|stream error|http2: "
+        r"|goaway|server closed|cannot connect",
+        RegistryUnreachable,
+        "Check the network and the registry, and try again later.",
+    ),
+    _means(r"unsupported .*(?:mime|media|schema)|mime type|no fslayers", UnsupportedMediaType, "Push the image again with a current tool."),
+    _means(r"exceeded maximum allowed size", InvalidDocument, "The image is damaged or made to do harm; ask its publisher."),
+    _means(
+        r"invalid reference|invalid image name|invalid source name|unknown transport|parsing reference", InvalidReference, "Check how the reference is written."
+    ),
+)
+
+
+def unwrap_log(log: bytes) -> str:
+    """What skopeo said on stderr: its fatal and error messages without the logger's decoration; if there is none, everything."""
+    grave: list[str] = []
+    lines: list[str] = []
+    for line in log.rstrip(b"\0").decode("utf-8", "replace").splitlines():
+        match = _LOG_LINE.match(line.strip())
+        text = line.strip()
+        if match is not None:
+            text = match.group("msg")
+            if text.startswith('"'):
+                try:
+                    text = str(json.loads(text))
+                except ValueError:
+                    text = text[1:-1]
+            if match.group("level") in ("fatal", "error", "panic"):
+                grave.append(text)
+        if text:
+            lines.append(text)
+    return "\n".join(grave or lines)
+
+
+def _shorten(text: str) -> str:
+    """The beginning and the end, where Go puts what was done and what was the cause: a registry can make skopeo say any amount."""
+    if len(text) <= _MAX_WORDS:
+        return text
+    # The end starts at a word, lest it be the rest of an address whose secret part can no longer be recognised.
+    return f"{text[: _MAX_WORDS // 2]} … {text[-_MAX_WORDS // 2 :].partition(' ')[2]}"
+
+
+def scrub(options: ProxyOptions, text: str) -> str:
+    """``text`` for a message: one line, bounded, without control characters and without secrets."""
+    username, password = options.username or "", options.password or ""
+    if password:
+        from urllib.parse import quote, quote_plus
+
+        token = base64.b64encode(f"{username}:{password}".encode("utf-8", "surrogateescape")).decode()
+        coded = password.encode("utf-8", "surrogateescape")
+        for secret in sorted({token, password, quote(coded, safe=""), quote_plus(coded)}, key=len, reverse=True):
+            text = text.replace(secret, "***")
+    text = _shorten(text)
+    # Whatever else may carry some: user information and the query of an address (signed addresses), and authorization headers.
+    text = re.sub(r"(?<=://)[^/\s\"'@]*@", "***@", text)
+    text = re.sub(r"(://[^\s\"'?]*)\?[^\s\"']*", r"\1?***", text)
+    text = re.sub(r"(?i)\b(bearer|basic) +[A-Za-z0-9+/=._~-]{8,}", r"\1 ***", text)
+    text = "".join(character if character.isprintable() else " " for character in text)
+    return re.sub(r" {2,}", " ", text).strip()
+
+
+def _once(text: str) -> str:
+    """Without what is said twice in a row: registries answer with a code and a text, which often are the same."""
+    parts: list[str] = []
+    for part in text.split(": "):
+        if not parts or part.rstrip(".") != parts[-1]:
+            parts.append(part)
+    return ": ".join(parts)
+
+
+def classify(options: ProxyOptions, what: str, words: str, code: object = None) -> EngineError:
+    """The error for skopeo's ``words`` (and, since protocol 0.2.8, its error code) about ``what``, a phrase such as ``Opening docker://…``."""
+    # Paths, addresses and names are none of skopeo's words: an image may well be called unauthorized.
+    said = _NAMES.sub(" ", _shorten(words).lower().replace("/policy.json: no such file", "/x no signature policy"))
+    kind: type[EngineError] = ProxyFailed
+    hint = ""
+    for pattern, candidate, advice in _MEANINGS:
+        if pattern.search(said):
+            kind, hint = candidate, advice
+            break
+    else:
+        if code == "retryable":
+            kind = RegistryUnreachable
+    quoted = _once(scrub(options, words)).rstrip(".") or "nothing"
+    return kind(f"{what}: skopeo says: {quoted}{'' if quoted[-1] in '?!…' else '.'}", hint)
+
+
+def passing(error: _E) -> _E:
+    """Mark an error as one that a new proxy may not meet: its attribute ``retryable`` becomes true."""
+    error.__dict__["retryable"] = True
+    return error
+
+
+def is_retryable(error: EngineError) -> bool:
+    """Whether the same request, of a new proxy if need be, may succeed a little later."""
+    return isinstance(error, (RegistryUnreachable, Stalled)) or bool(getattr(error, "retryable", False))

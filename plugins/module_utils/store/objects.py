@@ -1,0 +1,513 @@
+# Copyright (c) composefs.oci contributors
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
+
+"""The object store: files below ``objects/`` that are named by the fs-verity digest of their content (composefs repository format).
+
+An object comes into being whole: it is written to a file without a name, sealed where fs-verity is at hand, and only then linked. A reader or a
+writer in another process therefore sees it complete or not at all, and a full disk leaves nothing behind. What is *durable* is another matter:
+nothing here is synced, that is the repository's barrier.
+
+Each process has its own store on a shared directory descriptor; stores need no coordination, because a link that is already there is
+simply someone else's copy of the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import os
+import stat
+from collections.abc import Iterable, Iterator
+
+from ..formats import fsverity
+from ..host import hostfs
+from ..errors import Busy, DigestMismatch, FormatError, IOFailed, VerityUnsupported, from_os_error
+
+# The name that cfsctl gives to files that are not objects yet: garbage collectors look into the 256 directories only.
+TEMPORARY_PREFIX = ".tmp-object-"
+FILE_MODE = 0o644
+DIRECTORY_MODE = 0o755
+_COPY_TRIES = 3
+_PIECE = 1 << 20
+
+_ABSENT, _PRESENT, _WRONG = range(3)
+
+# Damage on the disk itself, found while a file is opened or measured.
+_DAMAGED = (errno.EIO, getattr(errno, "EUCLEAN", errno.EIO), errno.EBADMSG)
+
+
+@dataclasses.dataclass
+class ObjectStats:
+    """What a store did: objects and bytes written, found already there, and written anew in the place of damaged ones (also counted as new)."""
+
+    new: int = 0
+    present: int = 0
+    bytes_new: int = 0
+    bytes_present: int = 0
+    replaced: int = 0
+
+    def add(self, other: ObjectStats) -> None:
+        """Add the counts of another store, for example one of a worker process."""
+        self.new += other.new
+        self.present += other.present
+        self.bytes_new += other.bytes_new
+        self.bytes_present += other.bytes_present
+        self.replaced += other.replaced
+
+
+class ObjectStore:
+    """Objects of one repository. ``dirfd`` is its ``objects/`` (O_PATH will do) and stays the caller's.
+
+    ``verity``: every object must be sealed, and what is there already is measured by the kernel (a *secure* repository). Otherwise
+    ``try_verity`` says whether sealing is tried and its lack accepted; the first refusal of the file system is remembered.
+
+    ``hash_first`` matters to streamed objects of a secure repository only. The kernel computes their digest when it seals them, so hashing
+    in user space too pays only where it spares writing out what is already there: switch it off for the first image of a repository.
+    """
+
+    def __init__(self, dirfd: int, algorithm: fsverity.Algorithm, verity: bool, try_verity: bool) -> None:
+        self.dirfd = dirfd
+        self.algorithm = algorithm
+        self.verity = verity
+        self.hash_first = True
+        self.stats = ObjectStats()
+        self._seal = verity or try_verity
+        self._tmpfile = True
+
+    # --- writing -----------------------------------------------------------------------------------------------------------------------------
+
+    def put(self, data: fsverity.Bytes, prove: bool = False) -> bytes:
+        """Store ``data`` (bytes, or a contiguous view of bytes) unless it is there already; its fs-verity digest.
+
+        The hot path of a pull, once per small file. An object that is there and right is left alone; a damaged one is replaced in one step.
+        What is there without a seal is judged by its size, or, to ``prove`` it, by its content. NoSpace and other EngineErrors when the system refuses.
+        """
+        digest = fsverity.digest(data, self.algorithm)
+        self.put_known(digest, data, prove)
+        return digest
+
+    def put_known(self, digest: bytes, data: fsverity.Bytes, prove: bool = False) -> None:
+        """Like put(), for a caller who computed the digest of ``data`` already, perhaps in another thread."""
+        text = digest.hex()
+        name = f"{text[:2]}/{text[2:]}"
+        size = len(data)
+        try:
+            state = self._state(name, digest, size)
+        except OSError as error:
+            raise from_os_error(error, f"Looking for object {text}") from error
+        if prove and state == _PRESENT and not self.verify(digest):
+            state = _WRONG
+        if state == _PRESENT:
+            self.stats.present += 1
+            self.stats.bytes_present += size
+            return
+        draft = self._draft(os.O_WRONLY)
+        try:
+            written = os.write(draft.fd, data)
+            if written != size:
+                _write_rest(draft.fd, data, written)
+            if self._seal:
+                self._seal_draft(draft, digest)
+            self._place(draft, name, digest, size, state)
+        except OSError as error:
+            raise from_os_error(error, f"Storing an object of {size} bytes") from error
+        finally:
+            draft.close()
+
+    def writer(self) -> ObjectWriter:
+        """Begin an object whose content comes in pieces; memory does not grow with it."""
+        return ObjectWriter(self)
+
+    def put_pieces(self, pieces: Iterable[fsverity.Bytes]) -> bytes:
+        """Store what the pieces make together as one object, for splitstreams; its fs-verity digest.
+
+        One that is there already is proved by its content: a stream may be written again because the one that is there turned out to be damaged.
+        """
+        output = self.writer()
+        try:
+            for piece in pieces:
+                output.write(piece)
+            return output.commit(prove=True)[0]
+        except BaseException:
+            output.abort()
+            raise
+
+    # --- reading -----------------------------------------------------------------------------------------------------------------------------
+
+    def contains(self, digest: bytes, size: int | None = None) -> bool:
+        """Whether the object is there, of ``size`` bytes if given, and sealed with its own digest where that is required."""
+        try:
+            return self._state(fsverity.object_path(digest), digest, size) == _PRESENT
+        except OSError as error:
+            raise from_os_error(error, f"Looking for object {digest.hex()}") from error
+
+    def open(self, digest: bytes) -> int:
+        """A read-only descriptor of the object, the caller's to close.
+
+        In a secure repository the kernel has vouched for the content, now and at every read. Elsewhere a seal is checked where there is
+        one, but most objects have none: see ``verify``. FormatError if the object is missing or another one.
+        """
+        name = fsverity.object_path(digest)
+        try:
+            fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self.dirfd)
+        except FileNotFoundError as error:
+            raise FormatError(f"Object {digest.hex()} is missing from the repository.", _REPAIR) from error
+        except OSError as error:
+            raise from_os_error(error, f"Opening object {digest.hex()}") from error
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise FormatError(f"Object {digest.hex()} is not a regular file.", _REPAIR)
+            if self._seal:
+                measured = self._measured(fd)
+                if measured is None and self.verity:
+                    raise FormatError(f"Object {digest.hex()} is not protected by fs-verity, which this repository requires.", _REPAIR)
+                if measured is not None and measured != digest:
+                    raise FormatError(f"Object {digest.hex()} has the fs-verity digest {measured.hex()}.", _REPAIR)
+        except BaseException as error:
+            os.close(fd)
+            if isinstance(error, OSError):
+                raise from_os_error(error, f"Measuring object {digest.hex()}") from error
+            if isinstance(error, DigestMismatch):
+                raise FormatError(f"Object {digest.hex()}: {error.message}", _REPAIR) from error
+            raise
+        return fd
+
+    def read(self, digest: bytes, limit: int) -> bytes:
+        """The whole content of an object of at most ``limit`` bytes (FormatError if it is larger), proven to have the digest.
+
+        For documents and other small things: without the kernel's seal the proof is a hash in user space.
+        """
+        fd = self.open(digest)
+        try:
+            parts = []
+            left = limit + 1
+            while left:
+                part = os.read(fd, min(left, _PIECE))
+                if not part:
+                    break
+                parts.append(part)
+                left -= len(part)
+        except OSError as error:
+            raise from_os_error(error, f"Reading object {digest.hex()}") from error
+        finally:
+            os.close(fd)
+        if not left:
+            raise FormatError(f"Object {digest.hex()} is larger than the {limit} bytes that are allowed here.", _REPAIR)
+        data = b"".join(parts)
+        if not self.verity and fsverity.digest(data, self.algorithm) != digest:
+            raise FormatError(f"The content of object {digest.hex()} does not have this digest.", _REPAIR)
+        return data
+
+    def verify(self, digest: bytes) -> bool:
+        """Read the whole object and hash it in user space, whatever its seal says; False if it is missing or damaged."""
+        try:
+            fd = os.open(fsverity.object_path(digest), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self.dirfd)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            if error.errno in (*_DAMAGED, errno.ELOOP):
+                return False
+            raise from_os_error(error, f"Opening object {digest.hex()}") from error
+        try:
+            return self._hash(fd) == digest
+        except OSError as error:
+            if error.errno in (*_DAMAGED, errno.EISDIR):
+                return False
+            raise from_os_error(error, f"Reading object {digest.hex()}") from error
+        finally:
+            os.close(fd)
+
+    def names(self) -> Iterator[tuple[str, bytes | None]]:
+        """Every entry of the 256 directories as ``(ab/cdef…, digest)``, directory by directory; the digest is None if the name is none."""
+        for first in range(256):
+            try:
+                fd = os.open(f"{first:02x}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.dirfd)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise from_os_error(error, f"Listing objects/{first:02x}") from error
+            try:
+                entries = os.listdir(fd)
+            except OSError as error:
+                raise from_os_error(error, f"Listing objects/{first:02x}") from error
+            finally:
+                os.close(fd)
+            for entry in entries:
+                name = f"{first:02x}/{entry}"
+                try:
+                    yield name, fsverity.parse_object_path(name, self.algorithm) if len(name) == 2 * self.algorithm.size + 1 else None
+                except FormatError:
+                    yield name, None
+
+    # --- how ---------------------------------------------------------------------------------------------------------------------------------
+
+    def _state(self, name: str, digest: bytes, size: int | None) -> int:
+        """Whether the object of this name is absent, present, or there but wrong. OSError if that cannot be told."""
+        try:
+            found = os.stat(name, dir_fd=self.dirfd, follow_symlinks=False)
+        except FileNotFoundError:
+            return _ABSENT
+        if not stat.S_ISREG(found.st_mode) or (size is not None and found.st_size != size):
+            return _WRONG
+        if not self._seal:
+            return _PRESENT
+        fd = -1
+        try:
+            fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self.dirfd)
+            measured = self._measured(fd)
+        except DigestMismatch:
+            return _WRONG
+        except FileNotFoundError:
+            return _ABSENT
+        except OSError as error:
+            if error.errno in _DAMAGED:
+                return _WRONG
+            raise
+        finally:
+            if fd >= 0:
+                os.close(fd)
+        if measured is None:
+            return _WRONG if self.verity else _PRESENT
+        return _PRESENT if measured == digest else _WRONG
+
+    def _measured(self, fd: int) -> bytes | None:
+        """The kernel's digest, or None without a seal; VerityUnsupported only where seals are required."""
+        try:
+            return fsverity.measure(fd, self.algorithm)
+        except VerityUnsupported:
+            if self.verity:
+                raise
+            self._seal = False
+            return None
+
+    def _hash(self, fd: int) -> bytes:
+        """The digest of the file behind ``fd``, computed here. OSError passes."""
+        hasher = fsverity.Hasher(self.algorithm)
+        offset = 0
+        while True:
+            data = os.pread(fd, _PIECE, offset)
+            if not data:
+                return hasher.digest()
+            hasher.update(data)
+            offset += len(data)
+
+    def _draft(self, access: int) -> _Draft:
+        """A new file for one object, open with ``access``; without a name wherever the file system can do that.
+
+        Measured on ext4 (the commit has the figures): an unnamed file in ``objects/`` itself, linked into place when whole, costs no more than
+        creating the final name at once and less than a temporary name and a rename; and it is the only one of them that a crash leaves
+        no trace of.
+        """
+        try:
+            if self._tmpfile:
+                try:
+                    return _Draft(os.open(".", os.O_TMPFILE | access | os.O_CLOEXEC, FILE_MODE, dir_fd=self.dirfd), self.dirfd)
+                except OSError as error:
+                    if error.errno not in hostfs.NO_TMPFILE:
+                        raise
+                    self._tmpfile = False
+            name = _temporary_name()
+            return _Draft(os.open(name, os.O_CREAT | os.O_EXCL | access | os.O_CLOEXEC, FILE_MODE, dir_fd=self.dirfd), self.dirfd, name)
+        except OSError as error:
+            raise from_os_error(OSError(error.errno, error.strerror), "Creating an object") from error
+
+    def _seal_draft(self, draft: _Draft, digest: bytes | None) -> bytes | None:
+        """Seal the written file and have the kernel measure it: its digest, which must be ``digest`` if that is given.
+
+        None where there is no fs-verity and none is required. OSError passes.
+        """
+        # The kernel seals a file only when nothing has it open for writing, so this process swaps its own descriptor for a read-only one: the new
+        # one first, because the last descriptor of an unnamed file takes the file along.
+        readable = os.open(f"/proc/self/fd/{draft.fd}", os.O_RDONLY | os.O_CLOEXEC)
+        os.close(draft.fd)
+        draft.fd = readable
+        try:
+            for attempt in range(_COPY_TRIES + 1):
+                try:
+                    fsverity.enable(draft.fd, self.algorithm)
+                    break
+                except OSError as error:
+                    if error.errno != errno.ETXTBSY:
+                        raise
+                    # Another process forked while the file was open for writing and keeps that descriptor, perhaps for long. A copy
+                    # is a file it knows nothing of. Should it fork in this very moment again, so do we, but not for ever.
+                    if attempt == _COPY_TRIES:
+                        raise Busy(
+                            "An object cannot be protected by fs-verity, because other processes hold each new file open for writing.", "Try again."
+                        ) from error
+                    self._copy(draft)
+            measured = fsverity.measure(draft.fd, self.algorithm)
+        except VerityUnsupported:
+            if self.verity:
+                raise
+            self._seal = False
+            return None
+        if measured is None or (digest is not None and measured != digest):
+            raise DigestMismatch(
+                f"The kernel measured {measured.hex() if measured else 'nothing'} where an object with digest {digest.hex() if digest else '?'} was written.",
+                "The memory or the disk of this host is not reliable.",
+            )
+        return measured
+
+    def _copy(self, draft: _Draft) -> None:
+        """Put a copy of the file into the place of the draft, open read-only. OSError passes."""
+        copy = self._draft(os.O_RDWR)
+        try:
+            offset = 0
+            while True:
+                data = os.pread(draft.fd, _PIECE, offset)
+                if not data:
+                    break
+                _write_rest(copy.fd, data, 0)
+                offset += len(data)
+            readable = os.open(f"/proc/self/fd/{copy.fd}", os.O_RDONLY | os.O_CLOEXEC)
+        except BaseException:
+            copy.close()
+            raise
+        os.close(copy.fd)
+        copy.fd = readable
+        draft.fd, copy.fd = copy.fd, draft.fd
+        draft.name, copy.name = copy.name, draft.name
+        copy.close()  # which is the old file now
+
+    def _place(self, draft: _Draft, name: str, digest: bytes, size: int, state: int) -> None:
+        """Give the finished file its name, or find that someone else was faster. OSError passes."""
+        stats = self.stats
+        for _attempt in range(8):
+            if state == _WRONG:
+                self._replace(draft, name)
+                stats.replaced += 1
+                break
+            try:
+                self._link(draft, name)
+                break
+            except FileExistsError:
+                state = self._state(name, digest, size)
+                if state == _PRESENT:
+                    stats.present += 1
+                    stats.bytes_present += size
+                    return
+            except FileNotFoundError:
+                try:
+                    os.mkdir(name[:2], DIRECTORY_MODE, dir_fd=self.dirfd)
+                except FileExistsError:
+                    if not os.path.exists("/proc/self/fd"):
+                        raise IOFailed("Objects are linked through /proc, which is not mounted.", "Mount it.") from None
+        else:
+            raise Busy(f"Object {digest.hex()} appears and vanishes while it is being stored.", "Let one program at a time clean this repository.")
+        stats.new += 1
+        stats.bytes_new += size
+
+    def _link(self, draft: _Draft, name: str) -> None:
+        # Works for named and unnamed files alike, but link() follows the link in /proc only if the source directory is given, too.
+        os.link(f"/proc/self/fd/{draft.fd}", name, src_dir_fd=self.dirfd, dst_dir_fd=self.dirfd, follow_symlinks=True)
+
+    def _replace(self, draft: _Draft, name: str) -> None:
+        """Rename the finished file over a damaged one. Whoever has the old one open keeps it; everyone else finds one or the other."""
+        staged = _temporary_name()
+        self._link(draft, staged)
+        try:
+            os.rename(staged, name, src_dir_fd=self.dirfd, dst_dir_fd=self.dirfd)
+        except OSError:
+            os.unlink(staged, dir_fd=self.dirfd)
+            raise
+
+
+class ObjectWriter:
+    """An object in the making, from ``ObjectStore.writer()``: any number of ``write``, then ``commit`` or ``abort``."""
+
+    __slots__ = ("_draft", "_hasher", "_store", "size")
+
+    def __init__(self, store: ObjectStore) -> None:
+        self.size = 0
+        self._store = store
+        # Where the kernel seals the file it computes the digest as well. Where it turns out that it does not, the file is read back once.
+        self._hasher = fsverity.Hasher(store.algorithm) if not store._seal or (store.verity and store.hash_first) else None
+        self._draft = store._draft(os.O_RDWR)
+
+    def write(self, data: fsverity.Bytes) -> None:
+        """Append ``data``. NoSpace and other EngineErrors when the system refuses."""
+        try:
+            written = os.write(self._draft.fd, data)
+            if written != len(data):
+                _write_rest(self._draft.fd, data, written)
+        except OSError as error:
+            raise from_os_error(error, f"Storing an object of {self.size} bytes and more") from error
+        self.size += len(data)
+        if self._hasher is not None:
+            self._hasher.update(data)
+
+    def commit(self, prove: bool = False) -> tuple[bytes, int]:
+        """Make it an object: its fs-verity digest (raw bytes) and size in bytes. The writer is closed, also when this fails.
+
+        An object that is there already is judged as by ``put``, with ``prove`` by its content.
+        """
+        store, draft, size = self._store, self._draft, self.size
+        try:
+            digest = self._hasher.digest() if self._hasher is not None else None
+            state = store._state(fsverity.object_path(digest), digest, size) if digest is not None else None
+            if prove and digest is not None and state == _PRESENT and not store.verify(digest):
+                state = _WRONG
+            if state != _PRESENT:
+                if store._seal:
+                    digest = store._seal_draft(draft, digest) or digest
+                if digest is None:
+                    digest = store._hash(draft.fd)
+                name = fsverity.object_path(digest)
+                if state is None:
+                    state = store._state(name, digest, size)
+                    if prove and state == _PRESENT and not store.verify(digest):
+                        state = _WRONG
+            if digest is None:
+                raise AssertionError("this must hold: digest is not None")
+            if state == _PRESENT:
+                store.stats.present += 1
+                store.stats.bytes_present += size
+            else:
+                store._place(draft, name, digest, size, state)
+            return digest, size
+        except OSError as error:
+            raise from_os_error(error, f"Storing an object of {size} bytes") from error
+        finally:
+            draft.close()
+
+    def abort(self) -> None:
+        """Forget it; nothing stays behind. Does nothing after ``commit``."""
+        self._draft.close()
+
+
+class _Draft:
+    """A file that is not an object yet: its descriptor, and its temporary name where the file system knows no unnamed files."""
+
+    __slots__ = ("_dirfd", "fd", "name")
+
+    def __init__(self, fd: int, dirfd: int, name: str | None = None) -> None:
+        self.fd = fd
+        self.name = name
+        self._dirfd = dirfd
+
+    def close(self) -> None:
+        """Close the descriptor and drop the temporary name, once."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+        if self.name is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.name, dir_fd=self._dirfd)
+            self.name = None
+
+
+_REPAIR = "Remove it and pull the images that use it again."
+
+
+def _temporary_name() -> str:
+    return TEMPORARY_PREFIX + os.urandom(6).hex()
+
+
+def _write_rest(fd: int, data: fsverity.Bytes, done: int) -> None:
+    """Write ``data`` from offset ``done`` on. The system takes less than asked when the disk is nearly full, or above 2 GiB."""
+    with memoryview(data) as view:
+        while done < len(view):
+            done += os.write(fd, view[done:])

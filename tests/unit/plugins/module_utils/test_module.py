@@ -1,0 +1,114 @@
+# Copyright (c) composefs.oci contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""How every module ends."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from typing import Any
+
+import pytest
+from ansible_collections.composefs.oci.plugins.module_utils import module as threshold
+from ansible_collections.composefs.oci.plugins.module_utils.errors import ImageNotFound, NotARepository
+
+
+class Ended(BaseException):
+    """Like SystemExit, which exit_json and fail_json raise."""
+
+
+class Module:
+    def __init__(self, **params: Any) -> None:
+        self.params = params
+        self.check_mode = False
+        self.warnings: list[str] = []
+        self.result: dict[str, Any] = {}
+
+    def warn(self, warning: str) -> None:
+        self.warnings.append(warning)
+
+    def exit_json(self, **values: Any) -> None:
+        self.result = {"failed": False, **values}
+        raise Ended
+
+    def fail_json(self, msg: str, **values: Any) -> None:
+        self.result = {"failed": True, "msg": msg, **values}
+        raise Ended
+
+
+def run(main: Any, base: Any = None) -> dict[str, Any]:
+    module = Module()
+    with pytest.raises(Ended):
+        threshold.run_module(module, main, base)
+    return module.result
+
+
+def test_results_stand_over_the_base() -> None:
+    assert run(lambda module: {"changed": True, "x": 1}, {"changed": False, "y": 2}) == {"failed": False, "changed": True, "x": 1, "y": 2}
+
+
+def test_engine_errors_carry_their_code_and_the_base_as_it_is_by_then() -> None:
+    base: dict[str, Any] = {"changed": False}
+
+    def main(module: Any) -> dict[str, Any]:
+        base["changed"] = True
+        raise ImageNotFound("There is no x.", "Look.")
+
+    assert run(main, base) == {"failed": True, "msg": "There is no x. Look.", "error": "image_not_found", "changed": True}
+
+
+def test_operating_system_errors_get_a_code() -> None:
+    def main(module: Any) -> dict[str, Any]:
+        raise OSError(28, "full", "/x")
+
+    found = run(main)
+    assert found["error"] == "no_space" and "/x" in found["msg"]
+
+
+def test_a_bug_is_one_line_with_its_place_and_without_the_exceptions_words() -> None:
+    def main(module: Any) -> dict[str, Any]:
+        raise ValueError("password=hunter2")
+
+    found = run(main)
+    assert found["error"] == "internal_error"
+    assert "ValueError" in found["msg"] and "test_module.py:" in found["msg"] and "main" in found["msg"]
+    assert "hunter2" not in str(found) and "\n" not in found["msg"]
+
+
+def test_lack_of_memory_is_said() -> None:
+    def main(module: Any) -> dict[str, Any]:
+        raise MemoryError
+
+    assert run(main)["error"] == "out_of_memory"
+
+
+def test_the_repository_is_the_tasks_or_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setenv("HOME", "/home/u")
+    assert threshold.repository_path(Module(repository=None)) == "/sysroot/composefs"
+    assert threshold.repository_path(Module(path="~/x/../r/"), "path") == "/home/u/r"
+
+
+def test_check_mode_takes_a_repository_that_is_not_there_yet_for_an_empty_one(tmp_path: pathlib.Path) -> None:
+    module = Module()
+    module.check_mode = True
+    with threshold.opened_repository(module, str(tmp_path / "later")) as repository:
+        assert repository.tags() == {} and repository.streams() == []
+        scratch = repository.path
+    assert "no repository" in module.warnings[0] and not os.path.exists(scratch) and not (tmp_path / "later").exists()
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_a_directory_with_other_things_in_it_is_no_repository_in_either_mode(tmp_path: pathlib.Path, check: bool) -> None:
+    (tmp_path / "other").touch()
+    module = Module()
+    module.check_mode = check
+    with pytest.raises(NotARepository), threshold.opened_repository(module, str(tmp_path)):
+        pass
+
+
+def test_a_run_does_not_take_nothing_for_a_repository(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(NotARepository), threshold.opened_repository(Module(), str(tmp_path / "later")):
+        pass
