@@ -33,9 +33,9 @@ from pull import provide_engine
 provide_engine()
 
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity, oci
-from ansible_collections.composefs.oci.plugins.module_utils.host import forked
+from ansible_collections.composefs.oci.plugins.module_utils.host import processes
 from ansible_collections.composefs.oci.plugins.module_utils.pull import layer
-from ansible_collections.composefs.oci.plugins.module_utils.store import provision, repository
+from ansible_collections.composefs.oci.plugins.module_utils.store import create, repository
 
 
 def specifications(layout: pathlib.Path) -> list[layer.LayerSpec]:
@@ -95,7 +95,7 @@ def in_threads(layout: pathlib.Path, specs: list[layer.LayerSpec], opened: repos
 
 
 def in_processes(layout: pathlib.Path, specs: list[layer.LayerSpec], opened: repository.Repository, lanes: int) -> None:
-    in_lanes(lambda spec: forked.call("imports", lambda: one_layer(layout, spec, opened)), specs, lanes)
+    in_lanes(lambda spec: processes.call("imports", lambda: one_layer(layout, spec, opened)), specs, lanes)
 
 
 def main() -> int:
@@ -113,7 +113,7 @@ def main() -> int:
     for turn in range(options.repeat):
         for shape in shapes:
             path = options.work / f"{turn}-{shape.__name__}"
-            provision.prepare(str(path), fsverity.SHA256, provision.DISABLED)
+            create.prepare(str(path), fsverity.SHA256, create.DISABLED)
             with repository.Repository.open(str(path), write=True) as opened:
                 opened.sync()
                 before = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]

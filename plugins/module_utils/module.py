@@ -55,10 +55,10 @@ def opened_repository(module: Module, path: str) -> Iterator[Repository]:
         return
     # Loaded here, for it is seldom needed, and every file costs time in every task.
     from .formats import fsverity
-    from .store import provision
+    from .store import create
 
     module.warn(f"There is no repository at {path} yet. In check mode it is taken for one that is empty.")
-    with tempfile.TemporaryDirectory(prefix="composefs-") as base, provision.create(f"{base}/empty", fsverity.SHA256, provision.DISABLED) as empty:
+    with tempfile.TemporaryDirectory(prefix="composefs-") as base, create.create(f"{base}/empty", fsverity.SHA256, create.DISABLED) as empty:
         yield empty
 
 

@@ -212,10 +212,10 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.composefs.oci.plugins.module_utils.operations import exports
+from ansible_collections.composefs.oci.plugins.module_utils.operations import dump
 from ansible_collections.composefs.oci.plugins.module_utils.operations.diskuse import disk_use
 from ansible_collections.composefs.oci.plugins.module_utils.errors import ImageNotFound
-from ansible_collections.composefs.oci.plugins.module_utils.operations.images import list_images
+from ansible_collections.composefs.oci.plugins.module_utils.operations.listing import list_images
 from ansible_collections.composefs.oci.plugins.module_utils.module import opened_repository, repository_path, run_module
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 
@@ -246,7 +246,7 @@ def write_dumpfile(module: AnsibleModule, repository: Repository, images: list[d
     if images[0]["image_id"] is None:
         raise ImageNotFound(f"{asked} has no EROFS image to dump in {repository.path}.", "Pull it with 'erofs: true'. Artifacts have none.")
     base["dumpfile"] = os.path.abspath(params["dumpfile"])
-    return exports.write(exports.dump(repository, images[0]["image_id"]), base["dumpfile"], module.check_mode)
+    return dump.write(dump.dump(repository, images[0]["image_id"]), base["dumpfile"], module.check_mode)
 
 
 def main() -> None:

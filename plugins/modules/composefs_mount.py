@@ -203,7 +203,7 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.composefs.oci.plugins.module_utils.host import mountinfo
-from ansible_collections.composefs.oci.plugins.module_utils.operations import mounts, mountunit
+from ansible_collections.composefs.oci.plugins.module_utils.operations import bootmount, mounting
 from ansible_collections.composefs.oci.plugins.module_utils.module import repository_path, run_module
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 
@@ -221,7 +221,7 @@ ARGUMENT_SPEC = {
 }
 
 
-def tell(base: dict[str, Any], there: mountinfo.Mounted | mounts.Target | None) -> None:
+def tell(base: dict[str, Any], there: mountinfo.Mounted | mounting.Target | None) -> None:
     """Note in ``base`` what is mounted, so that also a failure tells it."""
     image_id = there.image_id if there else None
     base.update(image_id=image_id, mounted=image_id is not None, verity=there.verity if there and image_id else None)
@@ -243,8 +243,8 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
     there = mountinfo.at(real)
     tell(base, there)
     base["previous_image_id"] = base["image_id"]
-    old_unit = mountunit.current(real)
-    base["unit"] = mountunit.unit_name(real) if old_unit is not None else None
+    old_unit = bootmount.current(real)
+    base["unit"] = bootmount.unit_name(real) if old_unit is not None else None
     before = side(base["image_id"], base["verity"], there and there.read_only, there and there.directory("upperdir"), old_unit)
 
     def command(words: list[str]) -> tuple[int, str, str]:
@@ -252,9 +252,9 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
 
     new_unit = None
     if params["state"] == "unmounted":
-        outcome = mounts.ensure_unmounted(real, check)
+        outcome = mounting.ensure_unmounted(real, check)
     else:
-        wish = mounts.Wish(
+        wish = mounting.Wish(
             image=params["image"],
             path=real,
             verity=params["verity"],
@@ -267,18 +267,18 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
         with Repository.open(base["repository"]) as repository:
             if params["persistent"]:
                 # What no unit can hold is refused before anything is mounted.
-                new_unit = mountunit.unit_text(mounts.decide(repository, wish), os.path.realpath(repository.path))
-            outcome = mounts.ensure_mounted(repository, wish, check)
+                new_unit = bootmount.unit_text(mounting.decide(repository, wish), os.path.realpath(repository.path))
+            outcome = mounting.ensure_mounted(repository, wish, check)
     target = outcome.target
     tell(base, target)
     base["changed"] = outcome.changed
     if outcome.changed and not check:
         module.log(f"At {path} the image {base['image_id']} is mounted now (was {base['previous_image_id']})")
     if target and params["persistent"]:
-        base["changed"] |= mountunit.ensure(target, os.path.realpath(base["repository"]), command, check)
-        base["unit"] = mountunit.unit_name(real)
+        base["changed"] |= bootmount.ensure(target, os.path.realpath(base["repository"]), command, check)
+        base["unit"] = bootmount.unit_name(real)
     else:
-        base["changed"] |= mountunit.remove(real, command, check, stop=target is None)
+        base["changed"] |= bootmount.remove(real, command, check, stop=target is None)
         base["unit"] = None
     after = side(base["image_id"], base["verity"], target and target.read_only, target and target.upperdir, new_unit)
     return {"diff": {"before": before, "after": after}} if module._diff else {}

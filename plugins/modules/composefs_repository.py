@@ -197,8 +197,8 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
-from ansible_collections.composefs.oci.plugins.module_utils.host import hostfs
-from ansible_collections.composefs.oci.plugins.module_utils.store import provision
+from ansible_collections.composefs.oci.plugins.module_utils.host import filesystem
+from ansible_collections.composefs.oci.plugins.module_utils.store import create
 from ansible_collections.composefs.oci.plugins.module_utils.errors import EngineError, IOFailed, doing
 from ansible_collections.composefs.oci.plugins.module_utils.module import repository_path, run_module
 
@@ -223,7 +223,7 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
     require_account(params["group"], grp.getgrnam, "group")
     algorithm = fsverity.ALGORITHMS[params["algorithm"]]
     before = {"path": path, "state": state_of(path)}
-    done = provision.prepare(path, algorithm, params["verity"], check=module.check_mode)
+    done = create.prepare(path, algorithm, params["verity"], check=module.check_mode)
     verity = "required" if done.secure else "optional"
     description = {"algorithm": done.metadata.algorithm.name, "verity": verity, "formats": list(done.metadata.erofs_formats)}
     after = {"path": path, "state": "present"}
@@ -268,14 +268,14 @@ def set_attributes(module: AnsibleModule, path: str, changed: bool, before: dict
 def place(path: str, algorithm: fsverity.Algorithm) -> dict[str, Any]:
     """What the file system of the repository, or of the directory it would be made in, is and has."""
     with doing(f"Looking at the file system of {path}"):
-        fd = os.open(hostfs.nearest_directory(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fd = os.open(filesystem.nearest_directory(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            free_bytes, free_inodes = hostfs.free_space(fd)
+            free_bytes, free_inodes = filesystem.free_space(fd)
             try:
-                supported = hostfs.missing_ability(fd, algorithm) is None
+                supported = filesystem.missing_ability(fd, algorithm) is None
             except EngineError:
                 supported = None
-            return {"filesystem": hostfs.type_of(fd), "verity_supported": supported, "free_bytes": free_bytes, "free_inodes": free_inodes}
+            return {"filesystem": filesystem.type_of(fd), "verity_supported": supported, "free_bytes": free_bytes, "free_inodes": free_inodes}
         finally:
             os.close(fd)
 

@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT / "tests" / "unit"), str(ROOT / "tests" / "support")]
 
 __import__("conftest")  # makes the collection importable
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
-from ansible_collections.composefs.oci.plugins.module_utils.rootfs import erofs, erofsread
+from ansible_collections.composefs.oci.plugins.module_utils.rootfs import erofsreader, erofswriter
 from ansible_collections.composefs.oci.plugins.module_utils.errors import FormatError, InvalidLayer
 from readdump import read_dump
 
@@ -37,7 +37,7 @@ def corpus() -> list[bytes]:
     images = []
     for name in GOLDENS:
         root = read_dump(gzip.decompress((ROOT / "tests" / "unit" / "data" / "erofs" / f"{name}.dump.gz").read_bytes()))
-        images += [erofs.image_bytes(root, version, fsverity.SHA256) for version in (0, 1, 2)]
+        images += [erofswriter.image_bytes(root, version, fsverity.SHA256) for version in (0, 1, 2)]
     return images
 
 
@@ -45,11 +45,11 @@ def run(data: bytes) -> None:
     """One input. A tree that can be read can be written, if it fits, and is then read as the same."""
     started = time.monotonic()
     try:
-        image = erofsread.ErofsImage(data)
+        image = erofsreader.ErofsImage(data)
         image.objects()
         root = image.tree()
-        once = erofs.image_bytes(root, image.version, fsverity.SHA256)
-        again = erofs.image_bytes(erofsread.ErofsImage(once).tree(), image.version, fsverity.SHA256)
+        once = erofswriter.image_bytes(root, image.version, fsverity.SHA256)
+        again = erofswriter.image_bytes(erofsreader.ErofsImage(once).tree(), image.version, fsverity.SHA256)
         assert once == again or image.version < 2, "an image that is read and written changes"
     except (FormatError, InvalidLayer):
         pass

@@ -25,9 +25,9 @@ sys.path[:0] = [str(ROOT / "tests" / "unit")]
 
 __import__("conftest")  # makes the collection importable
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
-from ansible_collections.composefs.oci.plugins.module_utils.rootfs import boot, erofs
+from ansible_collections.composefs.oci.plugins.module_utils.rootfs import bootable, erofswriter
 from ansible_collections.composefs.oci.plugins.module_utils.errors import EngineError
-from ansible_collections.composefs.oci.plugins.module_utils.rootfs.tree import XATTR_MODES, TreeBuilder
+from ansible_collections.composefs.oci.plugins.module_utils.rootfs.merge import XATTR_MODES, TreeBuilder
 from ansible_collections.composefs.oci.tests.support.layers import Objects, base
 from ansible_collections.composefs.oci.tests.support.tarbytes import header, member, padding, small_tree, tar
 
@@ -175,9 +175,9 @@ def swallow(layers: list[bytes]) -> str:
                 builder.add(one, content)
         filesystem = builder.finish(mode)
         for version in (1, 2):
-            erofs.image_bytes(filesystem.root, version, fsverity.SHA256)
-        boot.transform_for_boot(filesystem, objects.read)
-        erofs.image_bytes(filesystem.root, 1, fsverity.SHA256)
+            erofswriter.image_bytes(filesystem.root, version, fsverity.SHA256)
+        bootable.transform_for_boot(filesystem, objects.read)
+        erofswriter.image_bytes(filesystem.root, 1, fsverity.SHA256)
     except EngineError as error:
         text = str(error)
         if not error.message or len(text) > 2000:

@@ -91,7 +91,7 @@ BREAKAGES = (
     Breakage(
         "unprivileged",
         "nobody else gets into the repository",
-        ENGINE + "store/provision.py",
+        ENGINE + "store/create.py",
         "DIRECTORY_MODE = 0o700",
         "DIRECTORY_MODE = 0o755",
         "test_all_of_it_belongs_to_the_user_and_nobody_else_gets_in",
@@ -116,7 +116,7 @@ BREAKAGES = (
     Breakage(
         "faults",
         "the next run looks after what was left unfinished",
-        ENGINE + "store/imports.py",
+        ENGINE + "store/marks.py",
         '                os.unlink(f"{IMPORTS}/{name}", dir_fd=root)\n',
         "",
         "test_everything_is_whole_in_the_end",
@@ -132,7 +132,7 @@ BREAKAGES = (
     Breakage(
         "upgrade",
         "what is there is not written anew",
-        ENGINE + "store/provision.py",
+        ENGINE + "store/create.py",
         "_try_out(path, algorithm, PREFERRED)",
         'os.chmod(f"{path}/objects/{_object_names(path)[0]}", 0o600)',
         "test_nothing_that_was_there_is_changed_or_gone",
@@ -140,7 +140,7 @@ BREAKAGES = (
     Breakage(
         "example",
         "a pull that is done is not marked as unfinished",
-        ENGINE + "store/imports.py",
+        ENGINE + "store/marks.py",
         "os.unlink(self._name, dir_fd=self._root)",
         "pass",
         "test_every_image_is_there_and_whole",
@@ -156,7 +156,7 @@ BREAKAGES = (
     Breakage(
         "verity",
         "mounts insist on fs-verity",
-        ENGINE + "host/mount.py",
+        ENGINE + "host/mountcalls.py",
         'context.string("verity", "require")',
         "pass",
         "test_the_image_is_mounted_and_the_kernel_insists_on_fs_verity",
@@ -164,7 +164,7 @@ BREAKAGES = (
     Breakage(
         "verity",
         "a file system without fs-verity is refused",
-        ENGINE + "store/provision.py",
+        ENGINE + "store/create.py",
         "if lack is not None and verity == REQUIRED:",
         "if False:",
         "test_a_file_system_without_fs_verity_is_refused_at_preparation",
@@ -172,7 +172,7 @@ BREAKAGES = (
     Breakage(
         "verity",
         "a persistent mount is back after a reboot",
-        ENGINE + "operations/mountunit.py",
+        ENGINE + "operations/bootmount.py",
         'os.symlink(f"{places.units}/{name}", link)',
         "pass",
         "test_the_persistent_mount_comes_back_after_a_reboot",
@@ -180,7 +180,7 @@ BREAKAGES = (
     Breakage(
         "power",
         "what has a name is on the disk",
-        ENGINE + "host/hostfs.py",
+        ENGINE + "host/filesystem.py",
         "if library.syncfs(fd):",
         "if False:",
         "test_nothing_that_has_a_name_is_damaged_by_a_power_cut",

@@ -20,11 +20,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
-from ansible_collections.composefs.oci.plugins.module_utils.rootfs import boot
-from ansible_collections.composefs.oci.plugins.module_utils.rootfs.inodes import FileSystem
+from ansible_collections.composefs.oci.plugins.module_utils.rootfs.bootable import transform_for_boot
+from ansible_collections.composefs.oci.plugins.module_utils.rootfs.filetree import FileSystem
 from ansible_collections.composefs.oci.plugins.module_utils.formats.tar import EntryReader, Splitter
 from ansible_collections.composefs.oci.plugins.module_utils.formats.tarheader import Entry
-from ansible_collections.composefs.oci.plugins.module_utils.rootfs.tree import TreeBuilder
+from ansible_collections.composefs.oci.plugins.module_utils.rootfs.merge import TreeBuilder
 from ansible_collections.composefs.oci.tests.support.tarbytes import DIRECTORY, member
 
 
@@ -84,7 +84,7 @@ def tree(*tars: bytes, xattrs: str = "allowlist-only", bootable: bool = False, a
             builder.add(entry, content)
     filesystem = builder.finish(xattrs)
     if bootable:
-        boot.transform_for_boot(filesystem, objects.read)
+        transform_for_boot(filesystem, objects.read)
     return filesystem
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import stat as st
 
-from ansible_collections.composefs.oci.plugins.module_utils.rootfs.inodes import Directory, Leaf, Stat
+from ansible_collections.composefs.oci.plugins.module_utils.rootfs.filetree import Directory, Leaf, Stat
 
 _ESCAPE = re.compile(rb"\\(x[0-9a-fA-F]{2}|.)")
 _NAMED = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"\\": b"\\"}

@@ -10,7 +10,7 @@ import os
 import stat as st
 
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
-from ansible_collections.composefs.oci.plugins.module_utils.rootfs.inodes import Directory, Leaf, Stat
+from ansible_collections.composefs.oci.plugins.module_utils.rootfs.filetree import Directory, Leaf, Stat
 
 INLINE_LIMIT = 64
 

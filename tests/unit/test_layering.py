@@ -34,13 +34,13 @@ MAY_KNOW: dict[str, set[str]] = {
 # and shows where a new room belongs.
 FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "": (("errors", "progress"),),
-    "formats": (("codecs", "fsverity", "oci", "refs", "tarheader"), ("metadata", "schemas", "splitstream", "tar")),
-    "rootfs": (("automaton", "erofsformat", "inodes"), ("dumpfile", "erofsinodes", "tree"), ("erofs", "erofsread", "selinux"), ("boot",)),
-    "host": (("forked", "hostfs", "mountinfo"), ("mount",)),
-    "source": (("skopeo",), ("imageproxy",), ("session",)),
-    "store": (("objects",), ("imports",), ("repository",), ("documents", "provision")),
-    "pull": (("storer",), ("layer",), ("assemble", "fetch", "plan"), ("publish",), ("pull",)),
-    "operations": (("diskuse", "images"), ("mounts",), ("exports", "mountmain"), ("mountunit",)),
+    "formats": (("codecs", "fsverity", "oci", "repolayout", "tarheader"), ("metajson", "ocischemas", "splitstream", "tar")),
+    "rootfs": (("erofs", "filetree", "lastmatch"), ("dumpfile", "erofslayout", "merge"), ("erofsreader", "erofswriter", "selinux"), ("bootable",)),
+    "host": (("filesystem", "mountinfo", "processes"), ("mountcalls",)),
+    "source": (("skopeo",), ("imageproxy",), ("skopeosource",)),
+    "store": (("objects",), ("marks",), ("repository",), ("create", "imagestreams")),
+    "pull": (("smallobjects",), ("layer",), ("fetch", "makeimages", "plan"), ("publish",), ("pull",)),
+    "operations": (("diskuse", "listing"), ("mounting",), ("bootmountmain", "dump"), ("bootmount",)),
 }
 # The threshold to Ansible stands at the root and looks into the house; no room looks at it.
 THRESHOLD = "module"

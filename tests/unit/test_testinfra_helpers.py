@@ -22,9 +22,9 @@ from fake_source import REGISTRY, Layout, World, pull_all
 from tarbytes import DIRECTORY, member, tar
 
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
-from ansible_collections.composefs.oci.plugins.module_utils.host import forked
+from ansible_collections.composefs.oci.plugins.module_utils.host import processes
 from ansible_collections.composefs.oci.plugins.module_utils.pull import pull
-from ansible_collections.composefs.oci.plugins.module_utils.store import documents, provision
+from ansible_collections.composefs.oci.plugins.module_utils.store import create, imagestreams
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository as Engine
 
 BIG = tar(member("usr/", type=DIRECTORY), member("usr/one", b"1" * 300_000), member("usr/two", b"2" * 5000))
@@ -57,10 +57,10 @@ def path(request: pytest.FixtureRequest, tmp_path: pathlib.Path, monkeypatch: py
     layout = Layout(tmp_path / "layout")
     layout.image([BIG, SMALL], "app")
     layout.image([SMALL], "small")
-    monkeypatch.setattr(forked, "call", lambda what, function: function())
+    monkeypatch.setattr(processes, "call", lambda what, function: function())
     World(layout).install(monkeypatch)
     found = tmp_path / "a repository"
-    provision.prepare(str(found), fsverity.ALGORITHMS[request.param], "disabled")
+    create.prepare(str(found), fsverity.ALGORITHMS[request.param], "disabled")
     pull_all(found, pull.Request(REGISTRY + "app", "team/app"), pull.Request(REGISTRY + "small", "check"))
     return found
 
@@ -78,7 +78,7 @@ def test_what_is_there_is_told(host: Host, path: pathlib.Path) -> None:
         assert repository.tags == {name: engine.tag_digest(name) for name in ("team/app", "check")}
     assert repository.objects == len(list(path.glob("objects/*/*")))
     assert sorted(name.partition("sha256:")[0] for name in repository.streams) == sorted(
-        2 * [documents.MANIFEST.partition("sha256:")[0]] + 2 * [documents.CONFIG.partition("sha256:")[0]] + 2 * ["oci-layer-"]
+        2 * [imagestreams.MANIFEST.partition("sha256:")[0]] + 2 * [imagestreams.CONFIG.partition("sha256:")[0]] + 2 * ["oci-layer-"]
     )
 
 
@@ -115,7 +115,7 @@ def test_every_kind_of_damage_is_found(host: Host, path: pathlib.Path) -> None:
 
 def test_a_name_that_leads_nowhere_is_damage(host: Host, path: pathlib.Path) -> None:
     with Engine.open(str(path)) as engine:
-        manifest = path / "streams" / (documents.MANIFEST + str(engine.tag_digest("check")))
+        manifest = path / "streams" / (imagestreams.MANIFEST + str(engine.tag_digest("check")))
     manifest.unlink()
     assert any("its manifest is missing" in line for line in Repository(host, str(path)).damage())
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from ..formats import fsverity
-from ..store import documents
+from ..store import imagestreams
 from ..errors import EngineError, from_os_error
 from ..store.repository import Repository
 
@@ -33,7 +33,7 @@ def disk_use(repository: Repository, wanted: Iterable[str]) -> dict[str, DiskUse
     Every stored manifest counts as another image, also one without a name: its objects are there until garbage is collected. Reads all
     manifests, configurations and layers of the repository, but no content.
     """
-    manifests = [name[len(documents.MANIFEST) :] for name in repository.streams(documents.MANIFEST)]
+    manifests = [name[len(imagestreams.MANIFEST) :] for name in repository.streams(imagestreams.MANIFEST)]
     owner: dict[bytes, int] = {}
     walked: dict[bytes, int] = {}
     parts: dict[int, list[bytes]] = {}
@@ -65,14 +65,14 @@ def disk_use(repository: Repository, wanted: Iterable[str]) -> dict[str, DiskUse
 
 def _parts(repository: Repository, digest: str) -> Iterator[bytes]:
     """The objects by which an image hangs together: the streams of manifest, configuration and layers, and the EROFS images."""
-    manifest = documents.read(repository, documents.MANIFEST, digest)
+    manifest = imagestreams.read(repository, imagestreams.MANIFEST, digest)
     if manifest is None:
         return
     yield manifest.stream
     for name, stream in manifest.refs.items():
         yield stream
-        if name.startswith(documents.CONFIG_REF):
-            yield from documents.read_object(repository, documents.CONFIG, name[len(documents.CONFIG_REF) :], stream).refs.values()
+        if name.startswith(imagestreams.CONFIG_REF):
+            yield from imagestreams.read_object(repository, imagestreams.CONFIG, name[len(imagestreams.CONFIG_REF) :], stream).refs.values()
 
 
 def _objects(repository: Repository, part: bytes) -> Iterator[bytes]:

@@ -23,8 +23,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
-from ..host import forked
-from ..store import documents
+from ..host import processes
+from ..store import imagestreams
 from ..errors import DigestMismatch, EngineError, ProxyFailed, RegistryUnreachable, Stalled, describe_crash, doing
 from ..formats.fsverity import Algorithm
 from ..source.imageproxy import ImageProxy
@@ -33,9 +33,9 @@ from ..store.objects import ObjectStore
 from ..formats.oci import Reference
 from ..progress import BYTES, DONE, STARTED, Event, Progress
 from ..store.repository import Repository
-from ..source.session import Session, is_passing, pause
+from ..source.skopeosource import Session, is_passing, pause
 from ..source.skopeo import passing
-from .storer import DirectStorer, Storer
+from .smallobjects import DirectStorer, Storer
 
 T = TypeVar("T")
 
@@ -114,7 +114,7 @@ class Worker:
         if self.pid == 0:
             # Never return into the caller's stack: whatever happens, this process ends here.
             try:
-                forked.settle(parent)
+                processes.settle(parent)
                 self._socket.close()
                 for sibling in siblings:
                     sibling._socket.close()
@@ -131,16 +131,16 @@ class Worker:
         try:
             self._socket.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))])
         except OSError as error:
-            raise forked.killed("imports layers") from error
+            raise processes.killed("imports layers") from error
 
     def receive(self) -> dict[str, Any]:
         """The worker's next message. Raises IOFailed if it is gone."""
         try:
-            message = self._socket.recv(forked.MAX_MESSAGE)
+            message = self._socket.recv(processes.MAX_MESSAGE)
         except OSError:
             message = b""
         if not message:
-            raise forked.killed("imports layers")
+            raise processes.killed("imports layers")
         return cast("dict[str, Any]", json.loads(message))
 
     def close(self) -> None:
@@ -171,7 +171,7 @@ def _serve(control: socket.socket, objects: ObjectStore, algorithm: Algorithm, t
     storer: AnyStorer = Storer(objects, control) if usable_processors() > 1 else DirectStorer(objects)
     try:
         while True:
-            message, ancillary, _flags, _address = control.recvmsg(forked.MAX_MESSAGE, socket.CMSG_SPACE(4), getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+            message, ancillary, _flags, _address = control.recvmsg(processes.MAX_MESSAGE, socket.CMSG_SPACE(4), getattr(socket, "MSG_CMSG_CLOEXEC", 0))
             if not message:
                 return
             fd = array.array("i", ancillary[0][2])[0]
@@ -181,7 +181,7 @@ def _serve(control: socket.socket, objects: ObjectStore, algorithm: Algorithm, t
                 return
             except Exception as error:
                 storer.reset()
-                tell("error", error=forked.failure(error))
+                tell("error", error=processes.failure(error))
     finally:
         storer.close()
 
@@ -318,7 +318,7 @@ class Fetcher:
         # The barrier first: a name must never lead to bytes that a power cut can still take away.
         self._repository.sync()
         digest = bytes.fromhex(result.stream)
-        documents.name_layer(self._repository, job.stream, digest)
+        imagestreams.name_layer(self._repository, job.stream, digest)
         self._repository.trust(job.spec.diff_id, digest)
 
     def _persistently(self, worker: Worker, job: Job) -> LayerResult:
@@ -362,7 +362,7 @@ class Fetcher:
                     verdict = _Verdict(proxy, pipe)
                     verdict.start()
             elif kind == "error":
-                raise _judge(forked.revive(message["error"]), verdict)
+                raise _judge(processes.revive(message["error"]), verdict)
             else:
                 if verdict is None:
                     raise AssertionError("this must hold: verdict is not None")

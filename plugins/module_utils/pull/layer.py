@@ -27,7 +27,7 @@ from ..formats import codecs, splitstream, tar
 from ..errors import DigestMismatch, EngineError, InvalidLayer, RegistryUnreachable, Stalled
 from ..formats.fsverity import Algorithm
 from ..store.objects import ObjectStore
-from .storer import DirectStorer, Storer
+from .smallobjects import DirectStorer, Storer
 
 # Decoded bytes per step: large enough that a step's fixed cost vanishes, small enough that what was decoded is still in the processor's
 # cache when it is hashed and split.

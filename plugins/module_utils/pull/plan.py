@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 
 from ..formats import oci, splitstream
-from ..store import documents
+from ..store import imagestreams
 from ..errors import DigestMismatch, EngineError, FormatError
 from ..formats.oci import Reference, parse_reference
 from ..store.repository import Repository
-from ..source.session import Session
+from ..source.skopeosource import Session
 
 PRESENT = "present"
 NEW = "new"
@@ -69,15 +69,15 @@ class Plan:
     config: oci.Config | None
     layers: list[Layer]
     previous: str | None
-    manifest_document: documents.Document | None
-    config_document: documents.Document | None
+    manifest_document: imagestreams.Document | None
+    config_document: imagestreams.Document | None
     session: Session | None = None
     image_refs: dict[str, bytes] = dataclasses.field(default_factory=dict)
     warnings: list[str] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.config is not None and self.config_document is not None:
-            self.image_refs = {name: digest for name, digest in self.config_document.refs.items() if documents.is_image_ref(name)}
+            self.image_refs = {name: digest for name, digest in self.config_document.refs.items() if imagestreams.is_image_ref(name)}
 
     @property
     def digest(self) -> str:
@@ -102,12 +102,12 @@ def look_up(repository: Repository, request: Request, reference: Reference, sess
     index = session.ask_index_digest(reference)
     registry_digest, raw = session.manifest(reference)
     manifest = oci.parse_manifest(raw)
-    manifest_document = documents.usable(repository, documents.MANIFEST, manifest.digest)
+    manifest_document = imagestreams.usable(repository, imagestreams.MANIFEST, manifest.digest)
     if manifest_document is None:
         _validate("manifest", raw, warnings)
     index_digest = index(registry_digest)
     _check_digest(request, manifest.digest, registry_digest, index_digest)
-    config_document = documents.usable(repository, documents.CONFIG, manifest.config.digest)
+    config_document = imagestreams.usable(repository, imagestreams.CONFIG, manifest.config.digest)
     config_raw = config_document.raw if config_document else session.config(reference, manifest.config, converted=manifest.digest != registry_digest)
     config = None
     if oci.is_container(manifest):
@@ -145,11 +145,11 @@ def recall(repository: Repository, request: Request, warnings: list[str], record
     digest = repository.tag_digest(request.name)
     if digest is None or (request.digest and request.digest != digest):
         return None
-    manifest_document = documents.usable(repository, documents.MANIFEST, digest)
+    manifest_document = imagestreams.usable(repository, imagestreams.MANIFEST, digest)
     if manifest_document is None:
         return None
     manifest = oci.parse_manifest(manifest_document.raw)
-    config_document = documents.usable(repository, documents.CONFIG, manifest.config.digest)
+    config_document = imagestreams.usable(repository, imagestreams.CONFIG, manifest.config.digest)
     if config_document is None:
         return None
     config = oci.parse_config(config_document.raw) if oci.is_container(manifest) else None
@@ -179,7 +179,7 @@ def recall(repository: Repository, request: Request, warnings: list[str], record
 
 
 def _stored_layer(repository: Repository, plan: Plan, blob: oci.Descriptor, source: oci.Descriptor, diff_id: str, record: bool, warnings: list[str]) -> Layer:
-    stream = documents.LAYER + diff_id
+    stream = imagestreams.LAYER + diff_id
     candidate = repository.stream(stream)
     if plan.config is None and plan.manifest_document is not None:
         # The stream's name may meanwhile lead to a container's split tar of the same bytes; what the artifact has is still right.
@@ -190,9 +190,9 @@ def _stored_layer(repository: Repository, plan: Plan, blob: oci.Descriptor, sour
 
 def _validate(kind: str, raw: bytes, warnings: list[str]) -> None:
     """Hold a new document against its schema; without jsonschema the typed checks, which always run, stand alone."""
-    from ..formats import schemas  # late: only a document that is new needs it
+    from ..formats import ocischemas  # late: only a document that is new needs it
 
-    if not schemas.validate(kind, raw):
+    if not ocischemas.validate(kind, raw):
         warnings.append("The Python library jsonschema is not installed on the host, so new documents are checked without their JSON schemas.")
 
 
@@ -219,7 +219,7 @@ def proved_layer(repository: Repository, stored: bytes | None, diff_id: str, tar
     """
     if stored is None or not repository.objects.contains(stored):
         return None
-    stream = documents.LAYER + diff_id
+    stream = imagestreams.LAYER + diff_id
     try:
         # An artifact's layer is a raw blob, but the same bytes stored as a layer serve as well; a container needs a split tar.
         with repository.open_object_stream(stored, splitstream.LAYER if tar else None) as opened:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple, TypeVar
 
-from ..store import documents
+from ..store import imagestreams
 from .plan import Layer, Plan
 from ..progress import Progress
 from ..store.repository import Repository
@@ -36,20 +36,20 @@ def predict(repository: Repository, plan: Plan, images: Images) -> list[str]:
         # An image whose object is gone comes back the same: making images is deterministic.
         manifest = plan.manifest_document
         if manifest is None or manifest.refs != _manifest_refs(plan, config.stream, layers):
-            streams.append(documents.MANIFEST + plan.digest)
+            streams.append(imagestreams.MANIFEST + plan.digest)
         return streams
-    holders = documents.manifests_of_config(repository, plan.config_digest)
+    holders = imagestreams.manifests_of_config(repository, plan.config_digest)
     coming = _coming_config(repository, plan, images, layers, holders)
-    lead = documents.CONFIG_REF + plan.config_digest
+    lead = imagestreams.CONFIG_REF + plan.config_digest
     manifests = [digest for digest, document in holders.items() if digest != plan.digest and document.refs[lead] != coming]
     if plan.manifest_document is None or plan.manifest_document.refs != _manifest_refs(plan, coming, layers):
         manifests.insert(0, plan.digest)
-    return [*streams, documents.CONFIG + plan.config_digest, *(documents.MANIFEST + digest for digest in manifests)]
+    return [*streams, imagestreams.CONFIG + plan.config_digest, *(imagestreams.MANIFEST + digest for digest in manifests)]
 
 
 def unfinished(repository: Repository, plan: Plan, images: Images) -> bool:
     """Whether publish() has something to repair that no stream shows: an image without its object or link, or what a crash left behind."""
-    if repository.stream(documents.PENDING + plan.config_digest) is not None:
+    if repository.stream(imagestreams.PENDING + plan.config_digest) is not None:
         return True
     wanted = _wanted(repository, plan, images)
     return any(name in wanted and not (repository.objects.contains(digest) and repository.image(digest)) for name, digest in plan.image_refs.items())
@@ -65,12 +65,12 @@ def publish(repository: Repository, plan: Plan, images: Images, fetched: Mapping
     before = plan.config_document
     current = before is not None and _leads_to(plan, before.refs, layers)
     # Images stay true as long as the layers they were made of do.
-    image_refs = {name: digest for name, digest in before.refs.items() if documents.is_image_ref(name)} if before and current and plan.config else {}
+    image_refs = {name: digest for name, digest in before.refs.items() if imagestreams.is_image_ref(name)} if before and current and plan.config else {}
     wanted = _wanted(repository, plan, images)
     missing = [format_ for name, format_ in wanted.items() if name not in image_refs or not repository.objects.contains(image_refs[name])]
     if missing:
         progress.message(f"Making the EROFS image of {plan.request.name}")
-        from .assemble import write_images  # late: most runs make none
+        from .makeimages import write_images  # late: most runs make none
 
         plain, bootable = write_images(
             repository,
@@ -78,24 +78,24 @@ def publish(repository: Repository, plan: Plan, images: Images, fetched: Mapping
             [version for version, boot in missing if not boot],
             [version for version, boot in missing if boot],
         )
-        image_refs.update({documents.image_ref(version): digest for version, digest in plain.items()})
-        image_refs.update({documents.image_ref(version, boot=True): digest for version, digest in bootable.items()})
+        image_refs.update({imagestreams.image_ref(version): digest for version, digest in plain.items()})
+        image_refs.update({imagestreams.image_ref(version, boot=True): digest for version, digest in bootable.items()})
     config_refs = {**layers, **image_refs}
     if before is not None and current and (plan.config is None or before.refs == config_refs):
         config_stream = before.stream
     else:
-        config_stream = documents.store(repository, documents.CONFIG, plan.config_raw, config_refs)
+        config_stream = imagestreams.store(repository, imagestreams.CONFIG, plan.config_raw, config_refs)
     refs = _manifest_refs(plan, config_stream, layers)
     manifests = {}
     if plan.manifest_document is None or plan.manifest_document.refs != refs:
-        manifests[plan.digest] = documents.store(repository, documents.MANIFEST, plan.manifest.raw, refs)
+        manifests[plan.digest] = imagestreams.store(repository, imagestreams.MANIFEST, plan.manifest.raw, refs)
     moves = before is None or before.stream != config_stream
     if moves:
         # Other manifests with the same configuration follow it, or a collector would find theirs without a name.
-        for digest, document in documents.manifests_of_config(repository, plan.config_digest, config_stream).items():
+        for digest, document in imagestreams.manifests_of_config(repository, plan.config_digest, config_stream).items():
             if digest != plan.digest:
-                moved = {**document.refs, documents.CONFIG_REF + plan.config_digest: config_stream}
-                manifests[digest] = documents.store(repository, documents.MANIFEST, document.raw, moved)
+                moved = {**document.refs, imagestreams.CONFIG_REF + plan.config_digest: config_stream}
+                manifests[digest] = imagestreams.store(repository, imagestreams.MANIFEST, document.raw, moved)
     plan.image_refs = image_refs
     if missing or manifests or moves:
         # The barrier: what the names below lead to, directly or through others, is on the disk before they exist.
@@ -103,14 +103,14 @@ def publish(repository: Repository, plan: Plan, images: Images, fetched: Mapping
     for image in image_refs.values():
         if repository.objects.contains(image):
             repository.link_image(image)
-    documents.replace(repository, plan.config_digest, config_stream, manifests)
-    return [*([documents.CONFIG + plan.config_digest] if moves else []), *(documents.MANIFEST + digest for digest in manifests)]
+    imagestreams.replace(repository, plan.config_digest, config_stream, manifests)
+    return [*([imagestreams.CONFIG + plan.config_digest] if moves else []), *(imagestreams.MANIFEST + digest for digest in manifests)]
 
 
 def image_id(repository: Repository, plan: Plan, boot: bool) -> str | None:
     """The EROFS image (hex) in the repository's own format, None if the image has none."""
     for version in repository.metadata.erofs_formats:
-        digest = plan.image_refs.get(documents.image_ref(version, boot))
+        digest = plan.image_refs.get(imagestreams.image_ref(version, boot))
         if digest is not None:
             return digest.hex()
     return None
@@ -123,7 +123,7 @@ def _wanted(repository: Repository, plan: Plan, images: Images) -> dict[str, tup
     formats = repository.metadata.erofs_formats
     # A configuration has one place for formats 0 and 1: where both are wanted, 1 takes it, and 0 would be nobody's.
     chosen = [(version, boot) for boot, yes in ((False, images.plain), (True, images.bootable)) if yes for version in formats if version or 1 not in formats]
-    return {documents.image_ref(version, boot): (version, boot) for version, boot in chosen}
+    return {imagestreams.image_ref(version, boot): (version, boot) for version, boot in chosen}
 
 
 def _expected(repository: Repository, plan: Plan, layer: Layer) -> bytes | None:
@@ -140,7 +140,9 @@ def _expected(repository: Repository, plan: Plan, layer: Layer) -> bytes | None:
     return None if known == there and there is not None and repository.objects.contains(there) else known
 
 
-def _coming_config(repository: Repository, plan: Plan, images: Images, layers: Mapping[str, bytes | None], holders: Mapping[str, documents.Document]) -> bytes:
+def _coming_config(
+    repository: Repository, plan: Plan, images: Images, layers: Mapping[str, bytes | None], holders: Mapping[str, imagestreams.Document]
+) -> bytes:
     """The stream that publish() will give to the configuration, if it is stored already; else empty, which no stream is.
 
     It is where the name or the document is gone, and where a run died between moving the manifests, ``holders``, and the configuration.
@@ -148,11 +150,11 @@ def _coming_config(repository: Repository, plan: Plan, images: Images, layers: M
     config = plan.config_document
     keys = set(_wanted(repository, plan, images))
     if config is not None and _leads_to(plan, config.refs, layers):
-        keys |= {name for name in config.refs if documents.is_image_ref(name)}
-    candidates = [repository.stream(documents.CONFIG + plan.config_digest)]
-    candidates += [document.refs[documents.CONFIG_REF + plan.config_digest] for document in holders.values()]
+        keys |= {name for name in config.refs if imagestreams.is_image_ref(name)}
+    candidates = [repository.stream(imagestreams.CONFIG + plan.config_digest)]
+    candidates += [document.refs[imagestreams.CONFIG_REF + plan.config_digest] for document in holders.values()]
     for stream in dict.fromkeys(candidates):
-        refs = documents.refs_of(repository, documents.CONFIG, stream) if stream else None
+        refs = imagestreams.refs_of(repository, imagestreams.CONFIG, stream) if stream else None
         if stream and refs is not None and refs.keys() == keys | layers.keys() and _leads_to(plan, refs, layers):
             return stream
     return b""
@@ -163,8 +165,8 @@ def _leads_to(plan: Plan, refs: Mapping[str, bytes], layers: Mapping[str, bytes 
     if plan.config is None:
         # The empty configuration is shared by many artifacts and cannot lead to the layers of all: their manifests do.
         return True
-    return {name: digest for name, digest in refs.items() if not documents.is_image_ref(name)} == layers
+    return {name: digest for name, digest in refs.items() if not imagestreams.is_image_ref(name)} == layers
 
 
 def _manifest_refs(plan: Plan, config: bytes, layers: Mapping[str, T]) -> dict[str, bytes | T]:
-    return {documents.CONFIG_REF + plan.config_digest: config, **layers}
+    return {imagestreams.CONFIG_REF + plan.config_digest: config, **layers}

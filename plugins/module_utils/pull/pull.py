@@ -18,14 +18,14 @@ from typing import Any
 
 from ..formats import codecs, oci
 from . import publish
-from ..store import documents
+from ..store import imagestreams
 from . import plan as planning
 from ..errors import EngineError, InvalidReference, MissingLibrary, NoSpace, RegistryUnreachable, Stalled, doing, from_os_error
 from ..formats.oci import Platform, Reference, parse_platform, parse_reference
 from .plan import Layer, Plan, Request
 from ..progress import SKIPPED, Event, Progress, human
 from ..store.repository import Repository
-from ..source.session import Session
+from ..source.skopeosource import Session
 from ..source.skopeo import ProxyOptions
 
 ALWAYS = "always"
@@ -336,5 +336,5 @@ def blank(request: Request) -> dict[str, Any]:
 
 def _stored_layers(repository: Repository, digest: str | None) -> list[str]:
     """The blob digests of a stored manifest's layers, for showing what a name led to."""
-    document = documents.usable(repository, documents.MANIFEST, digest) if digest else None
+    document = imagestreams.usable(repository, imagestreams.MANIFEST, digest) if digest else None
     return [layer.digest for layer in oci.parse_manifest(document.raw).layers] if document else []

@@ -20,7 +20,7 @@ import stat as st
 from collections.abc import Callable
 from typing import BinaryIO
 
-from .inodes import Directory, Leaf, count_links, walk
+from .filetree import Directory, Leaf, count_links, walk
 
 _NAMED = {b"\\": b"\\\\", b"\n": b"\\n", b"\r": b"\\r", b"\t": b"\\t"}
 _ODD = re.compile(rb"[^!-~]|\\")

@@ -14,11 +14,11 @@ import stat as st
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from .automaton import LastMatch, Pattern, State
+from .lastmatch import LastMatch, Pattern, State
 from ..errors import InvalidLayer
-from .inodes import Directory, Leaf, Node, Stat, count_links, directories
+from .filetree import Directory, Leaf, Node, Stat, count_links, directories
 from ..formats.tarheader import show
-from .tree import MAX_XATTR_VALUE
+from .merge import MAX_XATTR_VALUE
 
 LABEL = b"security.selinux"
 #: What reads an external file: (digest, limit in bytes) -> content; it raises an EngineError for a longer one.

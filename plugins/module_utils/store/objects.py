@@ -22,7 +22,7 @@ import stat
 from collections.abc import Iterable, Iterator
 
 from ..formats import fsverity
-from ..host import hostfs
+from ..host import filesystem
 from ..errors import Busy, DigestMismatch, FormatError, IOFailed, VerityUnsupported, from_os_error
 
 # The name that cfsctl gives to files that are not objects yet: garbage collectors look into the 256 directories only.
@@ -305,7 +305,7 @@ class ObjectStore:
                 try:
                     return _Draft(os.open(".", os.O_TMPFILE | access | os.O_CLOEXEC, FILE_MODE, dir_fd=self.dirfd), self.dirfd)
                 except OSError as error:
-                    if error.errno not in hostfs.NO_TMPFILE:
+                    if error.errno not in filesystem.NO_TMPFILE:
                         raise
                     self._tmpfile = False
             name = _temporary_name()

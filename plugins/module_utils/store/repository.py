@@ -19,9 +19,9 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ..formats import fsverity, refs
-from ..host import hostfs
-from . import imports
+from ..formats import fsverity, repolayout
+from ..host import filesystem
+from . import marks
 from ..errors import (
     Busy,
     DigestMismatch,
@@ -35,7 +35,7 @@ from ..errors import (
     doing,
     from_os_error,
 )
-from ..formats.metadata import MAX_SIZE, NAME, Metadata
+from ..formats.metajson import MAX_SIZE, NAME, Metadata
 from .objects import ObjectStore
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 SYSTEM_PATH = "/sysroot/composefs"
 USER_PATH = "~/.var/lib/composefs"
 LOCK_WAIT = 600.0
-_TRUSTED = f"{imports.DIRECTORY}/trusted"
+_TRUSTED = f"{marks.DIRECTORY}/trusted"
 _TEMPORARY_LINK = ".symlink-"
 
 
@@ -65,7 +65,7 @@ class Repository:
         self._writable = False
         self._objects_fd = -1
         self._objects: ObjectStore | None = None
-        self._mark: imports.ImportMark | None = None
+        self._mark: marks.ImportMark | None = None
 
     @classmethod
     def open(cls, path: str, *, write: bool = False, wait: float = LOCK_WAIT) -> Repository:
@@ -118,7 +118,7 @@ class Repository:
         """Raise ReadOnly, PermissionDenied or IncompatibleRepository unless this user may write here, and prepare for it."""
         if not self._writable:
             self.metadata.check_writable()
-            hostfs.require_writable(self.fd, self.path)
+            filesystem.require_writable(self.fd, self.path)
             self._writable = True
 
     @contextlib.contextmanager
@@ -157,22 +157,22 @@ class Repository:
 
     def sync(self) -> None:
         """The barrier: returns when everything written so far is durable. NoSpace or IOFailed if the kernel failed to write."""
-        hostfs.sync(self.fd)
+        filesystem.sync(self.fd)
         if self._objects_fd >= 0 and os.fstat(self._objects_fd).st_dev != os.fstat(self.fd).st_dev:
             with doing(f"Opening {self.path}/objects"):
                 fd = os.open("objects", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd)
             try:
-                hostfs.sync(fd)
+                filesystem.sync(fd)
             finally:
                 os.close(fd)
 
-    def begin_import(self) -> imports.Recovery:
+    def begin_import(self) -> marks.Recovery:
         """Before the first object is stored: repair what a power cut left, then mark this import as begun. See ``imports``."""
         self.require_writable()
         if self.secure or self._mark is not None:
-            return imports.Recovery()
-        found = imports.recover(self.fd, self.objects)
-        self._mark = imports.ImportMark(self.fd)
+            return marks.Recovery()
+        found = marks.recover(self.fd, self.objects)
+        self._mark = marks.ImportMark(self.fd)
         return found
 
     def end_import(self) -> None:
@@ -187,7 +187,7 @@ class Repository:
             self._mark = None
 
     @contextlib.contextmanager
-    def importing(self) -> Iterator[imports.Recovery]:
+    def importing(self) -> Iterator[marks.Recovery]:
         """``begin_import`` and ``end_import`` around a block, also when the block fails: what it stored by then is whole."""
         found = self.begin_import()
         try:
@@ -228,7 +228,7 @@ class Repository:
 
     def register(self, name: str, digest: bytes) -> bool:
         """Make ``streams/<name>`` lead to the object ``digest``; True if it did not before. The caller has synced what it leads to."""
-        refs.check_file_name(name, name, "stream name")
+        repolayout.check_file_name(name, name, "stream name")
         if name == "refs":
             raise InvalidReference("A stream cannot be named refs.", "Choose another name.")
         return self._link(f"streams/{name}", f"objects/{fsverity.object_path(digest)}")
@@ -249,28 +249,28 @@ class Repository:
 
     def check_tag_name(self, name: str) -> None:
         """Raise InvalidReference unless an image can get this name; ask before doing work for it."""
-        refs.check_tag_name(name)
+        repolayout.check_tag_name(name)
 
     def tags(self) -> dict[str, str]:
         """All tags, name to manifest digest (``sha256:<hex>``), sorted by name; also those whose manifest is gone (ask ``stream``)."""
         found: dict[str, str] = {}
-        for path in self._walk(refs.TAGS):
-            digest = refs.manifest_of_target(self._readlink(path) or "")
-            name = refs.decode_tag(path[len(refs.TAGS) + 1 :])
+        for path in self._walk(repolayout.TAGS):
+            digest = repolayout.manifest_of_target(self._readlink(path) or "")
+            name = repolayout.decode_tag(path[len(repolayout.TAGS) + 1 :])
             # A name with a slash may also lie in a directory, put there by hand; the encoded form is the one that tools write.
-            if digest is not None and (name not in found or "/" not in path[len(refs.TAGS) + 1 :]):
+            if digest is not None and (name not in found or "/" not in path[len(repolayout.TAGS) + 1 :]):
                 found[name] = digest
         return dict(sorted(found.items()))
 
     def tag_digest(self, name: str) -> str | None:
         """The digest of the manifest that ``name`` means, or None."""
-        return refs.manifest_of_target(self._readlink(_tag_path(name)) or "")
+        return repolayout.manifest_of_target(self._readlink(_tag_path(name)) or "")
 
     def tag(self, name: str, manifest_digest: str) -> str | None:
         """Make ``name`` mean the stored manifest ``sha256:<hex>``; the digest it meant before. ImageNotFound if that is not stored."""
-        refs.check_tag_name(name)
-        stream = refs.MANIFEST_PREFIX + manifest_digest
-        if not refs.is_oci_digest(manifest_digest) or self.stream(stream) is None:
+        repolayout.check_tag_name(name)
+        stream = repolayout.MANIFEST_PREFIX + manifest_digest
+        if not repolayout.is_oci_digest(manifest_digest) or self.stream(stream) is None:
             raise ImageNotFound(f"There is no manifest {manifest_digest} in the repository {self.path}.", "Pull the image first.")
         previous = self.tag_digest(name)
         self._link(_tag_path(name), f"streams/{stream}")
@@ -284,7 +284,7 @@ class Repository:
 
     def trusted(self, diff_id: str) -> bytes | None:
         """The stream object whose tar was once proven to have the digest ``diff_id``, or None."""
-        text = self._readlink(f"{_TRUSTED}/{diff_id}") if refs.is_oci_digest(diff_id) else None
+        text = self._readlink(f"{_TRUSTED}/{diff_id}") if repolayout.is_oci_digest(diff_id) else None
         try:
             return fsverity.parse_hex(text, self.algorithm) if text is not None else None
         except FormatError:
@@ -296,7 +296,7 @@ class Repository:
             self.require_writable()
         except EngineError:
             return
-        if refs.is_oci_digest(diff_id) and self.trusted(diff_id) != digest:
+        if repolayout.is_oci_digest(diff_id) and self.trusted(diff_id) != digest:
             self._symlink(f"{_TRUSTED}/{diff_id}", digest.hex())
 
     # --- the place ---------------------------------------------------------------------------------------------------------------------------
@@ -304,15 +304,15 @@ class Repository:
     def free_space(self) -> tuple[int, int | None]:
         """Free bytes, and free inodes or None where the file system does not count them."""
         with doing(f"Looking at the free space of {self.path}"):
-            return hostfs.free_space(self.fd)
+            return filesystem.free_space(self.fd)
 
     def filesystem(self) -> str:
         """The type of the file system, for example ``ext4``."""
-        return hostfs.type_of(self.fd)
+        return filesystem.type_of(self.fd)
 
     def supports_verity(self) -> bool:
         """Whether fs-verity works here, tried out on a file without a name. EngineError if no file can be made."""
-        return hostfs.missing_ability(self.fd, self.algorithm) is None
+        return filesystem.missing_ability(self.fd, self.algorithm) is None
 
     # --- how ---------------------------------------------------------------------------------------------------------------------------------
 
@@ -365,7 +365,7 @@ class Repository:
             yield inner
 
     def _link(self, name: str, target: str) -> bool:
-        return self._symlink(name, refs.link_text(name, target))
+        return self._symlink(name, repolayout.link_text(name, target))
 
     def _symlink(self, name: str, text: str) -> bool:
         """Make the symbolic link ``name`` with exactly this text, replacing another in one step; True if anything changed.
@@ -420,10 +420,10 @@ _DAMAGED = "Remove it and pull the image again."
 
 def _tag_path(name: str) -> str:
     # Looking up and removing must also reach names that must not be given, such as those that other programs gave.
-    encoded = refs.encode_tag(name)
+    encoded = repolayout.encode_tag(name)
     if encoded in ("", ".", "..") or "\0" in encoded or not _is_text(encoded):
-        refs.check_file_name(name, encoded, "image name")
-    return f"{refs.TAGS}/{encoded}"
+        repolayout.check_file_name(name, encoded, "image name")
+    return f"{repolayout.TAGS}/{encoded}"
 
 
 def _is_text(name: str) -> bool:

@@ -96,10 +96,10 @@ def place(disk: pathlib.Path) -> Iterator[pathlib.Path]:
 def new_repository() -> Callable[..., pathlib.Path]:
     """``new_repository(path, algorithm="sha256")`` makes an empty repository without fs-verity there, as the module would."""
     from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
-    from ansible_collections.composefs.oci.plugins.module_utils.store import provision
+    from ansible_collections.composefs.oci.plugins.module_utils.store import create
 
     def make(path: pathlib.Path, algorithm: str = "sha256") -> pathlib.Path:
-        provision.prepare(str(path), fsverity.ALGORITHMS[algorithm], provision.DISABLED)
+        create.prepare(str(path), fsverity.ALGORITHMS[algorithm], create.DISABLED)
         return path
 
     return make

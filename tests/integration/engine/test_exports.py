@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import pytest
 
-from ansible_collections.composefs.oci.plugins.module_utils.operations import exports, mounts
+from ansible_collections.composefs.oci.plugins.module_utils.operations import dump, mounting
 from ansible_collections.composefs.oci.plugins.module_utils.operations.diskuse import disk_use
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ociimage import Built, Layout
@@ -27,7 +27,7 @@ def test_a_dumpfile_is_what_cfsctl_prints(
     path = new_repository(place / "repository", algorithm)
     pull_one(path, f"oci:{images.path}:gzip")
     with Repository.open(str(path)) as repository:
-        ours = exports.dump(repository, mounts.resolve(repository, "image").hex())
+        ours = dump.dump(repository, mounting.resolve(repository, "image").hex())
     assert ours.decode(errors="surrogateescape") == cfsctl("--repo", path, "oci", "dump", "image")
 
 
@@ -37,8 +37,8 @@ def test_mkcomposefs_makes_the_same_image_of_a_dumpfile(debian: tuple[pathlib.Pa
         pytest.skip("mkcomposefs is not on the PATH (Debian package composefs)")
     pull_one(repository_path, f"oci:{debian[0]}:latest")
     with Repository.open(str(repository_path)) as repository:
-        image = mounts.resolve(repository, "image").hex()
-        text = exports.dump(repository, image)
+        image = mounting.resolve(repository, "image").hex()
+        text = dump.dump(repository, image)
     command = [program, "--min-version=1", "--from-file", "--print-digest", "--print-digest-only", "-"]
     assert subprocess.run(command, input=text, stdout=subprocess.PIPE, check=True).stdout.decode().strip() == image
 

@@ -23,10 +23,10 @@ from typing import Any
 import pytest
 
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
-from ansible_collections.composefs.oci.plugins.module_utils.host import mount, mountinfo
-from ansible_collections.composefs.oci.plugins.module_utils.operations import mounts, mountunit
+from ansible_collections.composefs.oci.plugins.module_utils.host import mountcalls, mountinfo
+from ansible_collections.composefs.oci.plugins.module_utils.operations import bootmount, mounting
 from ansible_collections.composefs.oci.plugins.module_utils.errors import Busy, FormatError, ImageNotFound, IncompatibleRepository, MountFailed
-from ansible_collections.composefs.oci.plugins.module_utils.operations.mounts import Wish
+from ansible_collections.composefs.oci.plugins.module_utils.operations.mounting import Wish
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ociimage import Layout
 from pulling import pull_one
@@ -76,27 +76,27 @@ def point(place: pathlib.Path, pulled: pathlib.Path) -> Iterator[pathlib.Path]:
         trial = place / "trial"
         try:
             with Repository.open(str(pulled)) as repository:
-                mounts.ensure_mounted(repository, Wish("one", str(trial)))
+                mounting.ensure_mounted(repository, Wish("one", str(trial)))
         except MountFailed as error:
             pytest.skip(f"this kernel cannot mount composefs images: {error}")
-        mounts.ensure_unmounted(str(trial))
+        mounting.ensure_unmounted(str(trial))
         yield path
     finally:
         clean(place)
 
 
 @pytest.fixture
-def mounted(pulled: pathlib.Path, point: pathlib.Path) -> Callable[..., mounts.Outcome]:
+def mounted(pulled: pathlib.Path, point: pathlib.Path) -> Callable[..., mounting.Outcome]:
     """``mounted("one", replace=True, ...)`` mounts at ``point``."""
 
-    def ensure(image: str, check: bool = False, **wish: Any) -> mounts.Outcome:
+    def ensure(image: str, check: bool = False, **wish: Any) -> mounting.Outcome:
         with Repository.open(str(pulled)) as repository:
-            return mounts.ensure_mounted(repository, Wish(image, str(point), **wish), check)
+            return mounting.ensure_mounted(repository, Wish(image, str(point), **wish), check)
 
     return ensure
 
 
-Ensure = Callable[..., mounts.Outcome]
+Ensure = Callable[..., mounting.Outcome]
 
 
 def expected(*archives: bytes) -> dict[str, tuple[tarfile.TarInfo, bytes | None]]:
@@ -173,18 +173,18 @@ def test_a_second_run_changes_nothing_and_check_mode_mounts_nothing(mounted: Ens
     before = ours()
     assert not mounted("one").changed and not mounted("one", check=True).changed and not mounted("one", replace=True).changed
     assert ours() == before
-    assert mounts.ensure_unmounted(str(point), check=True).changed and ours() == before
-    assert mounts.ensure_unmounted(str(point)).changed
-    assert not mounts.ensure_unmounted(str(point)).changed
+    assert mounting.ensure_unmounted(str(point), check=True).changed and ours() == before
+    assert mounting.ensure_unmounted(str(point)).changed
+    assert not mounting.ensure_unmounted(str(point)).changed
     assert point.is_dir() and list(point.iterdir()) == []
 
 
 def test_names_manifest_digests_and_image_ids_mean_the_same(pulled: pathlib.Path, point: pathlib.Path, mounted: Ensure) -> None:
     with Repository.open(str(pulled)) as repository:
         digest = repository.tags()["one"]
-        image = mounts.resolve(repository, "one").hex()
+        image = mounting.resolve(repository, "one").hex()
         for name in (digest, f"@{digest}", image):
-            assert mounts.resolve(repository, name).hex() == image
+            assert mounting.resolve(repository, name).hex() == image
     assert mounted(digest).changed
     assert not mounted(image).changed
 
@@ -218,12 +218,12 @@ def test_a_foreign_file_system_is_left_alone(mounted: Ensure, point: pathlib.Pat
     for replace in (False, True):
         with pytest.raises(Busy, match="tmpfs from some"):
             mounted("one", replace=replace)
-    assert not mounts.ensure_unmounted(str(point)).changed
+    assert not mounting.ensure_unmounted(str(point)).changed
     subprocess.run(["umount", str(point)], check=True)
     mounted("one")
     subprocess.run(["mount", "-t", "tmpfs", "above", str(point)], check=True)
     with pytest.raises(Busy, match="hidden below another mount"):
-        mounts.ensure_unmounted(str(point))
+        mounting.ensure_unmounted(str(point))
 
 
 def test_file_systems_within_keep_a_mount(mounted: Ensure, point: pathlib.Path) -> None:
@@ -232,20 +232,20 @@ def test_file_systems_within_keep_a_mount(mounted: Ensure, point: pathlib.Path) 
     with pytest.raises(Busy, match="/etc"):
         mounted("two", replace=True)
     with pytest.raises(Busy, match="/etc"):
-        mounts.ensure_unmounted(str(point))
+        mounting.ensure_unmounted(str(point))
 
 
 def test_a_mount_in_use_stays(mounted: Ensure, point: pathlib.Path) -> None:
     mounted("one")
     with open(point / "usr/bin/tool", "rb"), pytest.raises(Busy, match="in use"):
-        mounts.ensure_unmounted(str(point))
+        mounting.ensure_unmounted(str(point))
     assert len(ours()) == 1
-    assert mounts.ensure_unmounted(str(point)).changed
+    assert mounting.ensure_unmounted(str(point)).changed
 
 
 def test_a_damaged_image_is_not_mounted(mounted: Ensure, pulled: pathlib.Path, point: pathlib.Path) -> None:
     with Repository.open(str(pulled)) as repository:
-        path = pulled / "objects" / fsverity.object_path(mounts.resolve(repository, "one"))
+        path = pulled / "objects" / fsverity.object_path(mounting.resolve(repository, "one"))
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
@@ -257,7 +257,7 @@ def test_a_damaged_image_is_not_mounted(mounted: Ensure, pulled: pathlib.Path, p
 
 def test_an_object_that_is_no_listed_image_is_not_mounted(mounted: Ensure, pulled: pathlib.Path) -> None:
     with Repository.open(str(pulled), write=True) as repository:
-        listed = mounts.resolve(repository, "one")
+        listed = mounting.resolve(repository, "one")
         stray = repository.objects.put(b"no image")
     with pytest.raises(ImageNotFound):
         mounted(stray.hex())
@@ -277,7 +277,7 @@ def test_a_listed_object_that_is_no_image_is_refused_by_the_kernel(mounted: Ensu
 
 def test_verity_that_is_required_is_refused_before_anything_is_mounted(mounted: Ensure, point: pathlib.Path) -> None:
     with pytest.raises(IncompatibleRepository, match="fs-verity"):
-        mounted("one", verity=mounts.REQUIRED)
+        mounted("one", verity=mounting.REQUIRED)
     assert not point.exists()
 
 
@@ -285,7 +285,7 @@ def test_a_mount_must_not_hide_its_repository(pulled: pathlib.Path, point: pathl
     with Repository.open(str(pulled)) as repository:
         for path in (pulled, pulled.parent, pulled / "objects"):
             with pytest.raises(MountFailed, match="hide"):
-                mounts.ensure_mounted(repository, Wish("one", str(path)))
+                mounting.ensure_mounted(repository, Wish("one", str(path)))
 
 
 # ---- one image in the place of another -------------------------------------------------------------------------------
@@ -337,15 +337,15 @@ def test_replacing_works_where_mounts_are_shared(mounted: Ensure, point: pathlib
 import os, subprocess, sys
 import conftest
 from ansible_collections.composefs.oci.plugins.module_utils.host import mountinfo
-from ansible_collections.composefs.oci.plugins.module_utils.operations import mounts
+from ansible_collections.composefs.oci.plugins.module_utils.operations import mounting
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 path = {str(point)!r}
 with Repository.open({str(pulled)!r}) as repository:
     for image in ("one", "two", "one"):
-        mounts.ensure_mounted(repository, mounts.Wish(image, path, replace=True))
+        mounting.ensure_mounted(repository, mounting.Wish(image, path, replace=True))
         found = [mounted.image_id for mounted in mountinfo.composefs_mounts() if mounted.path == path]
-        assert found == [mounts.resolve(repository, image).hex()], found
-mounts.ensure_unmounted(path)
+        assert found == [mounting.resolve(repository, image).hex()], found
+mounting.ensure_unmounted(path)
 assert mountinfo.composefs_mounts() == []
 """
     here = pathlib.Path(__file__).parent
@@ -369,7 +369,7 @@ def test_changes_go_to_the_upper_directory(mounted: Ensure, point: pathlib.Path,
         mounted("one")
     with pytest.raises(Busy, match="in use by the old one"):
         mounted("two", replace=True, **there)
-    mounts.ensure_unmounted(str(point))
+    mounting.ensure_unmounted(str(point))
     assert mounted("one", options=["ro"], **there).changed
     assert (point / "usr/bin/tool").read_bytes() == b"changed" and not (point / "usr/lib/pipe").exists()
     assert not mounted("one", options=["ro"], **there).changed
@@ -381,7 +381,7 @@ def test_a_volatile_mount_is_recognised_and_its_remains_are_explained(mounted: E
     there = {"upperdir": str(place / "upper"), "workdir": str(place / "work")}
     assert mounted("one", options=["volatile"], **there).changed
     assert not mounted("one", options=["volatile"], **there).changed
-    mounts.ensure_unmounted(str(point))
+    mounting.ensure_unmounted(str(point))
     with pytest.raises(MountFailed, match="volatile"):
         mounted("one", **there)
 
@@ -391,35 +391,35 @@ def test_a_volatile_mount_is_recognised_and_its_remains_are_explained(mounted: E
 
 def refuse_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     def descriptor(_context: Any, key: str, _fd: int) -> None:
-        raise mount._KernelRefused(f"option {key}", errno.EBADF, "")
+        raise mountcalls._KernelRefused(f"option {key}", errno.EBADF, "")
 
-    monkeypatch.setattr(mount._Context, "descriptor", descriptor)
+    monkeypatch.setattr(mountcalls._Context, "descriptor", descriptor)
 
 
 def refuse_separate_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    string = mount._Context.string
+    string = mountcalls._Context.string
 
     def picky(context: Any, key: str, value: str) -> None:
         if key == "lowerdir+":
-            raise mount._KernelRefused(f"option {key}", errno.EINVAL, "")
+            raise mountcalls._KernelRefused(f"option {key}", errno.EINVAL, "")
         string(context, key, value)
 
     refuse_descriptors(monkeypatch)
-    monkeypatch.setattr(mount._Context, "string", picky)
+    monkeypatch.setattr(mountcalls._Context, "string", picky)
 
 
 def refuse_plain_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    really = mount._erofs_from
+    really = mountcalls._erofs_from
     sources: list[str] = []
 
     def picky(kernel: Any, source: str) -> int:
         sources.append(source)
         if len(sources) % 2:
-            raise mount._KernelRefused("creating the erofs", errno.ENOTBLK, "")
+            raise mountcalls._KernelRefused("creating the erofs", errno.ENOTBLK, "")
         assert stat.S_ISBLK(os.stat(source).st_mode)
         return really(kernel, source)
 
-    monkeypatch.setattr(mount, "_erofs_from", picky)
+    monkeypatch.setattr(mountcalls, "_erofs_from", picky)
     if not os.path.exists("/dev/loop-control"):
         pytest.skip("this machine has no loop devices")
 
@@ -437,7 +437,7 @@ def test_older_kernels_get_it_in_other_words(
     compare(point, ODD)
     assert len(mountinfo.mounts()) == before + 1, "no helper mount is left"
     assert [name for name in os.listdir("/run") if name.startswith("composefs-")] == []
-    mounts.ensure_unmounted(str(point))
+    mounting.ensure_unmounted(str(point))
     if kernel is refuse_plain_files:
         loops = subprocess.run(["losetup", "--list", "--noheadings", "--output", "BACK-FILE"], stdout=subprocess.PIPE, text=True, check=False).stdout
         assert str(point.parent) not in loops, "loop devices vanish with the mount"
@@ -455,7 +455,7 @@ def test_cfsctl_mounts_what_was_pulled_here_and_its_mount_is_recognised(
     assert not mounted("one").changed
     assert mounted("two", replace=True).changed
     compare(point, ODD)
-    assert mounts.ensure_unmounted(str(point)).changed
+    assert mounting.ensure_unmounted(str(point)).changed
 
 
 def test_what_cfsctl_pulled_is_mounted_here(layout: Layout, place: pathlib.Path, point: pathlib.Path, cfsctl: Callable[..., str]) -> None:
@@ -463,7 +463,7 @@ def test_what_cfsctl_pulled_is_mounted_here(layout: Layout, place: pathlib.Path,
     cfsctl("--repo", path, "--insecure", "init", "--algorithm", "fsverity-sha512-12")
     cfsctl("--repo", path, "oci", "pull", f"oci:{layout.path}:one", "one")
     with Repository.open(str(path)) as repository:
-        outcome = mounts.ensure_mounted(repository, Wish("one", str(point)))
+        outcome = mounting.ensure_mounted(repository, Wish("one", str(point)))
     assert outcome.target is not None and len(outcome.target.image_id) == 128
     compare(point, FIRST, SECOND)
 
@@ -473,17 +473,17 @@ def test_what_cfsctl_pulled_is_mounted_here(layout: Layout, place: pathlib.Path,
 
 def test_the_units_program_mounts_and_unmounts_by_itself(pulled: pathlib.Path, point: pathlib.Path, place: pathlib.Path) -> None:
     program = place / "mount.pyz"
-    program.write_bytes(mountunit.application())
+    program.write_bytes(bootmount.application())
     with Repository.open(str(pulled)) as repository:
-        image = mounts.resolve(repository, "one").hex()
+        image = mounting.resolve(repository, "one").hex()
 
     def run(*words: object) -> subprocess.CompletedProcess[str]:
         # As a unit runs it: an isolated interpreter, no environment, another working directory.
         return subprocess.run([sys.executable, "-I", str(program), *map(str, words)], cwd="/", env={}, capture_output=True, text=True, check=False)
 
-    mounting = ("mount", "--repository", pulled, "--image", image, "--verity", "disabled", "--option", "nodev", "--", point)
+    words = ("mount", "--repository", pulled, "--image", image, "--verity", "disabled", "--option", "nodev", "--", point)
     for _time in range(2):
-        assert run(*mounting).returncode == 0
+        assert run(*words).returncode == 0
         assert len(ours()) == 1
     compare(point, FIRST, SECOND)
     for _time in range(2):
@@ -499,14 +499,14 @@ def test_systemd_understands_the_unit(pulled: pathlib.Path, point: pathlib.Path,
     from conftest import needed
 
     program = needed("systemd-analyze", "systemd")
-    places = mountunit.Places(str(place / "units"), str(place / "library"), str(place / "not running"))
+    places = bootmount.Places(str(place / "units"), str(place / "library"), str(place / "not running"))
     strange = place / "a b%c\\d\"e'f$g;h"
     with Repository.open(str(pulled)) as repository:
-        target = mounts.decide(repository, Wish("one", str(strange), options=["nodev"]))
+        target = mounting.decide(repository, Wish("one", str(strange), options=["nodev"]))
     with contextlib.suppress(MountFailed):
-        mountunit.ensure(target, str(pulled), lambda _words: (0, "", ""), places=places)
-    unit = f"{places.units}/{mountunit.unit_name(target.path)}"
+        bootmount.ensure(target, str(pulled), lambda _words: (0, "", ""), places=places)
+    unit = f"{places.units}/{bootmount.unit_name(target.path)}"
     done = subprocess.run([program, "verify", "--man=no", unit], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     escaped = subprocess.run(["systemd-escape", "--path", target.path], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
-    assert mountunit.unit_name(target.path) == f"composefs-oci-{escaped}.service"
+    assert bootmount.unit_name(target.path) == f"composefs-oci-{escaped}.service"

@@ -17,9 +17,9 @@ import pytest
 
 from ansible_collections.composefs.oci.plugins.module_utils import errors
 from ansible_collections.composefs.oci.plugins.module_utils.formats import splitstream
-from ansible_collections.composefs.oci.plugins.module_utils.operations import images as image_list
+from ansible_collections.composefs.oci.plugins.module_utils.operations import listing as image_list
 from ansible_collections.composefs.oci.plugins.module_utils.pull import pull
-from ansible_collections.composefs.oci.plugins.module_utils.store import documents
+from ansible_collections.composefs.oci.plugins.module_utils.store import imagestreams
 from ansible_collections.composefs.oci.plugins.module_utils.progress import SKIPPED
 from ansible_collections.composefs.oci.plugins.module_utils.pull.publish import Images
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
@@ -319,8 +319,8 @@ def test_errors_name_the_image_once_and_skopeos_words_once(registry: Registry, r
 def test_documents_are_stored_byte_for_byte_as_one_external_object(images: Layout, repository_path: pathlib.Path) -> None:
     result = pull_one(repository_path, f"oci:{images.path}:gzip")
     with Repository.open(str(repository_path)) as repository:
-        manifest = documents.read(repository, documents.MANIFEST, result["digest"])
-        config = documents.read(repository, documents.CONFIG, result["config_digest"])
+        manifest = imagestreams.read(repository, imagestreams.MANIFEST, result["digest"])
+        config = imagestreams.read(repository, imagestreams.CONFIG, result["config_digest"])
     assert manifest and config
     assert manifest.raw == images.read(result["digest"]) and config.raw == images.read(result["config_digest"])
     assert set(manifest.refs) == {f"config:{result['config_digest']}", *(layer["diff_id"] for layer in result["layers"])}
@@ -341,9 +341,9 @@ def test_docker_schema2_is_stored_under_the_digest_of_its_bytes(registry: Regist
     result = pull_one(repository_path, reference)
     assert result["registry_digest"] == docker != result["digest"]
     with Repository.open(str(repository_path)) as repository:
-        manifest = documents.read(repository, documents.MANIFEST, result["digest"])
+        manifest = imagestreams.read(repository, imagestreams.MANIFEST, result["digest"])
         assert manifest and sha256(manifest.raw) == result["digest"]
-        assert documents.read(repository, documents.CONFIG, result["config_digest"])
+        assert imagestreams.read(repository, imagestreams.CONFIG, result["config_digest"])
     assert not pull_one(repository_path, reference)["changed"]
     assert not pull_one(repository_path, reference, digest=docker)["changed"]
 
@@ -379,9 +379,9 @@ def test_images_with_the_same_configuration_stay_whole_when_it_moves(images: Lay
     with Repository.open(str(repository_path)) as repository:
         now = repository.stream(f"oci-config-{result['config_digest']}")
         for name in ("one", "two"):
-            manifest = documents.read(repository, documents.MANIFEST, repository.tags()[name])
+            manifest = imagestreams.read(repository, imagestreams.MANIFEST, repository.tags()[name])
             assert manifest and manifest.refs[f"config:{result['config_digest']}"] == now
-        assert not repository.streams(documents.PENDING)
+        assert not repository.streams(imagestreams.PENDING)
 
 
 def test_listing_tells_names_digests_platform_and_layers(images: Layout, repository_path: pathlib.Path) -> None:
@@ -511,11 +511,11 @@ def test_a_collection_by_cfsctl_leaves_an_artifact_whose_blob_gave_its_name_away
         assert not pull_one(repository_path, f"oci:{layout.path}:{name}", name)["changed"]
     # What was kept for the artifact's sake goes with it.
     with Repository.open(str(repository_path)) as repository:
-        assert repository.streams(documents.KEPT)
+        assert repository.streams(imagestreams.KEPT)
         repository.untag("artifact")
     cfsctl("--repo", repository_path, "gc")
     with Repository.open(str(repository_path)) as repository:
-        assert not repository.streams(documents.KEPT)
+        assert not repository.streams(imagestreams.KEPT)
     assert not pull_one(repository_path, f"oci:{layout.path}:image", "image")["changed"]
 
 

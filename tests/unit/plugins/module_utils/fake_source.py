@@ -24,9 +24,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3] / "support"))
 
 from ociimage import Layout
 
-from ansible_collections.composefs.oci.plugins.module_utils.host import hostfs
+from ansible_collections.composefs.oci.plugins.module_utils.host import filesystem
 from ansible_collections.composefs.oci.plugins.module_utils.pull import fetch, pull
-from ansible_collections.composefs.oci.plugins.module_utils.source import session
+from ansible_collections.composefs.oci.plugins.module_utils.source import skopeosource
 from ansible_collections.composefs.oci.plugins.module_utils.errors import EngineError, ImageNotFound, ProxyFailed
 from ansible_collections.composefs.oci.plugins.module_utils.source.imageproxy import BlobPipe
 from ansible_collections.composefs.oci.plugins.module_utils.formats.oci import Descriptor, Reference, digest_of
@@ -82,13 +82,13 @@ class World:
         return [digest for method, digest in self.requests if method == "GetBlob"]
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> World:
-        monkeypatch.setattr(session, "ImageProxy", lambda options, reference: FakeProxy(self, options, reference))
-        monkeypatch.setattr(session, "skopeo_version", lambda executable: "1.2.3")
-        monkeypatch.setattr(session, "top_digest", self._top_digest)
+        monkeypatch.setattr(skopeosource, "ImageProxy", lambda options, reference: FakeProxy(self, options, reference))
+        monkeypatch.setattr(skopeosource, "skopeo_version", lambda executable: "1.2.3")
+        monkeypatch.setattr(skopeosource, "top_digest", self._top_digest)
         monkeypatch.setattr(fetch, "pause", lambda attempt, error, progress: None)
-        monkeypatch.setattr(session, "pause", lambda attempt, error, progress: None)
+        monkeypatch.setattr(skopeosource, "pause", lambda attempt, error, progress: None)
         # What a barrier is good for is tested elsewhere; here it would wait for everything else that the machine writes.
-        monkeypatch.setattr(hostfs, "sync", lambda fd: None)
+        monkeypatch.setattr(filesystem, "sync", lambda fd: None)
         return self
 
     def _top_digest(self, options: Any, reference: Reference) -> tuple[str, bytes]:

@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "module_utils"))
 from fake_source import REGISTRY, Layout, World
 from ociimage import sha256
 
-from ansible_collections.composefs.oci.plugins.module_utils.formats import codecs, fsverity, schemas
-from ansible_collections.composefs.oci.plugins.module_utils.host import forked
+from ansible_collections.composefs.oci.plugins.module_utils.formats import codecs, fsverity, ocischemas
+from ansible_collections.composefs.oci.plugins.module_utils.host import processes
 from ansible_collections.composefs.oci.plugins.module_utils.pull import pull
-from ansible_collections.composefs.oci.plugins.module_utils.store import provision
+from ansible_collections.composefs.oci.plugins.module_utils.store import create
 from ansible_collections.composefs.oci.plugins.module_utils.errors import AuthFailed, RegistryUnreachable, SkopeoMissing
 from ansible_collections.composefs.oci.plugins.modules import composefs_image
 from ansible_collections.composefs.oci.tests.support.moduleargs import arguments
@@ -45,13 +45,13 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     layout = Layout(tmp_path / "layout")
     layout.image([FIRST, SECOND], "app")
     layout.image([FIRST], "base")
-    monkeypatch.setattr(forked, "call", lambda what, function: function())
+    monkeypatch.setattr(processes, "call", lambda what, function: function())
     return World(layout).install(monkeypatch)
 
 
 @pytest.fixture
 def repository(tmp_path: Path) -> str:
-    provision.prepare(str(tmp_path / "repo"), fsverity.SHA256, "disabled")
+    create.prepare(str(tmp_path / "repo"), fsverity.SHA256, "disabled")
     return str(tmp_path / "repo")
 
 
@@ -345,7 +345,7 @@ def test_newer_warns_when_the_registry_is_gone(run: Any, world: World) -> None:
 
 
 def test_the_lack_of_jsonschema_is_told_once(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schemas, "available", lambda: False)
+    monkeypatch.setattr(ocischemas, "available", lambda: False)
     result = run(images=[{"ref": REGISTRY + "app"}, {"ref": REGISTRY + "base"}])
     assert len(result["warnings"]) == 1 and "jsonschema" in result["warnings"][0]
 

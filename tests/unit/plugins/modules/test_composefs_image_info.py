@@ -17,9 +17,9 @@ pytest.importorskip("ansible.module_utils.basic", exc_type=ImportError)
 import yaml
 
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity, oci
-from ansible_collections.composefs.oci.plugins.module_utils.store import documents, provision
-from ansible_collections.composefs.oci.plugins.module_utils.rootfs.erofs import write_image
-from ansible_collections.composefs.oci.plugins.module_utils.rootfs.inodes import Directory, Leaf, Stat
+from ansible_collections.composefs.oci.plugins.module_utils.store import create, imagestreams
+from ansible_collections.composefs.oci.plugins.module_utils.rootfs.erofswriter import write_image
+from ansible_collections.composefs.oci.plugins.module_utils.rootfs.filetree import Directory, Leaf, Stat
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ansible_collections.composefs.oci.plugins.modules import composefs_image_info
 from ansible_collections.composefs.oci.tests.support.moduleargs import arguments
@@ -31,20 +31,20 @@ SHAPE = {"changed", "repository", "images", "dumpfile"}
 def path(tmp_path: Path) -> str:
     """A repository with ``app``, which has an EROFS image, and ``bare``, which has none."""
     found = str(tmp_path / "repo")
-    provision.prepare(found, fsverity.SHA256, provision.DISABLED)
+    create.prepare(found, fsverity.SHA256, create.DISABLED)
     with Repository.open(found, write=True) as repository:
         image = bytearray()
         write_image(Directory(Stat(0o755), {b"file": Leaf(Stat(0o644), data=b"text")}), 1, fsverity.SHA256, image.extend)
         digest = repository.objects.put(bytes(image))
         repository.link_image(digest)
-        for name, refs in (("app", {documents.image_ref(1): digest}), ("bare", {})):
+        for name, refs in (("app", {imagestreams.image_ref(1): digest}), ("bare", {})):
             raw = json.dumps({"architecture": "amd64", "os": "linux", "author": name, "rootfs": {"type": "layers", "diff_ids": []}}).encode()
             config = {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": oci.digest_of(raw), "size": len(raw)}
             manifest = json.dumps({"schemaVersion": 2, "mediaType": oci.OCI_MANIFEST, "config": config, "layers": []}).encode()
-            stream = documents.store(repository, documents.CONFIG, raw, refs)
-            repository.register(documents.CONFIG + config["digest"], stream)
-            leading = documents.store(repository, documents.MANIFEST, manifest, {documents.CONFIG_REF + config["digest"]: stream})
-            repository.register(documents.MANIFEST + oci.digest_of(manifest), leading)
+            stream = imagestreams.store(repository, imagestreams.CONFIG, raw, refs)
+            repository.register(imagestreams.CONFIG + config["digest"], stream)
+            leading = imagestreams.store(repository, imagestreams.MANIFEST, manifest, {imagestreams.CONFIG_REF + config["digest"]: stream})
+            repository.register(imagestreams.MANIFEST + oci.digest_of(manifest), leading)
             repository.tag(name, oci.digest_of(manifest))
     return found
 

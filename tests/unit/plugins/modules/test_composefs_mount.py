@@ -20,9 +20,9 @@ import yaml
 from ansible.module_utils import basic
 
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
-from ansible_collections.composefs.oci.plugins.module_utils.host import mount, mountinfo
-from ansible_collections.composefs.oci.plugins.module_utils.operations import mounts, mountunit
-from ansible_collections.composefs.oci.plugins.module_utils.store import provision
+from ansible_collections.composefs.oci.plugins.module_utils.host import mountcalls, mountinfo
+from ansible_collections.composefs.oci.plugins.module_utils.operations import bootmount, mounting
+from ansible_collections.composefs.oci.plugins.module_utils.store import create
 from ansible_collections.composefs.oci.plugins.module_utils.errors import MountFailed
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ansible_collections.composefs.oci.plugins.modules import composefs_mount
@@ -38,11 +38,11 @@ class Host:
         self.there: dict[str, mountinfo.Mounted] = {}
         self.repository = str(tmp_path / "repo")
         self.path = str(tmp_path / "app")
-        self.places = mountunit.Places(str(tmp_path / "units"), str(tmp_path / "library"), str(tmp_path / "running"))
+        self.places = bootmount.Places(str(tmp_path / "units"), str(tmp_path / "library"), str(tmp_path / "running"))
         self.told: list[str] = []
         self.refuses = False
         (tmp_path / "running").mkdir()
-        provision.prepare(self.repository, fsverity.SHA256, provision.DISABLED)
+        create.prepare(self.repository, fsverity.SHA256, create.DISABLED)
         with Repository.open(self.repository, write=True) as opened:
             self.images = [opened.objects.put(text).hex() for text in (b"one", b"two")]
             for image in self.images:
@@ -50,15 +50,15 @@ class Host:
         monkeypatch.setattr(mountinfo, "at", self.there.get)
         monkeypatch.setattr(mountinfo, "hidden_at", lambda _path: [])
         monkeypatch.setattr(mountinfo, "children", lambda _of: [])
-        monkeypatch.setattr(mounts, "require_capability", lambda _what: None)
-        monkeypatch.setattr(mount, "mount", self.mount)
-        monkeypatch.setattr(mount, "replace", self.mount)
-        monkeypatch.setattr(mount, "unmount", self.there.pop)
+        monkeypatch.setattr(mounting, "require_capability", lambda _what: None)
+        monkeypatch.setattr(mountcalls, "mount", self.mount)
+        monkeypatch.setattr(mountcalls, "replace", self.mount)
+        monkeypatch.setattr(mountcalls, "unmount", self.there.pop)
         for name in ("current", "ensure", "remove"):
-            monkeypatch.setattr(mountunit, name, functools.partial(getattr(mountunit, name), places=self.places))
+            monkeypatch.setattr(bootmount, name, functools.partial(getattr(bootmount, name), places=self.places))
         monkeypatch.setattr(basic.AnsibleModule, "run_command", self.run_command)
 
-    def mount(self, request: mount.Request, path: str) -> None:
+    def mount(self, request: mountcalls.Request, path: str) -> None:
         if self.refuses:
             raise MountFailed("The kernel refused.")
         settings = {"ro": "", **({"verity": "require"} if request.verity else {})}
@@ -134,17 +134,17 @@ def test_unmounting_needs_neither_image_nor_repository(host: Host, run: Any, tmp
 
 def test_a_persistent_mount_has_a_unit_until_it_is_not_asked_for(host: Host, run: Any) -> None:
     one, two = host.images
-    name = mountunit.unit_name(host.path)
+    name = bootmount.unit_name(host.path)
     predicted = run(True, image=one, persistent=True)
     assert predicted["unit"] == name and predicted["diff"]["after"]["unit"] and not os.path.exists(host.places.units)
     assert run(image=one, persistent=True)["unit"] == name
     assert not run(image=one, persistent=True)["changed"]
-    assert one in (mountunit.current(host.path) or "")
-    assert run(image=two, persistent=True, state="remounted")["changed"] and two in (mountunit.current(host.path) or "")
+    assert one in (bootmount.current(host.path) or "")
+    assert run(image=two, persistent=True, state="remounted")["changed"] and two in (bootmount.current(host.path) or "")
     result = run(True, image=two)
-    assert result["changed"] and result["unit"] is None and mountunit.current(host.path)
+    assert result["changed"] and result["unit"] is None and bootmount.current(host.path)
     host.told.clear()
-    assert run(image=two)["changed"] and mountunit.current(host.path) is None
+    assert run(image=two)["changed"] and bootmount.current(host.path) is None
     assert host.told == ["systemctl --no-ask-password daemon-reload"], "the mount stays"
     assert not run(image=two)["changed"]
 
@@ -153,7 +153,7 @@ def test_unmounting_removes_the_unit_too(host: Host, run: Any) -> None:
     run(image=host.images[0], persistent=True)
     host.there.clear()
     result = run(state="unmounted")
-    assert result["changed"] and result["unit"] is None and mountunit.current(host.path) is None
+    assert result["changed"] and result["unit"] is None and bootmount.current(host.path) is None
     assert not run(state="unmounted")["changed"]
 
 
@@ -161,7 +161,7 @@ def test_a_mount_that_fails_gets_no_unit(host: Host, run: Any) -> None:
     host.refuses = True
     result = run(image=host.images[0], persistent=True)
     assert result["failed"] and result["error"] == "mount_failed" and not result["changed"] and not result["mounted"]
-    assert mountunit.current(host.path) is None
+    assert bootmount.current(host.path) is None
 
 
 def test_what_no_unit_can_hold_is_refused_before_mounting(host: Host, run: Any) -> None:

@@ -19,7 +19,7 @@ pytest.importorskip("ansible.module_utils.basic", exc_type=ImportError)
 import yaml
 
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
-from ansible_collections.composefs.oci.plugins.module_utils.store import provision
+from ansible_collections.composefs.oci.plugins.module_utils.store import create
 from ansible_collections.composefs.oci.plugins.modules import composefs_repository
 from ansible_collections.composefs.oci.tests.support.moduleargs import arguments
 
@@ -108,7 +108,7 @@ def test_missing_verity_is_said_before_anything_is_made(tmp_path: Path, capsys: 
 
 
 def test_a_repository_of_another_algorithm_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    provision.prepare(str(tmp_path / "repo"), fsverity.SHA256, "disabled")
+    create.prepare(str(tmp_path / "repo"), fsverity.SHA256, "disabled")
     result = run(capsys, path=str(tmp_path / "repo"), verity="disabled")
     assert result["failed"] and result["error"] == "incompatible_repository" and "sha256" in result["msg"]
 

@@ -24,9 +24,9 @@ from fake_source import REGISTRY, Events, FakeProxy, Layout, World
 from ociimage import Layer, sha256
 
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
-from ansible_collections.composefs.oci.plugins.module_utils.host import hostfs
+from ansible_collections.composefs.oci.plugins.module_utils.host import filesystem
 from ansible_collections.composefs.oci.plugins.module_utils.pull import fetch, layer
-from ansible_collections.composefs.oci.plugins.module_utils.store import provision
+from ansible_collections.composefs.oci.plugins.module_utils.store import create
 from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     DigestMismatch,
     EngineError,
@@ -43,7 +43,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.store.objects import
 from ansible_collections.composefs.oci.plugins.module_utils.formats.oci import parse_reference
 from ansible_collections.composefs.oci.plugins.module_utils.progress import DONE, STARTED, Progress
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
-from ansible_collections.composefs.oci.plugins.module_utils.source.session import Session
+from ansible_collections.composefs.oci.plugins.module_utils.source.skopeosource import Session
 from ansible_collections.composefs.oci.plugins.module_utils.source.skopeo import ProxyOptions, passing
 from ansible_collections.composefs.oci.tests.support.tarbytes import member, tar
 
@@ -54,7 +54,7 @@ TARS = [tar(member(f"file{number}", os.urandom(3000 * (4 - number)))) for number
 
 @pytest.fixture
 def repo(tmp_path: pathlib.Path) -> Iterator[Repository]:
-    provision.prepare(str(tmp_path / "repo"), fsverity.SHA256, "disabled")
+    create.prepare(str(tmp_path / "repo"), fsverity.SHA256, "disabled")
     with Repository.open(str(tmp_path / "repo"), write=True) as found:
         assert found.objects
         yield found
@@ -122,7 +122,7 @@ def test_layers_are_fetched_largest_first_named_and_trusted(world: World, repo: 
 
 def test_a_name_is_given_after_the_barrier(world: World, repo: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     story: list[str] = []
-    monkeypatch.setattr(hostfs, "sync", lambda fd: story.append("sync"))
+    monkeypatch.setattr(filesystem, "sync", lambda fd: story.append("sync"))
     register = repo.register
     monkeypatch.setattr(repo, "register", lambda *arguments: story.append("name") or register(*arguments))
     Fetch(world, repo, 2).run()

@@ -24,7 +24,7 @@ import pytest
 
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity, splitstream
 from ansible_collections.composefs.oci.plugins.module_utils.pull import layer
-from ansible_collections.composefs.oci.plugins.module_utils.store import provision
+from ansible_collections.composefs.oci.plugins.module_utils.store import create
 from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     DigestMismatch,
     FormatError,
@@ -51,7 +51,7 @@ def spec_of(blob: bytes, archive: bytes, compression: str | None = "gzip", **cha
 
 @pytest.fixture
 def repo(tmp_path: pathlib.Path) -> Iterator[Repository]:
-    provision.prepare(str(tmp_path / "repo"), fsverity.SHA256, "disabled")
+    create.prepare(str(tmp_path / "repo"), fsverity.SHA256, "disabled")
     with Repository.open(str(tmp_path / "repo"), write=True) as found:
         yield found
 
@@ -180,7 +180,7 @@ def test_a_small_raw_blob_is_an_object_too(repo: Repository) -> None:
 
 
 def test_a_secure_repository_seals_every_object_of_a_layer(tmp_path: pathlib.Path, verity_kernel: Any) -> None:
-    provision.prepare(str(tmp_path / "secure"), fsverity.SHA512, "required")
+    create.prepare(str(tmp_path / "secure"), fsverity.SHA512, "required")
     blob = gzip.compress(TREE)
     with Repository.open(str(tmp_path / "secure"), write=True) as repo:
         assert repo.secure
@@ -405,7 +405,7 @@ def test_memory_stays_flat_whatever_the_size_of_a_file(repo: Repository) -> None
 
 def test_memory_stays_flat_whatever_the_number_of_files(tmp_path: pathlib.Path) -> None:
     """In a process of its own, whose largest size the kernel knows; many files that all have one content."""
-    provision.prepare(str(tmp_path / "repo"), fsverity.SHA256, "disabled")
+    create.prepare(str(tmp_path / "repo"), fsverity.SHA256, "disabled")
     script = """
 import hashlib, os, resource, sys, threading, zlib
 sys.path[:0] = %r

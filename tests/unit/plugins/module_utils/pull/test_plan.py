@@ -20,10 +20,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from fake_source import REGISTRY, Layout, World, pull_all
 from ociimage import sha256
 
-from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity, schemas, splitstream
-from ansible_collections.composefs.oci.plugins.module_utils.host import forked
+from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity, ocischemas, splitstream
+from ansible_collections.composefs.oci.plugins.module_utils.host import processes
 from ansible_collections.composefs.oci.plugins.module_utils.pull import layer, plan, pull
-from ansible_collections.composefs.oci.plugins.module_utils.store import provision
+from ansible_collections.composefs.oci.plugins.module_utils.store import create
 from ansible_collections.composefs.oci.plugins.module_utils.errors import DigestMismatch, InvalidDocument, PlatformNotFound, UnsupportedMediaType
 from ansible_collections.composefs.oci.plugins.module_utils.formats.oci import Descriptor
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
@@ -41,13 +41,13 @@ def world(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> World:
     layout.image([FIRST], "first")
     layout.artifact([("application/x-tar", FIRST)], "artifact")
     layout.multi_platform({name: [tar(member("c", name.encode() * 20))] for name in ("linux/amd64", "linux/arm64")}, "index")
-    monkeypatch.setattr(forked, "call", lambda what, function: function())
+    monkeypatch.setattr(processes, "call", lambda what, function: function())
     return World(layout).install(monkeypatch)
 
 
 @pytest.fixture
 def path(tmp_path: pathlib.Path) -> pathlib.Path:
-    provision.prepare(str(tmp_path / "repo"), fsverity.SHA256, "disabled")
+    create.prepare(str(tmp_path / "repo"), fsverity.SHA256, "disabled")
     return tmp_path / "repo"
 
 
@@ -260,14 +260,14 @@ def test_an_image_for_another_platform_is_refused(path: pathlib.Path, world: Wor
 
 def test_documents_are_held_against_their_schemas_only_when_they_are_new(path: pathlib.Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     validated: list[str] = []
-    monkeypatch.setattr(schemas, "validate", lambda kind, raw: validated.append(kind) or True)
+    monkeypatch.setattr(ocischemas, "validate", lambda kind, raw: validated.append(kind) or True)
     for _time in range(2):
         pull_all(path, app())
     assert validated == ["manifest", "config"]
 
 
 def test_without_jsonschema_there_is_a_warning_where_something_is_new(path: pathlib.Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schemas, "available", lambda: False)
+    monkeypatch.setattr(ocischemas, "available", lambda: False)
     (done,) = pull_all(path, app())
     assert len(set(done["warnings"])) == 1 and "jsonschema" in done["warnings"][0]
     assert not pull_all(path, app())[0]["warnings"]

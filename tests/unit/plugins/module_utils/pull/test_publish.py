@@ -24,9 +24,9 @@ from fake_source import REGISTRY, Layout, World, pull_all
 from ociimage import sha256
 
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity, splitstream
-from ansible_collections.composefs.oci.plugins.module_utils.host import forked
+from ansible_collections.composefs.oci.plugins.module_utils.host import processes
 from ansible_collections.composefs.oci.plugins.module_utils.pull import publish, pull
-from ansible_collections.composefs.oci.plugins.module_utils.store import documents, provision
+from ansible_collections.composefs.oci.plugins.module_utils.store import create, imagestreams
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ansible_collections.composefs.oci.tests.support.tarbytes import DIRECTORY, member, tar
 
@@ -52,12 +52,12 @@ def layout(tmp_path_factory: pytest.TempPathFactory) -> Layout:
 def world(layout: Layout) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         # Making images in a process of its own is tested elsewhere; here it would only take time.
-        patch.setattr(forked, "call", lambda what, function: function())
+        patch.setattr(processes, "call", lambda what, function: function())
         yield World(layout).install(patch)
 
 
 def new_repository(path: pathlib.Path) -> pathlib.Path:
-    provision.prepare(str(path), fsverity.SHA256, "disabled")
+    create.prepare(str(path), fsverity.SHA256, "disabled")
     return path
 
 
@@ -91,7 +91,7 @@ class State(NamedTuple):
 
     def refs(self, kind: str, digest: str) -> dict[str, bytes]:
         with self.open() as repository:
-            document = documents.read(repository, kind, digest)
+            document = imagestreams.read(repository, kind, digest)
             return document.refs if document else {}
 
 
@@ -131,8 +131,8 @@ def proofs_forgotten(state: State) -> None:
 
 
 def config_gone(state: State) -> None:
-    if os.path.lexists(state.link(documents.CONFIG + state.config())):
-        state.link(documents.CONFIG + state.config()).unlink()
+    if os.path.lexists(state.link(imagestreams.CONFIG + state.config())):
+        state.link(imagestreams.CONFIG + state.config()).unlink()
 
 
 def config_damaged(state: State) -> None:
@@ -143,26 +143,28 @@ def config_damaged(state: State) -> None:
 
 def config_with_other_layers(state: State) -> None:
     """As if a layer's stream had been written anew with other bytes since."""
-    refs = state.refs(documents.CONFIG, state.config())
+    refs = state.refs(imagestreams.CONFIG, state.config())
     if refs:
         with state.open() as repository:
             changed = {name: bytes(32) if name == sha256(FIRST) else digest for name, digest in refs.items()}
-            repository.register(documents.CONFIG + state.config(), documents.store(repository, documents.CONFIG, state.layout.read(state.config()), changed))
+            repository.register(
+                imagestreams.CONFIG + state.config(), imagestreams.store(repository, imagestreams.CONFIG, state.layout.read(state.config()), changed)
+            )
 
 
 def manifest_gone(state: State) -> None:
-    if os.path.lexists(state.link(documents.MANIFEST + state.digest())):
-        state.link(documents.MANIFEST + state.digest()).unlink()
+    if os.path.lexists(state.link(imagestreams.MANIFEST + state.digest())):
+        state.link(imagestreams.MANIFEST + state.digest()).unlink()
 
 
 def manifest_stale(state: State) -> None:
     """The manifest leads to a configuration that is not the one under its name, as after a crash of cfsctl."""
-    refs = state.refs(documents.MANIFEST, state.digest())
+    refs = state.refs(imagestreams.MANIFEST, state.digest())
     if refs:
         with state.open() as repository:
-            changed = {name: bytes(32) if name.startswith(documents.CONFIG_REF) else digest for name, digest in refs.items()}
+            changed = {name: bytes(32) if name.startswith(imagestreams.CONFIG_REF) else digest for name, digest in refs.items()}
             repository.register(
-                documents.MANIFEST + state.digest(), documents.store(repository, documents.MANIFEST, state.layout.read(state.digest()), changed)
+                imagestreams.MANIFEST + state.digest(), imagestreams.store(repository, imagestreams.MANIFEST, state.layout.read(state.digest()), changed)
             )
 
 
@@ -178,8 +180,8 @@ def tag_gone(state: State) -> None:
 
 
 def image_object_gone(state: State) -> None:
-    for name, digest in state.refs(documents.CONFIG, state.config()).items():
-        if documents.is_image_ref(name) and state.object(digest).exists():
+    for name, digest in state.refs(imagestreams.CONFIG, state.config()).items():
+        if imagestreams.is_image_ref(name) and state.object(digest).exists():
             state.object(digest).unlink()
 
 
@@ -189,17 +191,19 @@ def image_link_gone(state: State) -> None:
 
 
 def image_never_made(state: State) -> None:
-    refs = {name: digest for name, digest in state.refs(documents.CONFIG, state.config()).items() if not documents.is_image_ref(name)}
+    refs = {name: digest for name, digest in state.refs(imagestreams.CONFIG, state.config()).items() if not imagestreams.is_image_ref(name)}
     if refs:
         with state.open() as repository:
-            repository.register(documents.CONFIG + state.config(), documents.store(repository, documents.CONFIG, state.layout.read(state.config()), refs))
+            repository.register(
+                imagestreams.CONFIG + state.config(), imagestreams.store(repository, imagestreams.CONFIG, state.layout.read(state.config()), refs)
+            )
 
 
 def pending_left(state: State) -> None:
     with state.open() as repository:
-        stream = repository.stream(documents.CONFIG + state.config())
+        stream = repository.stream(imagestreams.CONFIG + state.config())
         if stream:
-            repository.register(documents.PENDING + state.config(), stream)
+            repository.register(imagestreams.PENDING + state.config(), stream)
 
 
 Damage = Callable[[State], None]
@@ -255,13 +259,13 @@ def hold_to_its_word(state: State, **how: Any) -> dict[str, Any]:
 
 def whole(state: State, done: dict[str, Any], erofs: bool = True, bootable: bool = False) -> None:
     with state.open() as repository:
-        manifest = documents.read(repository, documents.MANIFEST, state.digest())
-        config = documents.read(repository, documents.CONFIG, state.config())
+        manifest = imagestreams.read(repository, imagestreams.MANIFEST, state.digest())
+        config = imagestreams.read(repository, imagestreams.CONFIG, state.config())
         assert manifest and config and repository.tag_digest(state.tag) == state.digest()
-        assert manifest.refs[documents.CONFIG_REF + state.config()] == config.stream
-        assert repository.stream(documents.PENDING + state.config()) is None
+        assert manifest.refs[imagestreams.CONFIG_REF + state.config()] == config.stream
+        assert repository.stream(imagestreams.PENDING + state.config()) is None
         for one in done["layers"]:
-            stream = repository.stream(documents.LAYER + one["diff_id"])
+            stream = repository.stream(imagestreams.LAYER + one["diff_id"])
             assert stream == manifest.refs[one["diff_id"]] and repository.objects.verify(stream)
         if erofs and done["image_id"]:
             image = config.refs["composefs.image.v1"]
@@ -335,11 +339,11 @@ def test_an_image_that_is_not_wanted_is_neither_made_nor_lost(tmp_path: pathlib.
     (first,) = pull_all(state.path, request())
     image_object_gone(state)
     image_link_gone(state)
-    config_before = state.refs(documents.CONFIG, state.config())
+    config_before = state.refs(imagestreams.CONFIG, state.config())
     tag_gone(state)
     pull_all(state.path, request(), erofs=False)
     assert list((state.path / "images").glob("*")) == [], "no link to an image that is not there"
-    assert state.refs(documents.CONFIG, state.config()) == config_before
+    assert state.refs(imagestreams.CONFIG, state.config()) == config_before
     (again,) = pull_all(state.path, request())
     assert again["image_id"] == first["image_id"] and list((state.path / "images").iterdir())
 
@@ -352,8 +356,8 @@ def test_images_of_a_layer_that_changed_are_made_anew(tmp_path: pathlib.Path, wo
         poison = repository.stream(f"oci-layer-{sha256(FIRST)}")
         assert poison
         refs = {sha256(FIRST): poison, sha256(SECOND): bytes(32), "composefs.image.v1": repository.objects.put(b"an image of the poison" * 9)}
-        stream = documents.store(repository, documents.CONFIG, state.layout.read(state.config()), refs)
-        repository.register(documents.CONFIG + state.config(), stream)
+        stream = imagestreams.store(repository, imagestreams.CONFIG, state.layout.read(state.config()), refs)
+        repository.register(imagestreams.CONFIG + state.config(), stream)
     done = hold_to_its_word(state)
     assert done["image_id"] != refs["composefs.image.v1"].hex()
 
@@ -363,10 +367,10 @@ def test_what_other_tools_wrote_into_the_configuration_stays(tmp_path: pathlib.P
     pull_all(state.path, request(), erofs=False)
     with state.open() as repository:
         boot = repository.objects.put(b"a boot image" * 20)
-        refs = {**state.refs(documents.CONFIG, state.config()), "composefs.image.boot.v1.xattrs=keep-user-xattrs": boot}
-        repository.register(documents.CONFIG + state.config(), documents.store(repository, documents.CONFIG, state.layout.read(state.config()), refs))
+        refs = {**state.refs(imagestreams.CONFIG, state.config()), "composefs.image.boot.v1.xattrs=keep-user-xattrs": boot}
+        repository.register(imagestreams.CONFIG + state.config(), imagestreams.store(repository, imagestreams.CONFIG, state.layout.read(state.config()), refs))
     hold_to_its_word(state)
-    assert state.refs(documents.CONFIG, state.config())["composefs.image.boot.v1.xattrs=keep-user-xattrs"] == boot
+    assert state.refs(imagestreams.CONFIG, state.config())["composefs.image.boot.v1.xattrs=keep-user-xattrs"] == boot
 
 
 @pytest.mark.parametrize(
@@ -376,14 +380,14 @@ def test_what_other_tools_wrote_into_the_configuration_stays(tmp_path: pathlib.P
 def test_every_format_of_the_repository_is_made(
     tmp_path: pathlib.Path, world: World, monkeypatch: pytest.MonkeyPatch, formats: tuple[int, ...], keys: set[str]
 ) -> None:
-    from ansible_collections.composefs.oci.plugins.module_utils.formats.metadata import Metadata
+    from ansible_collections.composefs.oci.plugins.module_utils.formats.metajson import Metadata
 
     monkeypatch.setattr(Metadata, "erofs_formats", formats)
     state = State(new_repository(tmp_path / "repo"), world.layout, "app")
     (done,) = pull_all(state.path, request())
-    refs = state.refs(documents.CONFIG, state.config())
-    assert {name for name in refs if documents.is_image_ref(name)} == keys
-    assert done["image_id"] == refs[documents.image_ref(formats[0])].hex()
+    refs = state.refs(imagestreams.CONFIG, state.config())
+    assert {name for name in refs if imagestreams.is_image_ref(name)} == keys
+    assert done["image_id"] == refs[imagestreams.image_ref(formats[0])].hex()
     assert not pull_all(state.path, request())[0]["changed"]
 
 

@@ -25,9 +25,9 @@ from fake_source import REGISTRY, Events, Layout, World, pull_all, settings
 from ociimage import sha256
 
 from ansible_collections.composefs.oci.plugins.module_utils.formats import codecs, fsverity
-from ansible_collections.composefs.oci.plugins.module_utils.host import forked, hostfs
+from ansible_collections.composefs.oci.plugins.module_utils.host import filesystem, processes
 from ansible_collections.composefs.oci.plugins.module_utils.pull import fetch, pull
-from ansible_collections.composefs.oci.plugins.module_utils.store import provision
+from ansible_collections.composefs.oci.plugins.module_utils.store import create
 from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     AuthFailed,
     EngineError,
@@ -57,13 +57,13 @@ def world(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> World:
     layout.image([FIRST, SECOND, FIRST], "twice")
     layout.image([], "scratch")
     layout.image([layout.layer(FIRST), layout.layer(b"", "none")], "empty")
-    monkeypatch.setattr(forked, "call", lambda what, function: function())
+    monkeypatch.setattr(processes, "call", lambda what, function: function())
     return World(layout).install(monkeypatch)
 
 
 @pytest.fixture
 def path(tmp_path: pathlib.Path) -> pathlib.Path:
-    provision.prepare(str(tmp_path / "repo"), fsverity.SHA256, "disabled")
+    create.prepare(str(tmp_path / "repo"), fsverity.SHA256, "disabled")
     return tmp_path / "repo"
 
 
@@ -165,7 +165,7 @@ def test_odd_images_are_pulled_and_come_to_rest(path: pathlib.Path, world: World
 
 def test_secure_repositories_seal_everything(tmp_path: pathlib.Path, world: World, verity_kernel: Any, without_forks: None) -> None:
     path = tmp_path / "secure"
-    provision.prepare(str(path), fsverity.SHA256, "required")
+    create.prepare(str(path), fsverity.SHA256, "required")
     (done,) = pull_all(path, app())
     assert done["image_id"] and not pull_all(path, app())[0]["changed"]
     objects = list((path / "objects").glob("*/*"))
@@ -175,7 +175,7 @@ def test_secure_repositories_seal_everything(tmp_path: pathlib.Path, world: Worl
 
 def test_an_unsealed_object_in_a_secure_repository_is_replaced(tmp_path: pathlib.Path, world: World, verity_kernel: Any, without_forks: None) -> None:
     path = tmp_path / "secure"
-    provision.prepare(str(path), fsverity.SHA256, "required")
+    create.prepare(str(path), fsverity.SHA256, "required")
     (first,) = pull_all(path, app())
     victim = next(one for one in (path / "objects").glob("*/*") if one.read_bytes() == world.layout.read(first["digest"]))
     verity_kernel.sealed.pop((victim.stat().st_dev, victim.stat().st_ino))
@@ -273,7 +273,7 @@ def test_a_repository_that_cannot_be_written_is_refused_before_anything_is_fetch
     def refuse(*arguments: Any) -> None:
         raise ReadOnly("The repository is on a read-only file system.")
 
-    monkeypatch.setattr(hostfs, "require_writable", refuse)
+    monkeypatch.setattr(filesystem, "require_writable", refuse)
     assert pull_all(path, app(), check=True)[0]["changed"]
     with pytest.raises(ReadOnly):
         pull_all(path, app())

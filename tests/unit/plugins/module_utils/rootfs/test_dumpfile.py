@@ -16,8 +16,8 @@ import sys
 
 import pytest
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
-from ansible_collections.composefs.oci.plugins.module_utils.rootfs import dumpfile, erofs
-from ansible_collections.composefs.oci.plugins.module_utils.rootfs.inodes import Directory, Leaf, Stat
+from ansible_collections.composefs.oci.plugins.module_utils.rootfs import dumpfile, erofswriter
+from ansible_collections.composefs.oci.plugins.module_utils.rootfs.filetree import Directory, Leaf, Stat
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
@@ -122,7 +122,7 @@ def test_random_directories_have_the_dumpfile_that_cfsctl_writes(tmp_path: pathl
 @pytest.mark.skipif(not shutil.which("composefs-info"), reason="composefs-info is not on PATH")
 def test_composefs_info_tells_the_same_objects(tmp_path: pathlib.Path) -> None:
     tree = read_dump(gzip.decompress((DATA / "contents.dump.gz").read_bytes()))
-    (tmp_path / "image").write_bytes(erofs.image_bytes(tree, 1, fsverity.SHA256))
+    (tmp_path / "image").write_bytes(erofswriter.image_bytes(tree, 1, fsverity.SHA256))
     output = subprocess.run(["composefs-info", "objects", str(tmp_path / "image")], check=True, capture_output=True, text=True).stdout
     digests = {leaf.digest.hex() for leaf in tree.entries.values() if isinstance(leaf, Leaf) and leaf.digest}
     assert {line.replace("/", "") for line in output.split()} == digests

@@ -11,10 +11,10 @@ import time
 from typing import Any
 
 import pytest
-from ansible_collections.composefs.oci.plugins.module_utils.rootfs import dumpfile, inodes, selinux
-from ansible_collections.composefs.oci.plugins.module_utils.rootfs.automaton import Pattern
+from ansible_collections.composefs.oci.plugins.module_utils.rootfs import dumpfile, filetree, selinux
+from ansible_collections.composefs.oci.plugins.module_utils.rootfs.lastmatch import Pattern
 from ansible_collections.composefs.oci.plugins.module_utils.errors import InvalidLayer
-from ansible_collections.composefs.oci.plugins.module_utils.rootfs.inodes import Directory, Leaf, Stat
+from ansible_collections.composefs.oci.plugins.module_utils.rootfs.filetree import Directory, Leaf, Stat
 from ansible_collections.composefs.oci.plugins.module_utils.rootfs.selinux import LABEL, Policy, Rule
 from ansible_collections.composefs.oci.tests.support import layers
 from ansible_collections.composefs.oci.tests.support.tarbytes import CHARDEV, DIRECTORY, FIFO, HARDLINK, SYMLINK, member, tar
@@ -43,8 +43,8 @@ def archive(contexts: bytes | None, *members: bytes, config: bytes | None = CONF
 def labels(contexts: bytes | None, *members: bytes, config: bytes | None = CONFIG, **others: bytes) -> dict[str, str | None]:
     """The labels of what ``members`` added, and of the root."""
     root = layers.tree(archive(contexts, *members, config=config, **others), bootable=True).root
-    ours = [path for path, _unused in inodes.walk(root) if not path.startswith((b"/usr", b"/boot", b"/sysroot", b"/etc"))]
-    found = dict(inodes.walk(root))
+    ours = [path for path, _unused in filetree.walk(root) if not path.startswith((b"/usr", b"/boot", b"/sysroot", b"/etc"))]
+    found = dict(filetree.walk(root))
     return {path.decode(): label(found[path]) for path in ours}
 
 
@@ -68,7 +68,7 @@ def test_an_image_without_a_policy_gets_no_labels() -> None:
     assert labels(b"/.* all\n", config=b"SELINUX=enforcing\n") == {"/": None}
     for without in ([], [member("etc/", type=DIRECTORY)], [member("etc/selinux/", type=DIRECTORY)]):
         root = layers.tree(tar(*layers.base(), *without), bootable=True).root
-        assert {label(node) for _unused, node in inodes.walk(root)} == {None}
+        assert {label(node) for _unused, node in filetree.walk(root)} == {None}
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_removing_labels_reaches_every_inode_once() -> None:
     leaf = Leaf(stat)
     root = Directory(stat, {b"a": leaf, b"b": leaf, b"d": Directory(stat)})
     selinux.remove_labels(root)
-    assert [node.stat.xattrs for _unused, node in inodes.walk(root)] == [{b"user.x": b"1"}] * 4
+    assert [node.stat.xattrs for _unused, node in filetree.walk(root)] == [{b"user.x": b"1"}] * 4
     assert stat.xattrs == {LABEL: b"l", b"user.x": b"1"}
 
 
@@ -198,7 +198,7 @@ def groups(contexts: bytes) -> list[tuple[str, str | None, int]]:
     """Names that share an inode, its label and its count of links."""
     shared: dict[int, list[Any]] = {}
     root = layers.tree(archive(contexts, *LINKS), bootable=True).root
-    for path, node in inodes.walk(root):
+    for path, node in filetree.walk(root):
         if isinstance(node, Leaf) and path.startswith(b"/x"):
             shared.setdefault(id(node), ["", label(node), node.nlink])[0] += path[-1:].decode()
     return [tuple(one) for one in shared.values()]
@@ -221,7 +221,7 @@ def test_no_label_is_another_label() -> None:
 def test_the_first_name_depth_first_decides() -> None:
     members = [member("xa/", type=DIRECTORY), member("xb", b"d"), member("xa/5", type=HARDLINK, linkname="xb")]
     root = layers.tree(archive(b"/.* all\n/xa/5 A\n/xb B\n", *members), bootable=True).root
-    found = dict(inodes.walk(root))
+    found = dict(filetree.walk(root))
     assert (label(found[b"/xa/5"]), label(found[b"/xb"])) == ("A", "B")
 
 
@@ -236,11 +236,11 @@ def test_thousands_of_lines_and_ten_thousands_of_paths_take_moments() -> None:
     folders = {b"d%d" % number: Directory(leaf, {b"lib%d.so.%d" % (one, one): Leaf(leaf) for one in range(100)}) for number in range(100)}
     tools = Directory(leaf, {b"tool%d-%d" % (number, number): Leaf(leaf) for number in range(3000)})
     root = Directory(leaf, {b"usr": Directory(leaf, {**folders, b"bin": tools})})
-    inodes.count_links(root)
+    filetree.count_links(root)
     started = time.monotonic()
     selinux.apply_policy(root, Policy(rules, {b"/usr/d7": b"/usr/d8"}))
     assert time.monotonic() - started < 5
-    found = dict(inodes.walk(root))
+    found = dict(filetree.walk(root))
     assert label(found[b"/usr/d5/lib9.so.9"]) == "so5" and label(found[b"/usr/d7/lib9.so.9"]) == "so8" and label(found[b"/usr/bin/tool77-77"]) == "tool77"
 
 
@@ -279,7 +279,7 @@ def trees(draw: Any) -> Directory:
         return Directory(Stat(), entries)
 
     root = directory(3)
-    inodes.count_links(root)
+    filetree.count_links(root)
     return root
 
 
@@ -309,7 +309,7 @@ def expected_labels(root: Directory, policy: Policy) -> dict[bytes, tuple[bytes 
 def test_any_tree_is_labelled_as_the_naive_model_does(root: Directory, policy: Policy) -> None:
     expected = expected_labels(root, policy)
     selinux.apply_policy(root, policy)
-    found = dict(inodes.walk(root))
+    found = dict(filetree.walk(root))
     assert {path: (node.stat.xattrs or {}).get(LABEL) for path, node in found.items()} == {path: text for path, (text, _unused) in expected.items()}
     numbers = [number for _unused, number in expected.values()]
     assert [list(map(id, found.values())).count(id(node)) for node in found.values()] == [numbers.count(number) for number in numbers]

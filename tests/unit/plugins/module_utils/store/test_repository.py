@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
-from ansible_collections.composefs.oci.plugins.module_utils.host import hostfs
-from ansible_collections.composefs.oci.plugins.module_utils.store import provision, repository
+from ansible_collections.composefs.oci.plugins.module_utils.host import filesystem
+from ansible_collections.composefs.oci.plugins.module_utils.store import create, repository
 from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     Busy,
     FormatError,
@@ -36,7 +36,7 @@ OTHER = "sha256:" + "b" * 64
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    provision.prepare(str(tmp_path / "repo"), fsverity.SHA256, "disabled")
+    create.prepare(str(tmp_path / "repo"), fsverity.SHA256, "disabled")
     return tmp_path / "repo"
 
 
@@ -328,7 +328,7 @@ def test_a_barrier_that_fails_is_an_error(repo: Repository, monkeypatch: pytest.
 def test_the_barrier_covers_objects_on_a_file_system_of_their_own(repo: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     repo.objects.put(b"x" * 100)
     synced: list[str] = []
-    monkeypatch.setattr(hostfs, "sync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    monkeypatch.setattr(filesystem, "sync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
     repo.sync()
     assert synced == [repo.path]
     real = os.fstat

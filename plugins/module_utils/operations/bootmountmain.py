@@ -1,0 +1,49 @@
+# Copyright (c) composefs.oci contributors
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
+
+"""The command that a unit of systemd runs to bring a mount back at boot, or take it away; see ``mountunit``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from . import mounting
+from ..errors import EngineError
+from ..store.repository import Repository
+
+# Nothing collects garbage for long while a host boots; a boot must not wait for ever.
+_LOCK_WAIT = 60.0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run with the words of a command line, without the program; the exit status. Only errors are printed, to stderr."""
+    options = _parser().parse_args(arguments)
+    try:
+        if options.verb == "unmount":
+            mounting.ensure_unmounted(options.path)
+        else:
+            wish = mounting.Wish(options.image, options.path, options.verity, options.upperdir, options.workdir, options.option)
+            with Repository.open(options.repository, wait=_LOCK_WAIT) as repository:
+                mounting.ensure_mounted(repository, wish)
+    except EngineError as error:
+        sys.stderr.write(f"{error.code}: {error}\n")
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mount.pyz", description="Mount a composefs image of a repository, or unmount it.")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    mount = verbs.add_parser("mount", help="mount unless exactly this is mounted there")
+    mount.add_argument("--repository", required=True)
+    mount.add_argument("--image", required=True, help="the id of the image, in hex")
+    mount.add_argument("--verity", choices=(mounting.REQUIRED, mounting.PREFERRED, mounting.DISABLED), default=mounting.REQUIRED)
+    mount.add_argument("--upperdir")
+    mount.add_argument("--workdir")
+    mount.add_argument("--option", action="append", default=[])
+    mount.add_argument("path")
+    verbs.add_parser("unmount", help="unmount the images at a path").add_argument("path")
+    return parser

@@ -1,0 +1,87 @@
+# Copyright (c) composefs.oci contributors
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
+
+"""What images a repository holds. Reads only, and needs no right but to read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..formats import oci
+from ..store import imagestreams
+from ..errors import EngineError, FormatError, ImageNotFound, MissingLibrary
+from ..store.repository import Repository
+
+
+def list_images(repository: Repository, name: str = "", digest: str = "") -> tuple[list[dict[str, Any]], list[str]]:
+    """The images under a name, with a manifest digest (``sha256:<hex>``; also without a name), or all that have names.
+
+    One entry a manifest, sorted by its first name, and a list of complaints about names whose images cannot be read. A name or digest that
+    is asked for and not there gives an empty list.
+    """
+    names: dict[str, list[str]] = {}
+    for tag, manifest in sorted(repository.tags().items()):
+        names.setdefault(manifest, []).append(tag)
+    wanted: Sequence[str]
+    if digest:
+        wanted = [digest] if repository.stream(imagestreams.MANIFEST + digest) is not None else []
+    else:
+        wanted = [manifest for manifest, tags in names.items() if not name or name in tags]
+    found, complaints = [], []
+    for manifest in wanted:
+        try:
+            found.append({"names": names.get(manifest, []), **describe_image(repository, manifest)})
+        except MissingLibrary:
+            raise  # not the image's fault, and no other can be read either
+        except EngineError as error:
+            complaints.append(f"{', '.join(names.get(manifest, [])) or manifest}: {error}")
+    return sorted(found, key=lambda image: (image["names"] or [""])[0]), complaints
+
+
+def describe_image(repository: Repository, digest: str) -> dict[str, Any]:
+    """The image with the manifest ``digest``, in plain values. Raises ImageNotFound and FormatError."""
+    document = imagestreams.read(repository, imagestreams.MANIFEST, digest)
+    if document is None:
+        raise ImageNotFound(f"The repository {repository.path} has no manifest {digest}.", "Pull the image again.")
+    manifest = oci.parse_manifest(document.raw)
+    config_digest = manifest.config.digest
+    stream = document.refs.get(imagestreams.CONFIG_REF + config_digest)
+    if stream is None:
+        raise FormatError(f"The manifest {digest} does not lead to its configuration.", "Pull the image again.")
+    config_document = imagestreams.read_object(repository, imagestreams.CONFIG, config_digest, stream)
+    container = oci.is_container(manifest)
+    config = oci.parse_config(config_document.raw) if container else None
+    diff_ids = [diff_id for _layer, diff_id in oci.pairs(manifest, config)] if config else [None] * len(manifest.layers)
+    image_ids = {name: ref.hex() for name, ref in config_document.refs.items() if imagestreams.is_image_ref(name)}
+    return {
+        "digest": digest,
+        "config_digest": config_digest,
+        "media_type": manifest.media_type,
+        "kind": "container" if container else "artifact",
+        "artifact_type": manifest.artifact_type or (None if container else manifest.config.media_type),
+        "platform": str(config.platform) if config else None,
+        "os": config.os if config else None,
+        "architecture": config.architecture if config else None,
+        "created": (config.created or None) if config else None,
+        "labels": dict(config.labels) if config else {},
+        "annotations": dict(manifest.annotations),
+        "layers": [
+            {"digest": layer.digest, "diff_id": diff_id, "size": layer.size, "media_type": layer.media_type}
+            for layer, diff_id in zip(manifest.layers, diff_ids)
+        ],
+        "size": sum(layer.size for layer in manifest.layers),
+        "image_id": _first(image_ids, repository, boot=False),
+        "boot_image_id": _first(image_ids, repository, boot=True),
+        "image_ids": image_ids,
+    }
+
+
+def _first(image_ids: dict[str, str], repository: Repository, boot: bool) -> str | None:
+    """The image of the repository's own format."""
+    for version in repository.metadata.erofs_formats:
+        found = image_ids.get(imagestreams.image_ref(version, boot))
+        if found:
+            return found
+    return None

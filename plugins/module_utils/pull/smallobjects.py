@@ -1,0 +1,196 @@
+# Copyright (c) composefs.oci contributors
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
+
+"""Small objects, written by a process of their own beside the one that splits the tar.
+
+Making a file costs the kernel several times what splitting and hashing it costs us, and a thread that makes files waits for the interpreter's lock
+at every system call: it gained nothing (benchmarks/README.md has the figures). So digests and contents go through a pipe, many in one write.
+
+On the pipe: a batch is its count and the bytes of its contents (``<II``), then for each object its digest and size, then all contents.
+A batch of none asks for an account, which comes as a JSON packet on the control socket; the first error comes there at once, by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import socket
+import struct
+from collections.abc import Callable
+from typing import Any, cast
+
+from ..formats import fsverity
+from ..host import processes
+from ..errors import EngineError
+from ..store.objects import ObjectStats, ObjectStore
+
+# A batch is handed over when it has so many objects or bytes. The kernel takes at most 1024 pieces in one write.
+BATCH_OBJECTS = 250
+BATCH_BYTES = 256 * 1024
+_PIPE_SIZE = 1024 * 1024
+_HEAD = struct.Struct("<II")
+_SIZE = struct.Struct("<I")
+
+
+class DirectStorer:
+    """Stores at once and in this process: for a host with a single processor, and the same interface without a fork."""
+
+    def __init__(self, objects: ObjectStore) -> None:
+        self._objects = objects
+        self.put: Callable[[fsverity.Bytes], bytes] = objects.put
+
+    def finish(self) -> None:
+        """Return when all is stored."""
+
+    def reset(self) -> None:
+        """Forget what failed."""
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class Storer:
+    """Hands small objects to a forked process. Make it before any thread is started; ``finish`` may be called again and again."""
+
+    def __init__(self, objects: ObjectStore, stranger: socket.socket | None = None) -> None:
+        """``stranger`` is a connection of this process that the new one must not keep open."""
+        self._objects = objects
+        self._algorithm = objects.algorithm
+        self._table: list[bytes] = []
+        self._contents: list[fsverity.Bytes] = []
+        self._bytes = 0
+        source, self._pipe = os.pipe()
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(self._pipe, getattr(fcntl, "F_SETPIPE_SZ", 1031), _PIPE_SIZE)
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        parent = os.getpid()
+        self._pid = os.fork()
+        if self._pid == 0:
+            try:
+                processes.settle(parent)
+                os.close(self._pipe)
+                self._control.close()
+                if stranger is not None:
+                    stranger.close()
+                _serve(source, theirs, objects)
+            finally:
+                os._exit(0)
+        os.close(source)
+        theirs.close()
+
+    def put(self, data: fsverity.Bytes) -> bytes:
+        """Have ``data``, which must not change any more, stored soon; its fs-verity digest. Raises what went wrong with earlier ones."""
+        digest = fsverity.digest(data, self._algorithm)
+        size = len(data)
+        self._table += (digest, _SIZE.pack(size))
+        self._contents.append(data)
+        self._bytes += size
+        if self._bytes >= BATCH_BYTES or len(self._contents) >= BATCH_OBJECTS:
+            self._send()
+        return digest
+
+    def finish(self) -> None:
+        """Return when everything is stored, and count it in the store's own counters. Raises EngineError if something was not."""
+        if self._contents:
+            self._send()
+        error = self._account()
+        if error is not None:
+            raise error
+
+    def reset(self) -> None:
+        """After a layer failed, for whatever reason: forget what was not handed over yet, and the error if there was one."""
+        self._table, self._contents, self._bytes = [], [], 0
+        self._account()
+
+    def _account(self) -> EngineError | None:
+        self._write([_HEAD.pack(0, 0)])
+        error: EngineError | None = None
+        while True:
+            message = self._message(0)
+            if "stats" in message:
+                self._objects.stats.add(ObjectStats(**message["stats"]))
+                return error
+            error = processes.revive(message["error"])
+
+    def _send(self) -> None:
+        self._write([_HEAD.pack(len(self._contents), self._bytes), b"".join(self._table), *self._contents])
+        self._table, self._contents, self._bytes = [], [], 0
+        # Whether it went wrong meanwhile: a full disk should not wait for the end of the layer to be told.
+        with contextlib.suppress(BlockingIOError):
+            raise processes.revive(self._message(socket.MSG_DONTWAIT)["error"])
+
+    def _write(self, pieces: list[Any]) -> None:
+        try:
+            total = sum(map(len, pieces))
+            written = os.writev(self._pipe, pieces)
+            if written < total:
+                rest = memoryview(b"".join(pieces))[written:]
+                while rest:
+                    rest = rest[os.write(self._pipe, rest) :]
+        except BrokenPipeError as error:
+            raise processes.killed("stores objects") from error
+
+    def _message(self, flags: int) -> dict[str, Any]:
+        message = self._control.recv(processes.MAX_MESSAGE, flags)
+        if not message:
+            raise processes.killed("stores objects")
+        return cast("dict[str, Any]", json.loads(message))
+
+    def close(self) -> None:
+        """End the process and reap it; what was not finished may or may not be stored."""
+        os.close(self._pipe)
+        self._control.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self._pid, 0)
+
+
+def _serve(source: int, control: socket.socket, objects: ObjectStore) -> None:
+    entry = objects.algorithm.size + _SIZE.size
+    digest_size = objects.algorithm.size
+    buffer = bytearray(BATCH_BYTES)
+    failed = False
+    objects.stats = ObjectStats()
+    while True:
+        head = _read(source, memoryview(bytearray(_HEAD.size)))
+        if head is None:
+            return
+        count, length = _HEAD.unpack(head)
+        if not count:
+            control.send(json.dumps({"stats": vars(objects.stats)}).encode())
+            # The next layer may come although this one failed: it starts with a clean account.
+            objects.stats, failed = ObjectStats(), False
+            continue
+        table = _read(source, memoryview(bytearray(count * entry)))
+        if length > len(buffer):
+            buffer = bytearray(length)
+        contents = _read(source, memoryview(buffer)[:length])
+        if table is None or contents is None:
+            return
+        if failed:
+            continue
+        start = 0
+        try:
+            for place in range(0, len(table), entry):
+                end = start + _SIZE.unpack_from(table, place + digest_size)[0]
+                objects.put_known(bytes(table[place : place + digest_size]), contents[start:end])
+                start = end
+        except Exception as error:
+            failed = True
+            control.send(json.dumps({"error": processes.failure(error)}).encode())
+
+
+def _read(source: int, view: memoryview) -> memoryview | None:
+    """Fill ``view`` from the pipe; None if it ends."""
+    done = 0
+    while done < len(view):
+        got = os.readv(source, [view[done:]])
+        if not got:
+            return None
+        done += got
+    return view

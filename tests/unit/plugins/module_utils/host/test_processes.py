@@ -1,0 +1,188 @@
+# Copyright (c) composefs.oci contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Work in a process of its own: what comes back, and what happens when it dies."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from typing import Any
+
+import pytest
+
+from ansible_collections.composefs.oci.plugins.module_utils import errors
+from ansible_collections.composefs.oci.plugins.module_utils.host import processes
+from ansible_collections.composefs.oci.plugins.module_utils.errors import EngineError, InvalidLayer, IOFailed, NoSpace
+
+
+def children() -> list[str]:
+    return [child for task in pathlib.Path("/proc/self/task").glob("*/children") for child in task.read_text().split()]
+
+
+@pytest.mark.parametrize("value", [None, 0, "text", [{"1": "ab"}, {}], {"a": None}])
+def test_the_value_comes_back(value: Any) -> None:
+    assert processes.call("works", lambda: value) == value
+    assert children() == []
+
+
+def test_the_child_is_another_process() -> None:
+    assert processes.call("works", os.getpid) != os.getpid()
+
+
+def test_an_engine_error_comes_back_as_itself() -> None:
+    def fail() -> None:
+        raise InvalidLayer("The archive is cut off.", "Pull it again.")
+
+    with pytest.raises(InvalidLayer) as caught:
+        processes.call("works", fail)
+    assert (caught.value.message, caught.value.hint) == ("The archive is cut off.", "Pull it again.")
+    assert children() == []
+
+
+def test_an_operating_system_error_gets_its_class() -> None:
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with pytest.raises(NoSpace):
+        processes.call("works", fail)
+
+
+def test_lack_of_memory_says_what_helps() -> None:
+    def fail() -> None:
+        raise MemoryError
+
+    with pytest.raises(IOFailed, match="out of memory.*parallel"):
+        processes.call("works", fail)
+
+
+def test_a_bug_is_one_line_without_the_exceptions_words() -> None:
+    def fail() -> None:
+        raise ValueError("password=hunter2\nand more")
+
+    with pytest.raises(EngineError) as caught:
+        processes.call("works", fail)
+    assert "ValueError" in str(caught.value) and "test_processes.py" in str(caught.value)
+    assert "hunter2" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("end", [lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: os._exit(0), sys.exit])
+def test_a_child_that_ends_without_a_word_is_an_error(end: Any) -> None:
+    with pytest.raises(EngineError):
+        processes.call("makes the EROFS image", end)
+    assert children() == []
+
+
+def test_a_killed_child_says_what_it_was_for_and_where_to_look() -> None:
+    with pytest.raises(IOFailed, match="that makes the EROFS image was killed.*memory"):
+        processes.call("makes the EROFS image", lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def test_a_message_of_any_length_gets_through_shortened() -> None:
+    def fail() -> None:
+        raise InvalidLayer("x" * 1_000_000, "y" * 1_000_000)
+
+    with pytest.raises(InvalidLayer) as caught:
+        processes.call("works", fail)
+    assert 1000 < len(str(caught.value)) < processes.MAX_MESSAGE // 2
+
+
+@pytest.mark.parametrize("kind", [kind for kind in errors.EngineError.__subclasses__() if kind.__module__ == errors.__name__], ids=lambda kind: kind.code)
+def test_every_class_survives_the_way(kind: type[EngineError]) -> None:
+    back = processes.revive(processes.failure(kind("message", "hint")))
+    assert (type(back), back.message, back.hint) == (kind, "message", "hint")
+
+
+def test_a_child_says_nothing_on_the_modules_output(capfd: pytest.CaptureFixture[str]) -> None:
+    def chatter() -> str:
+        os.write(1, b"out")
+        os.write(2, b"err")
+        return "".join(os.readlink(f"/proc/self/fd/{fd}") for fd in (0, 1, 2))
+
+    assert processes.call("works", chatter) == "/dev/null" * 3
+    assert capfd.readouterr() == ("", "")
+
+
+def test_no_descriptor_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = sorted(os.listdir("/proc/self/fd"))
+    for function in (lambda: 1, lambda: os._exit(1)):
+        with contextlib.suppress(EngineError):
+            processes.call("works", function)
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def script(body: str) -> list[str]:
+    places = [str(pathlib.Path(__file__).resolve().parents[3]), *(path for path in sys.path if path)]
+    engine = "ansible_collections.composefs.oci.plugins.module_utils"
+    imports = f"from {engine} import module\nfrom {engine}.host import processes"
+    return [sys.executable, "-c", f"import os, sys, time\nsys.path[:0] = {places!r}\nimport conftest\n{imports}\n" + textwrap.dedent(body)]
+
+
+def test_a_child_dies_with_its_parent(tmp_path: pathlib.Path) -> None:
+    process = subprocess.Popen(
+        script(
+            """
+            def work():
+                with open(sys.argv[1], "w") as file:
+                    file.write(str(os.getpid()))
+                os.rename(sys.argv[1], sys.argv[1] + ".done")
+                time.sleep(60)
+            processes.call("works", work)
+            """
+        )
+        + [str(tmp_path / "pid")]
+    )
+    try:
+        deadline = time.monotonic() + 20
+        while not (tmp_path / "pid.done").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        child = int((tmp_path / "pid.done").read_text())
+    finally:
+        process.kill()
+        process.wait()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            if pathlib.Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                break
+        except OSError:
+            break
+        time.sleep(0.02)
+    else:
+        raise AssertionError("the child outlived its parent")
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_standard_descriptors_that_are_closed_do_no_harm(tmp_path: pathlib.Path, closed: tuple[int, ...]) -> None:
+    """The next file would get such a number, and a child that puts /dev/null there would lose it."""
+    done = subprocess.run(
+        script(
+            f"""
+            for fd in {closed!r}:
+                os.close(fd)
+            class Module:
+                params, check_mode = {{}}, False
+                def exit_json(self, **result):
+                    with open(sys.argv[1], "w") as file:
+                        file.write(str(result["value"]))
+                def fail_json(self, **result):
+                    with open(sys.argv[1], "w") as file:
+                        file.write(str(result))
+            def main(module):
+                return {{"value": processes.call("works", lambda: 42)}}
+            module.run_module(Module(), main)
+            """
+        )
+        + [str(tmp_path / "result")],
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0 and (tmp_path / "result").read_text() == "42"
