@@ -4,9 +4,9 @@
 
 """Make the images that the benchmarks pull, as OCI layouts below one directory.
 
-``images.py DIRECTORY [NAME...]`` makes the named images (default: all) unless they are there; ``--list`` tells what they are.
-The Debian ones need a Debian with network for the first run; the synthetic ones are the same everywhere and every time.
-``pigz`` makes it several times faster.  All work is done at low priority.
+``images.py DIRECTORY [NAME...]`` makes the named images (default: all) unless they are there; ``--list`` tells what
+they are. The Debian ones need a Debian with network for the first run; the synthetic ones are the same everywhere and
+every time. ``pigz`` makes it several times faster.  All work is done at low priority.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ class Image(NamedTuple):
 def _debian(layers: Sequence[str], encoding: str = "gzip") -> Callable[[pathlib.Path, argparse.Namespace], str]:
     def build(path: pathlib.Path, options: argparse.Namespace) -> str:
         built = debian_image(path, layers, encoding=encoding, cache=options.cache)
-        return f"{len(layers)} layers, {built.entries} entries, {built.tar_bytes / 2**20:.0f} MiB of tar, {built.blob_bytes / 2**20:.0f} MiB of blobs"
+        return (
+            f"{len(layers)} layers, {built.entries} entries, {built.tar_bytes / 2**20:.0f} MiB of tar, "
+            f"{built.blob_bytes / 2**20:.0f} MiB of blobs"
+        )
 
     return build
 
@@ -114,7 +117,11 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=" ".join(IMAGES))
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--force", action="store_true", help="make them again")
-    parser.add_argument("--cache", type=pathlib.Path, help="where packages are kept; default: $COMPOSEFS_OCI_CACHE or .cache/ of the checkout")
+    parser.add_argument(
+        "--cache",
+        type=pathlib.Path,
+        help="where packages are kept; default: $COMPOSEFS_OCI_CACHE or .cache/ of the checkout",
+    )
     parser.add_argument("--files", type=int, default=100_000, help="files of bench-small")
     parser.add_argument("--gibibytes", type=int, default=2, help="size of the file of bench-2g")
     parser.add_argument("--random", type=int, default=90, help="random share of bench-2g in per cent")

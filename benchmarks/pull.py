@@ -4,7 +4,8 @@
 
 """Pull one image with the engine alone, without Ansible: ``pull.py REPOSITORY REFERENCE [NAME]``.
 
-This is what the benchmarks measure beside ``cfsctl oci pull``; ``--profile FILE`` writes a cProfile of the parent process.
+This is what the benchmarks measure beside ``cfsctl oci pull``; ``--profile FILE`` writes a cProfile of the parent
+process.
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ from typing import Any
 def provide_engine() -> None:
     """Make ``ansible_collections.composefs.oci`` importable from this checkout, as AnsiballZ would from its archive."""
     root = str(pathlib.Path(__file__).resolve().parents[1])
-    for name, path in (("ansible_collections", []), ("ansible_collections.composefs", []), ("ansible_collections.composefs.oci", [root])):
+    for name, path in (
+        ("ansible_collections", []),
+        ("ansible_collections.composefs", []),
+        ("ansible_collections.composefs.oci", [root]),
+    ):
         module = types.ModuleType(name)
         module.__path__ = path
         sys.modules[name] = module
@@ -37,7 +42,9 @@ def pull(options: argparse.Namespace) -> list[dict[str, Any]]:
     proxy = ProxyOptions(executable=tuple(options.skopeo.split()))
     settings = pull.Options(proxy=proxy, parallel=options.parallel)
     with repository.Repository.open(options.repository, write=True) as opened:
-        outcomes = pull.pull_images(opened, [plan.Request(ref=options.reference, name=options.name or options.reference)], settings, listener)
+        outcomes = pull.pull_images(
+            opened, [plan.Request(ref=options.reference, name=options.name or options.reference)], settings, listener
+        )
         listener.close()
         return [pull.describe(opened, outcome) for outcome in outcomes]
 

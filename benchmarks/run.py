@@ -2,13 +2,15 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Pull the same images with ``cfsctl`` and with the engine, turn by turn, and compare: wall time, processor time, memory.
+"""Pull the same images with ``cfsctl`` and with the engine, turn by turn, and compare: wall time, processor time,
+memory.
 
     run.py IMAGES [NAME...] [--tools cfsctl,engine] [--repeat 3] [--write results/NAME.md]
 
-IMAGES is what ``images.py`` made.  Each pull comes from a real registry on loopback into a fresh repository (SHA-256, no fs-verity) on one disk;
-before each the disk is quiet (sync), and the blobs are in the page cache.  After the first pull into a repository a second one measures a pull with
-nothing to do.  Processor time is that of all processes, skopeo's among them; memory is the peak of the largest process, and which one that was.
+IMAGES is what ``images.py`` made.  Each pull comes from a real registry on loopback into a fresh repository (SHA-256,
+no fs-verity) on one disk; before each the disk is quiet (sync), and the blobs are in the page cache.  After the first
+pull into a repository a second one measures a pull with nothing to do.  Processor time is that of all processes,
+skopeo's among them; memory is the peak of the largest process, and which one that was.
 """
 
 from __future__ import annotations
@@ -58,7 +60,9 @@ class Measured(NamedTuple):
 
 
 def _spread(directory: pathlib.Path) -> None:
-    """What ``chattr +T`` does: ext4 puts the subdirectories of this one far apart. Other file systems do not need it."""
+    """What ``chattr +T`` does: ext4 puts the subdirectories of this one far apart. Other file systems do not
+    need it.
+    """
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with contextlib.suppress(OSError):
@@ -122,7 +126,14 @@ def _measure_here(command: Sequence[str], log: str) -> Measured:
     watcher.join()
     after = os.times()
     largest = max(peaks, key=lambda name: peaks[name]) if peaks else "?"
-    return Measured(wall, after.children_user - before.children_user, after.children_system - before.children_system, peaks.get(largest, 0), largest, status)
+    return Measured(
+        wall,
+        after.children_user - before.children_user,
+        after.children_system - before.children_system,
+        peaks.get(largest, 0),
+        largest,
+        status,
+    )
 
 
 def measure(command: Sequence[str], environment: dict[str, str], log: pathlib.Path) -> Measured:
@@ -158,8 +169,8 @@ class Bench:
         settings = self.work / "home/.config/containers/registries.conf"
         settings.parent.mkdir(parents=True, exist_ok=True)
         settings.write_text(f'[[registry]]\nlocation = "{self.registry.address}"\ninsecure = true\n')
-        # Both tools start skopeo, which reads this; so neither needs options for a registry without TLS. Not every skopeo
-        # takes the file from $CONTAINERS_REGISTRIES_CONF (1.9 does not), but all look below $HOME.
+        # Both tools start skopeo, which reads this; so neither needs options for a registry without TLS. Not every
+        # skopeo takes the file from $CONTAINERS_REGISTRIES_CONF (1.9 does not), but all look below $HOME.
         self.environment["HOME"] = str(self.work / "home")
         self.environment.pop("XDG_CONFIG_HOME", None)
         self.log.write_bytes(b"")
@@ -168,7 +179,9 @@ class Bench:
         """Push an image unless the registry has just that; returns its reference."""
         layout = self.options.images / name
         wanted = json.loads((layout / "index.json").read_text())["manifests"][0]
-        status, headers, _unused = self.registry.request("HEAD", f"/v2/{name}/manifests/latest", {"Accept": wanted["mediaType"]})
+        status, headers, _unused = self.registry.request(
+            "HEAD", f"/v2/{name}/manifests/latest", {"Accept": wanted["mediaType"]}
+        )
         if status != 200 or headers.get("docker-content-digest") != wanted["digest"]:
             self.registry.push(str(layout), f"{name}:latest")
         manifest = json.loads((layout / "blobs/sha256" / wanted["digest"].split(":")[1]).read_text())
@@ -182,14 +195,24 @@ class Bench:
         if tool == "cfsctl":
             return [self.options.cfsctl, "--repo", str(repository), "oci", "pull", reference, "bench"]
         extra = ["--parallel", str(self.options.parallel)] if self.options.parallel else []
-        return [self.options.python, str(HERE / "pull.py"), *extra, "--skopeo", self.options.skopeo, str(repository), reference, "bench"]
+        return [
+            self.options.python,
+            str(HERE / "pull.py"),
+            *extra,
+            "--skopeo",
+            self.options.skopeo,
+            str(repository),
+            reference,
+            "bench",
+        ]
 
     def fresh(self) -> pathlib.Path:
         """An empty repository at a place where nothing was deleted lately.
 
-        ext4 does not give a freed inode away for a minute (five if it is not on the disk yet) and looks past all of them for each new one:
-        directly after the removal of a large tree a new file in its neighbourhood costs a millisecond instead of 0.05. So repositories are
-        kept until the end, and each begins in a block group of its own.
+        ext4 does not give a freed inode away for a minute (five if it is not on the disk yet) and looks past all of
+        them for each new one: directly after the removal of a large tree a new file in its neighbourhood costs a
+        millisecond instead of 0.05. So repositories are kept until the end, and each begins in a block group of its
+        own.
         """
         self.count += 1
         base = self.work / "repositories"
@@ -202,12 +225,24 @@ class Bench:
         repository = base / str(self.count)
         if shutil.which(self.options.cfsctl):
             subprocess.run(
-                [self.options.cfsctl, "--repo", str(repository), "init", "--insecure", "--algorithm", "fsverity-sha256-12"],
+                [
+                    self.options.cfsctl,
+                    "--repo",
+                    str(repository),
+                    "init",
+                    "--insecure",
+                    "--algorithm",
+                    "fsverity-sha256-12",
+                ],
                 check=True,
                 stdout=subprocess.DEVNULL,
             )
         else:
-            meta = {"version": 1, "algorithm": "fsverity-sha256-12", "features": {"compatible": [], "read-only-compatible": [], "incompatible": []}}
+            meta = {
+                "version": 1,
+                "algorithm": "fsverity-sha256-12",
+                "features": {"compatible": [], "read-only-compatible": [], "incompatible": []},
+            }
             (repository / "objects").mkdir(parents=True)
             (repository / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
         os.sync()
@@ -224,7 +259,10 @@ class Bench:
         for _unused in range(2):
             result = measure(self.command(tool, repository, reference), self.environment, self.log)
             if result.status:
-                raise Failed(f"{tool} failed to pull {name}; the end of {self.log}:\n{self.log.read_text(errors='replace')[-2000:]}")
+                raise Failed(
+                    f"{tool} failed to pull {name}; the end of "
+                    f"{self.log}:\n{self.log.read_text(errors='replace')[-2000:]}"
+                )
             both.append(result)
             os.sync()
         return both[0], both[1]
@@ -254,16 +292,25 @@ def _machine(options: argparse.Namespace) -> str:
     versions = [f"kernel {platform.release()}"]
     for command in ([options.cfsctl, "--version"], [options.skopeo, "--version"], [options.python, "--version"]):
         with contextlib.suppress(OSError):
-            versions.append(subprocess.run(command, stdout=subprocess.PIPE, text=True, stderr=subprocess.STDOUT, check=False).stdout.strip().splitlines()[0])
+            versions.append(
+                subprocess.run(command, stdout=subprocess.PIPE, text=True, stderr=subprocess.STDOUT, check=False)
+                .stdout.strip()
+                .splitlines()[0]
+            )
     probe = (
         "import importlib.util as u\n"
         "names = ('isal', 'zlib_ng', 'zstandard', 'backports.zstd', 'compression.zstd', 'jsonschema')\n"
         "found = [n for n in names if u.find_spec(n.split('.')[0]) and u.find_spec(n)]\n"
         "print(' '.join(found) or 'none')"
     )
-    libraries = subprocess.run([options.python, "-c", probe], stdout=subprocess.PIPE, text=True, check=False).stdout.strip()
+    libraries = subprocess.run(
+        [options.python, "-c", probe], stdout=subprocess.PIPE, text=True, check=False
+    ).stdout.strip()
     load = " ".join(f"{value:.1f}" for value in os.getloadavg())
-    return f"{len(os.sched_getaffinity(0))} processors, {model}; {', '.join(versions)}; Python libraries: {libraries}; load average at the start: {load}"
+    return (
+        f"{len(os.sched_getaffinity(0))} processors, {model}; {', '.join(versions)}; Python libraries: {libraries}; "
+        f"load average at the start: {load}"
+    )
 
 
 def main() -> int:
@@ -279,7 +326,9 @@ def main() -> int:
     parser.add_argument("--skopeo", default="skopeo", help="for the engine; cfsctl takes the one on the PATH")
     parser.add_argument("--python", default=sys.executable, help="interpreter for the engine")
     parser.add_argument("--parallel", type=int, default=0, help="for the engine; default: as it decides")
-    parser.add_argument("--work", type=pathlib.Path, help="registry and repositories lie here; default: bench/ of the cache")
+    parser.add_argument(
+        "--work", type=pathlib.Path, help="registry and repositories lie here; default: bench/ of the cache"
+    )
     parser.add_argument("--write", type=pathlib.Path, help="write the tables to this file too")
     options = parser.parse_args()
     tools = options.tools.split(",")
@@ -304,7 +353,8 @@ def main() -> int:
                     full.setdefault((name, tool), []).append(first)
                     again.setdefault((name, tool), []).append(second)
                     print(
-                        f"{name} {tool}: {first.wall:.2f} s ({first.processor:.2f}), again {second.wall:.2f} s, {first.peak / 1e6:.0f} MB {first.largest}",
+                        f"{name} {tool}: {first.wall:.2f} s ({first.processor:.2f}), again {second.wall:.2f} s, "
+                        f"{first.peak / 1e6:.0f} MB {first.largest}",
                         file=sys.stderr,
                         flush=True,
                     )
@@ -315,20 +365,40 @@ def main() -> int:
         bench.registry.stop()
         bench.clean()
     for title, results in (("Pull into an empty repository", full), ("Pull again, nothing to do", again)):
-        lines += [f"## {title}", "", "| image | tool | wall s | processor s | peak MB of one process | every wall |", "|---|---|---|---|---|---|"]
+        lines += [
+            f"## {title}",
+            "",
+            "| image | tool | wall s | processor s | peak MB of one process | every wall |",
+            "|---|---|---|---|---|---|",
+        ]
         lines += [_row(name, tool, values) for (name, tool), values in results.items()]
         if "cfsctl" in tools and "engine" in tools:
-            lines += ["", "Engine / cfsctl:", "", "| image | wall (median) | wall (best) | processor | peak |", "|---|---|---|---|---|"]
             lines += [
-                _ratio(name, results[name, "engine"], results[name, "cfsctl"]) for name in names if (name, "engine") in results and (name, "cfsctl") in results
+                "",
+                "Engine / cfsctl:",
+                "",
+                "| image | wall (median) | wall (best) | processor | peak |",
+                "|---|---|---|---|---|",
+            ]
+            lines += [
+                _ratio(name, results[name, "engine"], results[name, "cfsctl"])
+                for name in names
+                if (name, "engine") in results and (name, "cfsctl") in results
             ]
         lines.append("")
-    summaries = [f"- {name}: {(options.images / name / 'summary').read_text().strip()}" for name in names if (options.images / name / "summary").exists()]
+    summaries = [
+        f"- {name}: {(options.images / name / 'summary').read_text().strip()}"
+        for name in names
+        if (options.images / name / "summary").exists()
+    ]
     text = "\n".join([*lines, *summaries, *failures]) + "\n"
     print(text)
     if options.write:
         options.write.parent.mkdir(parents=True, exist_ok=True)
-        heading = f"# Pulls beside cfsctl, {time.strftime('%Y-%m-%d')}\n\nMade by `benchmarks/run.py --repeat {options.repeat}`.\n\n"
+        heading = (
+            f"# Pulls beside cfsctl, {time.strftime('%Y-%m-%d')}\n\nMade by `benchmarks/run.py --repeat "
+            f"{options.repeat}`.\n\n"
+        )
         options.write.write_text(heading + text)
     return 0
 

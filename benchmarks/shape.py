@@ -6,8 +6,9 @@
 
     shape.py LAYOUT WORK [--lanes 2] [--repeat 3]
 
-LAYOUT is an OCI layout that ``images.py`` made; blobs are read from files, so skopeo has no part in it. Every run imports into a fresh repository
-below WORK (SHA-256, no fs-verity), and all are kept until the end: what was deleted a moment ago slows down what is created next on ext4.
+LAYOUT is an OCI layout that ``images.py`` made; blobs are read from files, so skopeo has no part in it. Every run
+imports into a fresh repository below WORK (SHA-256, no fs-verity), and all are kept until the end: what was deleted a
+moment ago slows down what is created next on ext4.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def specifications(layout: pathlib.Path) -> list[layer.LayerSpec]:
     manifest = blob(json.loads((layout / "index.json").read_bytes())["manifests"][0]["digest"])
     diff_ids = blob(manifest["config"]["digest"])["rootfs"]["diff_ids"]
     found = [
-        layer.LayerSpec(one["digest"], one["size"], diff_id, oci.layer_compression(one["mediaType"])) for one, diff_id in zip(manifest["layers"], diff_ids)
+        layer.LayerSpec(one["digest"], one["size"], diff_id, oci.layer_compression(one["mediaType"]))
+        for one, diff_id in zip(manifest["layers"], diff_ids)
     ]
     return sorted(found, key=lambda one: -one.size)
 
@@ -126,11 +128,18 @@ def main() -> int:
                     except ChildProcessError:
                         break
                 after = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-                processors[shape.__name__].append(sum(b.ru_utime + b.ru_stime - a.ru_utime - a.ru_stime for a, b in zip(before, after)))
+                processors[shape.__name__].append(
+                    sum(b.ru_utime + b.ru_stime - a.ru_utime - a.ru_stime for a, b in zip(before, after))
+                )
                 opened.sync()
-    print(f"| {options.layout.name}, {len(specs)} layers, {options.lanes} lanes | wall s (median) | processor s |\n|---|---|---|")
+    print(
+        f"| {options.layout.name}, {len(specs)} layers, {options.lanes} lanes | wall s (median) | processor s "
+        f"|\n|---|---|---|"
+    )
     for name, found in walls.items():
-        print(f"| {name.replace('_', ' ')} | {statistics.median(found):.2f} | {statistics.median(processors[name]):.2f} |")
+        print(
+            f"| {name.replace('_', ' ')} | {statistics.median(found):.2f} | {statistics.median(processors[name]):.2f} |"
+        )
     shutil.rmtree(options.work)
     return 0
 

@@ -2,10 +2,11 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What ``dev/demo`` and ``dev/test`` need before they can start: Debian packages, virtual environments, a collection tree.
+"""What ``dev/demo`` and ``dev/test`` need before they can start: Debian packages, virtual environments, a collection
+tree.
 
-Everything but the Debian packages lands in ``.venv`` of the checkout, which git ignores and which may be deleted at any time.
-Only the standard library is used, for nothing else is there on a fresh machine.
+Everything but the Debian packages lands in ``.venv`` of the checkout, which git ignores and which may be deleted at any
+time. Only the standard library is used, for nothing else is there on a fresh machine.
 """
 
 from __future__ import annotations
@@ -56,20 +57,26 @@ def say(text: str) -> None:
 def complete_path() -> None:
     """Debian keeps servers and file system tools in sbin, which the PATH of an ordinary user lacks."""
     parts = os.environ.get("PATH", "").split(os.pathsep)
-    os.environ["PATH"] = os.pathsep.join(parts + [p for p in ("/usr/local/sbin", "/usr/sbin", "/sbin") if p not in parts])
+    os.environ["PATH"] = os.pathsep.join(
+        parts + [p for p in ("/usr/local/sbin", "/usr/sbin", "/sbin") if p not in parts]
+    )
 
 
 def install_debian_packages(commands: Mapping[str, str], modules: Iterable[str] = ("venv", "ensurepip")) -> None:
     """Install the packages of ``commands`` that are not there yet; `Missing` where that is impossible."""
     complete_path()
     wanted = sorted({package for command, package in commands.items() if not shutil.which(command)})
-    probe = subprocess.run([python(), "-c", "; ".join(f"import {module}" for module in modules)], stderr=subprocess.DEVNULL, check=False)
+    probe = subprocess.run(
+        [python(), "-c", "; ".join(f"import {module}" for module in modules)], stderr=subprocess.DEVNULL, check=False
+    )
     if probe.returncode:
         wanted.append("python3-venv")
     if not wanted:
         return
     if not shutil.which("apt-get"):
-        raise Missing(f"not on the PATH, and this is no Debian system, where they could be installed from: {', '.join(wanted)}")
+        raise Missing(
+            f"not on the PATH, and this is no Debian system, where they could be installed from: {', '.join(wanted)}"
+        )
     if os.geteuid() != 0:
         raise Missing(f"missing Debian packages: {' '.join(wanted)}. Install them, or run this as root.")
     say(f"Installing Debian packages: {' '.join(wanted)}")
@@ -84,7 +91,14 @@ def install_debian_packages(commands: Mapping[str, str], modules: Iterable[str] 
     try:
         for arguments in (["update"], ["install", "--yes", "--no-install-recommends", *wanted]):
             command = ["apt-get", *quiet, *arguments]
-            run = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+            run = subprocess.run(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                check=False,
+            )
             if run.returncode:
                 sys.stdout.write(run.stdout.decode(errors="replace"))
                 if arguments[0] != "update":  # stale lists may still do
@@ -95,7 +109,9 @@ def install_debian_packages(commands: Mapping[str, str], modules: Iterable[str] 
 
 
 def python() -> str:
-    """The interpreter that virtual environments are made from: the one that runs this script, outside of any virtual environment."""
+    """The interpreter that virtual environments are made from: the one that runs this script, outside of any virtual
+    environment.
+    """
     if sys.prefix == sys.base_prefix:
         return sys.executable
     return str(pathlib.Path(sys.base_prefix) / "bin" / f"python{sys.version_info[0]}.{sys.version_info[1]}")
@@ -108,10 +124,15 @@ def _requirement_texts(files: Sequence[pathlib.Path]) -> Iterable[str]:
         yield from _requirement_texts([file.parent / name for name in re.findall(r"^-r (\S+)", text, re.MULTILINE)])
 
 
-def virtual_environment(directory: pathlib.Path, interpreter: str, requirements: Sequence[pathlib.Path]) -> pathlib.Path:
-    """A virtual environment in ``directory`` that holds ``requirements``; made or renewed only if they changed. Returns its python."""
+def virtual_environment(
+    directory: pathlib.Path, interpreter: str, requirements: Sequence[pathlib.Path]
+) -> pathlib.Path:
+    """A virtual environment in ``directory`` that holds ``requirements``; made or renewed only if they changed. Returns
+    its python.
+    """
     version = subprocess.run([interpreter, "-VV"], stdout=subprocess.PIPE, check=True).stdout.decode()
-    # The version, not the path: the same Python is found under several names, and the environment must not be made anew under running tests.
+    # The version, not the path: the same Python is found under several names, and the environment must not be made anew
+    # under running tests.
     state = hashlib.sha256("\0".join([version, *_requirement_texts(requirements)]).encode()).hexdigest()
     directory.mkdir(parents=True, exist_ok=True)
     stamp, executable = directory / "requirements.sha256", directory / "bin" / "python"
@@ -130,17 +151,27 @@ def virtual_environment(directory: pathlib.Path, interpreter: str, requirements:
         subprocess.run([interpreter, "-m", "venv", str(directory)], check=True)
         arguments = [part for file in requirements for part in ("-r", str(file))]
         pip = [str(executable), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"]
-        run = subprocess.run([*pip, *arguments], stdin=subprocess.DEVNULL, env={**os.environ, "PIP_ROOT_USER_ACTION": "ignore"}, check=False)
+        run = subprocess.run(
+            [*pip, *arguments],
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "PIP_ROOT_USER_ACTION": "ignore"},
+            check=False,
+        )
         if run.returncode:
-            raise Missing(f"pip could not install {', '.join(str(file.relative_to(ROOT)) for file in requirements)}; its words stand above")
+            raise Missing(
+                f"pip could not install {', '.join(str(file.relative_to(ROOT)) for file in requirements)}; its words "
+                f"stand above"
+            )
         stamp.write_text(state)
     return executable
 
 
 def controller(requirements: str = "requirements.txt") -> pathlib.Path:
-    """The virtual environment that runs Ansible (and, with the requirements of the tests, everything else). Returns its python.
+    """The virtual environment that runs Ansible (and, with the requirements of the tests, everything else). Returns its
+    python.
 
-    One environment serves both commands: one made for the tests holds all that the demonstration needs, so that is not undone.
+    One environment serves both commands: one made for the tests holds all that the demonstration needs, so that is not
+    undone.
     """
     demo, test = ROOT / "dev" / "requirements.txt", ROOT / "dev" / "requirements-test.txt"
     made_for_tests = VENV / "for-tests"
@@ -163,12 +194,18 @@ def collection_link() -> pathlib.Path:
 
 def project_files() -> list[str]:
     """The files of the project, relative to its root: what git tracks and what is new, but nothing that git ignores."""
-    listing = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
+    listing = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        check=True,
+    ).stdout
     return sorted(name for name in set(os.fsdecode(listing).split("\0")) if name and os.path.lexists(ROOT / name))
 
 
 def collection_copy(base: pathlib.Path) -> pathlib.Path:
-    """A true copy of the collection below ``base`` (ansible-test refuses symbolic links); files that are gone from the project go there too.
+    """A true copy of the collection below ``base`` (ansible-test refuses symbolic links); files that are gone from the
+    project go there too.
 
     What is there already stays untouched, for somebody may be using it.
     """
@@ -204,14 +241,22 @@ def _same(source: pathlib.Path, copy: pathlib.Path) -> bool:
         there, here = copy.lstat(), source.lstat()
     except FileNotFoundError:
         return False
-    return not source.is_symlink() and (there.st_size, there.st_mtime_ns, there.st_mode) == (here.st_size, here.st_mtime_ns, here.st_mode)
+    return not source.is_symlink() and (there.st_size, there.st_mtime_ns, there.st_mode) == (
+        here.st_size,
+        here.st_mtime_ns,
+        here.st_mode,
+    )
 
 
 @functools.cache
 def interpreters(oldest: tuple[int, int] = (3, 9), newest: tuple[int, int] = (3, 14)) -> dict[tuple[int, int], str]:
     """Every Python from ``oldest`` to ``newest`` on this machine: those on the PATH and those that pyenv keeps."""
     pyenv = pathlib.Path(os.environ.get("PYENV_ROOT") or pathlib.Path.home() / ".pyenv")
-    directories = [p for p in os.environ["PATH"].split(os.pathsep) if p and not p.endswith("/shims") and not p.startswith(str(VENV))]
+    directories = [
+        p
+        for p in os.environ["PATH"].split(os.pathsep)
+        if p and not p.endswith("/shims") and not p.startswith(str(VENV))
+    ]
     directories += sorted(str(path) for path in pyenv.glob("versions/*/bin"))
     found: dict[tuple[int, int], str] = {}
     for minor in range(oldest[1], newest[1] + 1):
@@ -219,7 +264,9 @@ def interpreters(oldest: tuple[int, int] = (3, 9), newest: tuple[int, int] = (3,
             candidate = os.path.join(directory, f"python3.{minor}")
             if os.access(candidate, os.X_OK):
                 # Debian may have an interpreter without the packages that make it useful; one that works is wanted.
-                run = subprocess.run([candidate, "-c", "import ensurepip, venv, ssl, sqlite3"], stderr=subprocess.DEVNULL, check=False)
+                run = subprocess.run(
+                    [candidate, "-c", "import ensurepip, venv, ssl, sqlite3"], stderr=subprocess.DEVNULL, check=False
+                )
                 if run.returncode == 0:
                     found[(3, minor)] = candidate
                     break

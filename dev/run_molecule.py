@@ -61,7 +61,12 @@ GUEST_COMMANDS = {
     "xz": "xz-utils",
 }
 # Which Pythons each series of ansible-core runs on.
-CONTROLLERS = {"2.18": ((3, 11), (3, 13)), "2.19": ((3, 11), (3, 13)), "2.20": ((3, 12), (3, 14)), "2.21": ((3, 12), (3, 14))}
+CONTROLLERS = {
+    "2.18": ((3, 11), (3, 13)),
+    "2.19": ((3, 11), (3, 13)),
+    "2.20": ((3, 12), (3, 14)),
+    "2.21": ((3, 12), (3, 14)),
+}
 
 running: dict[str, subprocess.Popen[bytes]] = {}
 stopping = threading.Event()
@@ -69,7 +74,9 @@ stopping = threading.Event()
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """How scenarios are run: by which Ansible, on which hosts; "" stands for what this machine and the scenarios choose themselves."""
+    """How scenarios are run: by which Ansible, on which hosts; "" stands for what this machine and the scenarios choose
+    themselves.
+    """
 
     ansible: str = ""
     """A series of ansible-core, such as 2.18."""
@@ -82,7 +89,10 @@ class Way:
     """Whether hosts get a copy of the collection in which something is broken on purpose."""
 
     def __str__(self) -> str:
-        words = [f"ansible-core {self.ansible}" if self.ansible else "", f"hosts with {self.suite}" if self.suite else ""]
+        words = [
+            f"ansible-core {self.ansible}" if self.ansible else "",
+            f"hosts with {self.suite}" if self.suite else "",
+        ]
         return ", ".join(word for word in (*words, f"Python {self.python} on hosts" if self.python else "") if word)
 
     @property
@@ -104,7 +114,10 @@ class Way:
             if not oldest <= sys.version_info[:2] <= newest:
                 fitting = [path for version, path in environment.interpreters().items() if oldest <= version <= newest]
                 if not fitting:
-                    raise Missing(f"ansible-core {self.ansible} needs a Python from {oldest[0]}.{oldest[1]} to {newest[0]}.{newest[1]}, and none was found")
+                    raise Missing(
+                        f"ansible-core {self.ansible} needs a Python from {oldest[0]}.{oldest[1]} to "
+                        f"{newest[0]}.{newest[1]}, and none was found"
+                    )
                 interpreter = fitting[-1]
             pinned = VENV / f"molecule-{self.ansible}.txt"
             pinned.parent.mkdir(exist_ok=True)
@@ -115,14 +128,18 @@ class Way:
             found = environment.interpreters().get((3, int(self.python.partition(".")[2])))
             if not found:
                 raise Missing(f"Python {self.python} is not on this machine")
-            environment.virtual_environment(self.host_python.parents[1], found, [ROOT / "dev" / "requirements-host.txt"])
+            environment.virtual_environment(
+                self.host_python.parents[1], found, [ROOT / "dev" / "requirements-host.txt"]
+            )
 
     @property
     def host_python(self) -> pathlib.Path:
         return VENV / f"host-python{self.python}" / "bin" / "python"
 
     def environment(self, scenario: str) -> dict[str, str]:
-        """The environment of Molecule: its own programs, the checkout as the collection, everything it writes in .venv."""
+        """The environment of Molecule: its own programs, the checkout as the collection, everything it writes
+        in .venv.
+        """
         result = environment.ansible_environment()
         result["PATH"] = os.pathsep.join([str(self.directory / "bin"), *result["PATH"].split(os.pathsep)[1:]])
         result.pop("ANSIBLE_CONFIG")
@@ -142,7 +159,9 @@ class Way:
             COMPOSEFS_OCI_REPORT=str(LOGS / f"molecule-{scenario}.json"),
         )
         if self.python:
-            result.update(COMPOSEFS_OCI_HOST_PYTHON=str(self.host_python), COMPOSEFS_OCI_INTERPRETER=str(self.host_python))
+            result.update(
+                COMPOSEFS_OCI_HOST_PYTHON=str(self.host_python), COMPOSEFS_OCI_INTERPRETER=str(self.host_python)
+            )
         return result
 
 
@@ -162,7 +181,8 @@ class Outcome:
         return LOGS / f"molecule-{self.scenario}.log"
 
 
-# What the supported versions are tried with. The first way is what dev/molecule does anyway; the others have hosts that the scenarios do not name.
+# What the supported versions are tried with. The first way is what dev/molecule does anyway; the others have hosts that
+# the scenarios do not name.
 MATRIX = (
     Way(ansible="2.19"),
     Way(ansible="2.18"),
@@ -177,7 +197,9 @@ MATRIX = (
 def scenarios() -> list[str]:
     """All scenarios; those with guests, which take longest, come first."""
     names = sorted(path.parent.name for path in SCENARIOS.glob("*/molecule.yml"))
-    return sorted(names, key=lambda name: (name not in GUESTS, name != "default", name)) + (["example"] if EXAMPLE.exists() else [])
+    return sorted(names, key=lambda name: (name not in GUESTS, name != "default", name)) + (
+        ["example"] if EXAMPLE.exists() else []
+    )
 
 
 def lab(way: Way, action: str, name: str) -> subprocess.CompletedProcess[str]:
@@ -186,7 +208,15 @@ def lab(way: Way, action: str, name: str) -> subprocess.CompletedProcess[str]:
     file = SCENARIOS / ("default" if name == "example" else name) / "molecule.yml"
     command = [str(way.directory / "bin/python"), str(ROOT / "tests" / "hosts" / "lab.py"), action, str(file)]
     env = way.environment(name)
-    return subprocess.run(command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    return subprocess.run(
+        command,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
 
 
 def why_not(way: Way, name: str) -> str:
@@ -204,7 +234,15 @@ def molecule(way: Way, name: str, action: str, log: Any) -> int:
     else:
         command = [str(way.directory / "bin/molecule"), "-c", str(SCENARIOS / "shared/base.yml"), action, "-s", name]
     env = way.environment(name)
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     running[name] = process
     if stopping.is_set():
         os.killpg(process.pid, signal.SIGTERM)
@@ -215,9 +253,11 @@ def molecule(way: Way, name: str, action: str, log: Any) -> int:
 
 
 def attempt(way: Way, name: str, actions: Sequence[str], new: bool, clean: bool) -> tuple[int, dict[str, Any]]:
-    """Have Molecule do ``actions`` one after the other, whatever comes of them; the exit code of the last, and what the tests reported.
+    """Have Molecule do ``actions`` one after the other, whatever comes of them; the exit code of the last, and what the
+    tests reported.
 
-    ``new``: with an empty directory; ``clean``: no host is left in any case, where otherwise that is only so after an interruption.
+    ``new``: with an empty directory; ``clean``: no host is left in any case, where otherwise that is only so after an
+    interruption.
     """
     ephemeral, report = way.directory / "run" / name, LOGS / f"molecule-{name}.json"
     if new:
@@ -292,7 +332,9 @@ def end_all(signum: int, _frame: object) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="dev/molecule", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="dev/molecule", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "scenarios",
         nargs="*",
@@ -301,16 +343,48 @@ def main() -> int:
     )
     parser.add_argument("--long", action="store_true", help="the long forms of the scenarios with guests")
     parser.add_argument("--jobs", type=int, default=1, help="scenarios at a time (1)")
-    parser.add_argument("--do", default="test", metavar="ACTION", help="an action of Molecule other than test, such as converge, verify or destroy")
-    parser.add_argument("--times", type=int, default=1, help="run everything so many times, to find what is not reliable")
-    parser.add_argument("--ansible", default="", metavar="SERIES", help=f"run with this series of ansible-core: {', '.join(CONTROLLERS)}")
+    parser.add_argument(
+        "--do",
+        default="test",
+        metavar="ACTION",
+        help="an action of Molecule other than test, such as converge, verify or destroy",
+    )
+    parser.add_argument(
+        "--times", type=int, default=1, help="run everything so many times, to find what is not reliable"
+    )
+    parser.add_argument(
+        "--ansible",
+        default="",
+        metavar="SERIES",
+        help=f"run with this series of ansible-core: {', '.join(CONTROLLERS)}",
+    )
     parser.add_argument("--suite", default="", help="give every host this Debian suite: bookworm, trixie or forky")
-    parser.add_argument("--python", default="", metavar="VERSION", help="run the modules on namespace hosts with this Python of the machine, such as 3.9")
-    parser.add_argument("--matrix", action="store_true", help="run everything in every way in which it is supported, as far as this machine can")
-    parser.add_argument("--record", action="store_true", help="write what ran on what into the tables of README and documentation")
-    parser.add_argument("--broken", action="store_true", help="break what the scenarios stand for, and fail unless their tests notice (tests/hosts/broken.py)")
+    parser.add_argument(
+        "--python",
+        default="",
+        metavar="VERSION",
+        help="run the modules on namespace hosts with this Python of the machine, such as 3.9",
+    )
+    parser.add_argument(
+        "--matrix",
+        action="store_true",
+        help="run everything in every way in which it is supported, as far as this machine can",
+    )
+    parser.add_argument(
+        "--record", action="store_true", help="write what ran on what into the tables of README and documentation"
+    )
+    parser.add_argument(
+        "--broken",
+        action="store_true",
+        help="break what the scenarios stand for, and fail unless their tests notice (tests/hosts/broken.py)",
+    )
     parser.add_argument("--list", action="store_true", help="tell the scenarios")
-    parser.add_argument("--verbose", "-v", action="store_true", help="show the whole log of every scenario, not only of those that failed")
+    parser.add_argument(
+        "--verbose",
+        "-v",
+        action="store_true",
+        help="show the whole log of every scenario, not only of those that failed",
+    )
     arguments = parser.parse_args()
     every = scenarios()
     if arguments.list:
@@ -318,7 +392,9 @@ def main() -> int:
         return 0
     chosen = []
     for word in arguments.scenarios or every:
-        chosen += {"namespace": [name for name in every if name not in GUESTS], "guests": list(GUESTS)}.get(word, [word])
+        chosen += {"namespace": [name for name in every if name not in GUESTS], "guests": list(GUESTS)}.get(
+            word, [word]
+        )
     chosen = list(dict.fromkeys(chosen))
     unknown = [name for name in chosen if name not in every]
     if unknown:
@@ -345,10 +421,13 @@ def main() -> int:
                 return 2
             continue
         if arguments.broken:
-            # One at a time, for each has the copy to itself; in a thread, which ends what it began when this one is interrupted.
+            # One at a time, for each has the copy to itself; in a thread, which ends what it began when this one is
+            # interrupted.
             with concurrent.futures.ThreadPoolExecutor(1) as pool:
                 broken_way = dataclasses.replace(way, broken=True)
-                for future in [pool.submit(notices, broken_way, one) for one in broken.BREAKAGES if one.scenario in chosen]:
+                for future in [
+                    pool.submit(notices, broken_way, one) for one in broken.BREAKAGES if one.scenario in chosen
+                ]:
                     outcome = future.result()
                     tell(outcome, arguments.verbose)
                     failures += outcome.verdict == "FAILED"
@@ -363,7 +442,9 @@ def main() -> int:
                 tell(outcome, arguments.verbose)
                 failures += outcome.verdict == "FAILED"
                 if arguments.record and outcome.verdict == "ok":
-                    tested.record(outcome.scenario, outcome.seconds, outcome.report, way.directory / "bin/python", way.long)
+                    tested.record(
+                        outcome.scenario, outcome.seconds, outcome.report, way.directory / "bin/python", way.long
+                    )
     say(f"All scenarios took {time.monotonic() - started:.0f} s.")
     return 1 if failures else 0
 

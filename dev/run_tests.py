@@ -4,8 +4,9 @@
 
 """Run every test of the project, or the parts named; ``dev/test --list`` tells them.
 
-Parts run two at a time, each into a log of its own under .venv/logs; a part that fails does not stop the others. At the end stand the
-time of each part, every skipped test with its reason, and one line that sums the pytest runs up. The exit code is 0 only if all went well.
+Parts run two at a time, each into a log of its own under .venv/logs; a part that fails does not stop the others. At the
+end stand the time of each part, every skipped test with its reason, and one line that sums the pytest runs up. The exit
+code is 0 only if all went well.
 """
 
 from __future__ import annotations
@@ -75,12 +76,24 @@ class Part:
         self.log.write(text.encode())
         self.log.flush()
 
-    def run(self, *command: str | os.PathLike[str], cwd: pathlib.Path = ROOT, env: dict[str, str] | None = None, codes: Sequence[int] = (0,)) -> int:
+    def run(
+        self,
+        *command: str | os.PathLike[str],
+        cwd: pathlib.Path = ROOT,
+        env: dict[str, str] | None = None,
+        codes: Sequence[int] = (0,),
+    ) -> int:
         """Run ``command`` into the log in a session of its own, so that it and all it started can be ended together."""
         words = [os.fspath(word) for word in command]
         self.write(f"$ {' '.join(words)}\n")
         self.process = subprocess.Popen(
-            words, cwd=cwd, env=env or tool_environment(), stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True
+            words,
+            cwd=cwd,
+            env=env or tool_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
             code = self.process.wait(max(1.0, self.deadline - time.monotonic()))
@@ -102,11 +115,23 @@ class Part:
                 except (ProcessLookupError, subprocess.TimeoutExpired):
                     continue
 
-    def pytest(self, interpreter: str | os.PathLike[str], *arguments: str, label: str = "", env: dict[str, str] | None = None) -> None:
+    def pytest(
+        self, interpreter: str | os.PathLike[str], *arguments: str, label: str = "", env: dict[str, str] | None = None
+    ) -> None:
         """One pytest run, whose results are counted; no test collected at all is a failure."""
         report = LOGS / f"{self.name}{label and '-' + label}.xml"
         report.unlink(missing_ok=True)
-        command = [os.fspath(interpreter), "-m", "pytest", "-q", "-ra", "-p", "no:cacheprovider", f"--junitxml={report}", *arguments]
+        command = [
+            os.fspath(interpreter),
+            "-m",
+            "pytest",
+            "-q",
+            "-ra",
+            "-p",
+            "no:cacheprovider",
+            f"--junitxml={report}",
+            *arguments,
+        ]
         problem: Failed | None = None
         try:
             self.run(*command, env=env)
@@ -122,7 +147,12 @@ class Part:
                     text = (skipped.text or "").strip()
                     reason = skipped.get("message") or text
                     # A whole file is skipped: why stands at the end of a tuple.
-                    self.counts.skips.append((name.strip("."), text.rpartition("Skipped: ")[2].strip("'\")") if reason == "collection skipped" else reason))
+                    self.counts.skips.append(
+                        (
+                            name.strip("."),
+                            text.rpartition("Skipped: ")[2].strip("'\")") if reason == "collection skipped" else reason,
+                        )
+                    )
                 else:
                     self.counts.passed += 1
         if problem:
@@ -131,10 +161,14 @@ class Part:
 
 
 def tool_environment(**more: str) -> dict[str, str]:
-    """The environment of every part: the controller's programs first, every real Python before shims that answer for one only."""
+    """The environment of every part: the controller's programs first, every real Python before shims that answer for
+    one only.
+    """
     result = environment.ansible_environment()
     words = [word for word in result["PATH"].split(os.pathsep) if not word.endswith("/.pyenv/shims")]
-    result["PATH"] = os.pathsep.join([*words, *sorted({os.path.dirname(path) for path in environment.interpreters().values()} - set(words))])
+    result["PATH"] = os.pathsep.join(
+        [*words, *sorted({os.path.dirname(path) for path in environment.interpreters().values()} - set(words))]
+    )
     result.pop("PYENV_VERSION", None)
     result.update(PYTHONDONTWRITEBYTECODE="1", NO_COLOR="1", ANSIBLE_NOCOLOR="1", **more)
     return result
@@ -154,13 +188,17 @@ def own_python(part: Part) -> None:
     part.pytest(VENV / "bin" / "python", "tests/unit")
     for wanted in ((3, 9), (3, 13)):
         if wanted not in (*other_pythons(), sys.version_info[:2]):
-            part.counts.skips.append((f"unit tests on Python {wanted[0]}.{wanted[1]}", "that Python is not on this machine"))
+            part.counts.skips.append(
+                (f"unit tests on Python {wanted[0]}.{wanted[1]}", "that Python is not on this machine")
+            )
 
 
 def unit_on(version: tuple[int, int]) -> Callable[[Part], None]:
     def run(part: Part) -> None:
         label = f"python{version[0]}.{version[1]}"
-        interpreter = environment.virtual_environment(VENV / label, environment.interpreters()[version], [ROOT / "tests" / "unit" / "requirements.txt"])
+        interpreter = environment.virtual_environment(
+            VENV / label, environment.interpreters()[version], [ROOT / "tests" / "unit" / "requirements.txt"]
+        )
         # That part of Ansible which is sent to managed hosts runs on older Pythons than the controller's.
         library = VENV / "managed" / "ansible"
         source = pathlib.Path(glob.glob(str(VENV / "lib" / "python3*" / "site-packages" / "ansible"))[0])
@@ -230,7 +268,15 @@ def ansible_lint(part: Part) -> None:
 
 def docs(part: Part) -> None:
     """antsibull-docs: modules, roles and pages are documented well, and their references lead somewhere."""
-    part.run("antsibull-docs", "lint-collection-docs", "--plugin-docs", "--validate-collection-refs", "all", "--disallow-unknown-collection-refs", ".")
+    part.run(
+        "antsibull-docs",
+        "lint-collection-docs",
+        "--plugin-docs",
+        "--validate-collection-refs",
+        "all",
+        "--disallow-unknown-collection-refs",
+        ".",
+    )
 
 
 def galaxy(part: Part) -> None:
@@ -241,16 +287,23 @@ def galaxy(part: Part) -> None:
     copy = environment.collection_copy(work)
     part.run("ansible-galaxy", "collection", "build", "--output-path", work, copy)
     archives = glob.glob(str(work / f"{NAMESPACE}-{NAME}-*.tar.gz"))
-    (work / "importer.cfg").write_text("[galaxy-importer]\nrun_ansible_test = False\nrun_flake8 = False\nrun_ansible_doc = True\nrun_ansible_lint = True\n")
+    (work / "importer.cfg").write_text(
+        "[galaxy-importer]\nrun_ansible_test = False\nrun_flake8 = False\nrun_ansible_doc = True\nrun_ansible_lint = "
+        "True\n"
+    )
     env = tool_environment(GALAXY_IMPORTER_CONFIG=str(work / "importer.cfg"))
     part.run(VENV / "bin" / "python", "-m", "galaxy_importer.main", *archives, cwd=work, env=env)
-    complaints = [line for line in part.path.read_text(errors="replace").splitlines() if line.startswith(("WARNING", "ERROR"))]
+    complaints = [
+        line for line in part.path.read_text(errors="replace").splitlines() if line.startswith(("WARNING", "ERROR"))
+    ]
     if complaints:
         raise Failed(f"galaxy-importer is not content: {complaints[0]}")
 
 
 def sanity(part: Part) -> None:
-    """ansible-test sanity on a copy of the collection, without a single ignore line, imports and syntax on every Python found."""
+    """ansible-test sanity on a copy of the collection, without a single ignore line, imports and syntax on every Python
+    found.
+    """
     if any((ROOT / "tests" / "sanity").glob("ignore*.txt")):
         raise Failed("there is a tests/sanity/ignore file; the aim is none")
     copy = environment.collection_copy(VENV / "sanity")
@@ -314,9 +367,16 @@ PARTS: dict[str, tuple[Callable[[Part], None], float]] = {
     "licences": (licences, 120),
     "changelog": (changelog, 120),
 }
-GROUPS = {"molecule": ["hosts", "guests"], "lint": ["ansible-lint", "docs", "mypy", "ruff", "yamllint", "licences", "changelog"]}
+GROUPS = {
+    "molecule": ["hosts", "guests"],
+    "lint": ["ansible-lint", "docs", "mypy", "ruff", "yamllint", "licences", "changelog"],
+}
 # Parts that need more of the system than git and Python.
-NEEDS = {"integration": environment.TEST_COMMANDS, "demo": environment.DEMO_COMMANDS, "sanity": {"shellcheck": "shellcheck"}}
+NEEDS = {
+    "integration": environment.TEST_COMMANDS,
+    "demo": environment.DEMO_COMMANDS,
+    "sanity": {"shellcheck": "shellcheck"},
+}
 OPTIONS = argparse.Namespace(all_pythons=False, sanity=[])
 
 running: dict[str, Part] = {}
@@ -368,14 +428,26 @@ def choose(words: Sequence[str]) -> Iterator[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="dev/test", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="dev/test", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("parts", nargs="*", metavar="PART", help="what to run; everything if none is named")
     parser.add_argument("--list", action="store_true", help="tell the parts and what they do")
-    parser.add_argument("--all-pythons", action="store_true", help="unit tests on every Python that is found, not only the oldest and the newest")
-    parser.add_argument("--jobs", type=int, default=2, help="parts at a time (2)")
-    parser.add_argument("--verbose", "-v", action="store_true", help="show the whole log of every part, not only of those that failed")
     parser.add_argument(
-        "--sanity", action="append", default=[], metavar="ARGUMENT", help="hand an argument on to ansible-test sanity, as in --sanity=--test=pylint"
+        "--all-pythons",
+        action="store_true",
+        help="unit tests on every Python that is found, not only the oldest and the newest",
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="parts at a time (2)")
+    parser.add_argument(
+        "--verbose", "-v", action="store_true", help="show the whole log of every part, not only of those that failed"
+    )
+    parser.add_argument(
+        "--sanity",
+        action="append",
+        default=[],
+        metavar="ARGUMENT",
+        help="hand an argument on to ansible-test sanity, as in --sanity=--test=pylint",
     )
     arguments = parser.parse_args(namespace=OPTIONS)
     environment.complete_path()
@@ -423,7 +495,11 @@ def main() -> int:
                 shown = lines if arguments.verbose else lines[-150:]
                 say("\n".join(f"    {line}" for line in shown))
 
-    skips = [(name, *skip) for name, _problem, _seconds, part in sorted(results, key=lambda r: r[0]) for skip in part.counts.skips]
+    skips = [
+        (name, *skip)
+        for name, _problem, _seconds, part in sorted(results, key=lambda r: r[0])
+        for skip in part.counts.skips
+    ]
     if skips:
         say("\nSkipped, and why:")
         grouped: dict[tuple[str, str], dict[str, int]] = {}
@@ -436,7 +512,10 @@ def main() -> int:
             for test, number in tests.items():
                 say(f"      {test}{f' ({number} cases)' if number > 1 else ''}")
     failures = [name for name, problem, _seconds, _part in results if problem]
-    say(f"\nAll parts took {time.monotonic() - started:.0f} s." + (f" Failed: {', '.join(sorted(failures))}." if failures else ""))
+    say(
+        f"\nAll parts took {time.monotonic() - started:.0f} s."
+        + (f" Failed: {', '.join(sorted(failures))}." if failures else "")
+    )
     passed = sum(part.counts.passed for *_rest, part in results)
     failed = sum(part.counts.failed for *_rest, part in results)
     # Parts that are not pytest runs count in the exit code and in the line above; the line below is about tests.

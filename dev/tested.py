@@ -2,10 +2,11 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What was tested on what: the record of runs (extensions/molecule/tested.json), and the tables that README and documentation make of it.
+"""What was tested on what: the record of runs (extensions/molecule/tested.json), and the tables that README and
+documentation make of it.
 
-``dev/molecule --record`` adds runs to the record and writes the tables anew; ``python3 dev/tested.py`` only does the latter. A unit test
-holds the tables against the record.
+``dev/molecule --record`` adds runs to the record and writes the tables anew; ``python3 dev/tested.py`` only does the
+latter. A unit test holds the tables against the record.
 """
 
 from __future__ import annotations
@@ -30,12 +31,16 @@ def load() -> list[Entry]:
 def record(scenario: str, seconds: float, report: Entry, python: pathlib.Path, long: bool) -> None:
     """Add a run that went well, in the place of an earlier one of the same kind."""
     program = "import ansible.release, platform; print(ansible.release.__version__, platform.python_version())"
-    ansible, controller = subprocess.run([str(python), "-c", program], stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+    ansible, controller = subprocess.run(
+        [str(python), "-c", program], stdout=subprocess.PIPE, text=True, check=True
+    ).stdout.split()
     hosts = sorted({_host(host) for host in report["hosts"]})
     entry = {"ansible": ansible, "controller": controller, "hosts": hosts, "scenario": scenario, "long": long}
     kept = [one for one in load() if _kind(one) != _kind(entry)]
     entry.update(tests=report["passed"], seconds=round(seconds), date=time.strftime("%Y-%m-%d"))
-    entries = sorted([*kept, entry], key=lambda one: (_numbers(one["ansible"]), one["hosts"], one["scenario"], one["long"]))
+    entries = sorted(
+        [*kept, entry], key=lambda one: (_numbers(one["ansible"]), one["hosts"], one["scenario"], one["long"])
+    )
     RECORD.write_text(json.dumps(entries, indent=1) + "\n")
     write_tables()
 
@@ -63,7 +68,9 @@ def rows(entries: list[Entry]) -> list[tuple[str, str, list[Entry]]]:
     """The runs by what they ran on: one row for each pair of a controller and a set of hosts."""
     found: dict[tuple[str, str], list[Entry]] = {}
     for entry in entries:
-        found.setdefault((f"{entry['ansible']} on Python {entry['controller']}", "; ".join(entry["hosts"])), []).append(entry)
+        found.setdefault((f"{entry['ansible']} on Python {entry['controller']}", "; ".join(entry["hosts"])), []).append(
+            entry
+        )
     return [(controller, hosts, runs) for (controller, hosts), runs in found.items()]
 
 
@@ -74,15 +81,26 @@ def readme_table(entries: list[Entry]) -> str:
         tests: dict[str, int] = {}
         for run in runs:
             tests[run["scenario"]] = max(run["tests"], tests.get(run["scenario"], 0))
-        lines.append(f"| {controller} | {hosts} | {', '.join(f'`{name}`' for name in sorted(tests))} | {sum(tests.values())} |")
+        lines.append(
+            f"| {controller} | {hosts} | {', '.join(f'`{name}`' for name in sorted(tests))} | {sum(tests.values())} |"
+        )
     return "\n".join(lines)
 
 
 def times_table(entries: list[Entry]) -> str:
     """How many tests each scenario has and how long it took, as reStructuredText."""
-    lines = [".. list-table::", "   :header-rows: 1", "", "   * - ansible-core", "     - Hosts", "     - Scenarios: tests, seconds"]
+    lines = [
+        ".. list-table::",
+        "   :header-rows: 1",
+        "",
+        "   * - ansible-core",
+        "     - Hosts",
+        "     - Scenarios: tests, seconds",
+    ]
     for controller, hosts, runs in rows(entries):
-        told = [f"``{run['scenario']}``{' (long)' if run['long'] else ''}: {run['tests']}, {run['seconds']}" for run in runs]
+        told = [
+            f"``{run['scenario']}``{' (long)' if run['long'] else ''}: {run['tests']}, {run['seconds']}" for run in runs
+        ]
         lines += [f"   * - {controller}", f"     - {hosts}", f"     - {'; '.join(told)}"]
     return "\n".join(lines)
 

@@ -4,8 +4,8 @@
 
 """Run the module ``composefs_image`` and show a live line per host while it works, where somebody looks at a terminal.
 
-A module cannot print. So the module runs as an asynchronous job that keeps a progress file up to date, and this plugin polls both. Where
-nobody looks (no terminal, CI, check mode, a task that is asynchronous already) the module just runs.
+A module cannot print. So the module runs as an asynchronous job that keeps a progress file up to date, and this plugin
+polls both. Where nobody looks (no terminal, CI, check mode, a task that is asynchronous already) the module just runs.
 """
 
 from __future__ import annotations
@@ -30,11 +30,23 @@ POLL_FIRST, POLL = 0.2, 1.0
 UNREACHABLE_LIMIT = 120.0
 # The job is ended by the module's own timeouts; this only bounds how long a forgotten one may live.
 JOB_LIMIT = 24 * 60 * 60
-JOB_KEYS = ("started", "finished", "ansible_job_id", "results_file", "ansible_async_watchdog_pid", "stdout", "stderr", "stdout_lines", "stderr_lines")
+JOB_KEYS = (
+    "started",
+    "finished",
+    "ansible_job_id",
+    "results_file",
+    "ansible_async_watchdog_pid",
+    "stdout",
+    "stderr",
+    "stdout_lines",
+    "stderr_lines",
+)
 
 
 def watched(wish: str) -> bool:
-    """Whether progress is wanted: by ``wish``, the variable ``composefs_progress`` (``always``, ``never``), else if a person looks at a terminal."""
+    """Whether progress is wanted: by ``wish``, the variable ``composefs_progress`` (``always``, ``never``), else if a
+    person looks at a terminal.
+    """
     if wish in ("always", "never"):
         return wish == "always"
     if os.environ.get("CI"):
@@ -65,7 +77,12 @@ class ActionModule(ActionBase):
         """Run the module; its result."""
         result = super().run(tmp, task_vars)
         task_vars = task_vars or {}
-        quiet = self._task.async_val or self._task.check_mode or self._task.no_log or self._task.args.get("state") == "absent"
+        quiet = (
+            self._task.async_val
+            or self._task.check_mode
+            or self._task.no_log
+            or self._task.args.get("state") == "absent"
+        )
         if quiet or not watched(str(self._templar.template(task_vars.get("composefs_progress", "auto")))):
             result.update(self._execute_module(task_vars=task_vars, wrap_async=bool(self._task.async_val)))
             return result
@@ -76,10 +93,14 @@ class ActionModule(ActionBase):
         if self._connection._shell.tmpdir is None:
             self._make_tmp_path()
         tmpdir = self._connection._shell.tmpdir
-        progress_file = self._task.args.get("progress_file") or self._connection._shell.join_path(tmpdir, "progress.json")
+        progress_file = self._task.args.get("progress_file") or self._connection._shell.join_path(
+            tmpdir, "progress.json"
+        )
         self._task.async_val = JOB_LIMIT
         try:
-            job = self._execute_module(module_args=dict(self._task.args, progress_file=progress_file), task_vars=task_vars, wrap_async=True)
+            job = self._execute_module(
+                module_args=dict(self._task.args, progress_file=progress_file), task_vars=task_vars, wrap_async=True
+            )
         finally:
             self._task.async_val = 0
         if job.get("failed") or "ansible_job_id" not in job:
@@ -87,7 +108,8 @@ class ActionModule(ActionBase):
         try:
             return self._watch(job["ansible_job_id"], progress_file, task_vars)
         finally:
-            # The job's own directory, and not the one that looking after it needed since: that goes in the end as after every task.
+            # The job's own directory, and not the one that looking after it needed since: that goes in the end as after
+            # every task.
             since = self._connection._shell.tmpdir
             with contextlib.suppress(AnsibleConnectionFailure):
                 self._remove_tmp_path(tmpdir)
@@ -108,7 +130,9 @@ class ActionModule(ActionBase):
                 if line and line != shown:
                     shown = line
                     display.display(f"{host}: {line}")
-                status = self._execute_module(module_name="ansible.legacy.async_status", module_args=job, task_vars=task_vars)
+                status = self._execute_module(
+                    module_name="ansible.legacy.async_status", module_args=job, task_vars=task_vars
+                )
             except AnsibleConnectionFailure:
                 # A connection that breaks for a moment is no end of the job; only the job's own word is.
                 if time.monotonic() - heard >= UNREACHABLE_LIMIT:
@@ -120,7 +144,9 @@ class ActionModule(ActionBase):
             if status.get("finished") or "started" not in status:
                 break
         with contextlib.suppress(AnsibleConnectionFailure):
-            self._execute_module(module_name="ansible.legacy.async_status", module_args=dict(job, mode="cleanup"), task_vars=task_vars)
+            self._execute_module(
+                module_name="ansible.legacy.async_status", module_args=dict(job, mode="cleanup"), task_vars=task_vars
+            )
         return {key: value for key, value in status.items() if key not in JOB_KEYS}
 
     def _progress_line(self, path: str) -> str:

@@ -12,7 +12,8 @@ class ModuleDocFragment:
 options: {}
 attributes:
   check_mode:
-    description: Runs in check mode, changes nothing there, and predicts RV(ignore:changed) as a real run would report it.
+    description: Runs in check mode, changes nothing there, and predicts RV(ignore:changed) as a real run would report
+      it.
   diff_mode:
     description: Returns what was, or in check mode would be, different before and after when diff mode is on.
   idempotent:
@@ -46,7 +47,8 @@ attributes:
 options: {}
 attributes:
   action_group:
-    description: Use C(group/composefs.oci.composefs) in C(module_defaults) to set defaults for all modules of the group at once.
+    description: Use C(group/composefs.oci.composefs) in C(module_defaults) to set defaults for all modules of the group
+      at once.
     support: full
     membership:
       - composefs.oci.composefs

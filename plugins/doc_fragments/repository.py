@@ -12,7 +12,9 @@ class ModuleDocFragment:
 options:
   repository:
     description:
-      - The directory of the composefs repository. It must be one already; M(composefs.oci.composefs_repository) makes it.
-      - The default is where C(cfsctl) has its own, V(/sysroot/composefs) for root and V(~/.var/lib/composefs) for any other user.
+      - The directory of the composefs repository. It must be one already; M(composefs.oci.composefs_repository) makes
+        it.
+      - The default is where C(cfsctl) has its own, V(/sysroot/composefs) for root and V(~/.var/lib/composefs) for any
+        other user.
     type: path
 """

@@ -4,8 +4,8 @@
 
 """The one family of errors that leaves the engine.
 
-Every error says what was being done to what, and what the user can do; its class carries a ``code`` that modules return and that
-playbooks may rely on: codes are never renamed.
+Every error says what was being done to what, and what the user can do; its class carries a ``code`` that modules return
+and that playbooks may rely on: codes are never renamed.
 """
 
 from __future__ import annotations
@@ -191,7 +191,9 @@ _BY_ERRNO: dict[int, tuple[type[EngineError], str]] = {
 
 
 def from_os_error(error: OSError, what: str) -> EngineError:
-    """The engine error for ``error`` that happened while doing ``what`` (a phrase such as ``importing layer sha256:…``)."""
+    """The engine error for ``error`` that happened while doing ``what`` (a phrase such as ``importing layer
+    sha256:…``).
+    """
     kind, hint = _BY_ERRNO.get(error.errno or 0, (IOFailed, ""))
     text = os.strerror(error.errno) if error.errno else str(error)
     where = f" ({error.filename!r})" if isinstance(error.filename, (str, bytes)) else ""
@@ -200,7 +202,9 @@ def from_os_error(error: OSError, what: str) -> EngineError:
 
 @contextlib.contextmanager
 def doing(what: str) -> Iterator[None]:
-    """Name what the block does: engine errors get it as a prefix, operating-system errors become engine errors that carry it."""
+    """Name what the block does: engine errors get it as a prefix, operating-system errors become engine errors that
+    carry it.
+    """
     try:
         yield
     except EngineError as error:
@@ -229,4 +233,7 @@ def describe_crash(error: BaseException) -> str:
         code = trace.tb_frame.f_code
         places.append(f"{os.path.basename(code.co_filename)}:{trace.tb_lineno} {code.co_name}")
         trace = trace.tb_next
-    return f"Internal error: {type(error).__name__} at {' > '.join(places[-4:]) or 'an unknown place'}. Please report this line as a bug."
+    return (
+        f"Internal error: {type(error).__name__} at {' > '.join(places[-4:]) or 'an unknown place'}. Please report "
+        f"this line as a bug."
+    )

@@ -4,8 +4,8 @@
 
 """What every module does alike: find the repository, and end in one clean line whatever happens.
 
-The ``AnsibleModule`` is passed in and used by its methods only, so that the engine's folder stays free of ansible imports and the
-functions can be tested with a stand-in.
+The ``AnsibleModule`` is passed in and used by its methods only, so that the engine's folder stays free of ansible
+imports and the functions can be tested with a stand-in.
 """
 
 from __future__ import annotations
@@ -40,9 +40,11 @@ def repository_path(module: Module, option: str = "repository") -> str:
 
 @contextlib.contextmanager
 def opened_repository(module: Module, path: str) -> Iterator[Repository]:
-    """The repository at ``path``; in check mode, where there is nothing yet, an empty one that vanishes with the ``with``.
+    """The repository at ``path``; in check mode, where there is nothing yet, an empty one that vanishes with the
+    ``with``.
 
-    On a fresh host an earlier task only foretold that it would make the repository, and a run of the whole playbook in check mode goes on.
+    On a fresh host an earlier task only foretold that it would make the repository, and a run of the whole playbook in
+    check mode goes on.
     """
     try:
         repository = Repository.open(path)
@@ -58,12 +60,17 @@ def opened_repository(module: Module, path: str) -> Iterator[Repository]:
     from .store import create
 
     module.warn(f"There is no repository at {path} yet. In check mode it is taken for one that is empty.")
-    with tempfile.TemporaryDirectory(prefix="composefs-") as base, create.create(f"{base}/empty", fsverity.SHA256, create.DISABLED) as empty:
+    with (
+        tempfile.TemporaryDirectory(prefix="composefs-") as base,
+        create.create(f"{base}/empty", fsverity.SHA256, create.DISABLED) as empty,
+    ):
         yield empty
 
 
 def _occupy_standard_descriptors() -> None:
-    """Make sure that nothing else gets the numbers 0, 1 and 2: processes that are forked put /dev/null there, whatever it is."""
+    """Make sure that nothing else gets the numbers 0, 1 and 2: processes that are forked put /dev/null there, whatever
+    it is.
+    """
     while True:
         fd = os.open(os.devnull, os.O_RDWR)
         if fd > 2:
@@ -74,9 +81,9 @@ def _occupy_standard_descriptors() -> None:
 def run_module(module: Module, main: Callable[[Any], Mapping[str, Any]], base: Mapping[str, Any] | None = None) -> None:
     """Call ``main(module)`` and leave through ``exit_json`` with what it returns, or through ``fail_json``.
 
-    ``base`` holds the return values that exist in every case; ``main``'s own take precedence. It is read when the module ends, so ``main`` may
-    fill in what it learns before it fails. Failures carry ``error``: the code of the engine's error class, ``out_of_memory``, or
-    ``internal_error`` for a bug.
+    ``base`` holds the return values that exist in every case; ``main``'s own take precedence. It is read when the
+    module ends, so ``main`` may fill in what it learns before it fails. Failures carry ``error``: the code of the
+    engine's error class, ``out_of_memory``, or ``internal_error`` for a bug.
     """
     _occupy_standard_descriptors()
     try:

@@ -4,8 +4,9 @@
 
 """What a pull tells while it runs, and who can listen.
 
-The engine emits :class:`Event` values; a sink decides what becomes of them. Sinks are called from several threads, one event at a
-time (:class:`Progress` holds a lock), and never raise into a pull: a full disk must not fail a transfer for the sake of its progress bar.
+The engine emits :class:`Event` values; a sink decides what becomes of them. Sinks are called from several threads, one
+event at a time (:class:`Progress` holds a lock), and never raise into a pull: a full disk must not fail a transfer for
+the sake of its progress bar.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ MESSAGE = "message"
 
 
 class Event(NamedTuple):
-    """One step. ``layer`` is a digest (``sha256:<hex>``) or empty for messages; ``done`` and ``total`` are compressed bytes."""
+    """One step. ``layer`` is a digest (``sha256:<hex>``) or empty for messages; ``done`` and ``total`` are compressed
+    bytes.
+    """
 
     kind: str
     layer: str = ""
@@ -152,7 +155,9 @@ def summary(state: dict[str, Any]) -> str:
 
 
 class FileSink:
-    """Keeps a JSON file up to date that anybody may poll: always whole (written aside and renamed), at most twice a second."""
+    """Keeps a JSON file up to date that anybody may poll: always whole (written aside and renamed), at most twice a
+    second.
+    """
 
     def __init__(self, path: str, interval: float = 0.5) -> None:
         self._path = path
@@ -172,10 +177,15 @@ class FileSink:
         self._write(True)
 
     def state(self, finished: bool = False) -> dict[str, Any]:
-        """The JSON document: ``done``/``total`` bytes, ``rate`` in bytes a second, ``message``, ``finished``, ``layers``."""
+        """The JSON document: ``done``/``total`` bytes, ``rate`` in bytes a second, ``message``, ``finished``,
+        ``layers``.
+        """
         board = self._board
         done, total = board.totals()
-        layers = [{"id": name, "state": layer.state, "done": layer.done, "total": layer.total} for name, layer in board.layers.items()]
+        layers = [
+            {"id": name, "state": layer.state, "done": layer.done, "total": layer.total}
+            for name, layer in board.layers.items()
+        ]
         return {
             "done": done,
             "total": total,
@@ -188,7 +198,11 @@ class FileSink:
 
     def _write(self, finished: bool) -> None:
         aside = self._path + ".new"
-        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600), "w", encoding="utf-8") as file:
+        with open(
+            os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600),
+            "w",
+            encoding="utf-8",
+        ) as file:
             json.dump(self.state(finished), file)
         os.replace(aside, self._path)
 
@@ -225,9 +239,16 @@ class TerminalSink:
         part = layer.done / layer.total if layer.total else 1.0
         full = int(part * self.WIDTH)
         rate = layer.done / max(self._board.clock() - layer.started, 0.001)
-        eta = f"  {int((layer.total - layer.done) / rate)} s left" if rate > 0 and layer.state == BYTES and part < 1 else ""
+        eta = (
+            f"  {int((layer.total - layer.done) / rate)} s left"
+            if rate > 0 and layer.state == BYTES and part < 1
+            else ""
+        )
         ending = "  done" if layer.state == DONE else eta
-        return f"{short}  [{'#' * full}{'.' * (self.WIDTH - full)}] {human(layer.done)} of {human(layer.total)}  {human(rate)}/s{ending}"
+        return (
+            f"{short}  [{'#' * full}{'.' * (self.WIDTH - full)}] {human(layer.done)} of {human(layer.total)}  "
+            f"{human(rate)}/s{ending}"
+        )
 
     def _draw(self) -> None:
         lines = [self.line(name) for name in self._board.layers]

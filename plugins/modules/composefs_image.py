@@ -13,10 +13,13 @@ author:
   - composefs.oci contributors (@composefs)
 description:
   - Makes OCI and Docker images present in a composefs repository under a name, or removes a name.
-  - Every file of an image is stored once under its fs-verity digest, every layer and document as a splitstream. What is there already is not
-    fetched again, several layers are fetched at once, and everything is proved to the last byte before it gets a name.
-  - Images are fetched through C(skopeo), so all of its transports, its authentication files and its registry configuration work.
-  - The repository is shared with C(cfsctl) and C(bootc). It must exist; M(composefs.oci.composefs_repository) makes one.
+  - Every file of an image is stored once under its fs-verity digest, every layer and document as a splitstream. What is
+    there already is not fetched again, several layers are fetched at once, and everything is proved to the last byte
+    before it gets a name.
+  - Images are fetched through C(skopeo), so all of its transports, its authentication files and its registry
+    configuration work.
+  - The repository is shared with C(cfsctl) and C(bootc). It must exist; M(composefs.oci.composefs_repository) makes
+    one.
 extends_documentation_fragment:
   - composefs.oci.attributes
   - composefs.oci.attributes.actiongroup_composefs
@@ -25,9 +28,10 @@ attributes:
   check_mode:
     support: full
     details:
-      - The registry is asked what the reference means, and the result is exactly what a real run would change, with the bytes it would fetch.
-      - A repository that does not exist yet is taken for an empty one, with a warning. Where C(skopeo) is not installed yet, a new name is foretold as a
-        change without details, with a warning.
+      - The registry is asked what the reference means, and the result is exactly what a real run would change, with the
+        bytes it would fetch.
+      - A repository that does not exist yet is taken for an empty one, with a warning. Where C(skopeo) is not installed
+        yet, a new name is foretold as a change without details, with a warning.
   diff_mode:
     support: full
   idempotent:
@@ -35,9 +39,11 @@ attributes:
 options:
   ref:
     description:
-      - The image, as C(skopeo) writes references, for example V(docker://registry.example.com/app:1.4), V(oci:/srv/layout:tag),
-        V(oci-archive:/srv/app.tar), V(docker-archive:/srv/app.tar), V(dir:/srv/app) or V(containers-storage:localhost/app).
-      - A bare V(quay.io/org/app:tag) means V(docker://quay.io/org/app:tag). If a reference has a tag and a digest, the digest wins.
+      - The image, as C(skopeo) writes references, for example V(docker://registry.example.com/app:1.4),
+        V(oci:/srv/layout:tag), V(oci-archive:/srv/app.tar), V(docker-archive:/srv/app.tar), V(dir:/srv/app) or
+        V(containers-storage:localhost/app).
+      - A bare V(quay.io/org/app:tag) means V(docker://quay.io/org/app:tag). If a reference has a tag and a digest, the
+        digest wins.
       - Exactly one of O(ref) and O(images) is needed with O(state=present).
     type: str
   name:
@@ -73,24 +79,29 @@ options:
   pull:
     description:
       - V(always) asks the registry what the reference means now, and fetches what is missing.
-      - V(missing) is content with an image that has the name, and is what O(digest) and O(platform) ask for, without any network.
-      - V(newer) is like V(always), but leaves what is there, with a warning, if the registry cannot be reached or does not answer in time.
+      - V(missing) is content with an image that has the name, and is what O(digest) and O(platform) ask for, without
+        any network.
+      - V(newer) is like V(always), but leaves what is there, with a warning, if the registry cannot be reached or does
+        not answer in time.
     type: str
     choices: [always, missing, newer]
     default: always
   digest:
     description:
-      - The digest that the reference must have, as V(sha256:) and 64 hexadecimal digits. The task fails if it means anything else.
+      - The digest that the reference must have, as V(sha256:) and 64 hexadecimal digits. The task fails if it means
+        anything else.
       - The digest of the manifest, of the manifest as the registry knows it, and of an index are all accepted.
     type: str
   platform:
     description:
-      - The platform to choose from an index, as V(os/architecture) or V(os/architecture/variant), for example V(linux/arm64/v8).
+      - The platform to choose from an index, as V(os/architecture) or V(os/architecture/variant), for example
+        V(linux/arm64/v8).
       - Defaults to the host's own. An image that is not for the platform that is asked for is refused.
     type: str
   auth_file:
     description:
-      - A file on the host with credentials, as C(skopeo login) and C(podman login) write it. Defaults to what C(skopeo) looks for.
+      - A file on the host with credentials, as C(skopeo login) and C(podman login) write it. Defaults to what C(skopeo)
+        looks for.
     type: path
   username:
     description:
@@ -98,7 +109,8 @@ options:
     type: str
   password:
     description:
-      - The password to log in to the registry with. It reaches C(skopeo) through an unnamed file, never through a command line or the environment.
+      - The password to log in to the registry with. It reaches C(skopeo) through an unnamed file, never through a
+        command line or the environment.
     type: str
   validate_certs:
     description:
@@ -107,7 +119,8 @@ options:
     type: bool
   ca_cert_dir:
     description:
-      - A directory on the host with additional certificates (C(*.crt)) of authorities, and client certificates (C(*.cert), C(*.key)).
+      - A directory on the host with additional certificates (C(*.crt)) of authorities, and client certificates
+        (C(*.cert), C(*.key)).
     type: path
   signature_policy:
     description:
@@ -115,8 +128,8 @@ options:
     type: path
   unenforced_policy:
     description:
-      - What to do where C(skopeo) is older than 1.13, which does not enforce the signature policy in the mode that is used here, and the policy of
-        the host asks for more than accepting anything.
+      - What to do where C(skopeo) is older than 1.13, which does not enforce the signature policy in the mode that is
+        used here, and the policy of the host asks for more than accepting anything.
       - V(refuse) fails, V(ignore) goes on without any check of signatures.
     type: str
     choices: [refuse, ignore]
@@ -133,7 +146,8 @@ options:
     default: true
   bootable:
     description:
-      - Whether to make also the image to boot from, as C(bootc) hosts use it, with the SELinux labels of the image's own policy.
+      - Whether to make also the image to boot from, as C(bootc) hosts use it, with the SELinux labels of the image's
+        own policy.
     type: bool
     default: false
   parallel:
@@ -152,7 +166,8 @@ options:
     default: 3
   progress_file:
     description:
-      - A file on the host that is kept up to date with the progress of the task as a JSON document, for anybody to poll.
+      - A file on the host that is kept up to date with the progress of the task as a JSON document, for anybody to
+        poll.
       - On a terminal the collection sets it by itself, and shows a line for each host while the task runs.
     type: path
 requirements:
@@ -238,13 +253,15 @@ digest:
   sample: sha256:9d78ad0da0e88ca15da5735b9f70064d3099ac0a8cd9dc839795789400a38e42
 registry_digest:
   description:
-    - The digest by which the source knows the manifest. It differs from RV(digest) for Docker images, whose manifests are stored as OCI.
+    - The digest by which the source knows the manifest. It differs from RV(digest) for Docker images, whose manifests
+      are stored as OCI.
   returned: when O(images) is not used
   type: str
   sample: sha256:9d78ad0da0e88ca15da5735b9f70064d3099ac0a8cd9dc839795789400a38e42
 index_digest:
   description:
-    - The digest of the index that the reference leads to, V(null) if it leads to a single manifest or the source was not asked.
+    - The digest of the index that the reference leads to, V(null) if it leads to a single manifest or the source was
+      not asked.
   returned: when O(images) is not used
   type: str
   sample: sha256:fe7e1e0a5d2e0d1f4ab6ac2f6fb71a1b5f4c3a2a5d2c9b0f9b1f6e5d4c3b2a19
@@ -311,7 +328,8 @@ streams:
     - oci-config-sha256:0f4e7c4bb4b0a4aa6e1d5a1a6e86a41d20c6a1ba5ce0f1a1b5b9b8f6d4e5a6b7
     - oci-manifest-sha256:9d78ad0da0e88ca15da5735b9f70064d3099ac0a8cd9dc839795789400a38e42
 stats:
-  description: Figures of the run. In check mode RV(stats.bytes_fetched) is what would be fetched, and the objects are unknown.
+  description: Figures of the run. In check mode RV(stats.bytes_fetched) is what would be fetched, and the objects are
+    unknown.
   returned: when O(images) is not used
   type: dict
   contains:
@@ -368,7 +386,8 @@ protocol_version:
   type: str
   sample: 0.2.3
 error:
-  description: What went wrong, as a stable code for conditions in playbooks. The collection's documentation lists all codes.
+  description: What went wrong, as a stable code for conditions in playbooks. The collection's documentation lists all
+    codes.
   returned: on failure
   type: str
   sample: image_not_found
@@ -377,7 +396,12 @@ error:
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.composefs.oci.plugins.module_utils.pull import pull
-from ansible_collections.composefs.oci.plugins.module_utils.errors import EngineError, InvalidReference, MissingLibrary, SkopeoMissing
+from ansible_collections.composefs.oci.plugins.module_utils.errors import (
+    EngineError,
+    InvalidReference,
+    MissingLibrary,
+    SkopeoMissing,
+)
 from ansible_collections.composefs.oci.plugins.module_utils.module import opened_repository, repository_path, run_module
 from ansible_collections.composefs.oci.plugins.module_utils.formats.oci import is_digest, parse_reference
 from ansible_collections.composefs.oci.plugins.module_utils.progress import FileSink, Progress
@@ -396,11 +420,14 @@ def requests_of(params: dict) -> list[pull.Request]:
         name = image["name"] or image["ref"]
         if not name or (params["state"] == "present" and not image["ref"]):
             raise InvalidReference(
-                f"The image {name!r} has no reference." if name else "An image has neither a reference nor a name.", "Set 'ref' to say which image it is."
+                f"The image {name!r} has no reference." if name else "An image has neither a reference nor a name.",
+                "Set 'ref' to say which image it is.",
             )
         digest = image.get("digest") or ""
         if digest and not is_digest(digest):
-            raise InvalidReference(f"{digest!r} is not a digest.", "Write 'digest' as sha256: and 64 hexadecimal digits.")
+            raise InvalidReference(
+                f"{digest!r} is not a digest.", "Write 'digest' as sha256: and 64 hexadecimal digits."
+            )
         if params["state"] == "present":
             parse_reference(image["ref"])
         requests.append(pull.Request(image["ref"] or "", name, digest, image.get("platform") or ""))
@@ -434,14 +461,17 @@ def options_of(params: dict, check: bool) -> pull.Options:
     )
 
 
-def present(module: AnsibleModule, repository: Repository, requests: list[pull.Request], options: pull.Options) -> list[dict]:
+def present(
+    module: AnsibleModule, repository: Repository, requests: list[pull.Request], options: pull.Options
+) -> list[dict]:
     """Pull; one result for each image."""
     progress_file = module.params["progress_file"]
     progress = Progress(FileSink(progress_file) if progress_file else None)
     try:
         outcomes = pull.pull_images(repository, requests, options, progress)
     except (SkopeoMissing, MissingLibrary) as error:
-        # A fresh host: the task that installs skopeo and libraries was only foretold, too. That names which are not there will come is certain all the same.
+        # A fresh host: the task that installs skopeo and libraries was only foretold, too. That names which are not
+        # there will come is certain all the same.
         if not module.check_mode or any(repository.tag_digest(request.name) for request in requests):
             raise
         module.warn(f"{error} So check mode cannot tell what the images are, only that they would be pulled.")
@@ -525,7 +555,13 @@ def main() -> None:
             "retries": {"type": "int", "default": 3},
             "progress_file": {"type": "path"},
         },
-        mutually_exclusive=[("ref", "images"), ("name", "images"), ("digest", "images"), ("platform", "images"), ("auth_file", "username")],
+        mutually_exclusive=[
+            ("ref", "images"),
+            ("name", "images"),
+            ("digest", "images"),
+            ("platform", "images"),
+            ("auth_file", "username"),
+        ],
         required_one_of=[("ref", "name", "images")],
         required_together=[("username", "password")],
         supports_check_mode=True,

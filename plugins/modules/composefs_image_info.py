@@ -32,18 +32,21 @@ options:
     type: str
   digest:
     description:
-      - The manifest digest of the image to describe, as V(sha256:) and 64 hexadecimal digits. The image need not have a name.
+      - The manifest digest of the image to describe, as V(sha256:) and 64 hexadecimal digits. The image need not have a
+        name.
     type: str
   disk_use:
     description:
-      - Also tell how many bytes each image occupies, in RV(images[].disk_use). For this all manifests and layers of the repository are read, though no content.
+      - Also tell how many bytes each image occupies, in RV(images[].disk_use). For this all manifests and layers of the
+        repository are read, though no content.
     type: bool
     default: false
   dumpfile:
     description:
-      - Write the tree of the image to this file as a composefs dumpfile, a text with one line for each file, as C(cfsctl oci dump) and
-        C(composefs-info dump) write it. It is the only thing that this module changes.
-      - The image must be selected with O(name) or O(digest) and must have an EROFS image, which is measured first. The directory must exist.
+      - Write the tree of the image to this file as a composefs dumpfile, a text with one line for each file, as
+        C(cfsctl oci dump) and C(composefs-info dump) write it. It is the only thing that this module changes.
+      - The image must be selected with O(name) or O(digest) and must have an EROFS image, which is measured first. The
+        directory must exist.
     type: path
 seealso:
   - module: composefs.oci.composefs_image
@@ -160,7 +163,8 @@ images:
       type: dict
       contains:
         own:
-          description: The bytes of the objects that only this image uses. A garbage collection frees them when the image has no name any more.
+          description: The bytes of the objects that only this image uses. A garbage collection frees them when the
+            image has no name any more.
           type: int
         shared:
           description: The bytes of the objects that other images use as well, whether they have names or not.
@@ -201,7 +205,8 @@ dumpfile:
   type: str
   sample: /var/tmp/app.dump
 error:
-  description: What went wrong, as a stable code for conditions in playbooks. The collection's documentation lists all codes.
+  description: What went wrong, as a stable code for conditions in playbooks. The collection's documentation lists all
+    codes.
   returned: on failure
   type: str
   sample: not_a_repository
@@ -237,14 +242,22 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
     return {"changed": changed, "images": images}
 
 
-def write_dumpfile(module: AnsibleModule, repository: Repository, images: list[dict[str, Any]], base: dict[str, Any]) -> bool:
+def write_dumpfile(
+    module: AnsibleModule, repository: Repository, images: list[dict[str, Any]], base: dict[str, Any]
+) -> bool:
     """Write the dumpfile of the one image that is selected; whether it changed."""
     params = module.params
     asked = params["name"] or params["digest"]
     if not images:
-        raise ImageNotFound(f"The repository {repository.path} has no image {asked}, so no dumpfile can be written.", "Pull it first, or correct the name.")
+        raise ImageNotFound(
+            f"The repository {repository.path} has no image {asked}, so no dumpfile can be written.",
+            "Pull it first, or correct the name.",
+        )
     if images[0]["image_id"] is None:
-        raise ImageNotFound(f"{asked} has no EROFS image to dump in {repository.path}.", "Pull it with 'erofs: true'. Artifacts have none.")
+        raise ImageNotFound(
+            f"{asked} has no EROFS image to dump in {repository.path}.",
+            "Pull it with 'erofs: true'. Artifacts have none.",
+        )
     base["dumpfile"] = os.path.abspath(params["dumpfile"])
     return dump.write(dump.dump(repository, images[0]["image_id"]), base["dumpfile"], module.check_mode)
 
@@ -263,7 +276,9 @@ def main() -> None:
         supports_check_mode=True,
     )
     if module.params["dumpfile"] and not (module.params["name"] or module.params["digest"]):
-        module.fail_json(msg="'dumpfile' needs one image: set 'name' or 'digest' as well.", error="invalid_reference", **EMPTY)
+        module.fail_json(
+            msg="'dumpfile' needs one image: set 'name' or 'digest' as well.", error="invalid_reference", **EMPTY
+        )
     base: dict[str, Any] = dict(EMPTY)
     run_module(module, lambda module: run(module, base), base)
 

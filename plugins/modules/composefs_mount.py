@@ -13,10 +13,13 @@ author:
   - composefs.oci contributors (@composefs)
 description:
   - Mounts an image of a composefs repository as a directory tree, takes it away, or puts another image in its place.
-  - The mount is an overlay of the EROFS image, which holds the tree and all metadata, and the objects of the repository, which hold the content. In a
-    repository that is protected by fs-verity the kernel checks every byte at every read.
-  - Only images that the repository lists may be mounted. An image is measured first, and the very file that was measured is mounted.
-  - Neither C(cfsctl) nor C(mount.composefs) is needed. Mounts that they made are recognised, and they recognise those of this module.
+  - The mount is an overlay of the EROFS image, which holds the tree and all metadata, and the objects of the
+    repository, which hold the content. In a repository that is protected by fs-verity the kernel checks every byte at
+    every read.
+  - Only images that the repository lists may be mounted. An image is measured first, and the very file that was
+    measured is mounted.
+  - Neither C(cfsctl) nor C(mount.composefs) is needed. Mounts that they made are recognised, and they recognise those
+    of this module.
 extends_documentation_fragment:
   - composefs.oci.attributes
   - composefs.oci.attributes.actiongroup_composefs
@@ -25,7 +28,8 @@ attributes:
   check_mode:
     support: full
     details:
-      - The image is looked up and measured in check mode, too. What only the kernel can tell, for example that a file is in use, is not foreseen.
+      - The image is looked up and measured in check mode, too. What only the kernel can tell, for example that a file
+        is in use, is not foreseen.
   diff_mode:
     support: full
   idempotent:
@@ -35,23 +39,24 @@ attributes:
 options:
   image:
     description:
-      - The image as a name in the repository, as the digest of its manifest (V(sha256:) and 64 hexadecimal digits), or as an image id, the fs-verity digest
-        of the EROFS image in hexadecimal digits.
+      - The image as a name in the repository, as the digest of its manifest (V(sha256:) and 64 hexadecimal digits), or
+        as an image id, the fs-verity digest of the EROFS image in hexadecimal digits.
       - Required with O(state=mounted) and O(state=remounted).
     type: str
   path:
     description:
-      - Where to mount. The directory is made with the mode V(0755) if it does not exist, and stays when the image is unmounted.
+      - Where to mount. The directory is made with the mode V(0755) if it does not exist, and stays when the image is
+        unmounted.
     type: path
     required: true
   state:
     description:
-      - V(mounted) mounts the image unless exactly that is mounted. Where another image, the same one in another way, or another file system is
-        mounted, it fails with RV(error=busy).
-      - V(remounted) is like V(mounted), but puts the image in the place of another one. At no moment is there neither. Whoever has files of the old
-        image open may read on.
-      - V(unmounted) removes all composefs images that are mounted at O(path), and fails with RV(error=busy) while they are in use. Other file systems are left
-        alone.
+      - V(mounted) mounts the image unless exactly that is mounted. Where another image, the same one in another way, or
+        another file system is mounted, it fails with RV(error=busy).
+      - V(remounted) is like V(mounted), but puts the image in the place of another one. At no moment is there neither.
+        Whoever has files of the old image open may read on.
+      - V(unmounted) removes all composefs images that are mounted at O(path), and fails with RV(error=busy) while they
+        are in use. Other file systems are left alone.
     type: str
     choices: [mounted, remounted, unmounted]
     default: mounted
@@ -71,9 +76,11 @@ options:
     default: false
   upperdir:
     description:
-      - A directory that takes all changes, so that the mount can be written. It is made if it does not exist. Requires O(workdir).
+      - A directory that takes all changes, so that the mount can be written. It is made if it does not exist. Requires
+        O(workdir).
       - Its own owner and permissions are those of the root directory of the mount.
-      - Changes made on top of one image need not fit another, so O(state=remounted) refuses to take over the directory of the mount that it replaces.
+      - Changes made on top of one image need not fit another, so O(state=remounted) refuses to take over the directory
+        of the mount that it replaces.
     type: path
   workdir:
     description:
@@ -81,7 +88,8 @@ options:
     type: path
   opts:
     description:
-      - Mount options. V(nodev), V(noexec), V(nosuid), V(nosymfollow), V(noatime), V(nodiratime), V(strictatime) and V(ro) as in C(mount(8)).
+      - Mount options. V(nodev), V(noexec), V(nosuid), V(nosymfollow), V(noatime), V(nodiratime), V(strictatime) and
+        V(ro) as in C(mount(8)).
       - V(volatile) makes a writable mount that is faster and does not survive a crash.
       - V(context=), V(fscontext=), V(defcontext=) and V(rootcontext=) with an SELinux context.
     type: list
@@ -89,15 +97,17 @@ options:
     default: []
   persistent:
     description:
-      - Whether the mount shall come back when the host boots. A unit of systemd is written and enabled for it, which runs a small Python program with
-        the interpreter of this task. It mounts exactly the image that is mounted now, and fails if that is not there any more or damaged.
+      - Whether the mount shall come back when the host boots. A unit of systemd is written and enabled for it, which
+        runs a small Python program with the interpreter of this task. It mounts exactly the image that is mounted now,
+        and fails if that is not there any more or damaged.
       - A unit that exists is removed if this is V(false) and with O(state=unmounted).
     type: bool
     default: false
 notes:
   - Mounting needs root, more exactly the capability C(CAP_SYS_ADMIN) in the initial user namespace.
-  - Linux 6.6 or later is needed for O(verity=required), and 6.5 to put one image in the place of another. Without both, older kernels mount images of
-    format V1, which is what M(composefs.oci.composefs_image) makes. Before 6.12 each image takes a loop device.
+  - Linux 6.6 or later is needed for O(verity=required), and 6.5 to put one image in the place of another. Without both,
+    older kernels mount images of format V1, which is what M(composefs.oci.composefs_image) makes. Before 6.12 each
+    image takes a loop device.
   - A repository on an overlay file system, such as in most containers, cannot be mounted from.
   - Services that use a persistent mount should be ordered after its unit, RV(unit).
 seealso:
@@ -191,7 +201,8 @@ unit:
 error:
   description:
     - What went wrong, as a stable code for conditions in playbooks. The collection's documentation lists all codes.
-    - For example V(busy), V(image_not_found), V(mount_failed), V(permission_denied), V(repository_damaged) or V(incompatible_repository).
+    - For example V(busy), V(image_not_found), V(mount_failed), V(permission_denied), V(repository_damaged) or
+      V(incompatible_repository).
   returned: on failure
   type: str
   sample: busy
@@ -227,9 +238,13 @@ def tell(base: dict[str, Any], there: mountinfo.Mounted | mounting.Target | None
     base.update(image_id=image_id, mounted=image_id is not None, verity=there.verity if there and image_id else None)
 
 
-def side(image_id: str | None, verity: bool | None, read_only: bool | None, upperdir: str | None, unit: str | None) -> dict[str, Any]:
+def side(
+    image_id: str | None, verity: bool | None, read_only: bool | None, upperdir: str | None, unit: str | None
+) -> dict[str, Any]:
     """One side of the difference that ``--diff`` shows."""
-    mounted = {"image_id": image_id, "verity": verity, "read_only": read_only, "upperdir": upperdir} if image_id else None
+    mounted = (
+        {"image_id": image_id, "verity": verity, "read_only": read_only, "upperdir": upperdir} if image_id else None
+    )
     return {"mounted": mounted, "unit": unit.splitlines() if unit else None}
 
 
@@ -245,7 +260,9 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
     base["previous_image_id"] = base["image_id"]
     old_unit = bootmount.current(real)
     base["unit"] = bootmount.unit_name(real) if old_unit is not None else None
-    before = side(base["image_id"], base["verity"], there and there.read_only, there and there.directory("upperdir"), old_unit)
+    before = side(
+        base["image_id"], base["verity"], there and there.read_only, there and there.directory("upperdir"), old_unit
+    )
 
     def command(words: list[str]) -> tuple[int, str, str]:
         return module.run_command(words, handle_exceptions=False)

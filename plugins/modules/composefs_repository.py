@@ -12,9 +12,10 @@ version_added: 0.1.0
 author:
   - composefs.oci contributors (@composefs)
 description:
-  - Makes sure that a directory is a composefs repository with a given digest algorithm and protection, as C(cfsctl init) does.
-  - What the file system cannot do is said before anything is made. A repository that exists is never converted or emptied; one that is not what the task
-    asks for is an error.
+  - Makes sure that a directory is a composefs repository with a given digest algorithm and protection, as C(cfsctl
+    init) does.
+  - What the file system cannot do is said before anything is made. A repository that exists is never converted or
+    emptied; one that is not what the task asks for is an error.
   - A repository without C(meta.json), made by programs older than composefs-rs 0.7, gets one.
 extends_documentation_fragment:
   - composefs.oci.attributes
@@ -31,42 +32,49 @@ attributes:
 options:
   path:
     description:
-      - The directory of the repository. It is made if it does not exist, with its parents. One that exists must be empty or a repository.
-      - The default is where C(cfsctl) has its own, V(/sysroot/composefs) for root and V(~/.var/lib/composefs) for any other user.
+      - The directory of the repository. It is made if it does not exist, with its parents. One that exists must be
+        empty or a repository.
+      - The default is where C(cfsctl) has its own, V(/sysroot/composefs) for root and V(~/.var/lib/composefs) for any
+        other user.
     type: path
   repository:
     description:
-      - The same as O(path), which takes precedence, under the name that the other modules of the collection have for it. So one default in
-        C(module_defaults) serves the whole action group.
+      - The same as O(path), which takes precedence, under the name that the other modules of the collection have for
+        it. So one default in C(module_defaults) serves the whole action group.
     type: path
   state:
     description:
-      - What the directory shall be. There is no state that removes a repository; that takes M(ansible.builtin.file) and a decision.
+      - What the directory shall be. There is no state that removes a repository; that takes M(ansible.builtin.file) and
+        a decision.
     type: str
     choices: [present]
     default: present
   algorithm:
     description:
       - The hash of the fs-verity digests by which the repository names its objects. It cannot be changed later.
-      - V(sha512) is what C(cfsctl init) takes. V(sha256) costs less processor time where the processor has instructions for it.
+      - V(sha512) is what C(cfsctl init) takes. V(sha256) costs less processor time where the processor has instructions
+        for it.
       - A repository that exists with the other algorithm fails the task with RV(error=incompatible_repository).
     type: str
     choices: [sha512, sha256]
     default: sha512
   verity:
     description:
-      - Whether the kernel shall protect every object against changes by fs-verity. A repository is made with this property and keeps it.
-      - V(required) fails with RV(error=verity_unsupported) where the file system or the kernel does not have fs-verity, and with
-        RV(error=incompatible_repository) where the repository exists without it.
-      - V(preferred) takes fs-verity where it works, does without where it does not, and accepts a repository that exists as it is.
-      - V(disabled) makes a repository that does not require fs-verity, and fails with RV(error=incompatible_repository) on one that does.
-        Objects are protected nevertheless where the file system can do it, as with C(cfsctl).
+      - Whether the kernel shall protect every object against changes by fs-verity. A repository is made with this
+        property and keeps it.
+      - V(required) fails with RV(error=verity_unsupported) where the file system or the kernel does not have fs-verity,
+        and with RV(error=incompatible_repository) where the repository exists without it.
+      - V(preferred) takes fs-verity where it works, does without where it does not, and accepts a repository that
+        exists as it is.
+      - V(disabled) makes a repository that does not require fs-verity, and fails with RV(error=incompatible_repository)
+        on one that does. Objects are protected nevertheless where the file system can do it, as with C(cfsctl).
     type: str
     choices: [required, preferred, disabled]
     default: required
   owner:
     description:
-      - The user that shall own the directory. Without it a new directory belongs to the user that runs the task, and an existing one is left alone.
+      - The user that shall own the directory. Without it a new directory belongs to the user that runs the task, and an
+        existing one is left alone.
       - Files inside are not touched; whoever works in the repository should be the owner.
     type: str
   group:
@@ -75,12 +83,14 @@ options:
     type: str
   mode:
     description:
-      - The permissions of the directory, as with M(ansible.builtin.file). Without it a new directory gets V(0700), and an existing one is left alone.
+      - The permissions of the directory, as with M(ansible.builtin.file). Without it a new directory gets V(0700), and
+        an existing one is left alone.
       - Objects hold the files of images with all their secrets, readable by anyone who gets into the directory.
     type: raw
 notes:
   - A repository should not lie on an overlay file system, because images cannot be mounted from there.
-  - For ext4, fs-verity must be switched on once with C(tune2fs -O verity). The role P(composefs.oci.repository#role) wraps this module.
+  - For ext4, fs-verity must be switched on once with C(tune2fs -O verity). The role P(composefs.oci.repository#role)
+    wraps this module.
 seealso:
   - module: composefs.oci.composefs_image
   - name: Linux kernel, fs-verity
@@ -181,8 +191,8 @@ free_inodes:
 error:
   description:
     - What went wrong, as a stable code for conditions in playbooks.
-    - For example V(verity_unsupported), V(incompatible_repository), V(not_a_repository), V(repository_damaged), V(read_only), V(permission_denied) or
-      V(no_space).
+    - For example V(verity_unsupported), V(incompatible_repository), V(not_a_repository), V(repository_damaged),
+      V(read_only), V(permission_denied) or V(no_space).
   returned: on failure
   type: str
   sample: verity_unsupported
@@ -212,7 +222,17 @@ ARGUMENT_SPEC = {
     "group": {"type": "str"},
     "mode": {"type": "raw"},
 }
-FACTS = ("created", "upgraded", "algorithm", "verity", "verity_supported", "formats", "filesystem", "free_bytes", "free_inodes")
+FACTS = (
+    "created",
+    "upgraded",
+    "algorithm",
+    "verity",
+    "verity_supported",
+    "formats",
+    "filesystem",
+    "free_bytes",
+    "free_inodes",
+)
 
 
 def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
@@ -225,15 +245,27 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
     before = {"path": path, "state": state_of(path)}
     done = create.prepare(path, algorithm, params["verity"], check=module.check_mode)
     verity = "required" if done.secure else "optional"
-    description = {"algorithm": done.metadata.algorithm.name, "verity": verity, "formats": list(done.metadata.erofs_formats)}
+    description = {
+        "algorithm": done.metadata.algorithm.name,
+        "verity": verity,
+        "formats": list(done.metadata.erofs_formats),
+    }
     after = {"path": path, "state": "present"}
     changed = base["changed"] = done.created or done.upgraded
     if changed:
         after.update(description)
     changed = base["changed"] = set_attributes(module, path, changed, before, after)
-    result = {"changed": changed, "created": done.created, "upgraded": done.upgraded, **description, **place(path, algorithm)}
+    result = {
+        "changed": changed,
+        "created": done.created,
+        "upgraded": done.upgraded,
+        **description,
+        **place(path, algorithm),
+    }
     if result["filesystem"] == "overlay":
-        module.warn(f"The repository {path} lies on an overlay file system: images can be stored there, but not mounted.")
+        module.warn(
+            f"The repository {path} lies on an overlay file system: images can be stored there, but not mounted."
+        )
     return {**result, "diff": {"before": before, "after": after}} if module._diff else result
 
 
@@ -253,8 +285,12 @@ def require_account(name: str | None, look_up: Callable[[str], Any], kind: str) 
             raise IOFailed(f"This host has no {kind} {name}.", "Make it first, or correct the name.") from None
 
 
-def set_attributes(module: AnsibleModule, path: str, changed: bool, before: dict[str, Any], after: dict[str, Any]) -> bool:
-    """Owner, group and mode by Ansible's own means, which know symbolic modes and check mode; whether anything changed."""
+def set_attributes(
+    module: AnsibleModule, path: str, changed: bool, before: dict[str, Any], after: dict[str, Any]
+) -> bool:
+    """Owner, group and mode by Ansible's own means, which know symbolic modes and check mode; whether
+    anything changed.
+    """
     params = module.params
     if module.check_mode and not os.path.isdir(path):
         after.update({name: params[name] for name in ("owner", "group", "mode") if params[name] is not None})
@@ -275,7 +311,12 @@ def place(path: str, algorithm: fsverity.Algorithm) -> dict[str, Any]:
                 supported = filesystem.missing_ability(fd, algorithm) is None
             except EngineError:
                 supported = None
-            return {"filesystem": filesystem.type_of(fd), "verity_supported": supported, "free_bytes": free_bytes, "free_inodes": free_inodes}
+            return {
+                "filesystem": filesystem.type_of(fd),
+                "verity_supported": supported,
+                "free_bytes": free_bytes,
+                "free_inodes": free_inodes,
+            }
         finally:
             os.close(fd)
 

@@ -2,12 +2,13 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Fuzz the EROFS reader: whatever the bytes, it answers or raises FormatError, soon and in memory in proportion to the image.
+"""Fuzz the EROFS reader: whatever the bytes, it answers or raises FormatError, soon and in memory in proportion to the
+image.
 
     python tests/fuzz/fuzz_erofs_reader.py [--seconds 60] [--seed N] [FILE ...]
 
-With atheris installed it is guided by coverage (further options go to libFuzzer); without, golden images are damaged at random.
-FILEs are run once each, to look at what was found.
+With atheris installed it is guided by coverage (further options go to libFuzzer); without, golden images are damaged at
+random. FILEs are run once each, to look at what was found.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ def damage(image: bytes, dice: random.Random) -> bytes:
         elif how == 1:
             data[at] = dice.choice((0, 1, 2, 0x7F, 0x80, 0xFF))
         elif how == 2:
-            data[at : at + 4] = dice.choice((0, 1, 36, 4096, 0x7FFFFFFF, 0xFFFFFFFF, len(data) // 32, len(data))).to_bytes(4, "little")
+            data[at : at + 4] = dice.choice(
+                (0, 1, 36, 4096, 0x7FFFFFFF, 0xFFFFFFFF, len(data) // 32, len(data))
+            ).to_bytes(4, "little")
         elif how == 3:
             other = dice.randrange(len(data))
             length = dice.choice((2, 8, 12, 32, 64))

@@ -2,12 +2,13 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Fuzz everything between layer archives and EROFS images: whatever the bytes, they become an image or an error of the engine, soon.
+"""Fuzz everything between layer archives and EROFS images: whatever the bytes, they become an image or an error of the
+engine, soon.
 
     python tests/fuzz/fuzz_tree.py [--seconds 60] [--seed N] [LAYER ...]
 
-Archives are composed at random (odd paths, whiteouts, links, sizes, SELinux policies) or damaged. LAYERs are archives that are run once, as
-the layers of one image, to look at what was found.
+Archives are composed at random (odd paths, whiteouts, links, sizes, SELinux policies) or damaged. LAYERs are archives
+that are run once, as the layers of one image, to look at what was found.
 """
 
 from __future__ import annotations
@@ -35,8 +36,30 @@ SECONDS_PER_INPUT = 5.0
 MEMORY = 1 << 29
 FILES = "etc/selinux/t/contexts/files/file_contexts"
 PARENTS = (b"a", b"b", b"usr", b"run", b"etc", b".", b"", b"\xff")
-WORDS = (*PARENTS[:5], b"c", b"d", b"e", b"f", b"g", b"00", b"boot", b"n" * 255, b".wh.a", b".wh.c", b".wh.d", b".wh..wh..opq", b"c/", b"d/.", b".wh.")
-START = [*base("run", "a", "b"), member("usr/c", b"c"), member("a/c", b"c" * 100), member("c", type=b"2", linkname="usr")]
+WORDS = (
+    *PARENTS[:5],
+    b"c",
+    b"d",
+    b"e",
+    b"f",
+    b"g",
+    b"00",
+    b"boot",
+    b"n" * 255,
+    b".wh.a",
+    b".wh.c",
+    b".wh.d",
+    b".wh..wh..opq",
+    b"c/",
+    b"d/.",
+    b".wh.",
+)
+START = [
+    *base("run", "a", "b"),
+    member("usr/c", b"c"),
+    member("a/c", b"c" * 100),
+    member("c", type=b"2", linkname="usr"),
+]
 BAD_WORDS = (b"..", b"n" * 256, b"a\0b", b".wh.a/x", b"c/x", b"")
 REGEX = (
     b"a",
@@ -82,7 +105,9 @@ def entry(chance: random.Random) -> bytes:
     xattrs: dict[str, bytes] = {}
     for _unused in range(chance.choice((0, 0, 0, 1, 3))):
         name = chance.choice(("security.capability", "security.selinux", "user.a", "trusted.overlay.opaque"))
-        xattrs[name if not odd else "user." + "x" * 300] = chance.choice((b"", b"y", b"0sA=\n", b"x" * (70_000 if odd else 7000)))
+        xattrs[name if not odd else "user." + "x" * 300] = chance.choice(
+            (b"", b"y", b"0sA=\n", b"x" * (70_000 if odd else 7000))
+        )
     pax: dict[str, bytes] = {}
     if chance.random() < 0.2:
         pax["mtime"] = chance.choice((b"9" * 25, b"x", "1.\u00e9".encode()) if odd else (b"1.5", b"-3.25", b"1."))
@@ -122,7 +147,9 @@ def policy(chance: random.Random) -> list[bytes]:
 
 
 def damaged(data: bytes, chance: random.Random) -> bytes:
-    """A well-formed archive with a few bytes changed, cut out or doubled; sums of headers are made right again, so that more gets through."""
+    """A well-formed archive with a few bytes changed, cut out or doubled; sums of headers are made right again, so that
+    more gets through.
+    """
     raw = bytearray(data)
     for _unused in range(chance.randrange(1, 6)):
         at = chance.randrange(len(raw))
@@ -130,7 +157,9 @@ def damaged(data: bytes, chance: random.Random) -> bytes:
         if action == 0:
             raw[at] ^= 1 << chance.randrange(8)
         elif action == 1:
-            raw[at : at + chance.randrange(1, 9)] = chance.choice((b"\0" * 8, b"7" * 8, b"\x80\xff\xff\xff", b"\xff" * 8))
+            raw[at : at + chance.randrange(1, 9)] = chance.choice(
+                (b"\0" * 8, b"7" * 8, b"\x80\xff\xff\xff", b"\xff" * 8)
+            )
         elif action == 2:
             del raw[at : at + 512 * chance.randrange(1, 3)]
         else:
@@ -148,19 +177,26 @@ def damaged(data: bytes, chance: random.Random) -> bytes:
 def make(chance: random.Random) -> list[bytes]:
     shape = chance.randrange(8)
     if shape == 0:
-        return [damaged(small_tree(files=3, seed=chance.randrange(100)), chance) for _unused in range(chance.randrange(1, 3))]
+        return [
+            damaged(small_tree(files=3, seed=chance.randrange(100)), chance)
+            for _unused in range(chance.randrange(1, 3))
+        ]
     if shape == 1:
         return [tar(*policy(chance), *(entry(chance) for _unused in range(chance.randrange(10))))]
     if shape == 2:
         # Many directories for few bytes.
         return [
-            tar(*(header(b"%d/" % chance.randrange(3) + b"d/" * 45, 0, b"5") for _unused in range(300)), member("x/" * chance.choice((16_000, 400_000)), b""))
+            tar(
+                *(header(b"%d/" % chance.randrange(3) + b"d/" * 45, 0, b"5") for _unused in range(300)),
+                member("x/" * chance.choice((16_000, 400_000)), b""),
+            )
         ]
     if shape == 3:
         loud = b"".join(member(path(chance), padding(1)) for _unused in range(5))
         return [tar(*base(), loud), damaged(tar(*(entry(chance) for _unused in range(5))), chance)]
     return [
-        tar(*(START if chance.random() < 0.9 else []), *(entry(chance) for _unused in range(chance.randrange(25)))) for _unused in range(chance.randrange(1, 4))
+        tar(*(START if chance.random() < 0.9 else []), *(entry(chance) for _unused in range(chance.randrange(25))))
+        for _unused in range(chance.randrange(1, 4))
     ]
 
 

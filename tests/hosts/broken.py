@@ -4,8 +4,8 @@
 
 """Ways to break what the Molecule scenarios stand for, one promise at a time, and the test that has to notice each.
 
-``dev/molecule --broken`` puts ``new`` in the place of ``old`` in a copy of the collection, runs the scenario to its tests, whatever the steps
-before say, and wants ``noticed_by`` among the tests that fail.
+``dev/molecule --broken`` puts ``new`` in the place of ``old`` in a copy of the collection, runs the scenario to its
+tests, whatever the steps before say, and wants ``noticed_by`` among the tests that fail.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class Breakage(NamedTuple):
         path = collection / self.file
         text = path.read_text()
         if text.count(self.old) != 1:
-            raise ValueError(f"{self.file} has {self.old!r} {text.count(self.old)} times; tests/hosts/broken.py has to follow it")
+            raise ValueError(
+                f"{self.file} has {self.old!r} {text.count(self.old)} times; tests/hosts/broken.py has to follow it"
+            )
         path.write_text(text.replace(self.old, self.new))
 
 
@@ -45,7 +47,14 @@ BREAKAGES = (
         '"changed": any(changes) and not module.check_mode',
         "test_check_mode_on_a_fresh_host_foretells_what_changes",
     ),
-    Breakage("default", "a second run changes nothing", IMAGE, '"changed": any(changes)', '"changed": True', "test_a_further_run_changes_nothing"),
+    Breakage(
+        "default",
+        "a second run changes nothing",
+        IMAGE,
+        '"changed": any(changes)',
+        '"changed": True',
+        "test_a_further_run_changes_nothing",
+    ),
     Breakage(
         "default",
         "objects hold what their names say",
@@ -54,7 +63,9 @@ BREAKAGES = (
         'written = os.write(draft.fd, bytes(data[:-1]) + b"?")',
         "test_the_repository_holds_the_images_and_nothing_is_damaged",
     ),
-    Breakage("default", "pulls are in the system log", IMAGE, "module.log(f", "str(f", "test_the_pulls_are_in_the_system_log"),
+    Breakage(
+        "default", "pulls are in the system log", IMAGE, "module.log(f", "str(f", "test_the_pulls_are_in_the_system_log"
+    ),
     Breakage(
         "registry",
         "the password is on no command line",
@@ -71,7 +82,14 @@ BREAKAGES = (
         '"password": {"type": "str", "no_log": False}',
         "test_the_password_is_in_no_result_log_or_diff",
     ),
-    Breakage("registry", "every mistake has its code", ENGINE + "errors.py", 'code = "tls_failed"', 'code = "failed"', "test_what_goes_wrong_has_its_code"),
+    Breakage(
+        "registry",
+        "every mistake has its code",
+        ENGINE + "errors.py",
+        'code = "tls_failed"',
+        'code = "failed"',
+        "test_what_goes_wrong_has_its_code",
+    ),
     Breakage(
         "transports",
         "what is there is not fetched again",
@@ -104,7 +122,14 @@ BREAKAGES = (
         'code = "io_error"',
         "test_what_is_not_allowed_is_said",
     ),
-    Breakage("faults", "a full disk is told as such", ENGINE + "errors.py", 'code = "no_space"', 'code = "io_error"', "test_a_full_disk_is_told_as_such"),
+    Breakage(
+        "faults",
+        "a full disk is told as such",
+        ENGINE + "errors.py",
+        'code = "no_space"',
+        'code = "io_error"',
+        "test_a_full_disk_is_told_as_such",
+    ),
     Breakage(
         "faults",
         "no temporary file is left",

@@ -4,8 +4,8 @@
 
 """What namespace hosts and guests share: where things lie, the key to log in with, and running programs.
 
-Everything lies in the project's cache (`aptroot.cache_directory`, ``.cache`` of the checkout): ``hosts/`` holds root trees, disks and the key,
-which are made once, and ``hosts/run/NAME`` what belongs to one running host.
+Everything lies in the project's cache (`aptroot.cache_directory`, ``.cache`` of the checkout): ``hosts/`` holds root
+trees, disks and the key, which are made once, and ``hosts/run/NAME`` what belongs to one running host.
 """
 
 from __future__ import annotations
@@ -64,7 +64,13 @@ def need(*programs: str, why: str) -> None:
 def run(*command: str | os.PathLike[str], **options: object) -> str:
     """Run a command to its end; its output. RuntimeError with the last words if it fails."""
     words = [os.fspath(word) for word in command]
-    settings: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, **options}
+    settings: dict[str, Any] = {
+        "stdin": subprocess.DEVNULL,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+        **options,
+    }
     done = subprocess.run(words, check=False, **settings)
     if done.returncode:
         raise RuntimeError(f"{' '.join(words[:8])}: exit code {done.returncode}: {done.stdout[-1500:].strip()}")
@@ -112,7 +118,9 @@ def answers(address: str, port: int, seconds: float) -> bool:
 
 
 def process_of(directory: pathlib.Path) -> int | None:
-    """The process whose number and start time stand in ``directory``/pid, if it still lives. A number alone may belong to somebody else by now."""
+    """The process whose number and start time stand in ``directory``/pid, if it still lives. A number alone may belong
+    to somebody else by now.
+    """
     with contextlib.suppress(OSError, ValueError):
         pid, started = (directory / "pid").read_text().split()
         return int(pid) if started_at(int(pid)) == started else None
@@ -120,7 +128,9 @@ def process_of(directory: pathlib.Path) -> int | None:
 
 
 def started_at(pid: int) -> str:
-    """The start time of a process in clock ticks since boot; "" if there is no such process (or it is dead and not reaped)."""
+    """The start time of a process in clock ticks since boot; "" if there is no such process (or it is dead and not
+    reaped).
+    """
     with contextlib.suppress(OSError):
         fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return "" if fields[0] in "ZX" else fields[19]

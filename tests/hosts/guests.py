@@ -4,8 +4,9 @@
 
 """Guests: stock Debian kernels in qemu, with systemd, a disk that has fs-verity, and a plug that can be pulled.
 
-A guest starts from a frozen template (memory and disks of one that has booted) in a few seconds; after a stop or a power cut it boots its own
-disk. Besides its root it has three file systems: /srv/ext4 (fs-verity), /srv/btrfs (fs-verity) and /srv/plain (ext4 without fs-verity).
+A guest starts from a frozen template (memory and disks of one that has booted) in a few seconds; after a stop or a
+power cut it boots its own disk. Besides its root it has three file systems: /srv/ext4 (fs-verity), /srv/btrfs
+(fs-verity) and /srv/plain (ext4 without fs-verity).
 """
 
 from __future__ import annotations
@@ -29,22 +30,85 @@ import roots
 from ground import Unavailable
 
 PACKAGES = (
-    *("linux-image-cloud-amd64", "systemd-sysv", "udev", "kmod", "dbus", "openssh-server", "python3", "procps", "util-linux", "iproute2"),
+    *(
+        "linux-image-cloud-amd64",
+        "systemd-sysv",
+        "udev",
+        "kmod",
+        "dbus",
+        "openssh-server",
+        "python3",
+        "procps",
+        "util-linux",
+        "iproute2",
+    ),
     *("e2fsprogs", "btrfs-progs", "fsverity", "zstd", "ca-certificates", "skopeo", "python3-jsonschema"),
 )
 # What the kernel package has as modules of these goes into the initramfs; the rest is built in.
 DRIVERS = ("virtio_pci", "virtio_blk", "virtio_net", "crc32c_generic", "ext4", "btrfs")
-# What a guest can do without: an emulated processor takes half a minute to start all of it. The network is set up by a unit of our own.
+# What a guest can do without: an emulated processor takes half a minute to start all of it. The network is set up by a
+# unit of our own.
 MASKED = (
-    *("apt-daily.timer", "apt-daily-upgrade.timer", "e2scrub_all.timer", "e2scrub_reap.service", "fstrim.timer", "dpkg-db-backup.timer"),
-    *("getty@tty1.service", "serial-getty@ttyS0.service", "systemd-timesyncd.service", "systemd-logind.service", "systemd-random-seed.service"),
-    *("systemd-udevd.service", "systemd-udevd-control.socket", "systemd-udevd-kernel.socket", "systemd-udev-trigger.service"),
-    *("systemd-networkd.service", "systemd-networkd.socket", "systemd-networkd-wait-online.service", "systemd-networkd-persistent-storage.service"),
-    *("systemd-binfmt.service", "proc-sys-fs-binfmt_misc.automount", "systemd-journal-flush.service", "systemd-journal-catalog-update.service"),
-    *("sys-fs-fuse-connections.mount", "sys-kernel-config.mount", "sys-kernel-debug.mount", "sys-kernel-tracing.mount", "dev-hugepages.mount"),
-    *("dev-mqueue.mount", "kmod-static-nodes.service", "systemd-modules-load.service", "systemd-pcrphase.service", "ldconfig.service"),
-    *("modprobe@drm.service", "modprobe@configfs.service", "modprobe@efi_pstore.service", "modprobe@fuse.service", "modprobe@loop.service"),
-    *("modprobe@dm_mod.service", "systemd-tpm2-setup.service", "systemd-tpm2-setup-early.service", "systemd-hwdb-update.service"),
+    *(
+        "apt-daily.timer",
+        "apt-daily-upgrade.timer",
+        "e2scrub_all.timer",
+        "e2scrub_reap.service",
+        "fstrim.timer",
+        "dpkg-db-backup.timer",
+    ),
+    *(
+        "getty@tty1.service",
+        "serial-getty@ttyS0.service",
+        "systemd-timesyncd.service",
+        "systemd-logind.service",
+        "systemd-random-seed.service",
+    ),
+    *(
+        "systemd-udevd.service",
+        "systemd-udevd-control.socket",
+        "systemd-udevd-kernel.socket",
+        "systemd-udev-trigger.service",
+    ),
+    *(
+        "systemd-networkd.service",
+        "systemd-networkd.socket",
+        "systemd-networkd-wait-online.service",
+        "systemd-networkd-persistent-storage.service",
+    ),
+    *(
+        "systemd-binfmt.service",
+        "proc-sys-fs-binfmt_misc.automount",
+        "systemd-journal-flush.service",
+        "systemd-journal-catalog-update.service",
+    ),
+    *(
+        "sys-fs-fuse-connections.mount",
+        "sys-kernel-config.mount",
+        "sys-kernel-debug.mount",
+        "sys-kernel-tracing.mount",
+        "dev-hugepages.mount",
+    ),
+    *(
+        "dev-mqueue.mount",
+        "kmod-static-nodes.service",
+        "systemd-modules-load.service",
+        "systemd-pcrphase.service",
+        "ldconfig.service",
+    ),
+    *(
+        "modprobe@drm.service",
+        "modprobe@configfs.service",
+        "modprobe@efi_pstore.service",
+        "modprobe@fuse.service",
+        "modprobe@loop.service",
+    ),
+    *(
+        "modprobe@dm_mod.service",
+        "systemd-tpm2-setup.service",
+        "systemd-tpm2-setup-early.service",
+        "systemd-hwdb-update.service",
+    ),
 )
 NETWORK = """\
 [Unit]
@@ -65,10 +129,14 @@ DISKS = {
     "plain": ("200M", ("mkfs.ext4", "-q", "-F", "-b", "4096", "-O", "^verity", "-m", "0", "-L", "plain")),
 }
 MEMORY = 640
-# An emulated processor is a quarter faster without these: programs that find AVX use it, and five levels of page tables take longer to walk.
+# An emulated processor is a quarter faster without these: programs that find AVX use it, and five levels of page tables
+# take longer to walk.
 SLOW_WHEN_EMULATED = ("la57", "avx", "avx2", "smap", "smep", "pku")
 # Modules that the collection's tasks load anyway: read once before the freeze, they are in every guest's memory.
-WARM = "import ast, asyncio, concurrent.futures, ctypes, hashlib, json, multiprocessing, platform, selectors, shutil, ssl, subprocess, tempfile, zipfile"
+WARM = (
+    "import ast, asyncio, concurrent.futures, ctypes, hashlib, json, multiprocessing, platform, selectors, shutil, ssl,"
+    " subprocess, tempfile, zipfile"
+)
 BOOT_SECONDS = 240
 
 
@@ -88,7 +156,19 @@ def check() -> None:
         raise Unavailable("making the disks of guests needs root")
     if os.uname().machine != "x86_64":
         raise Unavailable("guests are made for x86_64 only")
-    ground.need("qemu-system-x86_64", "qemu-img", "mkfs.ext4", "mkfs.btrfs", "cpio", "busybox", "lz4", "xz", "zstd", "mmdebstrap", why="a guest")
+    ground.need(
+        "qemu-system-x86_64",
+        "qemu-img",
+        "mkfs.ext4",
+        "mkfs.btrfs",
+        "cpio",
+        "busybox",
+        "lz4",
+        "xz",
+        "zstd",
+        "mmdebstrap",
+        why="a guest",
+    )
 
 
 def _packages(suite: str) -> list[str]:
@@ -99,7 +179,19 @@ def _packages(suite: str) -> list[str]:
 
 def _recipe(suite: str) -> str:
     initramfs = (ground.HERE / "inside/guest-initramfs").read_text()
-    parts = [_packages(suite), DRIVERS, MASKED, NETWORK, DISKS, MEMORY, SLOW_WHEN_EMULATED, WARM, accelerator(), initramfs, 5]
+    parts = [
+        _packages(suite),
+        DRIVERS,
+        MASKED,
+        NETWORK,
+        DISKS,
+        MEMORY,
+        SLOW_WHEN_EMULATED,
+        WARM,
+        accelerator(),
+        initramfs,
+        5,
+    ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
@@ -135,7 +227,11 @@ def _make_base(suite: str, new: pathlib.Path) -> None:
     _make_initramfs(version, new / "initramfs")
     for file in (root / "boot").iterdir():
         ground.remove(file)
-    _make_disk(new / "root.img", "4G", ("mkfs.ext4", "-q", "-F", "-b", "4096", "-O", "verity", "-m", "0", "-L", "root", "-d", str(root)))
+    _make_disk(
+        new / "root.img",
+        "4G",
+        ("mkfs.ext4", "-q", "-F", "-b", "4096", "-O", "verity", "-m", "0", "-L", "root", "-d", str(root)),
+    )
     for name, (size, command) in DISKS.items():
         _make_disk(new / f"{name}.img", size, command)
     ground.remove(root)
@@ -167,7 +263,8 @@ def _configure(root: pathlib.Path) -> None:
 def _unpack_kernel(image: pathlib.Path, target: pathlib.Path) -> None:
     """The ELF file inside a bzImage, which qemu can start directly: a guest need not unpack it on its slow processor.
 
-    Boot protocol of the kernel (Documentation/arch/x86/boot.rst): setup_sects at 0x1f1, payload_offset and payload_length at 0x248.
+    Boot protocol of the kernel (Documentation/arch/x86/boot.rst): setup_sects at 0x1f1, payload_offset and
+    payload_length at 0x248.
     """
     data = image.read_bytes()
     if data[0x202:0x206] != b"HdrS":
@@ -179,9 +276,12 @@ def _unpack_kernel(image: pathlib.Path, target: pathlib.Path) -> None:
     tool = next((tool for magic, tool in tools.items() if payload.startswith(magic)), "")
     if not tool:
         raise Unavailable(f"{image.name} is packed in a way that is not known here")
-    # The last four bytes are the unpacked size, which the kernel's build appends (gzip has it anyway). Its decoder ends with the stream.
+    # The last four bytes are the unpacked size, which the kernel's build appends (gzip has it anyway). Its decoder ends
+    # with the stream.
     body = payload if tool == "gzip" else payload[:-4]
-    unpacked = subprocess.run([tool, "-dc"], input=body, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False).stdout
+    unpacked = subprocess.run(
+        [tool, "-dc"], input=body, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False
+    ).stdout
     if unpacked[:4] != b"\x7fELF":
         raise Unavailable(f"{image.name} could not be unpacked")
     target.write_bytes(unpacked)
@@ -198,7 +298,8 @@ def _make_initramfs(modules: pathlib.Path, target: pathlib.Path) -> None:
         (tree / "bin").mkdir()
         (tree / "modules").mkdir()
         shutil.copy(str(shutil.which("busybox")), tree / "bin/busybox")
-        # The line that tells the kernel what runs it is added here: as a file of the collection it would stand for a program of every host.
+        # The line that tells the kernel what runs it is added here: as a file of the collection it would stand for a
+        # program of every host.
         (tree / "init").write_text("#!/bin/busybox sh\n" + (ground.HERE / "inside/guest-initramfs").read_text())
         (tree / "init").chmod(0o755)
         order: list[str] = []
@@ -218,7 +319,9 @@ def _make_initramfs(modules: pathlib.Path, target: pathlib.Path) -> None:
                     (tree / "modules" / name).write_bytes(data)
         (tree / "modules/order").write_text("\n".join(order) + "\n")
         names = "\n".join(str(path.relative_to(tree)) for path in sorted(tree.rglob("*")))
-        archive = subprocess.run(["cpio", "-o", "-H", "newc", "--quiet"], input=names.encode(), cwd=tree, stdout=subprocess.PIPE, check=True)
+        archive = subprocess.run(
+            ["cpio", "-o", "-H", "newc", "--quiet"], input=names.encode(), cwd=tree, stdout=subprocess.PIPE, check=True
+        )
         target.write_bytes(archive.stdout)
 
 
@@ -236,7 +339,11 @@ def template(suite: str) -> pathlib.Path:
                     _overlay(made / f"{disk}.img", "raw", new / f"{disk}.qcow2")
                 _launch(name, made, new)
                 _wait(name, BOOT_SECONDS)
-                ssh(name, f"python3 -c '{WARM}'; skopeo --version; modprobe -a loop overlay erofs; systemctl is-system-running --wait; sync")
+                ssh(
+                    name,
+                    f"python3 -c '{WARM}'; skopeo --version; modprobe -a loop overlay erofs; systemctl "
+                    f"is-system-running --wait; sync",
+                )
                 with Monitor(name) as monitor:
                     monitor.ask("stop")
                     monitor.ask("migrate", uri=f"exec:zstd -q -1 -o {new}/memory.zst")
@@ -305,18 +412,38 @@ def _launch(name: str, made: pathlib.Path, disks: pathlib.Path, frozen: pathlib.
     command = ["qemu-system-x86_64", "-name", name, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
     cpu = "host" if accelerator() == "kvm" else ",".join(["max", *(f"{feature}=off" for feature in SLOW_WHEN_EMULATED)])
     command += ["-machine", f"q35,accel={accelerator()}", "-cpu", cpu, "-m", str(MEMORY), "-smp", "1"]
-    command += ["-rtc", "base=utc", "-kernel", str(made / "vmlinux"), "-initrd", str(made / "initramfs"), "-append", kernel]
+    command += [
+        "-rtc",
+        "base=utc",
+        "-kernel",
+        str(made / "vmlinux"),
+        "-initrd",
+        str(made / "initramfs"),
+        "-append",
+        kernel,
+    ]
     command += ["-serial", "file:console", "-qmp", "unix:monitor,server=on,wait=off", "-device", "virtio-rng-pci"]
     for number, disk in enumerate(("root", *DISKS)):
-        # What the guest has flushed is with this machine's kernel, which outlives qemu: killing qemu takes only what the guest had not written yet.
-        command += ["-drive", f"if=none,id=disk{number},format=qcow2,file={disks}/{disk}.qcow2,cache=unsafe,discard=unmap"]
+        # What the guest has flushed is with this machine's kernel, which outlives qemu: killing qemu takes only what
+        # the guest had not written yet.
+        command += [
+            "-drive",
+            f"if=none,id=disk{number},format=qcow2,file={disks}/{disk}.qcow2,cache=unsafe,discard=unmap",
+        ]
         command += ["-device", f"virtio-blk-pci,drive=disk{number}"]
-    command += ["-netdev", f"user,id=net,hostfwd=tcp:127.0.0.1:{port_file.read_text()}-:22", "-device", "virtio-net-pci,netdev=net,romfile="]
+    command += [
+        "-netdev",
+        f"user,id=net,hostfwd=tcp:127.0.0.1:{port_file.read_text()}-:22",
+        "-device",
+        "virtio-net-pci,netdev=net,romfile=",
+    ]
     if frozen:
         command += ["-incoming", f"exec:zstd -dcq {frozen}/memory.zst"]
     (directory / "console").unlink(missing_ok=True)
     with open(directory / "log", "ab") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd=directory)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd=directory
+        )
     ground.remember_process(directory, process.pid)
 
 
@@ -327,10 +454,16 @@ def _wait(name: str, seconds: float) -> None:
     while time.monotonic() < end:
         # sshd may greet while systemd still keeps users out.
         login = ground.ssh_command("127.0.0.1", port, "true")
-        if ground.answers("127.0.0.1", port, 1) and subprocess.run(login, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False).returncode == 0:
+        if (
+            ground.answers("127.0.0.1", port, 1)
+            and subprocess.run(login, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False).returncode == 0
+        ):
             return
         if ground.process_of(directory) is None:
-            raise RuntimeError(f"{name}: qemu ended: {ground.quoted_tail(directory / 'log')} {ground.quoted_tail(directory / 'console')}")
+            raise RuntimeError(
+                f"{name}: qemu ended: {ground.quoted_tail(directory / 'log')} "
+                f"{ground.quoted_tail(directory / 'console')}"
+            )
         time.sleep(0.1)
     raise RuntimeError(f"{name} did not answer in {seconds:.0f} s: {ground.quoted_tail(directory / 'console')}")
 
@@ -409,9 +542,17 @@ if __name__ == "__main__":
     parser.add_argument("action", choices=("template", "start", "boot", "cut", "stop", "ssh", "remove"))
     parser.add_argument("name", nargs="?", default="guest")
     parser.add_argument("command", nargs="*")
-    parser.add_argument("--suite", default="trixie", help="for template and start: bookworm (Linux 6.1), trixie (6.12) or forky (7.x)")
+    parser.add_argument(
+        "--suite", default="trixie", help="for template and start: bookworm (Linux 6.1), trixie (6.12) or forky (7.x)"
+    )
     options = parser.parse_args()
-    actions = {"start": lambda name: start(name, options.suite), "boot": boot, "cut": cut_power, "stop": shut_down, "remove": remove}
+    actions = {
+        "start": lambda name: start(name, options.suite),
+        "boot": boot,
+        "cut": cut_power,
+        "stop": shut_down,
+        "remove": remove,
+    }
     if options.action == "template":
         print(template(options.suite))
     elif options.action == "ssh":

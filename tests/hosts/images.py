@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The images that the scenarios pull, made once into one OCI layout of the cache, and the facts about them that tests hold results against."""
+"""The images that the scenarios pull, made once into one OCI layout of the cache, and the facts about them that tests
+hold results against.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,11 @@ OTHER = "riscv64"
 
 
 def _application(version: int) -> bytes:
-    parts = [member("opt/", type=DIRECTORY), member("opt/app/", type=DIRECTORY), member("opt/app/version", f"{version}\n".encode())]
+    parts = [
+        member("opt/", type=DIRECTORY),
+        member("opt/app/", type=DIRECTORY),
+        member("opt/app/version", f"{version}\n".encode()),
+    ]
     parts.append(member("opt/app/program", random.Random(version).randbytes(150_000), mode=0o755))
     parts.append(member("opt/app/current", type=SYMLINK, linkname="program"))
     return tar(*parts)
@@ -40,13 +46,25 @@ def _make(layout: Layout) -> None:
     for version in (1, 2):
         layout.image([base, _application(version)], f"app-{version}", labels={"version": str(version)})
     layout.image([base, small_tree(files=10, seed=7, prefix="usr/share/zstd")], "zstd", encoding="zstd")
-    layout.multi_platform({f"linux/{architecture()}": [base, _application(1)], f"linux/{OTHER}": [base, _application(2)]}, "multi")
+    layout.multi_platform(
+        {f"linux/{architecture()}": [base, _application(1)], f"linux/{OTHER}": [base, _application(2)]}, "multi"
+    )
     layout.multi_platform({f"linux/{OTHER}": [base]}, "foreign")
     layout.image([_bulk(seed, 24, 250_000) for seed in range(101, 105)], "big")
     # Little to fetch and much to store: it fills a disk that seemed to have room for it.
-    puffy = [[member(f"puff/{layer}/{number}", b"%d %d\n" % (layer, number) * 40_000) for number in range(24)] for layer in range(4)]
-    layout.image([tar(member("puff/", type=DIRECTORY), member(f"puff/{n}/", type=DIRECTORY), *files) for n, files in enumerate(puffy)], "puffy")
-    # For guests, whose processor is slow: few files, some of them large enough to have several blocks under their Merkle tree.
+    puffy = [
+        [member(f"puff/{layer}/{number}", b"%d %d\n" % (layer, number) * 40_000) for number in range(24)]
+        for layer in range(4)
+    ]
+    layout.image(
+        [
+            tar(member("puff/", type=DIRECTORY), member(f"puff/{n}/", type=DIRECTORY), *files)
+            for n, files in enumerate(puffy)
+        ],
+        "puffy",
+    )
+    # For guests, whose processor is slow: few files, some of them large enough to have several blocks under their
+    # Merkle tree.
     layout.image([small_tree(files=25, seed=5, size=1500), _bulk(201, 4, 60_000)], "small")
     layout.image([_bulk(seed, 12, 20_000) for seed in range(301, 305)], "cut")
 
@@ -78,14 +96,19 @@ def source(name: str) -> str:
 
 
 def facts(name: str) -> dict[str, Any]:
-    """What is true of an image: digests of its manifest, configuration and layers, labels, for this machine's platform if there are several."""
+    """What is true of an image: digests of its manifest, configuration and layers, labels, for this machine's platform
+    if there are several.
+    """
     base = Layout(debian() if name == "debian" else layout())
     index = json.loads((base.path / "index.json").read_text())
     entry = next(one for one in index["manifests"] if one["annotations"]["org.opencontainers.image.ref.name"] == name)
     document = json.loads(base.read(entry["digest"]))
     result: dict[str, Any] = {"index_digest": None, "digest": entry["digest"]}
     if "manifests" in document:
-        entry = next((one for one in document["manifests"] if one["platform"]["architecture"] == architecture()), document["manifests"][0])
+        entry = next(
+            (one for one in document["manifests"] if one["platform"]["architecture"] == architecture()),
+            document["manifests"][0],
+        )
         result = {"index_digest": result["digest"], "digest": entry["digest"]}
         document = json.loads(base.read(entry["digest"]))
     config = json.loads(base.read(document["config"]["digest"]))

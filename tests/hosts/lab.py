@@ -6,15 +6,16 @@
 
     lab.py check FILE...     can the scenarios of these molecule.yml be run here? Exit code 77 and the reason if not
     lab.py clean FILE...     end what an interrupted run of these scenarios left
-    lab.py create            reads {"scenario", "platforms", "lab"} as JSON from stdin, starts all of it, prints facts as JSON
-    lab.py destroy           reads the same, ends all of it and removes its files
+    lab.py create            reads {"scenario", "platforms", "lab"} as JSON from stdin, starts all of it, prints facts
+    as JSON lab.py destroy           reads the same, ends all of it and removes its files
 
-A platform has ``name``; ``kind``: namespace (default) or guest; ``suite``; ``flavour``: bare or ready (namespace), isolated: true (namespace).
-``lab`` has ``images`` (names, see images.py), ``registries`` (name: {tls, user, password}),
+A platform has ``name``; ``kind``: namespace (default) or guest; ``suite``; ``flavour``: bare or ready (namespace),
+isolated: true (namespace). ``lab`` has ``images`` (names, see images.py), ``registries`` (name: {tls, user, password}),
 ``archives`` (transport:file to make, and the image to put there) and ``programs`` that must be on the PATH.
 
 Two variables of the environment change every host of a scenario, so that it can be tried on others than it names:
-COMPOSEFS_OCI_SUITE is the Debian suite, COMPOSEFS_OCI_HOST_PYTHON an interpreter of this machine that namespace hosts get beside their own.
+COMPOSEFS_OCI_SUITE is the Debian suite, COMPOSEFS_OCI_HOST_PYTHON an interpreter of this machine that namespace hosts
+get beside their own.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ def start_host(platform: Spec) -> Spec:
     suite = SUITE or platform["suite"]
     if platform.get("kind", "namespace") == "guest":
         return guests.start(platform["name"], suite)
-    return namespace.start(platform["name"], suite, platform.get("flavour", "ready"), platform.get("isolated", False), HOST_PYTHON)
+    return namespace.start(
+        platform["name"], suite, platform.get("flavour", "ready"), platform.get("isolated", False), HOST_PYTHON
+    )
 
 
 def remove_host(platform: Spec) -> None:
@@ -84,7 +87,11 @@ def start_registries(scenario: str, lab: Spec) -> Spec:
         for image in lab.get("images", []):
             # As it is: skopeo would put a gzip layer that the registry knows in the place of the same one in zstd.
             server.push(images.source(image), f"{image}:latest", "--all", "--preserve-digests")
-        result[name] = {"address": server.address, "guest_address": server.address.replace("127.0.0.1", "10.0.2.2"), **options}
+        result[name] = {
+            "address": server.address,
+            "guest_address": server.address.replace("127.0.0.1", "10.0.2.2"),
+            **options,
+        }
         if server.tls:
             result[name]["ca"] = (server.ca_directory / "ca.crt").read_text()
         if server.user:
@@ -107,15 +114,24 @@ def lay_out_archives(scenario: str, lab: Spec) -> Spec:
 
 
 def describe(instances: list[Spec]) -> list[Spec]:
-    """What runs on hosts: the release of Debian, the kernel if it is their own, the Python that runs the modules, skopeo ("" where there is none)."""
+    """What runs on hosts: the release of Debian, the kernel if it is their own, the Python that runs the modules,
+    skopeo ("" where there is none).
+    """
     python = os.environ.get("COMPOSEFS_OCI_INTERPRETER") or "/usr/bin/python3"
-    words = f". /etc/os-release; echo $VERSION_CODENAME; uname -r; {python} -c 'import platform; print(platform.python_version())'; skopeo --version || true"
+    words = (
+        f". /etc/os-release; echo $VERSION_CODENAME; uname -r; {python} -c 'import platform; "
+        f"print(platform.python_version())'; skopeo --version || true"
+    )
     described = []
     for host in instances:
-        suite, kernel, version, *skopeo = ground.run(*ground.ssh_command(host["address"], host["port"], words), stderr=subprocess.DEVNULL).splitlines()
+        suite, kernel, version, *skopeo = ground.run(
+            *ground.ssh_command(host["address"], host["port"], words), stderr=subprocess.DEVNULL
+        ).splitlines()
         # Namespace hosts run on the kernel of the machine.
         kernel = "" if kernel == os.uname().release else kernel
-        described.append({"suite": suite, "kernel": kernel, "python": version, "skopeo": skopeo[0].split()[2] if skopeo else ""})
+        described.append(
+            {"suite": suite, "kernel": kernel, "python": version, "skopeo": skopeo[0].split()[2] if skopeo else ""}
+        )
     return described
 
 
@@ -124,10 +140,17 @@ def create(scenario: str, platforms: list[Spec], lab: Spec) -> Spec:
     destroy(scenario, platforms, lab)  # what an interrupted run left
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         hosts = [pool.submit(start_host, platform) for platform in platforms]
-        facts: Spec = {"registries": start_registries(scenario, lab), "files": lay_out_archives(scenario, lab) if lab.get("archives") else {}}
-        facts["images"] = {name: images.facts(name) for name in {*lab.get("images", []), *lab.get("archives", {}).values()}}
+        facts: Spec = {
+            "registries": start_registries(scenario, lab),
+            "files": lay_out_archives(scenario, lab) if lab.get("archives") else {},
+        }
+        facts["images"] = {
+            name: images.facts(name) for name in {*lab.get("images", []), *lab.get("archives", {}).values()}
+        }
         facts["instances"] = [host.result() for host in hosts]
-    facts["hosts"] = {host["instance"]: described for host, described in zip(facts["instances"], describe(facts["instances"]))}
+    facts["hosts"] = {
+        host["instance"]: described for host, described in zip(facts["instances"], describe(facts["instances"]))
+    }
     return facts
 
 

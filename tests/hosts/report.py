@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What a scenario's tests found and what they ran on, as JSON in the file that COMPOSEFS_OCI_REPORT names. A plugin of pytest."""
+"""What a scenario's tests found and what they ran on, as JSON in the file that COMPOSEFS_OCI_REPORT names. A plugin of
+pytest.
+"""
 
 from __future__ import annotations
 
@@ -29,5 +31,7 @@ def pytest_sessionfinish(session: Any) -> None:
     write(
         passed=len(stats.get("passed", [])),
         failed=[name(report) for kind in ("failed", "error") for report in stats.get(kind, [])],
-        skipped=[[name(report), str(report.longrepr[2]).replace("Skipped: ", "", 1)] for report in stats.get("skipped", [])],
+        skipped=[
+            [name(report), str(report.longrepr[2]).replace("Skipped: ", "", 1)] for report in stats.get("skipped", [])
+        ],
     )

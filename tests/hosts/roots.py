@@ -4,7 +4,8 @@
 
 """Root trees of Debian suites, and an archive of packages that hosts install from without any network.
 
-A tree is made once by mmdebstrap and kept. ``bare`` has what Ansible needs and nothing that the collection needs; ``ready`` has all of it.
+A tree is made once by mmdebstrap and kept. ``bare`` has what Ansible needs and nothing that the collection needs;
+``ready`` has all of it.
 """
 
 from __future__ import annotations
@@ -51,7 +52,11 @@ def bootstrap(suite: str, include: list[str], target: str, log: pathlib.Path, *o
     command += ['--aptopt=Acquire::Check-Valid-Until "false"']
     with open(log, "wb") as out:
         done = subprocess.run(
-            [*command, suite, target, f"deb {signed}{source.uri} {suite} main"], stdin=subprocess.DEVNULL, stdout=out, stderr=out, check=False
+            [*command, suite, target, f"deb {signed}{source.uri} {suite} main"],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            check=False,
         )
     if done.returncode:
         raise Unavailable(f"mmdebstrap could not make a root tree of {suite}: {ground.quoted_tail(log, 3)}")
@@ -85,7 +90,9 @@ def tree(suite: str, flavour: str = "ready") -> pathlib.Path:
 
 
 def archive(suite: str) -> pathlib.Path:
-    """A directory with all the packages that the roles may install on a host of ``suite``, laid out as an apt repository."""
+    """A directory with all the packages that the roles may install on a host of ``suite``, laid out as an apt
+    repository.
+    """
     names = (*INSTALLABLE, *ACCELERATORS[suite])
     # With what is in the tree already: newer versions of that may be needed.
     debs = AptRoot(suite).fetch([*BARE, *names])
@@ -101,7 +108,9 @@ def archive(suite: str) -> pathlib.Path:
             os.link(deb, target / deb.name)
             control = ground.run("dpkg-deb", "--field", deb).rstrip("\n")
             data = deb.read_bytes()
-            paragraphs.append(f"{control}\nFilename: ./{deb.name}\nSize: {len(data)}\nSHA256: {hashlib.sha256(data).hexdigest()}\n")
+            paragraphs.append(
+                f"{control}\nFilename: ./{deb.name}\nSize: {len(data)}\nSHA256: {hashlib.sha256(data).hexdigest()}\n"
+            )
         listing.write_text("\n".join(paragraphs))
         listed.write_text(json.dumps([deb.name for deb in debs]))
     return target
@@ -111,6 +120,11 @@ if __name__ == "__main__":
     import argparse
 
     parser = argparse.ArgumentParser(description="Make root trees before they are needed.")
-    parser.add_argument("trees", nargs="*", default=["bookworm-bare", "bookworm-ready", "trixie-bare", "trixie-ready"], metavar="SUITE-FLAVOUR")
+    parser.add_argument(
+        "trees",
+        nargs="*",
+        default=["bookworm-bare", "bookworm-ready", "trixie-bare", "trixie-ready"],
+        metavar="SUITE-FLAVOUR",
+    )
     for word in parser.parse_args().trees:
         print(tree(*word.split("-")))

@@ -2,7 +2,8 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Run the example for users (examples/molecule-rollout) as a user would: a copy of it, on two hosts, with images from a registry.
+"""Run the example for users (examples/molecule-rollout) as a user would: a copy of it, on two hosts, with images from a
+registry.
 
 run_example.py test
 """
@@ -66,12 +67,17 @@ def main() -> int:
         made = lab.create("example", PLATFORMS, LAB)
         file = work / "hosts.yml"
         file.write_text(json.dumps(inventory(made)))
-        # The user's own environment: nothing of what dev/molecule sets for the scenarios of the collection but where the collection is.
+        # The user's own environment: nothing of what dev/molecule sets for the scenarios of the collection but where
+        # the collection is.
         env = {key: value for key, value in os.environ.items() if not key.startswith("MOLECULE_")}
-        env.update(ROLLOUT_INVENTORY=str(file), MOLECULE_EPHEMERAL_DIRECTORY=str(work / "molecule"), ANSIBLE_PIPELINING="1")
+        env.update(
+            ROLLOUT_INVENTORY=str(file), MOLECULE_EPHEMERAL_DIRECTORY=str(work / "molecule"), ANSIBLE_PIPELINING="1"
+        )
         # That plugin of pytest only counts; it brings nothing that the example's tests could lean on.
         env.update(PYTEST_PLUGINS="report", PYTHONPATH=str(ground.HERE))
-        code = subprocess.run(["molecule", sys.argv[1], "-s", "rollout"], cwd=copy, env=env, stdin=subprocess.DEVNULL, check=False).returncode
+        code = subprocess.run(
+            ["molecule", sys.argv[1], "-s", "rollout"], cwd=copy, env=env, stdin=subprocess.DEVNULL, check=False
+        ).returncode
         report.write(hosts=lab.describe(made["instances"]))
         return code
     finally:

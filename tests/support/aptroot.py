@@ -4,7 +4,8 @@
 
 """Debian packages of any suite, with their dependencies, without touching the machine's own apt and without root.
 
-The mirror is the one this machine uses itself: its address is read from the apt configuration at run time, so nothing here names a host.
+The mirror is the one this machine uses itself: its address is read from the apt configuration at run time, so nothing
+here names a host.
 """
 
 from __future__ import annotations
@@ -84,7 +85,9 @@ def _codename() -> str:
 
 
 def mirror() -> Mirror:
-    """The Debian mirror that serves this machine's own suite, as the first matching line of the apt sources names it."""
+    """The Debian mirror that serves this machine's own suite, as the first matching line of the apt sources
+    names it.
+    """
     for program in ("apt-get", "dpkg-deb"):
         if not shutil.which(program):
             raise Unavailable(f"{program} is not installed")
@@ -123,9 +126,13 @@ class AptRoot:
             (self.directory / name).mkdir(parents=True, exist_ok=True)
         (self.directory / "status").touch()
         signed = f"signed-by={self.mirror.signed_by}" if os.path.exists(self.mirror.signed_by) else ""
-        (self.directory / "etc/sources.list").write_text(f"deb [{signed}] {self.mirror.uri} {self.suite} main\n".replace(" [] ", " "))
+        (self.directory / "etc/sources.list").write_text(
+            f"deb [{signed}] {self.mirror.uri} {self.suite} main\n".replace(" [] ", " ")
+        )
         dump = subprocess.run(["apt-config", "dump"], check=True, stdout=subprocess.PIPE, text=True).stdout
-        kept = [line for line in dump.splitlines() if re.match(r"(?i)Acquire::(http|https|ftp)\b|APT::Architecture ", line)]
+        kept = [
+            line for line in dump.splitlines() if re.match(r"(?i)Acquire::(http|https|ftp)\b|APT::Architecture ", line)
+        ]
         here = self.directory
         kept += [
             f'Dir::Etc "{here}/etc/";',
@@ -143,7 +150,8 @@ class AptRoot:
             f'Dir::Log "{here}/log/";',
             'Acquire::Languages "none";',
             'Acquire::IndexTargets::deb::DEP-11::DefaultEnabled "false";',
-            # A mirror that lags behind is no matter here: the lists are signed all the same, and nothing of this is installed on a real host.
+            # A mirror that lags behind is no matter here: the lists are signed all the same, and nothing of this is
+            # installed on a real host.
             'Acquire::Check-Valid-Until "false";',
             'Acquire::Retries "3";',
             'Acquire::http::Timeout "30";',
@@ -156,10 +164,20 @@ class AptRoot:
         (here / "apt.conf").write_text("\n".join(kept) + "\n")
 
     def _apt(self, *arguments: str) -> str:
-        environment = {**os.environ, "APT_CONFIG": str(self.directory / "apt.conf"), "LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive"}
-        done = subprocess.run(["apt-get", "-qq", *arguments], env=environment, capture_output=True, text=True, check=False)
+        environment = {
+            **os.environ,
+            "APT_CONFIG": str(self.directory / "apt.conf"),
+            "LC_ALL": "C.UTF-8",
+            "DEBIAN_FRONTEND": "noninteractive",
+        }
+        done = subprocess.run(
+            ["apt-get", "-qq", *arguments], env=environment, capture_output=True, text=True, check=False
+        )
         if done.returncode:
-            raise Unavailable(f"apt-get {arguments[0]} for {self.suite} failed: {done.stderr.strip()[-600:] or done.stdout.strip()[-600:]}")
+            raise Unavailable(
+                f"apt-get {arguments[0]} for {self.suite} failed: "
+                f"{done.stderr.strip()[-600:] or done.stdout.strip()[-600:]}"
+            )
         return done.stdout
 
     def update(self) -> None:
@@ -187,7 +205,9 @@ class AptRoot:
             known = saved["closures"] if saved["state"] == state else {}
         key = " ".join(packages)
         if key not in known:
-            text = self._apt("install", "-y", "--print-uris", "-o", f"Dir::Cache::archives={self.directory}/none/", *packages)
+            text = self._apt(
+                "install", "-y", "--print-uris", "-o", f"Dir::Cache::archives={self.directory}/none/", *packages
+            )
             known[key] = sorted({line.split()[1] for line in text.splitlines() if line.startswith("'")})
             memory.write_text(json.dumps({"state": state, "closures": known}))
         return known[key]

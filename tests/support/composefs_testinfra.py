@@ -14,8 +14,9 @@
         assert image.damaged == []
         assert repository.mounted("/srv/app") == image.image_id
 
-Nothing of the collection runs on the host: a small program that reads the repository's files by itself is sent there through testinfra's
-connection, so a fault of the collection does not hide itself. It needs python3 on the host, and a user who may read the repository.
+Nothing of the collection runs on the host: a small program that reads the repository's files by itself is sent there
+through testinfra's connection, so a fault of the collection does not hide itself. It needs python3 on the host, and a
+user who may read the repository.
 """
 
 from __future__ import annotations
@@ -198,17 +199,23 @@ class Image:
         self.objects: int = found["objects"]
         """How many objects it consists of."""
         self.damaged: list[str] = found["damaged"]
-        """What is wrong with its objects, one line for each: content that does not match its digest, missing, not measured by the kernel."""
+        """What is wrong with its objects, one line for each: content that does not match its digest, missing, not
+        measured by the kernel.
+        """
 
     @property
     def image_id(self) -> str | None:
-        """The id of its EROFS image; None if it has none. AssertionError if it has several, for then `image_ids` has to be asked."""
+        """The id of its EROFS image; None if it has none. AssertionError if it has several, for then `image_ids` has to
+        be asked.
+        """
         assert len(self.image_ids) < 2, f"{self.name} has several EROFS images: {self.image_ids}"
         return self.image_ids[0] if self.image_ids else None
 
 
 class Repository:
-    """A composefs repository on a host of testinfra. What was read is remembered; `fresh` gives one that reads again."""
+    """A composefs repository on a host of testinfra. What was read is remembered; `fresh` gives one that
+    reads again.
+    """
 
     def __init__(self, host: Any, path: str = "/sysroot/composefs") -> None:
         self.host, self.path = host, path
@@ -218,7 +225,9 @@ class Repository:
         return Repository(self.host, self.path)
 
     def _ask(self, wanted: str) -> dict[str, Any]:
-        """Everything there is to know for ``wanted``: an image's name, "check" for all there is, "" for what needs no reading of objects."""
+        """Everything there is to know for ``wanted``: an image's name, "check" for all there is, "" for what needs no
+        reading of objects.
+        """
         # Who has looked at everything need not look again; neither must anybody for what every answer has.
         for known in ("check", wanted, *(self._known if not wanted else ())):
             if known in self._known:
@@ -228,7 +237,10 @@ class Repository:
     def _run(self, wanted: str) -> dict[str, Any]:
         program = base64.b85encode(zlib.compress(PROGRAM.encode())).decode()
         loader = f"import base64,zlib;exec(zlib.decompress(base64.b85decode({program!r})))"
-        done = self.host.run(f"cd {shlex.quote(self.path)} && python3 -c {shlex.quote(loader)} {shlex.quote(json.dumps([self.path, wanted]))}")
+        done = self.host.run(
+            f"cd {shlex.quote(self.path)} && python3 -c {shlex.quote(loader)} "
+            f"{shlex.quote(json.dumps([self.path, wanted]))}"
+        )
         if done.rc and not self.host.file(self.path).exists:
             return {"exists": False, "tags": {}, "images": {}}
         assert done.rc == 0, f"the repository {self.path} cannot be read: {done.stderr}"
@@ -277,7 +289,8 @@ class Repository:
         return Image(name, found)
 
     def damage(self) -> list[str]:
-        """What is wrong with anything that has a name, one line for each fault; in a protected repository with any object. Reads all of it.
+        """What is wrong with anything that has a name, one line for each fault; in a protected repository with any
+        object. Reads all of it.
 
         That there is no repository is a fault, too. Whatever else is asked afterwards is answered from what was read.
         """

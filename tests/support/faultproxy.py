@@ -39,7 +39,9 @@ ERRORS = {
 
 @dataclasses.dataclass
 class Rule:
-    """What happens to requests whose path matches ``path``; ``times`` requests (None: all), after the first ``skip`` ones went through."""
+    """What happens to requests whose path matches ``path``; ``times`` requests (None: all), after the first ``skip``
+    ones went through.
+    """
 
     path: str
     times: int | None = None
@@ -143,18 +145,26 @@ class FaultProxy:
     def hits(self, path: str, method: str = "GET") -> int:
         """How many requests had ``path`` (a regular expression) in their path."""
         with self.lock:
-            return sum(count.requests for (verb, where), count in self.counts.items() if verb == method and re.search(path, where))
+            return sum(
+                count.requests
+                for (verb, where), count in self.counts.items()
+                if verb == method and re.search(path, where)
+            )
 
     def sent(self, path: str) -> int:
         """How many bytes of bodies were sent in answer to GET requests for ``path``."""
         with self.lock:
-            return sum(count.bytes for (verb, where), count in self.counts.items() if verb == "GET" and re.search(path, where))
+            return sum(
+                count.bytes for (verb, where), count in self.counts.items() if verb == "GET" and re.search(path, where)
+            )
 
     def __enter__(self) -> FaultProxy:
         self.thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.release()
         self.server.shutdown()
         self.server.server_close()
@@ -184,14 +194,21 @@ class FaultProxy:
         if rule and rule.delay:
             self.released.wait(rule.delay)
         if rule and (rule.status is not None or rule.body is not None):
-            data = rule.body if rule.body is not None else ERRORS.get(rule.status or 200, '{"errors":[{"code":"UNKNOWN","message":"made to fail"}]}').encode()
-            self._answer(client, rule.status or 200, {"Content-Type": "application/json", **rule.headers}, data, rule, count)
+            data = (
+                rule.body
+                if rule.body is not None
+                else ERRORS.get(rule.status or 200, '{"errors":[{"code":"UNKNOWN","message":"made to fail"}]}').encode()
+            )
+            self._answer(
+                client, rule.status or 200, {"Content-Type": "application/json", **rule.headers}, data, rule, count
+            )
             return
         connection = http.client.HTTPConnection(*self.upstream, timeout=60)
         with contextlib.closing(connection):
             try:
                 connection.putrequest(client.command, client.path, skip_host=True, skip_accept_encoding=True)
-                # One by one: skopeo sends a line of Accept for every type. Host stays too, so that the registry's redirects lead back here.
+                # One by one: skopeo sends a line of Accept for every type. Host stays too, so that the registry's
+                # redirects lead back here.
                 for key, value in client.headers.items():
                     if key.lower() != "connection":
                         connection.putheader(key, value)
@@ -201,13 +218,23 @@ class FaultProxy:
             except OSError as error:
                 self._answer(client, 502, {}, str(error).encode(), None, count)
                 return
-            kept = {key: value for key, value in answer.getheaders() if key.lower() not in ("connection", "transfer-encoding")}
+            kept = {
+                key: value
+                for key, value in answer.getheaders()
+                if key.lower() not in ("connection", "transfer-encoding")
+            }
             if rule:
                 kept.update(rule.headers)
             self._answer(client, answer.status, kept, answer, rule, count)
 
     def _answer(
-        self, client: BaseHTTPRequestHandler, status: int, headers: dict[str, str], source: bytes | http.client.HTTPResponse, rule: Rule | None, count: Count
+        self,
+        client: BaseHTTPRequestHandler,
+        status: int,
+        headers: dict[str, str],
+        source: bytes | http.client.HTTPResponse,
+        rule: Rule | None,
+        count: Count,
     ) -> None:
         if isinstance(source, bytes):
             total: int | None = len(source)
@@ -224,7 +251,9 @@ class FaultProxy:
             del headers[key]
         if told is not None:
             headers["Content-Length"] = str(told)
-        spoiled = rule is not None and (rule.cut is not None or rule.stall is not None or rule.content_length is not None)
+        spoiled = rule is not None and (
+            rule.cut is not None or rule.stall is not None or rule.content_length is not None
+        )
         close = spoiled or told is None
         client.send_response_only(status)
         for key, value in headers.items():
@@ -236,7 +265,14 @@ class FaultProxy:
         if client.command != "HEAD" and status not in (204, 304):
             self._body(client, source, total, rule, count)
 
-    def _body(self, client: BaseHTTPRequestHandler, source: bytes | http.client.HTTPResponse, total: int | None, rule: Rule | None, count: Count) -> None:
+    def _body(
+        self,
+        client: BaseHTTPRequestHandler,
+        source: bytes | http.client.HTTPResponse,
+        total: int | None,
+        rule: Rule | None,
+        count: Count,
+    ) -> None:
         sent = 0
         started = time.monotonic()
         end = total if total is not None else 1 << 62

@@ -75,7 +75,12 @@ class Objects:
         return EntryReader.entries(self.chunks)
 
 
-def tree(*tars: bytes, xattrs: str = "allowlist-only", bootable: bool = False, algorithm: fsverity.Algorithm = fsverity.SHA256) -> FileSystem:
+def tree(
+    *tars: bytes,
+    xattrs: str = "allowlist-only",
+    bootable: bool = False,
+    algorithm: fsverity.Algorithm = fsverity.SHA256,
+) -> FileSystem:
     """The tree that a pull makes of the layers."""
     objects = Objects(algorithm)
     builder = TreeBuilder()
@@ -105,9 +110,19 @@ def write_layout(directory: pathlib.Path, tars: Sequence[bytes]) -> str:
 
     layers = [put(tar, "layer.v1.tar") for tar in tars]
     rootfs = {"type": "layers", "diff_ids": [layer["digest"] for layer in layers]}
-    config = put(json.dumps({"architecture": "amd64", "os": "linux", "config": {}, "rootfs": rootfs}).encode(), "config.v1+json")
-    manifest = {"schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json", "config": config, "layers": layers}
-    descriptor = {**put(json.dumps(manifest).encode(), "manifest.v1+json"), "annotations": {"org.opencontainers.image.ref.name": "x"}}
+    config = put(
+        json.dumps({"architecture": "amd64", "os": "linux", "config": {}, "rootfs": rootfs}).encode(), "config.v1+json"
+    )
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "config": config,
+        "layers": layers,
+    }
+    descriptor = {
+        **put(json.dumps(manifest).encode(), "manifest.v1+json"),
+        "annotations": {"org.opencontainers.image.ref.name": "x"},
+    }
     (directory / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
     (directory / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [descriptor]}))
     return f"oci:{directory}:x"

@@ -6,7 +6,8 @@
 
     python tests/support/make_erofs_goldens.py tests/unit/data/erofs
 
-Writes NAME.dump.gz (``cfsctl create-dumpfile``) for each tree and digests.json with what ``cfsctl compute-id`` says of them.
+Writes NAME.dump.gz (``cfsctl create-dumpfile``) for each tree and digests.json with what ``cfsctl compute-id`` says of
+them.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ def symlinks(top: pathlib.Path) -> None:
 
 
 def directories(top: pathlib.Path) -> None:
-    """Directories whose last block is as full as half a block, one byte less and one more; the same for whole blocks."""
+    """Directories whose last block is as full as half a block, one byte less and one more; the same for whole
+    blocks.
+    """
     for total in (2047, 2048, 2049, 4095, 4096, 4097, 6143, 6144, 6145, 8192):
         folder = top / f"d{total}"
         folder.mkdir()
@@ -87,7 +90,14 @@ def xattrs(top: pathlib.Path) -> None:
     for name in ("user.z", "trusted.z", "security.z", "user.a", "trusted.a", "security.a"):
         os.setxattr(top / "f0", name, b"local " + name.encode())
     (top / "big").write_bytes(b"z" * 100)
-    for name in ("security.capability", "trusted.overlay.opaque", "trusted.overlay.a", "trusted.overlay.overlay.b", "user.u", "trusted.p"):
+    for name in (
+        "security.capability",
+        "trusted.overlay.opaque",
+        "trusted.overlay.a",
+        "trusted.overlay.overlay.b",
+        "user.u",
+        "trusted.p",
+    ):
         value = bytes.fromhex("0100000200040000000000000000000000000000") if name == "security.capability" else b"v"
         os.setxattr(top / "big", name, value)
 
@@ -162,7 +172,11 @@ def main(target: pathlib.Path) -> None:
                     continue
                 command = ["cfsctl", "--no-repo", "--hash", algorithm]
                 name = top.name if algorithm == "sha256" else f"{top.name}-{algorithm}"
-                dump = subprocess.run([*command, "create-dumpfile", "--no-propagate-usr-to-root", str(top)], check=True, capture_output=True).stdout
+                dump = subprocess.run(
+                    [*command, "create-dumpfile", "--no-propagate-usr-to-root", str(top)],
+                    check=True,
+                    capture_output=True,
+                ).stdout
                 (target / f"{name}.dump.gz").write_bytes(gzip.compress(dump, mtime=0))
                 digests[name] = {}
                 for version in "012":

@@ -2,12 +2,13 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""OCI image layouts and Docker ``dir:`` images, honest ones and lying ones, made of tar streams, directories or Debian packages.
+"""OCI image layouts and Docker ``dir:`` images, honest ones and lying ones, made of tar streams, directories or Debian
+packages.
 
 From the command line::
 
-    ociimage.py debian OUT_OCI_DIR [--layer "bash coreutils"]... [--encoding gzip|zstd|none] [--suite SUITE] [--tag latest]
-    ociimage.py directory OUT_OCI_DIR DIR... [--encoding ...]
+    ociimage.py debian OUT_OCI_DIR [--layer "bash coreutils"]... [--encoding gzip|zstd|none] [--suite SUITE] [--tag
+    latest] ociimage.py directory OUT_OCI_DIR DIR... [--encoding ...]
 """
 
 from __future__ import annotations
@@ -75,15 +76,25 @@ def architecture() -> str:
 def gzip_member(data: bytes, level: int = 6, extra: bytes = b"") -> bytes:
     """One gzip member without name and time, so the same data gives the same bytes; ``extra`` is the FEXTRA field."""
     deflate = zlib.compressobj(level, zlib.DEFLATED, -15)
-    head = b"\x1f\x8b\x08" + (b"\x04" if extra else b"\0") + bytes(4) + b"\0\xff" + (struct.pack("<H", len(extra)) + extra if extra else b"")
-    return head + deflate.compress(data) + deflate.flush() + struct.pack("<II", zlib.crc32(data), len(data) & 0xFFFFFFFF)
+    head = (
+        b"\x1f\x8b\x08"
+        + (b"\x04" if extra else b"\0")
+        + bytes(4)
+        + b"\0\xff"
+        + (struct.pack("<H", len(extra)) + extra if extra else b"")
+    )
+    return (
+        head + deflate.compress(data) + deflate.flush() + struct.pack("<II", zlib.crc32(data), len(data) & 0xFFFFFFFF)
+    )
 
 
 def zstd_frame(data: bytes, level: int = 3) -> bytes:
     """One zstd frame, made by the zstd program."""
     if not shutil.which("zstd"):
         raise Unavailable("the zstd program is not installed")
-    return subprocess.run(["zstd", "-q", "-c", f"-{level}", "--no-check", "-T1"], input=data, stdout=subprocess.PIPE, check=True).stdout
+    return subprocess.run(
+        ["zstd", "-q", "-c", f"-{level}", "--no-check", "-T1"], input=data, stdout=subprocess.PIPE, check=True
+    ).stdout
 
 
 def skippable_frame(payload: bytes, number: int = 0) -> bytes:
@@ -98,9 +109,10 @@ def _pieces(data: bytes, count: int) -> list[bytes]:
 def encode(tar: bytes, encoding: str = "gzip") -> bytes:
     """Compress a tar the way some tool in the wild does.
 
-    gzip-multi: seven members, an empty one among them.  estargz: members and a footer member with an extra field.  zstd-frames: five frames.
-    zstd-skippable: skippable frames before, between and after.  zstd-chunked: frames, then two skippable ones that hold a table of contents and
-    a footer; the caller cuts the tar's padding itself (see `Layout.chunked_layer`) to imitate old writers.
+    gzip-multi: seven members, an empty one among them.  estargz: members and a footer member with an extra field.
+    zstd-frames: five frames. zstd-skippable: skippable frames before, between and after.  zstd-chunked: frames, then
+    two skippable ones that hold a table of contents and a footer; the caller cuts the tar's padding itself (see
+    `Layout.chunked_layer`) to imitate old writers.
     """
     if encoding == "none":
         return tar
@@ -126,7 +138,11 @@ def encode(tar: bytes, encoding: str = "gzip") -> bytes:
     if encoding == "zstd-chunked":
         content = b"".join(zstd_frame(piece) for piece in _pieces(tar, 4))
         listing = skippable_frame(zstd_frame(b'{"version":1,"entries":[]}'))
-        return content + listing + skippable_frame(struct.pack("<5Q", len(content) + 8, len(listing) - 8, 26, 1, 1) + b"GNUlInUx")
+        return (
+            content
+            + listing
+            + skippable_frame(struct.pack("<5Q", len(content) + 8, len(listing) - 8, 26, 1, 1) + b"GNUlInUx")
+        )
     raise ValueError(f"unknown encoding {encoding}")
 
 
@@ -141,7 +157,9 @@ class Layer(NamedTuple):
 
 
 class LayerSink:
-    """File-like: takes a tar in pieces, compresses it outside this process and adds the blob to a layout; memory stays flat."""
+    """File-like: takes a tar in pieces, compresses it outside this process and adds the blob to a layout; memory stays
+    flat.
+    """
 
     def __init__(self, layout: Layout, encoding: str = "gzip", level: int | None = None) -> None:
         self.layout, self.encoding = layout, encoding
@@ -185,12 +203,19 @@ class LayerSink:
                 raise RuntimeError(f"{self.process.args!r} failed")
         self.file.close()
         digest = self.layout.adopt(pathlib.Path(self.file.name))
-        descriptor = {"mediaType": LAYER + MEDIA_SUFFIX[self.encoding], "digest": digest, "size": self.layout.blob_path(digest).stat().st_size, **extra}
+        descriptor = {
+            "mediaType": LAYER + MEDIA_SUFFIX[self.encoding],
+            "digest": digest,
+            "size": self.layout.blob_path(digest).stat().st_size,
+            **extra,
+        }
         return Layer(descriptor, "sha256:" + self.tar_hash.hexdigest())
 
 
 class Layout:
-    """An OCI image layout on disk.  Every method that makes a document takes overrides, so that a test can lie in one place and be true elsewhere."""
+    """An OCI image layout on disk.  Every method that makes a document takes overrides, so that a test can lie in one
+    place and be true elsewhere.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = pathlib.Path(path)
@@ -228,10 +253,20 @@ class Layout:
         return digest
 
     def descriptor(self, media_type: str, data: bytes, **extra: Any) -> Json:
-        """Store a blob and describe it; ``extra`` adds or overrides members (``size=``, ``digest=``, ``annotations=``, ...)."""
+        """Store a blob and describe it; ``extra`` adds or overrides members (``size=``, ``digest=``, ``annotations=``,
+        ...).
+        """
         return {"mediaType": media_type, "digest": self.blob(data), "size": len(data), **extra}
 
-    def layer(self, tar: bytes, encoding: str = "gzip", *, diff_id: str | None = None, media_type: str | None = None, **extra: Any) -> Layer:
+    def layer(
+        self,
+        tar: bytes,
+        encoding: str = "gzip",
+        *,
+        diff_id: str | None = None,
+        media_type: str | None = None,
+        **extra: Any,
+    ) -> Layer:
         """A layer from a whole tar; ``diff_id`` and ``media_type`` override the truth."""
         descriptor = self.descriptor(media_type or LAYER + MEDIA_SUFFIX[encoding], encode(tar, encoding), **extra)
         return Layer(descriptor, diff_id or sha256(tar))
@@ -245,8 +280,12 @@ class Layout:
             cut = max(0, len(tar) - (-(-len(tar.rstrip(b"\0")) // 512) * 512 + 1024))
         return self.layer(tar[: len(tar) - cut], "zstd-chunked", diff_id=sha256(tar))
 
-    def broken_layer(self, tar: bytes, encoding: str = "gzip", *, flip: int | None = None, cut: int = 0, append: bytes = b"") -> Layer:
-        """A layer whose blob is honest about its digest and size but does not decode to the tar (wrong inside, not in transit)."""
+    def broken_layer(
+        self, tar: bytes, encoding: str = "gzip", *, flip: int | None = None, cut: int = 0, append: bytes = b""
+    ) -> Layer:
+        """A layer whose blob is honest about its digest and size but does not decode to the tar (wrong inside, not in
+        transit).
+        """
         data = bytearray(encode(tar, encoding))
         if flip is not None:
             data[flip] ^= 0x40
@@ -274,7 +313,9 @@ class Layout:
         }
         return self.descriptor(CONFIG, json.dumps(document).encode())
 
-    def manifest(self, config: Json, layers: Sequence[Layer | Json], *, overrides: Mapping[str, Any] | None = None, **extra: Any) -> Json:
+    def manifest(
+        self, config: Json, layers: Sequence[Layer | Json], *, overrides: Mapping[str, Any] | None = None, **extra: Any
+    ) -> Json:
         """A manifest; returns its descriptor.  ``overrides`` goes into the document, ``extra`` into the descriptor."""
         document: Json = {
             "schemaVersion": 2,
@@ -287,7 +328,9 @@ class Layout:
 
     def index(self, manifests: Sequence[Json], **extra: Any) -> Json:
         """A nested image index (several platforms); returns its descriptor."""
-        return self.descriptor(INDEX, json.dumps({"schemaVersion": 2, "mediaType": INDEX, "manifests": list(manifests)}).encode(), **extra)
+        return self.descriptor(
+            INDEX, json.dumps({"schemaVersion": 2, "mediaType": INDEX, "manifests": list(manifests)}).encode(), **extra
+        )
 
     def tag(self, descriptor: Json, name: str = "latest") -> str:
         """Enter ``descriptor`` into index.json under ``name`` (replacing what had it); returns its digest."""
@@ -302,14 +345,18 @@ class Layout:
         layers = [tar if isinstance(tar, Layer) else self.layer(tar, encoding) for tar in tars]
         return self.tag(self.manifest(self.config(layers, **config), layers), name)
 
-    def artifact(self, blobs: Sequence[tuple[str, bytes]], name: str = "latest", artifact_type: str = "application/x-test") -> str:
+    def artifact(
+        self, blobs: Sequence[tuple[str, bytes]], name: str = "latest", artifact_type: str = "application/x-test"
+    ) -> str:
         """An artifact with the empty config, which all of them share; returns the manifest digest."""
         config = self.descriptor(EMPTY, b"{}")
         layers = [self.descriptor(media_type, data) for media_type, data in blobs]
         return self.tag(self.manifest(config, layers, overrides={"artifactType": artifact_type}), name)
 
     def multi_platform(self, tars: Mapping[str, Sequence[bytes]], name: str = "latest") -> tuple[str, dict[str, str]]:
-        """An index over one image per platform (``linux/arm64/v8``); returns its digest and the manifest digest of each platform."""
+        """An index over one image per platform (``linux/arm64/v8``); returns its digest and the manifest digest of each
+        platform.
+        """
         entries: list[Json] = []
         digests: dict[str, str] = {}
         for text, streams in tars.items():
@@ -349,7 +396,9 @@ def docker_directory(path: str | os.PathLike[str], tars: Sequence[bytes], **conf
         **config,
     }
     described = put(json.dumps(document, indent=1).encode(), DOCKER_CONFIG)
-    manifest = json.dumps({"schemaVersion": 2, "mediaType": DOCKER_MANIFEST, "config": described, "layers": layers}, indent=3).encode()
+    manifest = json.dumps(
+        {"schemaVersion": 2, "mediaType": DOCKER_MANIFEST, "config": described, "layers": layers}, indent=3
+    ).encode()
     (base / "manifest.json").write_bytes(manifest)
     return sha256(manifest)
 
@@ -381,7 +430,11 @@ def write_directory_tar(directory: pathlib.Path, out: Any) -> None:
 # ---- a real image ----------------------------------------------------------------------------------------------------
 
 MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
-SMALL_LAYERS = ("base-files base-passwd bash coreutils grep sed tar gzip findutils", "python3-minimal ca-certificates", "curl less")
+SMALL_LAYERS = (
+    "base-files base-passwd bash coreutils grep sed tar gzip findutils",
+    "python3-minimal ca-certificates",
+    "curl less",
+)
 
 
 def _merged(name: str) -> str:
@@ -406,13 +459,17 @@ def _status(debs: Sequence[pathlib.Path]) -> bytes:
     """What dpkg would have written down about these packages, so that ``dpkg -l`` in the image tells the truth."""
     paragraphs = []
     for deb in debs:
-        control = subprocess.run(["dpkg-deb", "--field", str(deb)], check=True, stdout=subprocess.PIPE).stdout.rstrip(b"\n")
+        control = subprocess.run(["dpkg-deb", "--field", str(deb)], check=True, stdout=subprocess.PIPE).stdout.rstrip(
+            b"\n"
+        )
         first, _unused, rest = control.partition(b"\n")
         paragraphs.append(first + b"\nStatus: install ok unpacked\n" + rest + b"\n")
     return b"\n".join(paragraphs)
 
 
-def _write_packages(sink: LayerSink, debs: Sequence[pathlib.Path], *, base: bool, directories: set[str], status: bytes) -> int:
+def _write_packages(
+    sink: LayerSink, debs: Sequence[pathlib.Path], *, base: bool, directories: set[str], status: bytes
+) -> int:
     """Write the tar of one layer; returns its number of entries."""
     entries = 0
     newest = 0
@@ -483,10 +540,12 @@ def debian_image(
     labels: Mapping[str, str] | None = None,
     level: int | None = None,
 ) -> Built:
-    """Build a real image from Debian's packages: each string of ``layers`` names packages, which bring what they depend on.
+    """Build a real image from Debian's packages: each string of ``layers`` names packages, which bring what they depend
+    on.
 
-    No root, no chroot: the tars of the packages are joined, with /bin and friends merged into /usr.  Maintainer scripts are not run; the programs work.
-    The same packages give the same image.  Raises `Unavailable` where there are no Debian packages.
+    No root, no chroot: the tars of the packages are joined, with /bin and friends merged into /usr.  Maintainer scripts
+    are not run; the programs work. The same packages give the same image.  Raises `Unavailable` where there are no
+    Debian packages.
     """
     root = AptRoot(suite, cache / "apt" if cache else None)
     packages: list[list[pathlib.Path]] = []
@@ -498,7 +557,9 @@ def debian_image(
         taken.update(packages[-1])
     # What went in tells whether it is there already; the last item is for changes of this function.
     parts = [[deb.name for deb in debs] for debs in packages]
-    recipe = hashlib.sha256(json.dumps([parts, list(layers), encoding, level, root.suite, dict(labels or {}), 2]).encode()).hexdigest()
+    recipe = hashlib.sha256(
+        json.dumps([parts, list(layers), encoding, level, root.suite, dict(labels or {}), 2]).encode()
+    ).hexdigest()
     record = pathlib.Path(out) / f".built-{recipe[:16]}-{tag.replace('/', '_')}"
     if record.exists():
         return Built(*json.loads(record.read_text()))
@@ -513,8 +574,14 @@ def debian_image(
         entries += _write_packages(sink, debs, base=not written, directories=directories, status=_status(sorted(below)))
         tar_bytes += sink.tar_size
         written.append(sink.finish())
-    every = {"org.opencontainers.image.title": "debian packages", "org.opencontainers.image.version": root.suite, **(labels or {})}
-    config = layout.config(written, labels=every, history=[{"created": CREATED, "created_by": f"packages {names}"} for names in layers])
+    every = {
+        "org.opencontainers.image.title": "debian packages",
+        "org.opencontainers.image.version": root.suite,
+        **(labels or {}),
+    }
+    config = layout.config(
+        written, labels=every, history=[{"created": CREATED, "created_by": f"packages {names}"} for names in layers]
+    )
     digest = layout.tag(layout.manifest(config, written, overrides={"annotations": every}), tag)
     built = Built(digest, entries, tar_bytes, sum(int(layer.descriptor["size"]) for layer in written))
     record.write_text(json.dumps(built))
@@ -552,15 +619,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "debian":
             cache = options.cache.resolve() if options.cache else None
-            built = debian_image(options.out, options.layer or SMALL_LAYERS, encoding=options.encoding, suite=options.suite, tag=options.tag, cache=cache)
+            built = debian_image(
+                options.out,
+                options.layer or SMALL_LAYERS,
+                encoding=options.encoding,
+                suite=options.suite,
+                tag=options.tag,
+                cache=cache,
+            )
             print(
-                f"{options.out}: {built.entries} entries, {built.tar_bytes / 2**20:.0f} MiB of tar, {built.blob_bytes / 2**20:.0f} MiB of blobs",
+                f"{options.out}: {built.entries} entries, {built.tar_bytes / 2**20:.0f} MiB of tar, "
+                f"{built.blob_bytes / 2**20:.0f} MiB of blobs",
                 file=sys.stderr,
             )
             print(built.digest)
         else:
             layout = Layout(options.out)
-            print(layout.image([layout.layer_from_directory(path, options.encoding) for path in options.directories], options.tag))
+            print(
+                layout.image(
+                    [layout.layer_from_directory(path, options.encoding) for path in options.directories], options.tag
+                )
+            )
     except Unavailable as error:
         print(f"not available: {error}", file=sys.stderr)
         return 77

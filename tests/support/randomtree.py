@@ -2,7 +2,8 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Make directory trees on disk that are hard to write an EROFS image of: odd names and sizes, hardlinks, devices, whiteouts, xattrs.
+"""Make directory trees on disk that are hard to write an EROFS image of: odd names and sizes, hardlinks, devices,
+whiteouts, xattrs.
 
 As root everything can be made; as anybody else devices, owners and ``trusted.`` and ``security.`` xattrs are left out.
 """
@@ -15,7 +16,27 @@ import pathlib
 import random
 import stat as st
 
-NAMES = (b"+", b"-", b" x", b"!", b".a", b"..a", b".-", b"...", b"0", b"ab", b"00", b"ff", b"A" * 255, b"\xff\xfe", b"\xc3\xa9", b"=", b"a\nb", b"a\\b", b"-x")
+NAMES = (
+    b"+",
+    b"-",
+    b" x",
+    b"!",
+    b".a",
+    b"..a",
+    b".-",
+    b"...",
+    b"0",
+    b"ab",
+    b"00",
+    b"ff",
+    b"A" * 255,
+    b"\xff\xfe",
+    b"\xc3\xa9",
+    b"=",
+    b"a\nb",
+    b"a\\b",
+    b"-x",
+)
 CONTENTS = (b"", b"x", b"y" * 64, b"z" * 65, b"q" * 5000, b"same" * 100, b"w" * 4096)
 TARGETS = (1, 5, 60, 255, 1023, 2047, 3000, 3900, 4030, 4060, 4095)
 SECONDS = (0, 0, 0, 5, 1_000_000_000, 1_700_000_000)
@@ -24,10 +45,29 @@ MODES = (0o755, 0o644, 0o4755, 0o1777, 0o2750, 0)
 OWNERS = (0, 1, 1000, 65535, 65536, 0xFFFFFFFE)
 DEVICES = ((0, 1), (1, 3), (7, 255), (255, 256), (4095, 1048575), (8, 0))
 XATTR_NAMES = (
-    *("trusted.overlay.opaque", "trusted.overlay.redirect", "trusted.overlay.overlay.x", "trusted.a", "trusted.foo", "trusted.lustre"),
+    *(
+        "trusted.overlay.opaque",
+        "trusted.overlay.redirect",
+        "trusted.overlay.overlay.x",
+        "trusted.a",
+        "trusted.foo",
+        "trusted.lustre",
+    ),
     *("security.selinux", "security.zz", "user.foo", "user.z", "user.overlay.opaque"),
 )
-XATTR_VALUES = (b"", b"v", b"vv", b"b", b"aa", b"x", b"system_u:object_r:usr_t:s0\0", b"\xff\x00\n= -", b"-", b"L" * 100, b"M" * 1000)
+XATTR_VALUES = (
+    b"",
+    b"v",
+    b"vv",
+    b"b",
+    b"aa",
+    b"x",
+    b"system_u:object_r:usr_t:s0\0",
+    b"\xff\x00\n= -",
+    b"-",
+    b"L" * 100,
+    b"M" * 1000,
+)
 
 
 def build(path: str | pathlib.Path, seed: int, size: int) -> None:
@@ -37,7 +77,11 @@ def build(path: str | pathlib.Path, seed: int, size: int) -> None:
     os.mkdir(top)
     folders, files = [top], [top]
     for _unused in range(size):
-        name = dice.choice(NAMES) if dice.random() < 0.3 else bytes(dice.choices(b"abcXYZ019_.-", k=dice.choice((1, 2, 3, 8, 30, 200))))
+        name = (
+            dice.choice(NAMES)
+            if dice.random() < 0.3
+            else bytes(dice.choices(b"abcXYZ019_.-", k=dice.choice((1, 2, 3, 8, 30, 200))))
+        )
         where = os.path.join(dice.choice(folders), name)
         if name in (b".", b"..") or len(where) > 3500 or os.path.lexists(where):
             continue

@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Read a directory into a tree as ``cfsctl create-image --no-propagate-usr-to-root`` reads it, to compare what is written from it."""
+"""Read a directory into a tree as ``cfsctl create-image --no-propagate-usr-to-root`` reads it, to compare what is
+written from it.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,24 @@ INLINE_LIMIT = 64
 
 def read_stat(path: bytes) -> tuple[os.stat_result, Stat]:
     has = os.lstat(path)
-    xattrs = {os.fsencode(name): os.getxattr(path, name, follow_symlinks=False) for name in os.listxattr(path, follow_symlinks=False)}
-    return has, Stat(st.S_IMODE(has.st_mode), has.st_uid, has.st_gid, has.st_mtime_ns // 10**9, has.st_mtime_ns % 10**9, xattrs or None)
+    xattrs = {
+        os.fsencode(name): os.getxattr(path, name, follow_symlinks=False)
+        for name in os.listxattr(path, follow_symlinks=False)
+    }
+    return has, Stat(
+        st.S_IMODE(has.st_mode),
+        has.st_uid,
+        has.st_gid,
+        has.st_mtime_ns // 10**9,
+        has.st_mtime_ns % 10**9,
+        xattrs or None,
+    )
 
 
 def read_tree(path: str | bytes, algorithm: fsverity.Algorithm) -> Directory:
-    """The tree at ``path``: files over 64 bytes external, hardlinks by device and inode number. Nothing is transformed."""
+    """The tree at ``path``: files over 64 bytes external, hardlinks by device and inode number. Nothing is
+    transformed.
+    """
     links: dict[tuple[int, int], Leaf] = {}
     root = Directory(read_stat(os.fsencode(path))[1])
     todo = [(os.fsencode(path), root)]

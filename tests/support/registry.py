@@ -2,7 +2,8 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""A real registry (the distribution's ``docker-registry``) on a free loopback port: plain, with TLS of its own CA, with user and password.
+"""A real registry (the distribution's ``docker-registry``) on a free loopback port: plain, with TLS of its own CA, with
+user and password.
 
 In Python::
 
@@ -12,9 +13,9 @@ In Python::
 
 From the command line::
 
-    registry.py start --dir D [--tls] [--user U --password P] [--port N]    # writes D/pid, D/port, D/url; prints 127.0.0.1:PORT
-    registry.py push --dir D OCI_DIR[:TAG] NAME:TAG [--format v2s2] [--compress zstd]
-    registry.py stop --dir D
+    registry.py start --dir D [--tls] [--user U --password P] [--port N]    # writes D/pid, D/port, D/url; prints
+    127.0.0.1:PORT registry.py push --dir D OCI_DIR[:TAG] NAME:TAG [--format v2s2] [--compress zstd] registry.py stop
+    --dir D
 """
 
 from __future__ import annotations
@@ -63,36 +64,73 @@ def find_registry() -> str:
 def _openssl(*arguments: str) -> None:
     if not shutil.which("openssl"):
         raise Unavailable("openssl is not installed")
-    done = subprocess.run(["openssl", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    done = subprocess.run(
+        ["openssl", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
     if done.returncode:
         raise RuntimeError(f"openssl {arguments[0]}: {done.stdout}")
 
 
-def make_certificates(directory: pathlib.Path, addresses: Sequence[str] = ("127.0.0.1", "::1"), names: Sequence[str] = ("localhost",)) -> None:
-    """ca.crt, server.crt and server.key in ``directory``; the CA signs nothing else. Strict enough for Python 3.13, which insists on RFC 5280."""
+def make_certificates(
+    directory: pathlib.Path, addresses: Sequence[str] = ("127.0.0.1", "::1"), names: Sequence[str] = ("localhost",)
+) -> None:
+    """ca.crt, server.crt and server.key in ``directory``; the CA signs nothing else. Strict enough for Python 3.13,
+    which insists on RFC 5280.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     path = str(directory) + "/"
     curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
     usage = ("-addext", "keyUsage=critical,keyCertSign,cRLSign")
-    _openssl("req", "-x509", *curve, "-days", "30", "-subj", "/CN=test CA", *usage, "-keyout", path + "ca.key", "-out", path + "ca.crt")
-    _openssl("req", "-new", *curve, "-subj", "/CN=test registry", "-keyout", path + "server.key", "-out", path + "server.csr")
+    _openssl(
+        "req",
+        "-x509",
+        *curve,
+        "-days",
+        "30",
+        "-subj",
+        "/CN=test CA",
+        *usage,
+        "-keyout",
+        path + "ca.key",
+        "-out",
+        path + "ca.crt",
+    )
+    _openssl(
+        "req", "-new", *curve, "-subj", "/CN=test registry", "-keyout", path + "server.key", "-out", path + "server.csr"
+    )
     extensions = directory / "server.ext"
     wanted = ",".join([*(f"IP:{address}" for address in addresses), *(f"DNS:{name}" for name in names)])
     identifiers = "subjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\n"
-    extensions.write_text(f"subjectAltName={wanted}\nkeyUsage=critical,digitalSignature\nextendedKeyUsage=serverAuth\nbasicConstraints=CA:FALSE\n{identifiers}")
-    signing = ("-CA", path + "ca.crt", "-CAkey", path + "ca.key", "-CAcreateserial", "-days", "30", "-extfile", str(extensions))
+    extensions.write_text(
+        f"subjectAltName={wanted}\nkeyUsage=critical,digitalSignature\nextendedKeyUsage=serverAuth\nbasicConstraints=CA:FALSE\n{identifiers}"
+    )
+    signing = (
+        "-CA",
+        path + "ca.crt",
+        "-CAkey",
+        path + "ca.key",
+        "-CAcreateserial",
+        "-days",
+        "30",
+        "-extfile",
+        str(extensions),
+    )
     _openssl("x509", "-req", "-in", path + "server.csr", *signing, "-out", path + "server.crt")
 
 
 def bcrypt(password: str) -> str:
     """A bcrypt hash, the only kind that the registry takes."""
     if shutil.which("htpasswd"):
-        done = subprocess.run(["htpasswd", "-niB", "-C", "5", "user"], input=password, stdout=subprocess.PIPE, check=True, text=True)
+        done = subprocess.run(
+            ["htpasswd", "-niB", "-C", "5", "user"], input=password, stdout=subprocess.PIPE, check=True, text=True
+        )
         return done.stdout.strip().split(":", 1)[1]
     # Everything Debian has perl, whose crypt() is libxcrypt's.
     salt = base64.b64encode(os.urandom(16), b"./").decode()[:21] + "."
     program = "$_ = <STDIN>; print crypt($_, $ARGV[0])"
-    done = subprocess.run(["perl", "-e", program, "$2y$05$" + salt], input=password, stdout=subprocess.PIPE, check=True, text=True)
+    done = subprocess.run(
+        ["perl", "-e", program, "$2y$05$" + salt], input=password, stdout=subprocess.PIPE, check=True, text=True
+    )
     if not done.stdout.startswith("$2y$"):
         raise Unavailable("neither htpasswd nor a crypt() with bcrypt is there")
     return done.stdout
@@ -146,19 +184,31 @@ class Registry:
 
     def push(self, source: str, name: str, *options: str) -> str:
         """Copy an image (skopeo syntax; a bare path is an OCI layout) into the registry; returns its reference."""
-        if source.partition(":")[0] not in ("oci", "dir", "docker", "docker-archive", "oci-archive", "containers-storage"):
+        if source.partition(":")[0] not in (
+            "oci",
+            "dir",
+            "docker",
+            "docker-archive",
+            "oci-archive",
+            "containers-storage",
+        ):
             source = "oci:" + source
         flags = [f"--dest-cert-dir={self.ca_directory}"] if self.tls else ["--dest-tls-verify=false"]
         flags += [f"--dest-authfile={self.auth_file()}"] if self.user else ["--dest-no-creds"]
         skopeo_copy(source, self.reference(name), *flags, *options)
         return self.reference(name)
 
-    def request(self, method: str, path: str, headers: dict[str, str] | None = None, body: bytes | None = None) -> tuple[int, dict[str, str], bytes]:
+    def request(
+        self, method: str, path: str, headers: dict[str, str] | None = None, body: bytes | None = None
+    ) -> tuple[int, dict[str, str], bytes]:
         """One HTTP request as the right user; returns status, headers (lower case) and body."""
         connection: http.client.HTTPConnection
         if self.tls:
             connection = http.client.HTTPSConnection(
-                "127.0.0.1", self.port, timeout=30, context=ssl.create_default_context(cafile=str(self.ca_directory / "ca.crt"))
+                "127.0.0.1",
+                self.port,
+                timeout=30,
+                context=ssl.create_default_context(cafile=str(self.ca_directory / "ca.crt")),
             )
         else:
             connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
@@ -171,7 +221,9 @@ class Registry:
             return answer.status, {key.lower(): value for key, value in answer.getheaders()}, answer.read()
 
     def put_manifest(self, name: str, tag: str, data: bytes, media_type: str) -> str:
-        """Put a manifest as it is, past every check of a client (the registry itself wants the blobs to be there); returns its digest."""
+        """Put a manifest as it is, past every check of a client (the registry itself wants the blobs to be there);
+        returns its digest.
+        """
         status, headers, body = self.request("PUT", f"/v2/{name}/manifests/{tag}", {"Content-Type": media_type}, data)
         if status != 201:
             raise RuntimeError(f"the registry refused the manifest: {status} {body.decode(errors='replace')}")
@@ -188,7 +240,10 @@ class Registry:
         # JSON is YAML.
         http_part: dict[str, object] = {"addr": self.address, "headers": {"X-Content-Type-Options": ["nosniff"]}}
         if self.tls:
-            http_part["tls"] = {"certificate": str(self.directory / "tls/server.crt"), "key": str(self.directory / "tls/server.key")}
+            http_part["tls"] = {
+                "certificate": str(self.directory / "tls/server.crt"),
+                "key": str(self.directory / "tls/server.key"),
+            }
         document: dict[str, object] = {
             "version": 0.1,
             "log": {"level": "warn", "accesslog": {"disabled": True}},
@@ -259,7 +314,9 @@ class Registry:
     def __enter__(self) -> Registry:
         return self.start()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
 
 
@@ -297,7 +354,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start.add_argument("--port", type=int, default=0)
     start.add_argument("--tls", action="store_true")
     start.add_argument("--user", default="")
-    start.add_argument("--password", default=os.environ.get("REGISTRY_PASSWORD", ""), help="better: the environment variable REGISTRY_PASSWORD")
+    start.add_argument(
+        "--password",
+        default=os.environ.get("REGISTRY_PASSWORD", ""),
+        help="better: the environment variable REGISTRY_PASSWORD",
+    )
     push.add_argument("source", help="OCI layout (PATH or PATH:TAG) or any reference of skopeo")
     push.add_argument("name", help="NAME:TAG in the registry")
     push.add_argument("--format", choices=("oci", "v2s2"))
@@ -308,7 +369,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "start":
             _stop_saved(directory)
-            registry = Registry(directory, tls=options.tls, user=options.user, password=options.password, port=options.port).start()
+            registry = Registry(
+                directory, tls=options.tls, user=options.user, password=options.password, port=options.port
+            ).start()
             settings = directory / "settings.json"
             settings.touch(0o600)
             settings.write_text(json.dumps({"tls": options.tls, "user": options.user, "password": options.password}))

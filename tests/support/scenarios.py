@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Fixtures for the tests of the Molecule scenarios: what was created, what the playbook runs returned, and the repositories on the hosts."""
+"""Fixtures for the tests of the Molecule scenarios: what was created, what the playbook runs returned, and the
+repositories on the hosts.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ class Run:
         return dict(found[0])
 
     def modules(self, host: str) -> list[tuple[str, dict[str, Any]]]:
-        """Task name and result of every task of the collection's modules on the host, but not of those that were skipped."""
+        """Task name and result of every task of the collection's modules on the host, but not of those that were
+        skipped.
+        """
         mine = [entry for entry in self.entries if entry["host"] == host and entry["kind"] != "skipped"]
         return [(entry["task"], entry["result"]) for entry in mine if entry["action"].startswith("composefs.oci.")]
 

@@ -4,7 +4,8 @@
 
 """Tar streams made block by block, so that tests can write what no archiver would.
 
-``tar(member("usr/", type=b"5"), member("usr/bin/x", b"..."))`` is a well-formed archive; every field of a header can be forced.
+``tar(member("usr/", type=b"5"), member("usr/bin/x", b"..."))`` is a well-formed archive; every field of a header can be
+forced.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ def header(
     prefix: bytes = b"",
     checksum: int | None = None,
 ) -> bytes:
-    """One 512-byte header.  ``magic`` is ``ustar\\0`` + ``00`` (POSIX), ``ustar  \\0`` (GNU) or eight zero bytes (V7)."""
+    """One 512-byte header.  ``magic`` is ``ustar\\0`` + ``00`` (POSIX), ``ustar  \\0`` (GNU) or eight zero
+    bytes (V7).
+    """
     fields = (
         name[:100],
         _number(mode, 8),
@@ -80,7 +83,9 @@ def pax_records(records: Mapping[str, str | bytes]) -> bytes:
 
 
 def extension(type: bytes, payload: bytes, *, name: bytes = b"././@PaxHeader", magic: bytes = b"ustar\x0000") -> bytes:  # noqa: A002
-    """An extension header with its payload: type ``x``/``g`` (PAX) or ``L``/``K`` (GNU long name or link; use the GNU magic)."""
+    """An extension header with its payload: type ``x``/``g`` (PAX) or ``L``/``K`` (GNU long name or link; use the GNU
+    magic).
+    """
     return header(name, len(payload), type, magic=magic) + payload + padding(len(payload))
 
 
@@ -110,11 +115,28 @@ def member(
     records.update(pax or {})
     default = 0o755 if type == DIRECTORY else 0o777 if type == SYMLINK else 0o644
     length = len(data) if size is None else size
-    main = header(raw_name, length, type, mode=default if mode is None else mode, uid=uid, gid=gid, mtime=mtime, linkname=raw_link, device=device)
+    main = header(
+        raw_name,
+        length,
+        type,
+        mode=default if mode is None else mode,
+        uid=uid,
+        gid=gid,
+        mtime=mtime,
+        linkname=raw_link,
+        device=device,
+    )
     return (extension(b"x", pax_records(records)) if records else b"") + main + data + padding(len(data))
 
 
-def gnu_member(name: bytes, data: bytes = b"", type: bytes = REGULAR, *, linkname: bytes = b"", mode: int = 0o644) -> bytes:  # noqa: A002
+def gnu_member(
+    name: bytes,
+    data: bytes = b"",
+    type: bytes = REGULAR,  # noqa: A002
+    *,
+    linkname: bytes = b"",
+    mode: int = 0o644,  # noqa: A002
+) -> bytes:
     """An entry in GNU format: long names by ``L`` and ``K`` entries."""
     magic = b"ustar  \0"
     out = b""
@@ -142,7 +164,14 @@ def small_tree(*, files: int = 20, seed: int = 1, size: int = 3000, prefix: str 
         if above != "usr/":
             parts.append(member(above, type=DIRECTORY))
     for length in (0, 1, 63, 64, 65, 511, 512, 513, 4095, 4096, 4097, 70_000):
-        parts.append(member(f"{prefix}/size-{length}", chance.getrandbits(8 * length).to_bytes(length, "big") if length else b"", uid=1000, gid=100))
+        parts.append(
+            member(
+                f"{prefix}/size-{length}",
+                chance.getrandbits(8 * length).to_bytes(length, "big") if length else b"",
+                uid=1000,
+                gid=100,
+            )
+        )
     for number in range(files):
         data = (b"%d %d\n" % (seed, number)) * chance.randrange(1, max(2, size // 6))
         parts.append(member(f"{prefix}/file-{number:04}", data, mtime=1_600_000_000 + number))
@@ -155,7 +184,12 @@ def small_tree(*, files: int = 20, seed: int = 1, size: int = 3000, prefix: str 
         ),
         member("usr/bin/alias", type=HARDLINK, linkname="usr/bin/tool"),
         member("usr/bin/link", type=SYMLINK, linkname="../bin/tool"),
-        member("usr/lib/" + "long-name-" * 12, b"beyond one hundred bytes" * 9, mtime=1_600_000_000, pax={"mtime": "1600000000.123456789"}),
+        member(
+            "usr/lib/" + "long-name-" * 12,
+            b"beyond one hundred bytes" * 9,
+            mtime=1_600_000_000,
+            pax={"mtime": "1600000000.123456789"},
+        ),
         member("usr/lib/ünïcode", "content ü".encode() * 30),
         member("usr/lib/null", type=CHARDEV, device=(1, 3)),
         member("usr/lib/pipe", type=FIFO),

@@ -36,7 +36,8 @@ def _provide_collection() -> None:
 
 _provide_collection()
 
-# In CI the same examples every time: a submission must not fail for what chance found in somebody else's code. At home they vary, and find more.
+# In CI the same examples every time: a submission must not fail for what chance found in somebody else's code. At home
+# they vary, and find more.
 if os.environ.get("CI") and importlib.util.find_spec("hypothesis") is not None:
     from hypothesis import settings
 

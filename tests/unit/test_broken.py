@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What dev/molecule --broken breaks (tests/hosts/broken.py) fits the code as it is, and every scenario has something to break."""
+"""What dev/molecule --broken breaks (tests/hosts/broken.py) fits the code as it is, and every scenario has something to
+break.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,11 @@ def test_a_breakage_can_be_applied_and_leaves_valid_python(breakage: broken.Brea
 
 @pytest.mark.parametrize("breakage", broken.BREAKAGES, ids=lambda breakage: f"{breakage.scenario}: {breakage.promise}")
 def test_the_test_that_has_to_notice_is_one_of_the_scenarios(breakage: broken.Breakage) -> None:
-    directory = ROOT / ("examples/molecule-rollout/molecule/rollout" if breakage.scenario == "example" else f"extensions/molecule/{breakage.scenario}")
+    directory = ROOT / (
+        "examples/molecule-rollout/molecule/rollout"
+        if breakage.scenario == "example"
+        else f"extensions/molecule/{breakage.scenario}"
+    )
     tests = "".join(path.read_text() for path in (directory / "tests").glob("test_*.py"))
     assert f"def {breakage.noticed_by}(" in tests
 

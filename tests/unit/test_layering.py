@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The house stands: rooms look downwards only, the engine knows no Ansible, and what is promised in words is complete."""
+"""The house stands: rooms look downwards only, the engine knows no Ansible, and what is promised in words is
+complete.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from ansible_collections.composefs.oci.plugins.module_utils import errors
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 ENGINE = ROOT / "plugins" / "module_utils"
 
-# Which wings each wing may know. The root ("") is what everybody stands on; source and store never meet, pull joins them.
+# Which wings each wing may know. The root ("") is what everybody stands on; source and store never meet, pull joins
+# them.
 MAY_KNOW: dict[str, set[str]] = {
     "": set(),
     "formats": {""},
@@ -30,12 +33,20 @@ MAY_KNOW: dict[str, set[str]] = {
     "operations": {"", "formats", "rootfs", "host", "source", "store", "pull"},
 }
 
-# Within a wing lowest first. A room may import rooms of lower floors only, never one of its own floor: that keeps the order free of cycles
-# and shows where a new room belongs.
+# Within a wing lowest first. A room may import rooms of lower floors only, never one of its own floor: that keeps the
+# order free of cycles and shows where a new room belongs.
 FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "": (("errors", "progress"),),
-    "formats": (("codecs", "fsverity", "oci", "repolayout", "tarheader"), ("metajson", "ocischemas", "splitstream", "tar")),
-    "rootfs": (("erofs", "filetree", "lastmatch"), ("dumpfile", "erofslayout", "merge"), ("erofsreader", "erofswriter", "selinux"), ("bootable",)),
+    "formats": (
+        ("codecs", "fsverity", "oci", "repolayout", "tarheader"),
+        ("metajson", "ocischemas", "splitstream", "tar"),
+    ),
+    "rootfs": (
+        ("erofs", "filetree", "lastmatch"),
+        ("dumpfile", "erofslayout", "merge"),
+        ("erofsreader", "erofswriter", "selinux"),
+        ("bootable",),
+    ),
     "host": (("filesystem", "mountinfo", "processes"), ("mountcalls",)),
     "source": (("skopeo",), ("imageproxy",), ("skopeosource",)),
     "store": (("objects",), ("marks",), ("repository",), ("create", "imagestreams")),
@@ -45,7 +56,12 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
 # The threshold to Ansible stands at the root and looks into the house; no room looks at it.
 THRESHOLD = "module"
 
-FLOOR = {f"{wing}.{room}" if wing else room: number for wing, floors in FLOORS.items() for number, rooms in enumerate(floors) for room in rooms}
+FLOOR = {
+    f"{wing}.{room}" if wing else room: number
+    for wing, floors in FLOORS.items()
+    for number, rooms in enumerate(floors)
+    for room in rooms
+}
 
 # Only these know that there are other programs.
 STARTS_PROGRAMS = {"source.imageproxy", "source.skopeo"}
@@ -54,7 +70,9 @@ STARTS_PROGRAMS = {"source.imageproxy", "source.skopeo"}
 SANS_IO = ("formats", "rootfs")
 OPENERS = {"open", "opendir", "scandir", "listdir"}
 
-ROOMS = sorted(".".join(path.relative_to(ENGINE).with_suffix("").parts) for path in ENGINE.rglob("*.py") if path.stem != "__init__")
+ROOMS = sorted(
+    ".".join(path.relative_to(ENGINE).with_suffix("").parts) for path in ENGINE.rglob("*.py") if path.stem != "__init__"
+)
 
 
 def source_of(room: str) -> str:
@@ -66,7 +84,9 @@ def wing_of(room: str) -> str:
 
 
 def imports(room: str) -> Iterator[tuple[int, str]]:
-    """What ``room`` imports, wherever in the file: pairs of relative level and dotted name, for relative ones from the engine's root."""
+    """What ``room`` imports, wherever in the file: pairs of relative level and dotted name, for relative ones from the
+    engine's root.
+    """
     package = room.split(".")[:-1]
     for node in ast.walk(ast.parse(source_of(room))):
         if isinstance(node, ast.Import):
@@ -103,12 +123,18 @@ def test_wings_look_where_they_may(room: str) -> None:
         return
     known = rooms_known(room)
     assert [name for name in known if name not in ROOMS] == [], "these are no rooms"
-    assert [name for name in known if wing_of(name) not in {wing_of(room), *MAY_KNOW[wing_of(room)]} or name == THRESHOLD] == []
+    assert [
+        name for name in known if wing_of(name) not in {wing_of(room), *MAY_KNOW[wing_of(room)]} or name == THRESHOLD
+    ] == []
 
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_rooms_look_downwards_only_within_their_wing(room: str) -> None:
-    wrong = [name for name in rooms_known(room) if wing_of(name) == wing_of(room) and FLOOR.get(name, -1) >= FLOOR.get(room, 99)]
+    wrong = [
+        name
+        for name in rooms_known(room)
+        if wing_of(name) == wing_of(room) and FLOOR.get(name, -1) >= FLOOR.get(room, 99)
+    ]
     assert wrong == [], f"{room} may not import these"
 
 
@@ -122,7 +148,12 @@ def test_formats_and_rootfs_open_nothing(room: str) -> None:
         if isinstance(node, ast.Call):
             called = node.func
             bare = isinstance(called, ast.Name) and called.id == "open"
-            of_os = isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name) and called.value.id == "os" and called.attr in OPENERS
+            of_os = (
+                isinstance(called, ast.Attribute)
+                and isinstance(called.value, ast.Name)
+                and called.value.id == "os"
+                and called.attr in OPENERS
+            )
             assert not bare and not of_os, f"{room} opens something in line {node.lineno}"
 
 
@@ -149,7 +180,9 @@ def test_no_room_holds_several(room: str) -> None:
 
 
 def sources() -> list[pathlib.Path]:
-    """Every file of the project that people write; what tools leave behind lies in directories whose names begin with a dot, or in output."""
+    """Every file of the project that people write; what tools leave behind lies in directories whose names begin with a
+    dot, or in output.
+    """
     kinds = {".py", ".yml", ".yaml", ".rst", ".md", ".toml", ".cfg", ".txt", ".sh", ".ini", ".json", ""}
     found = []
     for directory, directories, names in os.walk(ROOT):

@@ -15,7 +15,10 @@ from typing import Any
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-HOSTS = [{"suite": "trixie", "kernel": "", "python": "3.13.5", "skopeo": "1.18.0"}, {"suite": "bookworm", "kernel": "", "python": "3.11.2", "skopeo": "1.9.3"}]
+HOSTS = [
+    {"suite": "trixie", "kernel": "", "python": "3.13.5", "skopeo": "1.18.0"},
+    {"suite": "bookworm", "kernel": "", "python": "3.11.2", "skopeo": "1.9.3"},
+]
 GUEST = {"suite": "trixie", "kernel": "6.12.117+deb13-cloud-amd64", "python": "3.13.5", "skopeo": "1.18.0"}
 
 
@@ -39,7 +42,9 @@ def record(tested: ModuleType, tmp_path: pathlib.Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(tested, "RECORD", tmp_path / "tested.json")
     monkeypatch.setattr(tested, "TABLES", ((readme, "<!-- begin -->", "<!-- end -->", tested.readme_table),))
 
-    def run(scenario: str, hosts: list[dict[str, str]], tests: int = 5, seconds: float = 10.4, long: bool = False) -> str:
+    def run(
+        scenario: str, hosts: list[dict[str, str]], tests: int = 5, seconds: float = 10.4, long: bool = False
+    ) -> str:
         tested.record(scenario, seconds, {"hosts": hosts, "passed": tests}, controller, long)
         return readme.read_text()
 
@@ -63,10 +68,15 @@ def test_a_row_names_the_controller_the_hosts_and_the_scenarios(record: Any) -> 
 def test_a_guest_is_told_with_its_kernel_and_has_a_row_of_its_own(record: Any) -> None:
     record("default", HOSTS)
     text = record("verity", [GUEST], tests=9)
-    assert "| Debian 13: Linux 6.12.117, Python 3.13.5, skopeo 1.18.0 | `verity` | 9 |" in text and text.count("2.19.4") == 2
+    assert (
+        "| Debian 13: Linux 6.12.117, Python 3.13.5, skopeo 1.18.0 | `verity` | 9 |" in text
+        and text.count("2.19.4") == 2
+    )
 
 
-def test_a_later_run_of_the_same_kind_takes_the_place_of_the_earlier(record: Any, tested: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_later_run_of_the_same_kind_takes_the_place_of_the_earlier(
+    record: Any, tested: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     record("default", HOSTS, tests=30)
     monkeypatch.setenv("VERSION", "2.19.5")
     record("default", [{**host, "python": host["python"] + "1"} for host in HOSTS], tests=31)
@@ -74,7 +84,9 @@ def test_a_later_run_of_the_same_kind_takes_the_place_of_the_earlier(record: Any
     assert entry["tests"] == 31 and entry["ansible"] == "2.19.5" and entry["seconds"] == 10
 
 
-def test_long_forms_and_other_versions_stand_beside_each_other(record: Any, tested: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_forms_and_other_versions_stand_beside_each_other(
+    record: Any, tested: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     record("power", [GUEST], tests=2)
     record("power", [GUEST], tests=24, long=True)
     monkeypatch.setenv("VERSION", "2.20.1")
@@ -83,7 +95,9 @@ def test_long_forms_and_other_versions_stand_beside_each_other(record: Any, test
     assert "`power` | 24 |" in text and "`power` | 2 |" in text
 
 
-def test_a_file_without_a_place_for_the_table_is_told(tested: ModuleType, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_without_a_place_for_the_table_is_told(
+    tested: ModuleType, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "page.md"
     path.write_text("nothing\n")
     monkeypatch.setattr(tested, "TABLES", ((path, "<!-- begin -->", "<!-- end -->", tested.readme_table),))

@@ -78,7 +78,9 @@ def test_what_is_there_is_told(host: Host, path: pathlib.Path) -> None:
         assert repository.tags == {name: engine.tag_digest(name) for name in ("team/app", "check")}
     assert repository.objects == len(list(path.glob("objects/*/*")))
     assert sorted(name.partition("sha256:")[0] for name in repository.streams) == sorted(
-        2 * [imagestreams.MANIFEST.partition("sha256:")[0]] + 2 * [imagestreams.CONFIG.partition("sha256:")[0]] + 2 * ["oci-layer-"]
+        2 * [imagestreams.MANIFEST.partition("sha256:")[0]]
+        + 2 * [imagestreams.CONFIG.partition("sha256:")[0]]
+        + 2 * ["oci-layer-"]
     )
 
 
@@ -99,7 +101,11 @@ def test_who_looked_at_everything_need_not_look_again(host: Host, path: pathlib.
 
 
 def test_every_kind_of_damage_is_found(host: Host, path: pathlib.Path) -> None:
-    changed, short, gone = object_with(path, b"1" * 300_000), object_with(path, b"2" * 5000), object_with(path, b"3" * 500)
+    changed, short, gone = (
+        object_with(path, b"1" * 300_000),
+        object_with(path, b"2" * 5000),
+        object_with(path, b"3" * 500),
+    )
     with open(changed, "r+b") as file:
         file.seek(200_000)
         file.write(b"x")

@@ -2,12 +2,14 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Make the repositories of earlier times in files/, which the scenario upgrade takes over. To be run by hand, with cfsctl 0.9 on the PATH.
+"""Make the repositories of earlier times in files/, which the scenario upgrade takes over. To be run by hand, with
+cfsctl 0.9 on the PATH.
 
 images.tgz       an OCI layout with the images "one" and "two", which share a layer
 cfsctl.tgz       a repository written by cfsctl, with "one" in it
-older.tgz        the same as programs before composefs-rs 0.7 wrote it: no meta.json, splitstreams with the header of that time
-collection.tgz   a repository with "one" in it, written by this collection when the file was made; keep it when the others are made anew
+older.tgz        the same as programs before composefs-rs 0.7 wrote it: no meta.json, splitstreams with the header of
+that time collection.tgz   a repository with "one" in it, written by this collection when the file was made; keep it
+when the others are made anew
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ def make_images(path: pathlib.Path) -> None:
 
 
 def age(repository: pathlib.Path) -> None:
-    """Turn a repository into an older one: take meta.json away, give every splitstream the old header and so another name."""
+    """Turn a repository into an older one: take meta.json away, give every splitstream the old header and so another
+    name.
+    """
     (repository / "meta.json").unlink()
     renamed: dict[bytes, bytes] = {}
     # Layers first, then what names them.

@@ -4,10 +4,13 @@
 
 """gzip, zstd and plain data behind one pull interface.
 
-A decoder reads compressed bytes from a *source* and hands out decoded bytes. What every decoder promises, whichever library does the work:
+A decoder reads compressed bytes from a *source* and hands out decoded bytes. What every decoder promises, whichever
+library does the work:
 
-- all gzip members (RFC 1952) and all zstd frames (RFC 8878) are decoded, skippable frames are left out wherever they stand;
-- after the last member only zero padding is forgiven: other bytes, truncation and wrong checksums are errors, never a short result;
+- all gzip members (RFC 1952) and all zstd frames (RFC 8878) are decoded, skippable frames are left out wherever they
+  stand;
+- after the last member only zero padding is forgiven: other bytes, truncation and wrong checksums are errors, never a
+  short result;
 - a read returns at most what was asked for, so that a few bytes that expand to gigabytes cost time but no memory;
 - at most ``CHUNK`` bytes of input (and what the library holds of it) are buffered.
 
@@ -27,8 +30,12 @@ from ..errors import EngineError, FormatError, InvalidLayer, MissingLibrary
 CHUNK = 256 * 1024
 """Bytes asked of a source at a time."""
 
-_ENOUGH = 64 * 1024  # short pieces (one gzip member a file, as eStargz writes) are gathered until a read can return this much
-_FIRST_SLICE = 16 * 1024  # what a new member is offered first: the libraries copy what they do not use, and a member may be tiny
+_ENOUGH = (
+    64 * 1024
+)  # short pieces (one gzip member a file, as eStargz writes) are gathered until a read can return this much
+_FIRST_SLICE = (
+    16 * 1024
+)  # what a new member is offered first: the libraries copy what they do not use, and a member may be tiny
 _MAX_WINDOW = 1 << 27  # the largest window that zstd decoders accept unless told otherwise
 _MAX_HEADER = 1 << 18  # of a gzip member: an extra field of 64 KiB, and names that no one will ever give
 _FETCH_AGAIN = "It was damaged on the way or built wrongly: pull it again, then have the image rebuilt."
@@ -41,13 +48,17 @@ ZSTD_BACKENDS = {"compression.zstd": "compression.zstd", "zstandard": "zstandard
 
 
 class Source(Protocol):
-    """Where compressed bytes come from: ``read(n)`` returns at most ``n`` bytes, fewer if it likes, ``b""`` only at the end."""
+    """Where compressed bytes come from: ``read(n)`` returns at most ``n`` bytes, fewer if it likes, ``b""`` only at the
+    end.
+    """
 
     def read(self, n: int, /) -> bytes: ...
 
 
 class Decoder(Protocol):
-    """Decoded bytes: ``read(n)`` returns at most ``n`` bytes, fewer if it likes, ``b""`` only at the very end (and for ``n`` < 1)."""
+    """Decoded bytes: ``read(n)`` returns at most ``n`` bytes, fewer if it likes, ``b""`` only at the very end (and for
+    ``n`` < 1).
+    """
 
     def read(self, n: int, /) -> bytes: ...
 
@@ -60,7 +71,8 @@ class Compressor(Protocol):
     def flush(self) -> bytes: ...
 
 
-# ---------------------------------------------------------------------------------------------------------------- libraries
+# ----------------------------------------------------------------------------------------------------------------
+# libraries
 
 
 @functools.cache
@@ -78,7 +90,9 @@ def gzip_backend() -> str:
 
 
 def zstd_backend() -> str | None:
-    """The zstd library that is used: ``compression.zstd`` (Python 3.14), ``zstandard``, ``backports.zstd``, or None if there is none."""
+    """The zstd library that is used: ``compression.zstd`` (Python 3.14), ``zstandard``, ``backports.zstd``, or None if
+    there is none.
+    """
     return next((name for name, module in ZSTD_BACKENDS.items() if _module(module) is not None), None)
 
 
@@ -93,13 +107,15 @@ def _zstd_module(backend: str | None) -> tuple[str, Any]:
     if name is None or module is None:
         raise MissingLibrary(
             "A zstd library for Python is needed, and none is installed on the host.",
-            "Let the role composefs.oci.skopeo install it, or install python3-zstandard (Debian, Fedora, EPEL), or run pip install zstandard for the Python "
+            "Let the role composefs.oci.skopeo install it, or install python3-zstandard (Debian, Fedora, EPEL), or "
+            "run pip install zstandard for the Python "
             "that runs the module; Python 3.14 brings one.",
         )
     return name, module
 
 
-# ----------------------------------------------------------------------------------------------------------------- decoding
+# -----------------------------------------------------------------------------------------------------------------
+# decoding
 
 
 def open_decoder(compression: str, source: Source, *, backend: str | None = None) -> Decoder:
@@ -118,7 +134,8 @@ def open_decoder(compression: str, source: Source, *, backend: str | None = None
 
 
 def zstd_reader(source: Source, *, backend: str | None = None) -> Decoder:
-    """A decoder for the zstd sections of repository files: as ``open_decoder``, but nothing at all may follow the last frame.
+    """A decoder for the zstd sections of repository files: as ``open_decoder``, but nothing at all may follow the last
+    frame.
 
     Raises MissingLibrary; the decoder's reads raise FormatError for damaged data.
     """
@@ -158,7 +175,9 @@ class _Input:
 
 
 class _Members:
-    """Members that follow each other, each decoded by an object of its own: what gzip and the zstd of the standard library share."""
+    """Members that follow each other, each decoded by an object of its own: what gzip and the zstd of the standard
+    library share.
+    """
 
     def __init__(self, new: Callable[[], Any]) -> None:
         self._new = new
@@ -202,8 +221,8 @@ class _Gzip(_Members):
         self._slice = _FIRST_SLICE
 
     def _start(self) -> Any:
-        # Headers are read here, for ISA-L loses its way in a header with optional fields that arrives in pieces; the library gets a plain one. It
-        # verifies checksum and length of the data (wbits 31).
+        # Headers are read here, for ISA-L loses its way in a header with optional fields that arrives in pieces; the
+        # library gets a plain one. It verifies checksum and length of the data (wbits 31).
         member = self._module.decompressobj(wbits=31)
         member.decompress(b"\x1f\x8b\x08\0\0\0\0\0\0\xff")
         return member
@@ -218,9 +237,14 @@ class _Gzip(_Members):
             size = self._header(given.data[given.pos : given.pos + 512]) or self._header(given.data[given.pos :])
             while not size:
                 if len(given.data) - given.pos > _MAX_HEADER:
-                    raise InvalidLayer(f"The gzip data is damaged near byte {start}: the header does not end.", _FETCH_AGAIN)
+                    raise InvalidLayer(
+                        f"The gzip data is damaged near byte {start}: the header does not end.", _FETCH_AGAIN
+                    )
                 if not given.more():
-                    raise InvalidLayer(f"The gzip data ends in the middle of a member, at byte {start + len(given.data) - given.pos}.", _FETCH_AGAIN)
+                    raise InvalidLayer(
+                        f"The gzip data ends in the middle of a member, at byte {start + len(given.data) - given.pos}.",
+                        _FETCH_AGAIN,
+                    )
                 size = self._header(given.data[given.pos :])
             given.pos += size
             self._members += 1
@@ -238,7 +262,9 @@ class _Gzip(_Members):
             return 0
         flags = data[3]
         if data[2] != 8 or flags & 0xE0:
-            raise InvalidLayer(f"The gzip data is damaged near byte {self._input.offset}: unknown method or flags.", _FETCH_AGAIN)
+            raise InvalidLayer(
+                f"The gzip data is damaged near byte {self._input.offset}: unknown method or flags.", _FETCH_AGAIN
+            )
         size = 10
         if flags & 4:  # extra field
             size += 2 + int.from_bytes(data[10:12], "little")
@@ -249,8 +275,14 @@ class _Gzip(_Members):
                     return 0
         if flags & 2:  # checksum of the header
             size += 2
-            if len(data) >= size and int.from_bytes(data[size - 2 : size], "little") != zlib.crc32(data[: size - 2]) & 0xFFFF:
-                raise InvalidLayer(f"The gzip data is damaged near byte {self._input.offset}: the header has a wrong checksum.", _FETCH_AGAIN)
+            if (
+                len(data) >= size
+                and int.from_bytes(data[size - 2 : size], "little") != zlib.crc32(data[: size - 2]) & 0xFFFF
+            ):
+                raise InvalidLayer(
+                    f"The gzip data is damaged near byte {self._input.offset}: the header has a wrong checksum.",
+                    _FETCH_AGAIN,
+                )
         return size if len(data) >= size else 0
 
     def _piece(self, n: int) -> bytes:
@@ -280,8 +312,9 @@ _BETWEEN, _BLOCK, _PADDING = range(3)
 class _Frames:
     """The zstd frames of a source, and nothing else: skippable frames are dropped, structure and end are checked.
 
-    The walk over frame and block headers (RFC 8878, section 3.1) costs about a microsecond per 128 KiB of output. It is what makes all libraries
-    alike: some take the end of input in the middle of a frame for its end, stop at skippable frames, or know obsolete formats.
+    The walk over frame and block headers (RFC 8878, section 3.1) costs about a microsecond per 128 KiB of output. It is
+    what makes all libraries alike: some take the end of input in the middle of a frame for its end, stop at skippable
+    frames, or know obsolete formats.
     """
 
     def __init__(self, source: Source, error: type[EngineError], padded: bool) -> None:
@@ -362,7 +395,9 @@ class _Frames:
                 start = min(pos, end)
                 self._drop = True
             else:
-                raise self.fail("Garbage follows the last zstd frame" if self._frames else "It is not zstd data", base + pos)
+                raise self.fail(
+                    "Garbage follows the last zstd frame" if self._frames else "It is not zstd data", base + pos
+                )
             self._frames += 1
         if pos < end:
             self._carry = data[pos:]
@@ -374,7 +409,9 @@ class _Frames:
         return b"".join(pieces)
 
     def _frame_header(self, data: bytes, pos: int) -> int:
-        """Length of the frame header at ``pos``, whose first five bytes are there; checks the window if all of it is."""
+        """Length of the frame header at ``pos``, whose first five bytes are there; checks the window if all
+        of it is.
+        """
         descriptor = data[pos + 4]
         single = descriptor >> 5 & 1
         content_size = (1 if single else 0, 2, 4, 8)[descriptor >> 6]
@@ -387,7 +424,10 @@ class _Frames:
                 exponent, mantissa = divmod(data[pos + 5], 8)
                 window = (8 + mantissa) << (7 + exponent)
             if window > _MAX_WINDOW:
-                raise self.fail(f"A zstd frame needs {window >> 20} MiB of memory to decode, more than the {_MAX_WINDOW >> 20} MiB that decoders grant")
+                raise self.fail(
+                    f"A zstd frame needs {window >> 20} MiB of memory to decode, more than the {_MAX_WINDOW >> 20} "
+                    f"MiB that decoders grant"
+                )
             self._checksum = descriptor & 4
         return size
 
@@ -449,22 +489,26 @@ class _StandardZstd(_Members):
         except self._error as error:
             raise self._frames.fail(f"The zstd data is damaged ({error})") from error
         if member.eof:
-            self._pos -= len(member.unused_data)  # never more than the last offer: the next is made only when all of it is used
+            self._pos -= len(
+                member.unused_data
+            )  # never more than the last offer: the next is made only when all of it is used
             self._member = None
         return piece
 
 
-# -------------------------------------------------------------------------------------------------------------- compressing
+# --------------------------------------------------------------------------------------------------------------
+# compressing
 
 
 def zstd_compressor(*, backend: str | None = None) -> Compressor:
     """A compressor for the sections of a splitstream: level 3, one frame without content size and checksum.
 
-    No input at all gives the nine bytes ``28 b5 2f fd 20 00 01 00 00``. How the input is cut makes no difference to the result. The bytes depend on
-    the version of libzstd, not on the Python package. Raises MissingLibrary.
+    No input at all gives the nine bytes ``28 b5 2f fd 20 00 01 00 00``. How the input is cut makes no difference to the
+    result. The bytes depend on the version of libzstd, not on the Python package. Raises MissingLibrary.
     """
     name, module = _zstd_module(backend)
-    # The one-shot functions would store the content size: the sections are defined by what the streaming interface writes.
+    # The one-shot functions would store the content size: the sections are defined by what the streaming interface
+    # writes.
     stream = module.ZstdCompressor(level=3).compressobj() if name == "zstandard" else module.ZstdCompressor(level=3)
     return _ZstdCompressor(stream)
 

@@ -4,9 +4,9 @@
 
 """fs-verity: digests in user space, and the two ioctls that let the kernel seal and measure a file.
 
-The format is the kernel's (Documentation/filesystems/fsverity.rst): a Merkle tree over 4096-byte blocks without salt, whose root goes into a
-256-byte descriptor; the digest is the hash of that descriptor. A repository uses one algorithm for everything and names each object by this
-digest, which is never the plain hash of the content.
+The format is the kernel's (Documentation/filesystems/fsverity.rst): a Merkle tree over 4096-byte blocks without salt,
+whose root goes into a 256-byte descriptor; the digest is the hash of that descriptor. A repository uses one algorithm
+for everything and names each object by this digest, which is never the plain hash of the content.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ Bytes = Union[bytes, bytearray, memoryview]
 
 BLOCK = 4096
 
-# Leaves are hashed in runs of this many bytes: long enough to amortise the bookkeeping, short enough that the list of a run's hashes stays small
-# however much data one update() brings.
+# Leaves are hashed in runs of this many bytes: long enough to amortise the bookkeeping, short enough that the list of a
+# run's hashes stays small however much data one update() brings.
 _RUN = 1 << 20
 
 
 class Algorithm(NamedTuple):
-    """One of the two hashes: its ``name``, the kernel's ``id``, the digest ``size`` in bytes, and the hashlib constructor ``new``."""
+    """One of the two hashes: its ``name``, the kernel's ``id``, the digest ``size`` in bytes, and the hashlib
+    constructor ``new``.
+    """
 
     name: str
     id: int
@@ -43,13 +45,15 @@ class Algorithm(NamedTuple):
 
     @property
     def meta_name(self) -> str:
-        """How ``meta.json`` spells it, for example ``fsverity-sha256-12`` (12 is the binary logarithm of the block size)."""
+        """How ``meta.json`` spells it, for example ``fsverity-sha256-12`` (12 is the binary logarithm of the block
+        size).
+        """
         return f"fsverity-{self.name}-12"
 
 
 def _algorithm(name: str, number: int, size: int, new: Callable[..., Any]) -> Algorithm:
-    # version 1, hash algorithm, log2 of the block size, no salt, and a signature size that is always hashed as zero; what follows the root hash
-    # (the rest of its field, the salt, reserved bytes) is zero.
+    # version 1, hash algorithm, log2 of the block size, no salt, and a signature size that is always hashed as zero;
+    # what follows the root hash (the rest of its field, the salt, reserved bytes) is zero.
     head = int.from_bytes(bytes((1, number, 12, 0, 0, 0, 0, 0)), "little")
     return Algorithm(name, number, size, new, struct.Struct(f"<QQ{size}s{240 - size}x").pack, head)
 
@@ -60,17 +64,23 @@ ALGORITHMS: dict[str, Algorithm] = {a.name: a for a in (SHA256, SHA512)}
 
 
 def algorithm_from_meta(text: str) -> Algorithm:
-    """The algorithm that ``meta.json`` spells as ``text`` (``fsverity-<hash>-<log2 of the block size>``, composefs repository format).
+    """The algorithm that ``meta.json`` spells as ``text`` (``fsverity-<hash>-<log2 of the block size>``, composefs
+    repository format).
 
-    FormatError if it is not of that form, IncompatibleRepository if hash or block size are none that composefs repositories have.
+    FormatError if it is not of that form, IncompatibleRepository if hash or block size are none that composefs
+    repositories have.
     """
     match = re.fullmatch(r"fsverity-(.*)-\+?([0-9]+)", text, re.DOTALL)
     if match is None:
-        raise FormatError(f"meta.json names the algorithm {text[:100]!r}, which is not of the form fsverity-<hash>-<block size>.", "Restore the file.")
+        raise FormatError(
+            f"meta.json names the algorithm {text[:100]!r}, which is not of the form fsverity-<hash>-<block size>.",
+            "Restore the file.",
+        )
     algorithm = ALGORITHMS.get(match[1])
     if algorithm is None or match[2].lstrip("0") != "12":
         raise IncompatibleRepository(
-            f"The repository uses {text[:100]!r}; known are {', '.join(a.meta_name for a in ALGORITHMS.values())}.", "A newer release may know it."
+            f"The repository uses {text[:100]!r}; known are {', '.join(a.meta_name for a in ALGORITHMS.values())}.",
+            "A newer release may know it.",
         )
     return algorithm
 
@@ -80,7 +90,8 @@ def digest(data: Bytes, algorithm: Algorithm) -> bytes:
     size = len(data)
     new = algorithm.new
     if 0 < size <= BLOCK:
-        # The hot path, once per small file of a layer: two hashes, one pad and one pack, nothing else. Padding by ljust is cheaper than a second update().
+        # The hot path, once per small file of a layer: two hashes, one pad and one pack, nothing else. Padding by ljust
+        # is cheaper than a second update().
         if not isinstance(data, bytes):
             data = bytes(data)
         root = new(data.ljust(BLOCK, b"\0")).digest()
@@ -102,7 +113,9 @@ def _hash_blocks(data: Bytes, new: Callable[..., Any]) -> bytes:
 
 
 class Hasher:
-    """The fs-verity digest of a file that arrives in pieces, cut anywhere; memory is one tree block a level, whatever the length."""
+    """The fs-verity digest of a file that arrives in pieces, cut anywhere; memory is one tree block a level, whatever
+    the length.
+    """
 
     __slots__ = ("_levels", "_tail", "algorithm", "length")
 
@@ -110,8 +123,9 @@ class Hasher:
         self.algorithm = algorithm
         self.length = 0
         self._tail = bytearray()  # the beginning of the data block that is not complete yet
-        # Level by level, the hashes that are not yet part of a hashed tree block. A block is only hashed once something follows it in its level:
-        # a level that ends exactly full is the top, and another one above it would change the digest. So each is 1 .. BLOCK bytes between updates.
+        # Level by level, the hashes that are not yet part of a hashed tree block. A block is only hashed once something
+        # follows it in its level: a level that ends exactly full is the top, and another one above it would change the
+        # digest. So each is 1 .. BLOCK bytes between updates.
         self._levels: list[bytearray] = []
 
     def update(self, data: Bytes) -> None:
@@ -154,7 +168,9 @@ class Hasher:
 
 
 def _push(levels: list[bytearray], at: int, hashes: bytes, algorithm: Algorithm) -> None:
-    """Append ``hashes`` to level ``at`` and hash each block of it that is now followed by something into the level above."""
+    """Append ``hashes`` to level ``at`` and hash each block of it that is now followed by something into the level
+    above.
+    """
     while hashes:
         if at == len(levels):
             levels.append(bytearray())
@@ -169,7 +185,8 @@ def _push(levels: list[bytearray], at: int, hashes: bytes, algorithm: Algorithm)
         at += 1
 
 
-# --- names -----------------------------------------------------------------------------------------------------------------------------------
+# --- names
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def object_path(digest: bytes) -> str:
@@ -187,21 +204,27 @@ def parse_hex(text: str, algorithm: Algorithm) -> bytes:
 
 
 def parse_object_path(text: str, algorithm: Algorithm) -> bytes:
-    """The digest in an object's path name or link text, of which only the end (``ab/cdef…``) is looked at; FormatError if that is none.
+    """The digest in an object's path name or link text, of which only the end (``ab/cdef…``) is looked at; FormatError
+    if that is none.
 
     So ``../objects/ab/cdef…`` and ``objects/ab/cdef…`` mean the same (composefs repository format).
     """
     end = text[-(2 * algorithm.size + 1) :]
     if end[2:3] != "/":
-        raise FormatError(f"{text[-200:]!r} does not end in the path name of a {algorithm.name} object.", "Check the repository.")
+        raise FormatError(
+            f"{text[-200:]!r} does not end in the path name of a {algorithm.name} object.", "Check the repository."
+        )
     return parse_hex(end[:2] + end[3:], algorithm)
 
 
-# --- the kernel ------------------------------------------------------------------------------------------------------------------------------
+# --- the kernel
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def _request(read: bool, write: bool, number: int, size: int) -> int:
-    """An ioctl number of type 'f', encoded as the running machine does it (asm/ioctl.h; a few architectures have their own)."""
+    """An ioctl number of type 'f', encoded as the running machine does it (asm/ioctl.h; a few architectures have their
+    own).
+    """
     other = os.uname().machine.startswith(("ppc", "mips", "sparc", "alpha"))
     direction = (2 * read + 4 * write) << 29 if other else (2 * read + write) << 30
     return direction | size << 16 | ord("f") << 8 | number
@@ -210,15 +233,18 @@ def _request(read: bool, write: bool, number: int, size: int) -> int:
 _ENABLE = _request(False, True, 133, 128)
 _MEASURE = _request(True, True, 134, 4)  # the size is that of the header alone, whatever room for the digest follows it
 
-# ETXTBSY mostly means that another thread forked while the file was open for writing and its child has not reached exec yet: soon over.
+# ETXTBSY mostly means that another thread forked while the file was open for writing and its child has not reached exec
+# yet: soon over.
 _BUSY_PAUSES = (0.001, 0.002, 0.004, 0.008, 0.016)
 
 
 def enable(fd: int, algorithm: Algorithm) -> bool:
-    """Seal the file behind ``fd`` (open read-only; no writable descriptor of it may be left anywhere) with fs-verity. True when it is sealed.
+    """Seal the file behind ``fd`` (open read-only; no writable descriptor of it may be left anywhere) with fs-verity.
+    True when it is sealed.
 
-    A file that is sealed already is left as it is, whatever its algorithm: measure it to know. VerityUnsupported if the file system or the kernel
-    cannot do it; a file that stays open for writing elsewhere ends in OSError ETXTBSY after a few tries; other OSErrors pass.
+    A file that is sealed already is left as it is, whatever its algorithm: measure it to know. VerityUnsupported if the
+    file system or the kernel cannot do it; a file that stays open for writing elsewhere ends in OSError ETXTBSY after a
+    few tries; other OSErrors pass.
     """
     argument = struct.pack("=IIII112x", 1, algorithm.id, BLOCK, 0)
     pauses = iter(_BUSY_PAUSES)
@@ -241,7 +267,8 @@ def enable(fd: int, algorithm: Algorithm) -> bool:
 def measure(fd: int, algorithm: Algorithm) -> bytes | None:
     """The digest that the kernel enforces on the file behind ``fd``, or None if it is not sealed.
 
-    DigestMismatch if it is sealed with another algorithm, VerityUnsupported if the file system or the kernel knows no fs-verity; other OSErrors pass.
+    DigestMismatch if it is sealed with another algorithm, VerityUnsupported if the file system or the kernel knows no
+    fs-verity; other OSErrors pass.
     """
     buffer = bytearray(struct.pack("=HH", algorithm.id, algorithm.size)) + bytes(algorithm.size)
     try:
@@ -266,9 +293,13 @@ _UNSUPPORTED = (errno.ENOTTY, errno.EOPNOTSUPP)
 def _unsupported(algorithm: Algorithm) -> VerityUnsupported:
     return VerityUnsupported(
         f"The file system or the kernel does not support fs-verity with {algorithm.name}.",
-        "Use btrfs, or ext4 or f2fs with the verity feature enabled (tune2fs -O verity), or a repository that does not require it.",
+        "Use btrfs, or ext4 or f2fs with the verity feature enabled (tune2fs -O verity), or a repository that does "
+        "not require it.",
     )
 
 
 def _other_algorithm(algorithm: Algorithm) -> DigestMismatch:
-    return DigestMismatch(f"The file has an fs-verity digest, but not one of {algorithm.name}.", "It was put there by something else: remove it.")
+    return DigestMismatch(
+        f"The file has an fs-verity digest, but not one of {algorithm.name}.",
+        "It was put there by something else: remove it.",
+    )

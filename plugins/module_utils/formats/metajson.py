@@ -4,8 +4,8 @@
 
 """``meta.json``: what a composefs repository says about itself (composefs repository format, version 1).
 
-Bytes in, values out and back; byte-identical to what ``cfsctl init`` writes. Whether the repository is protected by fs-verity is not written in
-the file: it is so if the file itself has fs-verity (see ``repository``).
+Bytes in, values out and back; byte-identical to what ``cfsctl init`` writes. Whether the repository is protected by
+fs-verity is not written in the file: it is so if the file itself has fs-verity (see ``repository``).
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ _IMPLIED_EROFS_VERSION = 2
 
 @dataclasses.dataclass(frozen=True)
 class Metadata:
-    """The fields of ``meta.json``. ``erofs_default`` is None where the file has no ``erofs_formats`` (written before composefs-rs 0.8)."""
+    """The fields of ``meta.json``. ``erofs_default`` is None where the file has no ``erofs_formats`` (written before
+    composefs-rs 0.8).
+    """
 
     algorithm: fsverity.Algorithm
     version: int = VERSION
@@ -41,16 +43,28 @@ class Metadata:
     erofs_extra: tuple[int, ...] = ()
 
     @classmethod
-    def new(cls, algorithm: fsverity.Algorithm, erofs_default: int = DEFAULT_EROFS_VERSION, erofs_extra: tuple[int, ...] = ()) -> Metadata:
+    def new(
+        cls,
+        algorithm: fsverity.Algorithm,
+        erofs_default: int = DEFAULT_EROFS_VERSION,
+        erofs_extra: tuple[int, ...] = (),
+    ) -> Metadata:
         """What a new repository gets. The flag ``v1_erofs`` stands there exactly if the default image format is V1."""
         flags = (V1_EROFS,) if erofs_default == 1 else ()
-        return cls(algorithm, read_only_compatible=flags, erofs_default=erofs_default, erofs_extra=tuple(sorted(set(erofs_extra))))
+        return cls(
+            algorithm,
+            read_only_compatible=flags,
+            erofs_default=erofs_default,
+            erofs_extra=tuple(sorted(set(erofs_extra))),
+        )
 
     @classmethod
     def parse(cls, raw: bytes) -> Metadata:
-        """Read ``meta.json``. FormatError if it is malformed, IncompatibleRepository if its version or algorithm is not known.
+        """Read ``meta.json``. FormatError if it is malformed, IncompatibleRepository if its version or algorithm is not
+        known.
 
-        Unknown fields are ignored, as the format asks for. Features are only listed: ask ``check_readable`` and ``check_writable``.
+        Unknown fields are ignored, as the format asks for. Features are only listed: ask ``check_readable`` and
+        ``check_writable``.
         """
         try:
             document = json.loads(raw.decode("utf-8"))
@@ -62,7 +76,9 @@ class Metadata:
         if not isinstance(version, int) or isinstance(version, bool) or version < 0:
             raise _malformed("has no valid version")
         if version > VERSION:
-            raise IncompatibleRepository(f"The repository has format version {version}; only versions up to {VERSION} are known.", _NEWER)
+            raise IncompatibleRepository(
+                f"The repository has format version {version}; only versions up to {VERSION} are known.", _NEWER
+            )
         name = document.get("algorithm")
         if not isinstance(name, str):
             raise _malformed("names no algorithm")
@@ -102,8 +118,8 @@ class Metadata:
     def erofs_formats(self) -> tuple[int, ...]:
         """Versions of EROFS images to make, the default one first.
 
-        Without ``erofs_formats`` the default is V2. A plain default of V2 beside the flag ``v1_erofs`` means V1, explicit or not: that
-        is how repositories looked before the field existed.
+        Without ``erofs_formats`` the default is V2. A plain default of V2 beside the flag ``v1_erofs`` means V1,
+        explicit or not: that is how repositories looked before the field existed.
         """
         default = _IMPLIED_EROFS_VERSION if self.erofs_default is None else self.erofs_default
         if default == _IMPLIED_EROFS_VERSION and not self.erofs_extra and V1_EROFS in self.read_only_compatible:
@@ -113,7 +129,9 @@ class Metadata:
     def check_readable(self) -> None:
         """Raise IncompatibleRepository if a feature is listed without which nothing here may be read."""
         if self.incompatible:
-            raise IncompatibleRepository(f"The repository uses features that are not known: {_listed(self.incompatible)}.", _NEWER)
+            raise IncompatibleRepository(
+                f"The repository uses features that are not known: {_listed(self.incompatible)}.", _NEWER
+            )
 
     def check_writable(self) -> None:
         """Raise IncompatibleRepository if a feature is listed that a writer has to know."""
@@ -121,7 +139,9 @@ class Metadata:
         unknown = [name for name in self.read_only_compatible if name not in KNOWN_READ_ONLY_COMPATIBLE]
         if unknown:
             raise IncompatibleRepository(
-                f"The repository can be read but not written, because it uses features that are not known: {_listed(unknown)}.", _NEWER
+                f"The repository can be read but not written, because it uses features that are not known: "
+                f"{_listed(unknown)}.",
+                _NEWER,
             )
 
 
@@ -151,9 +171,13 @@ def _erofs_formats(value: Any) -> tuple[int | None, tuple[int, ...]]:
         raise _malformed("has invalid erofs_formats")
     default = value.get("default")
     extra = value.get("extra", [])
-    if not isinstance(extra, list) or not all(isinstance(item, int) and not isinstance(item, bool) for item in (default, *extra)):
+    if not isinstance(extra, list) or not all(
+        isinstance(item, int) and not isinstance(item, bool) for item in (default, *extra)
+    ):
         raise _malformed("has invalid erofs_formats")
     unknown = sorted({default, *extra} - set(EROFS_VERSIONS))
     if unknown:
-        raise IncompatibleRepository(f"The repository makes EROFS images of formats that are not known: {_listed(unknown)}.", _NEWER)
+        raise IncompatibleRepository(
+            f"The repository makes EROFS images of formats that are not known: {_listed(unknown)}.", _NEWER
+        )
     return default, tuple(sorted(set(extra)))

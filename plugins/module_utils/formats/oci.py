@@ -4,9 +4,9 @@
 
 """OCI references, platforms, descriptors, manifests, indexes and configurations as typed, bounded values. No I/O.
 
-Documents come from strangers. Whatever the bytes are, the functions here either return a value that keeps every promise of its type
-or raise an engine error; nothing in a document decides how much memory or time is spent beyond the bounds below. The bytes are kept
-as they came, since only they have the digest that names them.
+Documents come from strangers. Whatever the bytes are, the functions here either return a value that keeps every promise
+of its type or raise an engine error; nothing in a document decides how much memory or time is spent beyond the bounds
+below. The bytes are kept as they came, since only they have the digest that names them.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 
 from ..errors import InvalidDocument, InvalidReference, PlatformNotFound, UnsupportedMediaType
 
-# containers/image and the distribution registry take manifests of at most 4 MiB; configurations are bounded likewise, with room for
-# what a conversion from Docker's format adds.
+# containers/image and the distribution registry take manifests of at most 4 MiB; configurations are bounded likewise,
+# with room for what a conversion from Docker's format adds.
 MAX_MANIFEST = 4 * 1024 * 1024
 MAX_CONFIG = 8 * 1024 * 1024
 MAX_LAYERS = 4096
@@ -30,7 +30,8 @@ MAX_INDEX = 4096
 MAX_SIZE = 2**53 - 1  # the largest integer that every JSON implementation keeps exact
 MAX_TEXT = 4096
 MAX_NESTING = 64
-# Each array or object costs some sixty bytes in memory for two in the document; this keeps a hostile document below 40 MB.
+# Each array or object costs some sixty bytes in memory for two in the document; this keeps a hostile document below 40
+# MB.
 MAX_VALUES = 300_000
 
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -40,7 +41,8 @@ OCI_EMPTY = "application/vnd.oci.empty.v1+json"
 DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
 DOCKER_CONFIG = "application/vnd.docker.container.image.v1+json"
-# The digest of the two bytes ``{}``, the configuration that artifacts share (OCI image spec, "Guidance for an empty descriptor").
+# The digest of the two bytes ``{}``, the configuration that artifacts share (OCI image spec, "Guidance for an empty
+# descriptor").
 EMPTY_DIGEST = "sha256:44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
 
 _COMPRESSION = {
@@ -75,7 +77,9 @@ _ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class Platform:
-    """Operating system, processor architecture and variant in Go's words: ``linux``, ``arm64``, ``v8`` (the variant may be empty)."""
+    """Operating system, processor architecture and variant in Go's words: ``linux``, ``arm64``, ``v8`` (the variant may
+    be empty).
+    """
 
     os: str
     architecture: str
@@ -98,7 +102,8 @@ def parse_platform(text: str) -> Platform:
     parts = text.split("/") if isinstance(text, str) else []
     if not 2 <= len(parts) <= 3 or not all(_PLATFORM_PART.match(part) for part in parts):
         raise PlatformNotFound(
-            f"Cannot understand the platform {text!r:.200}.", "Write it as os/architecture[/variant], for example linux/amd64 or linux/arm64/v8."
+            f"Cannot understand the platform {text!r:.200}.",
+            "Write it as os/architecture[/variant], for example linux/amd64 or linux/arm64/v8.",
         )
     architecture, variant = _ARCHITECTURES.get(parts[1], (parts[1], ""))
     return Platform(parts[0], architecture, parts[2] if len(parts) == 3 else variant)
@@ -106,7 +111,9 @@ def parse_platform(text: str) -> Platform:
 
 @dataclass(frozen=True)
 class Descriptor:
-    """What names a piece of content: media type, digest as ``sha256:<hex>`` and size in bytes (OCI image spec, "Content Descriptors")."""
+    """What names a piece of content: media type, digest as ``sha256:<hex>`` and size in bytes (OCI image spec, "Content
+    Descriptors").
+    """
 
     media_type: str
     digest: str
@@ -165,12 +172,16 @@ def digest_of(raw: bytes) -> str:
 
 
 def is_digest(text: object) -> bool:
-    """Whether ``text`` is ``sha256:`` and 64 lower-case hexadecimal digits: the only form that may become a name in a repository."""
+    """Whether ``text`` is ``sha256:`` and 64 lower-case hexadecimal digits: the only form that may become a name in a
+    repository.
+    """
     return isinstance(text, str) and _SHA256.match(text) is not None
 
 
 def layer_compression(media_type: str) -> str | None:
-    """``none``, ``gzip`` or ``zstd`` for the tar layers of OCI and Docker images; None means that the content is no tar layer."""
+    """``none``, ``gzip`` or ``zstd`` for the tar layers of OCI and Docker images; None means that the content is no tar
+    layer.
+    """
     return _COMPRESSION.get(media_type)
 
 
@@ -182,18 +193,22 @@ def is_container(manifest: Manifest) -> bool:
 def pairs(manifest: Manifest, config: Config) -> list[tuple[Descriptor, str]]:
     """A container's layers with their diff_ids, lowest first. Raises InvalidDocument and UnsupportedMediaType.
 
-    A layer that is no tar is refused: stored as a blob it would stand where another image expects the tar with that diff_id.
+    A layer that is no tar is refused: stored as a blob it would stand where another image expects the tar with that
+    diff_id.
     """
     if len(manifest.layers) != len(config.diff_ids):
         raise InvalidDocument(
-            f"The manifest {manifest.digest} lists {len(manifest.layers)} layers, its configuration {len(config.diff_ids)}.",
+            f"The manifest {manifest.digest} lists {len(manifest.layers)} layers, its configuration "
+            f"{len(config.diff_ids)}.",
             "The image is damaged; ask its publisher.",
         )
     for layer in manifest.layers:
         if layer_compression(layer.media_type) is None:
             raise UnsupportedMediaType(
-                f"The layer {layer.digest} of the container image {manifest.digest} has the media type {layer.media_type}.",
-                "Only tar layers, plain or compressed with gzip or zstd, can be unpacked; encrypted layers must be decrypted first.",
+                f"The layer {layer.digest} of the container image {manifest.digest} has the media type "
+                f"{layer.media_type}.",
+                "Only tar layers, plain or compressed with gzip or zstd, can be unpacked; encrypted layers must be "
+                "decrypted first.",
             )
     return list(zip(manifest.layers, config.diff_ids))
 
@@ -204,16 +219,28 @@ def check_platform(config: Config, wanted: Platform) -> None:
     skopeo chooses a platform only within an index: a single manifest is handed out whatever was asked for.
     """
     if not wanted.accepts(config.platform):
-        raise PlatformNotFound(f"The image is for {config.platform or 'no platform'}, not for {wanted}.", "Choose an image or a platform that fit each other.")
+        raise PlatformNotFound(
+            f"The image is for {config.platform or 'no platform'}, not for {wanted}.",
+            "Choose an image or a platform that fit each other.",
+        )
 
 
 def parse_manifest(raw: bytes) -> Manifest:
-    """The manifest in ``raw`` (OCI image manifest or Docker schema 2). Raises InvalidDocument and UnsupportedMediaType."""
+    """The manifest in ``raw`` (OCI image manifest or Docker schema 2). Raises InvalidDocument and
+    UnsupportedMediaType.
+    """
     what = "manifest"
-    document = _load(raw, MAX_MANIFEST, what, ("schemaVersion", "mediaType", "config", "layers", "artifactType", "annotations", "subject"))
+    document = _load(
+        raw,
+        MAX_MANIFEST,
+        what,
+        ("schemaVersion", "mediaType", "config", "layers", "artifactType", "annotations", "subject"),
+    )
     media_type = _kind(document, what, (OCI_MANIFEST, DOCKER_MANIFEST), OCI_MANIFEST)
     if "manifests" in document:
-        raise InvalidDocument("The manifest has a list of manifests too, so that different programs would read different images.")
+        raise InvalidDocument(
+            "The manifest has a list of manifests too, so that different programs would read different images."
+        )
     layers = _list(document.get("layers"), MAX_LAYERS, "layers of the manifest")
     subject = document.get("subject")
     return Manifest(
@@ -229,12 +256,18 @@ def parse_manifest(raw: bytes) -> Manifest:
 
 
 def parse_index(raw: bytes) -> Index:
-    """The list of manifests in ``raw`` (OCI image index or Docker manifest list). Raises InvalidDocument and UnsupportedMediaType."""
+    """The list of manifests in ``raw`` (OCI image index or Docker manifest list). Raises InvalidDocument and
+    UnsupportedMediaType.
+    """
     what = "index"
-    document = _load(raw, MAX_MANIFEST, what, ("schemaVersion", "mediaType", "manifests", "artifactType", "annotations", "subject"))
+    document = _load(
+        raw, MAX_MANIFEST, what, ("schemaVersion", "mediaType", "manifests", "artifactType", "annotations", "subject")
+    )
     media_type = _kind(document, what, (OCI_INDEX, DOCKER_LIST), OCI_INDEX)
     if "layers" in document or "config" in document:
-        raise InvalidDocument("The index has layers or a configuration too, so that different programs would read different images.")
+        raise InvalidDocument(
+            "The index has layers or a configuration too, so that different programs would read different images."
+        )
     manifests = _list(document.get("manifests"), MAX_INDEX, "manifests of the index")
     return Index(
         raw=raw,
@@ -253,7 +286,9 @@ def is_index(raw: bytes) -> bool:
 
 
 def parse_config(raw: bytes) -> Config:
-    """The configuration of a container image (OCI image configuration, Docker image JSON). Raises InvalidDocument and UnsupportedMediaType."""
+    """The configuration of a container image (OCI image configuration, Docker image JSON). Raises InvalidDocument and
+    UnsupportedMediaType.
+    """
     document = _load(raw, MAX_CONFIG, "configuration", ("architecture", "os", "variant", "created", "config", "rootfs"))
     rootfs = _object(document.get("rootfs"), "rootfs of the configuration")
     if rootfs.get("type") != "layers":
@@ -280,18 +315,26 @@ TRANSPORTS = ("docker", "oci", "oci-archive", "docker-archive", "dir", "containe
 _LOCAL = ("oci", "oci-archive", "docker-archive", "dir")
 MAX_REFERENCE = 4096  # bytes; a request to skopeo, at most 32 KiB, holds it even if every character is escaped
 
-_HOST = re.compile(r"(?:(?:[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?)(?:\.[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?)*|\[[a-fA-F0-9:]+\])(?::[0-9]{1,5})?\Z")
+_HOST = re.compile(
+    r"(?:(?:[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?)(?:\.[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?)*|\[[a-fA-F0-9:]+\])(?::[0-9]{1,5})?\Z"
+)
 _PATH = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*\Z")
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}\Z")
-_FORMS = "Write HOST/NAME:TAG, or one of " + ", ".join(["docker://HOST/NAME:TAG"] + [f"{name}:PATH" for name in _LOCAL] + ["containers-storage:NAME"]) + "."
+_FORMS = (
+    "Write HOST/NAME:TAG, or one of "
+    + ", ".join(["docker://HOST/NAME:TAG"] + [f"{name}:PATH" for name in _LOCAL] + ["containers-storage:NAME"])
+    + "."
+)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Where an image is. ``name`` is what follows the transport, in the form that every skopeo takes; ``original`` is the text as written.
+    """Where an image is. ``name`` is what follows the transport, in the form that every skopeo takes; ``original`` is
+    the text as written.
 
-    For ``docker``, ``registry`` is the host (with its port), ``repository`` the path on it, and ``tag`` and ``digest`` what the text
-    names; if it names both the digest wins and ``name`` has no tag, since skopeo refuses both at once. Else these are empty.
+    For ``docker``, ``registry`` is the host (with its port), ``repository`` the path on it, and ``tag`` and ``digest``
+    what the text names; if it names both the digest wins and ``name`` has no tag, since skopeo refuses both at once.
+    Else these are empty.
     """
 
     transport: str
@@ -304,7 +347,9 @@ class Reference:
 
     @property
     def text(self) -> str:
-        """The reference in skopeo's syntax. It starts with the transport, so that it can never be taken for an option."""
+        """The reference in skopeo's syntax. It starts with the transport, so that it can never be taken for
+        an option.
+        """
         return f"docker://{self.name}" if self.transport == "docker" else f"{self.transport}:{self.name}"
 
     @property
@@ -314,36 +359,47 @@ class Reference:
 
     @property
     def path(self) -> str:
-        """The file or directory of a local transport, empty for the others. A tag or image name after it is cut off as skopeo does."""
+        """The file or directory of a local transport, empty for the others. A tag or image name after it is cut off as
+        skopeo does.
+        """
         if self.transport == "dir":
             return self.name
         return self.name.split(":", 1)[0] if self.transport in _LOCAL else ""
 
     def pinned(self, digest: str) -> Reference:
-        """The reference to the same repository by ``sha256:<hex>``: what a tag meant a moment ago. Only registries can be asked so."""
+        """The reference to the same repository by ``sha256:<hex>``: what a tag meant a moment ago. Only registries can
+        be asked so.
+        """
         if self.transport != "docker" or not is_digest(digest):
             return self
         return replace(self, name=f"{self.registry}/{self.repository}@{digest}", digest=digest)
 
 
 def parse_reference(text: str) -> Reference:
-    """The reference behind ``text``: ``HOST/NAME[:TAG][@DIGEST]``, ``docker://…``, ``registry:…``, ``oci:PATH[:TAG]``, ``oci-archive:…``,
-    ``docker-archive:…``, ``dir:PATH``, ``containers-storage:…`` or ``docker-daemon:…``.
+    """The reference behind ``text``: ``HOST/NAME[:TAG][@DIGEST]``, ``docker://…``, ``registry:…``, ``oci:PATH[:TAG]``,
+    ``oci-archive:…``, ``docker-archive:…``, ``dir:PATH``, ``containers-storage:…`` or ``docker-daemon:…``.
 
     Raises InvalidReference, whose message never repeats what may be a password.
     """
     if not isinstance(text, str) or not text:
         raise InvalidReference("The image reference is empty.", _FORMS)
     if not text.isprintable() or any(character.isspace() for character in text):
-        raise InvalidReference(f"The image reference {ascii(text):.200} contains white space or control characters.", _FORMS)
+        raise InvalidReference(
+            f"The image reference {ascii(text):.200} contains white space or control characters.", _FORMS
+        )
     if len(text.encode()) > MAX_REFERENCE:
         raise InvalidReference(f"The image reference has more than {MAX_REFERENCE} bytes.", _FORMS)
     prefix, colon, rest = text.partition(":")
     if prefix in ("http", "https") and rest.startswith("//"):
-        raise InvalidReference("The image reference is a web address.", "Leave out the scheme: HOST/NAME:TAG; validate_certs=false also allows plain HTTP.")
+        raise InvalidReference(
+            "The image reference is a web address.",
+            "Leave out the scheme: HOST/NAME:TAG; validate_certs=false also allows plain HTTP.",
+        )
     if prefix == "docker" and colon:
         if not rest.startswith("//"):
-            raise InvalidReference(f"The image reference {_safe(text)} lacks the // after docker:.", "Write docker://HOST/NAME:TAG.")
+            raise InvalidReference(
+                f"The image reference {_safe(text)} lacks the // after docker:.", "Write docker://HOST/NAME:TAG."
+            )
         return _in_registry(text, rest[2:], short=True)
     if prefix == "registry" and colon and not re.match(r"[0-9]{1,5}/", rest):
         return _in_registry(text, rest[2:] if rest.startswith("//") else rest, short=True)
@@ -352,7 +408,8 @@ def parse_reference(text: str) -> Reference:
     if text[0] in "./~" or (colon and rest.startswith("/")) or "://" in text:
         if text[0] in "./~":
             raise InvalidReference(
-                f"The image reference {_safe(text)} is a path without a transport.", "Write oci:PATH, dir:PATH, oci-archive:PATH or docker-archive:PATH."
+                f"The image reference {_safe(text)} is a path without a transport.",
+                "Write oci:PATH, dir:PATH, oci-archive:PATH or docker-archive:PATH.",
             )
         raise InvalidReference(
             f"The image reference {_safe(text)} has an unknown transport.",
@@ -373,7 +430,8 @@ def _in_registry(text: str, name: str, short: bool) -> Reference:
         # Nothing is quoted here: what stands before the @ may be a user and a password.
         raise InvalidReference(
             "The image reference has an @ that is not followed by sha256: and 64 lower-case hexadecimal digits.",
-            "Copy the digest in full; other algorithms are not supported. Credentials do not belong there: use username and password, or auth_file.",
+            "Copy the digest in full; other algorithms are not supported. Credentials do not belong there: use "
+            "username and password, or auth_file.",
         )
     head, slash, last = rest.rpartition("/")
     last, colon, tag = last.partition(":")
@@ -381,14 +439,18 @@ def _in_registry(text: str, name: str, short: bool) -> Reference:
     if colon and not _TAG.match(tag):
         if not slash and tag.isdigit() or not tag:
             raise InvalidReference(f"The image reference {_safe(text)} has no valid tag.", _FORMS)
-        raise InvalidReference(f"The image reference {_safe(text)} has an invalid tag.", "A tag is at most 128 letters, digits, dots, dashes and underscores.")
+        raise InvalidReference(
+            f"The image reference {_safe(text)} has an invalid tag.",
+            "A tag is at most 128 letters, digits, dots, dashes and underscores.",
+        )
     host, slash, repository = path.partition("/")
     if not slash or not ("." in host or ":" in host or host == "localhost" or host.lower() != host):
         # What a short name means is up to whoever reads it. Written with docker:// it means what it means to skopeo.
         if not short:
             raise InvalidReference(
                 f"The image reference {_safe(text)} names neither a registry nor a transport.",
-                f"Write the registry's host first, for example docker.io/library/{rest}, or one of {', '.join(form + ':' for form in TRANSPORTS[1:])}."
+                f"Write the registry's host first, for example docker.io/library/{rest}, or one of "
+                f"{', '.join(form + ':' for form in TRANSPORTS[1:])}."
                 if _PATH.match(path)
                 else _FORMS,
             )
@@ -408,7 +470,8 @@ def _elsewhere(text: str, transport: str, rest: str) -> Reference:
         rest = rest[len("sha256:") :]  # skopeo knows image ids without it only
     if not rest.partition(":")[0] and transport in _LOCAL or not rest:
         raise InvalidReference(
-            f"The image reference {_safe(text)} names nothing after the transport.", f"Write {transport}:{'PATH' if transport in _LOCAL else 'NAME'}."
+            f"The image reference {_safe(text)} names nothing after the transport.",
+            f"Write {transport}:{'PATH' if transport in _LOCAL else 'NAME'}.",
         )
     return Reference(transport, rest, text)
 
@@ -417,10 +480,11 @@ def _elsewhere(text: str, transport: str, rest: str) -> Reference:
 
 
 def load_json(raw: bytes, limit: int, what: str) -> Any:
-    """The value of the JSON text ``raw``; raises InvalidDocument for all that another reader could take for something else.
+    """The value of the JSON text ``raw``; raises InvalidDocument for all that another reader could take for something
+    else.
 
-    That is: text that is not UTF-8, keys that occur twice, NaN and infinities, numbers beyond any use, characters that no encoding
-    can carry, and more bytes than ``limit`` or more values or deeper nesting than any real document has.
+    That is: text that is not UTF-8, keys that occur twice, NaN and infinities, numbers beyond any use, characters that
+    no encoding can carry, and more bytes than ``limit`` or more values or deeper nesting than any real document has.
     """
     if len(raw) > limit:
         raise InvalidDocument(f"The {what} has {len(raw)} bytes; at most {limit} are taken.")
@@ -428,9 +492,17 @@ def load_json(raw: bytes, limit: int, what: str) -> Any:
         raise InvalidDocument(f"The {what} has more than {MAX_VALUES} values.")
     try:
         # Decoded here because json.loads() guesses UTF-16 and UTF-32 too.
-        value = json.loads(str(raw, "utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_int=_bounded_int, parse_float=_finite)
+        value = json.loads(
+            str(raw, "utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_refuse_constant,
+            parse_int=_bounded_int,
+            parse_float=_finite,
+        )
     except (ValueError, RecursionError) as error:
-        raise InvalidDocument(f"The {what} is not valid JSON: {_brief(error)}.", "The image is damaged; ask its publisher.") from error
+        raise InvalidDocument(
+            f"The {what} is not valid JSON: {_brief(error)}.", "The image is damaged; ask its publisher."
+        ) from error
     _walk(value, what)
     return value
 
@@ -475,7 +547,9 @@ def _walk(value: Any, what: str) -> None:
                     try:
                         item.encode()
                     except UnicodeEncodeError as error:
-                        raise InvalidDocument(f"The {what} contains half a character (an unpaired surrogate).") from error
+                        raise InvalidDocument(
+                            f"The {what} contains half a character (an unpaired surrogate)."
+                        ) from error
             elif isinstance(item, dict):
                 deeper.extend(item)
                 deeper.extend(item.values())
@@ -490,12 +564,14 @@ def _walk(value: Any, what: str) -> None:
 def _load(raw: bytes, limit: int, what: str, known: Sequence[str]) -> dict[str, Any]:
     document = _object(load_json(raw, limit, what), what)
     if known:
-        # Go's decoder, and so skopeo, takes "Layers" for "layers": a document that uses that means different things to different readers.
+        # Go's decoder, and so skopeo, takes "Layers" for "layers": a document that uses that means different things to
+        # different readers.
         folded = {name.casefold(): name for name in known}
         for key in document:
             if folded.get(key.casefold(), key) != key:
                 raise InvalidDocument(
-                    f"The {what} writes {folded[key.casefold()]!r} as {key!r:.80}.", "The image is damaged or made to deceive; ask its publisher."
+                    f"The {what} writes {folded[key.casefold()]!r} as {key!r:.80}.",
+                    "The image is damaged or made to deceive; ask its publisher.",
                 )
     return document
 
@@ -504,11 +580,15 @@ def _kind(document: dict[str, Any], what: str, kinds: tuple[str, ...], default: 
     version = document.get("schemaVersion")
     media_type = _text(document.get("mediaType"), f"mediaType of the {what}") or default
     if version == 1 and version.__class__ is int:
-        raise UnsupportedMediaType(f"The {what} has Docker's old schema 1.", "Push the image again with a current tool.")
+        raise UnsupportedMediaType(
+            f"The {what} has Docker's old schema 1.", "Push the image again with a current tool."
+        )
     if version != 2 or version.__class__ is not int:
         raise InvalidDocument(f"The {what} has the schemaVersion {version!r:.50} instead of 2.")
     if media_type not in kinds:
-        raise UnsupportedMediaType(f"The {what} has the media type {media_type!r:.300}.", f"Known are {' and '.join(kinds)}.")
+        raise UnsupportedMediaType(
+            f"The {what} has the media type {media_type!r:.300}.", f"Known are {' and '.join(kinds)}."
+        )
     return media_type
 
 

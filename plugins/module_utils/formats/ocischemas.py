@@ -2,10 +2,12 @@
 # Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
 # SPDX-License-Identifier: BSD-2-Clause
 
-"""JSON schemas (draft 7) of manifests, indexes and configurations, and their check with ``jsonschema`` where the host has it.
+"""JSON schemas (draft 7) of manifests, indexes and configurations, and their check with ``jsonschema`` where the host
+has it.
 
-The typed readers in ``oci`` check what safety needs; the schemas also hold the parts of a document that the engine keeps but never reads
-against the OCI image specification. They ask for no more than what real images from every common builder satisfy.
+The typed readers in ``oci`` check what safety needs; the schemas also hold the parts of a document that the engine
+keeps but never reads against the OCI image specification. They ask for no more than what real images from every common
+builder satisfy.
 """
 
 from __future__ import annotations
@@ -13,7 +15,18 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import InvalidDocument
-from .oci import DOCKER_LIST, DOCKER_MANIFEST, MAX_CONFIG, MAX_INDEX, MAX_LAYERS, MAX_MANIFEST, MAX_SIZE, OCI_INDEX, OCI_MANIFEST, load_json
+from .oci import (
+    DOCKER_LIST,
+    DOCKER_MANIFEST,
+    MAX_CONFIG,
+    MAX_INDEX,
+    MAX_LAYERS,
+    MAX_MANIFEST,
+    MAX_SIZE,
+    OCI_INDEX,
+    OCI_MANIFEST,
+    load_json,
+)
 
 _DRAFT = "http://json-schema.org/draft-07/schema#"
 
@@ -114,7 +127,10 @@ CONFIG_SCHEMA: dict[str, Any] = {
         "rootfs": {
             "type": "object",
             "required": ["type", "diff_ids"],
-            "properties": {"type": {"const": "layers"}, "diff_ids": {"type": "array", "maxItems": MAX_LAYERS, "items": _DIGEST}},
+            "properties": {
+                "type": {"const": "layers"},
+                "diff_ids": {"type": "array", "maxItems": MAX_LAYERS, "items": _DIGEST},
+            },
         },
         "history": {
             "type": ["array", "null"],
@@ -148,8 +164,8 @@ def available() -> bool:
 def validate(kind: str, document: Any) -> bool:
     """Hold a document against the schema ``kind``: ``manifest``, ``index`` or ``config``.
 
-    ``document`` is the bytes of the JSON text or its value. Returns False if the host lacks ``jsonschema``, True if the document was checked
-    and fits; raises InvalidDocument, naming the place, if it does not.
+    ``document`` is the bytes of the JSON text or its value. Returns False if the host lacks ``jsonschema``, True if the
+    document was checked and fits; raises InvalidDocument, naming the place, if it does not.
     """
     value = load_json(document, _LIMITS[kind], kind) if isinstance(document, bytes) else document
     if not available():
@@ -160,6 +176,7 @@ def validate(kind: str, document: Any) -> bool:
         # The library's message quotes the value, which may be anything and of any length.
         place = "/".join(str(part) for part in error.absolute_path)[:200] or "its top level"
         raise InvalidDocument(
-            f"The {kind} breaks the rule {error.validator!r} of its schema at {place!r}: {error.message!r:.300}.", "The image is damaged; ask its publisher."
+            f"The {kind} breaks the rule {error.validator!r} of its schema at {place!r}: {error.message!r:.300}.",
+            "The image is damaged; ask its publisher.",
         )
     return True

@@ -22,17 +22,23 @@ _ESCAPE = re.compile("%2F|%25")
 
 
 def is_oci_digest(text: str) -> bool:
-    """Whether ``text`` is a digest such as ``sha256:<64 lowercase hex digits>`` (OCI image specification, descriptors)."""
+    """Whether ``text`` is a digest such as ``sha256:<64 lowercase hex digits>`` (OCI image specification,
+    descriptors).
+    """
     return _OCI_DIGEST.fullmatch(text) is not None
 
 
 def encode_tag(name: str) -> str:
-    """The file name that a tag has below ``streams/refs/oci``: ``%`` becomes ``%25``, then ``/`` becomes ``%2F``; all else stays."""
+    """The file name that a tag has below ``streams/refs/oci``: ``%`` becomes ``%25``, then ``/`` becomes ``%2F``; all
+    else stays.
+    """
     return name.replace("%", "%25").replace("/", "%2F")
 
 
 def decode_tag(text: str) -> str:
-    """The tag that a file name stands for. One pass from the left, so ``%252F`` is ``%2F``; any other ``%``, also before ``2f``, is itself."""
+    """The tag that a file name stands for. One pass from the left, so ``%252F`` is ``%2F``; any other ``%``, also
+    before ``2f``, is itself.
+    """
     return _ESCAPE.sub(lambda match: "/" if match[0] == "%2F" else "%", text)
 
 
@@ -40,7 +46,9 @@ def check_tag_name(name: str) -> None:
     """Raise InvalidReference unless an image can be given this name. To be asked before any work is done for it."""
     check_file_name(name, encode_tag(name), "image name")
     if name.startswith("@"):
-        raise InvalidReference(f"The image name {name!r} begins with '@', which cfsctl reserves for digests.", "Choose another name.")
+        raise InvalidReference(
+            f"The image name {name!r} begins with '@', which cfsctl reserves for digests.", "Choose another name."
+        )
 
 
 def check_file_name(name: str, encoded: str, what: str) -> None:
@@ -53,12 +61,15 @@ def check_file_name(name: str, encoded: str, what: str) -> None:
         raise InvalidReference(f"The {what} {name!r} cannot be used as a name.", "Choose another name.")
     if length > NAME_MAX:
         raise InvalidReference(
-            f"The {what} {name[:60]!r}... takes {length} bytes in the repository; {NAME_MAX} is the limit.", "Give a shorter name with the option name."
+            f"The {what} {name[:60]!r}... takes {length} bytes in the repository; {NAME_MAX} is the limit.",
+            "Give a shorter name with the option name.",
         )
 
 
 def manifest_of_target(target: str) -> str | None:
-    """The manifest digest in the text of a tag's link, of which only the last component counts; None if it names no manifest."""
+    """The manifest digest in the text of a tag's link, of which only the last component counts; None if it names no
+    manifest.
+    """
     last = target.rsplit("/", 1)[-1]
     digest = last[len(MANIFEST_PREFIX) :]
     return digest if last.startswith(MANIFEST_PREFIX) and is_oci_digest(digest) else None
@@ -67,8 +78,8 @@ def manifest_of_target(target: str) -> str | None:
 def link_text(name: str, target: str) -> str:
     """What a symbolic link at ``name`` must contain to lead to ``target``; both are relative to the repository.
 
-    The directories that both have in common are left out of the text: ``streams/refs/oci/x`` leads to ``streams/y`` by ``../../y``. Readers
-    parse these texts, so they must be exactly so.
+    The directories that both have in common are left out of the text: ``streams/refs/oci/x`` leads to ``streams/y`` by
+    ``../../y``. Readers parse these texts, so they must be exactly so.
     """
     here = name.split("/")[:-1]
     there = target.split("/")

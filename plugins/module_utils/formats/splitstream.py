@@ -4,12 +4,14 @@
 
 """Splitstreams: a byte stream whose large pieces are objects of the repository and whose small ones are kept inline.
 
-One immutable file (composefs repository format; all integers little endian): a 32-byte header that points to an 80-byte info section, which points
-to four sections – the digests of other streams that this one names, the digests of the objects it consists of, the names themselves, and the
-chunks. Names and chunks are zstd frames. A chunk is a signed 64-bit number: negative, so many inline bytes follow; otherwise, the whole content of
-the object with that index. The size of objects is not stored, only the size of everything together.
+One immutable file (composefs repository format; all integers little endian): a 32-byte header that points to an 80-byte
+info section, which points to four sections – the digests of other streams that this one names, the digests of the
+objects it consists of, the names themselves, and the chunks. Names and chunks are zstd frames. A chunk is a signed
+64-bit number: negative, so many inline bytes follow; otherwise, the whole content of the object with that index. The
+size of objects is not stored, only the size of everything together.
 
-Writer and reader keep memory flat: what grows with a layer is the table of its objects' digests alone, 32 or 64 bytes each.
+Writer and reader keep memory flat: what grows with a layer is the table of its objects' digests alone, 32 or 64 bytes
+each.
 """
 
 from __future__ import annotations
@@ -57,7 +59,8 @@ class ExternalRef(NamedTuple):
     digest: bytes
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------------------------------
+# --- writing
+# --------------------------------------------------------------------------------------------------------------------
 
 
 class _IndexTable:
@@ -89,7 +92,9 @@ class _IndexTable:
 
     def _add(self, digest: bytes, slot: int) -> int:
         if len(digest) != self._size:
-            raise FormatError(f"A digest of {len(digest)} bytes cannot be stored in a splitstream whose digests have {self._size}.")
+            raise FormatError(
+                f"A digest of {len(digest)} bytes cannot be stored in a splitstream whose digests have {self._size}."
+            )
         number = self.count
         self.digests += digest
         self.count = number + 1
@@ -117,15 +122,22 @@ def _temporary_file() -> BinaryIO:
 
 
 class Writer:
-    """Builds one splitstream: chunks by ``inline`` and ``external`` in stream order, names by ``named_ref``, then ``finish`` or ``write_to``, once.
+    """Builds one splitstream: chunks by ``inline`` and ``external`` in stream order, names by ``named_ref``, then
+    ``finish`` or ``write_to``, once.
 
-    The result is to the byte what cfsctl 0.9 writes for the same chunks, given the same version of libzstd. The compressed chunks go to ``spool``
-    (a file, written from where it stands and read back) if there is one, and are kept in memory otherwise. ``scratch`` makes the temporary file
-    that a very long inline run is set aside in.
+    The result is to the byte what cfsctl 0.9 writes for the same chunks, given the same version of libzstd. The
+    compressed chunks go to ``spool`` (a file, written from where it stands and read back) if there is one, and are kept
+    in memory otherwise. ``scratch`` makes the temporary file that a very long inline run is set aside in.
     MissingLibrary if there is no zstd; errors of the two files pass.
     """
 
-    def __init__(self, algorithm: Algorithm, content_type: bytes, spool: BinaryIO | None = None, scratch: Callable[[], BinaryIO] = _temporary_file) -> None:
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        content_type: bytes,
+        spool: BinaryIO | None = None,
+        scratch: Callable[[], BinaryIO] = _temporary_file,
+    ) -> None:
         if len(content_type) != 8:
             raise FormatError(f"The content type of a splitstream has eight bytes, not {content_type!r}.")
         self.size = 0
@@ -141,8 +153,9 @@ class Writer:
         self._compressed_size = 0
         self._scratch_factory = scratch
         self._run: _LongRun | None = None
-        # Chunks that have not been compressed yet. An inline run stays open (adjacent inline data must become one chunk: readers of version 0.9
-        # want a tar header within one) from its placeholder at _open until the next external chunk, when its length is filled in; -1: none is open.
+        # Chunks that have not been compressed yet. An inline run stays open (adjacent inline data must become one
+        # chunk: readers of version 0.9 want a tar header within one) from its placeholder at _open until the next
+        # external chunk, when its length is filled in; -1: none is open.
         self._out = bytearray()
         self._open = -1
         self._done = False
@@ -182,7 +195,9 @@ class Writer:
             self._drain()
 
     def named_ref(self, name: str, digest: bytes) -> None:
-        """Name another splitstream or image, given by its fs-verity ``digest`` (bytes); a name that was there already gets the new meaning."""
+        """Name another splitstream or image, given by its fs-verity ``digest`` (bytes); a name that was there already
+        gets the new meaning.
+        """
         try:
             encoded = name.encode("utf-8")
         except UnicodeEncodeError:
@@ -244,7 +259,10 @@ class Writer:
         while left:
             piece = self._spool.read(min(left, _PIECE))
             if not piece:
-                raise FormatError("The temporary file that holds a splitstream's chunks was cut short.", "Something else wrote to it: run again.")
+                raise FormatError(
+                    "The temporary file that holds a splitstream's chunks was cut short.",
+                    "Something else wrote to it: run again.",
+                )
             left -= len(piece)
             yield piece
 
@@ -294,7 +312,9 @@ class Writer:
 
 
 class _LongRun:
-    """Inline bytes in a temporary file, compressed: what an archive has gigabytes of outside its files is mostly zeros."""
+    """Inline bytes in a temporary file, compressed: what an archive has gigabytes of outside its files is
+    mostly zeros.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self.size = 0
@@ -320,7 +340,8 @@ class _LongRun:
         self._file.close()
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------------------------------
+# --- reading
+# --------------------------------------------------------------------------------------------------------------------
 
 
 class _Range:
@@ -376,11 +397,16 @@ class DigestTable(Sequence[bytes]):
 
 
 def _damaged(message: str) -> FormatError:
-    return FormatError(f"The splitstream is damaged: {message}.", "Check the repository; a pull writes a layer anew when its stream is gone.")
+    return FormatError(
+        f"The splitstream is damaged: {message}.",
+        "Check the repository; a pull writes a layer anew when its stream is gone.",
+    )
 
 
 class Splitstream:
-    """An opened splitstream. Everything but the chunks has been read and checked; the file must stay open while ``chunks`` is used."""
+    """An opened splitstream. Everything but the chunks has been read and checked; the file must stay open while
+    ``chunks`` is used.
+    """
 
     def __init__(self, file: BinaryIO, algorithm: Algorithm, content_type: bytes, size: int) -> None:
         self.content_type = content_type
@@ -394,16 +420,20 @@ class Splitstream:
 
     @classmethod
     def open(cls, file: BinaryIO, algorithm: Algorithm, expect: bytes | None = None) -> Splitstream:
-        """Read a splitstream from the seekable ``file``, which is all of it; ``expect`` is the content type it must have.
+        """Read a splitstream from the seekable ``file``, which is all of it; ``expect`` is the content type it must
+        have.
 
-        FormatError if it is damaged, of another algorithm or another content type; MissingLibrary if there is no zstd; OSErrors pass.
+        FormatError if it is damaged, of another algorithm or another content type; MissingLibrary if there is no zstd;
+        OSErrors pass.
         """
         length = file.seek(0, 2)
         file.seek(0)
         info_start, info_end = _parse_header(file.read(32), algorithm)
         if info_end - info_start < _INFO.size:
             raise _damaged(f"its info section has {info_end - info_start} bytes instead of {_INFO.size}")
-        info = _read(file, info_start, info_start + _INFO.size, length, "info")  # a longer one is the future's: what follows is not for us
+        info = _read(
+            file, info_start, info_start + _INFO.size, length, "info"
+        )  # a longer one is the future's: what follows is not for us
         *numbers, content_type, size = _INFO.unpack(info)
         ranges = {
             "stream table": (numbers[0], numbers[1]),
@@ -419,16 +449,21 @@ class Splitstream:
             )
         self = cls(file, algorithm, content_type, size)
         self._chunks = ranges["chunks"]
-        self.stream_refs = list(_read_table(file, ranges["stream table"], length, algorithm, _MAX_STREAM_TABLE, "stream table"))
-        self.object_refs = _read_table(file, ranges["object table"], length, algorithm, _MAX_OBJECT_TABLE, "object table")
+        self.stream_refs = list(
+            _read_table(file, ranges["stream table"], length, algorithm, _MAX_STREAM_TABLE, "stream table")
+        )
+        self.object_refs = _read_table(
+            file, ranges["object table"], length, algorithm, _MAX_OBJECT_TABLE, "object table"
+        )
         self.named_refs = _parse_names(_read_names(_Range(file, *ranges["names"])), self.stream_refs)
         return self
 
     def chunks(self, object_size: Callable[[bytes], int] | None = None) -> Iterator[bytes | ExternalRef]:
         """The stream in order: inline bytes in pieces of at most 256 KiB, and references to objects.
 
-        ``object_size`` tells the size of an object by its digest; with it the sizes of all pieces are held against the stream's size as they come,
-        without it only the inline ones are. FormatError for whatever is wrong, before more than a piece of it has been decoded.
+        ``object_size`` tells the size of an object by its digest; with it the sizes of all pieces are held against the
+        stream's size as they come, without it only the inline ones are. FormatError for whatever is wrong, before more
+        than a piece of it has been decoded.
         """
         size = self.size
         count = len(self.object_refs)
@@ -436,7 +471,8 @@ class Splitstream:
         width = self.object_refs.size
         decoder = codecs.zstd_reader(_Range(self._file, *self._chunks))
         total = 0  # bytes so far, as far as known
-        # Each reference stands for at least a byte, save those to an empty object, of which there is one: no writer has a reason to repeat it.
+        # Each reference stands for at least a byte, save those to an empty object, of which there is one: no writer has
+        # a reason to repeat it.
         references_left = size + 1
         buffer = b""
         at = 0
@@ -503,9 +539,15 @@ def _parse_header(header: bytes, algorithm: Algorithm) -> tuple[int, int]:
     else:
         raise _damaged("it does not begin like one")
     if version != 0:
-        raise FormatError(f"The splitstream has format version {version}, and only version 0 is known.", "A newer release may know it.")
+        raise FormatError(
+            f"The splitstream has format version {version}, and only version 0 is known.",
+            "A newer release may know it.",
+        )
     if (number, block) != (algorithm.id, 12):
-        raise _damaged(f"its digests are of algorithm {number} with block size 2^{block}, where the repository has {algorithm.id} with 2^12")
+        raise _damaged(
+            f"its digests are of algorithm {number} with block size 2^{block}, where the repository has "
+            f"{algorithm.id} with 2^12"
+        )
     return start, end
 
 
@@ -538,7 +580,9 @@ def _read(file: BinaryIO, start: int, end: int, length: int, name: str) -> bytes
     return data
 
 
-def _read_table(file: BinaryIO, section: tuple[int, int], length: int, algorithm: Algorithm, limit: int, name: str) -> DigestTable:
+def _read_table(
+    file: BinaryIO, section: tuple[int, int], length: int, algorithm: Algorithm, limit: int, name: str
+) -> DigestTable:
     start, end = section
     if (end - start) % algorithm.size:
         raise _damaged(f"its {name} section has {end - start} bytes, which is not a multiple of {algorithm.size}")
@@ -563,7 +607,9 @@ _NAME = re.compile(rb"\+?0*([0-9]{1,20}):(.*)", re.DOTALL)
 
 
 def _parse_names(text: bytes, streams: list[bytes]) -> dict[str, bytes]:
-    """``index:name`` entries, each ended by NUL; the name may contain colons itself, and the last of several entries for a name counts."""
+    """``index:name`` entries, each ended by NUL; the name may contain colons itself, and the last of several entries
+    for a name counts.
+    """
     *entries, rest = text.split(b"\0")
     if rest:
         raise _damaged("trailing junk in its names")
@@ -572,7 +618,9 @@ def _parse_names(text: bytes, streams: list[bytes]) -> dict[str, bytes]:
         match = _NAME.fullmatch(entry)
         index = int(match[1]) if match else len(streams)
         if match is None or index >= len(streams):
-            raise _damaged(f"its names contain {entry[:100]!r}, which is not a name for one of its {len(streams)} streams")
+            raise _damaged(
+                f"its names contain {entry[:100]!r}, which is not a name for one of its {len(streams)} streams"
+            )
         try:
             names[match[2].decode("utf-8")] = streams[index]
         except UnicodeDecodeError:

@@ -4,13 +4,13 @@
 
 """Layer archives: where content starts and ends, and the way back from what was stored.
 
-``Splitter`` cuts an archive that is pushed into it into inline bytes and external contents whose concatenation is the archive again, byte for byte
-(composefs repository format, tar layers): the content of a regular file of more than 64 bytes is external, everything else is inline - headers,
-extensions, padding, small contents, the content that entries of other types may have, and whatever follows the end marker.
-``EntryReader`` reads the entries back.
+``Splitter`` cuts an archive that is pushed into it into inline bytes and external contents whose concatenation is the
+archive again, byte for byte (composefs repository format, tar layers): the content of a regular file of more than 64
+bytes is external, everything else is inline - headers, extensions, padding, small contents, the content that entries of
+other types may have, and whatever follows the end marker. ``EntryReader`` reads the entries back.
 
-The end marker is two zero blocks. An archive may also end between two entries without any. A lone zero block that ends the archive is taken for an end
-marker, as most tools do (cfsctl refuses it); before another entry it is skipped.
+The end marker is two zero blocks. An archive may also end between two entries without any. A lone zero block that ends
+the archive is taken for an end marker, as most tools do (cfsctl refuses it); before another entry it is skipped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from .tarheader import BLOCK, HINT, LIGHT, PLAIN, Entry, Parser, block_sum, show
 THRESHOLD = 64
 """Bytes: larger contents of regular files are external."""
 
-_ASSEMBLE = 64 * 1024  # contents up to this size are put together when a buffer ends within them: storing them whole is the fast way
+_ASSEMBLE = (
+    64 * 1024
+)  # contents up to this size are put together when a buffer ends within them: storing them whole is the fast way
 _ZERO = bytes(BLOCK)
 _ZEROS = bytes(64 * 1024)
 _REGULAR = frozenset((b"0", b"\0", b"7"))
@@ -40,7 +42,9 @@ class Sink(Protocol):
         """A whole external content."""
 
     def begin(self, size: int, /) -> None:
-        """An external content begins; ``size`` is what the archive claims. ``content`` brings it in pieces, ``end`` follows when all of it came."""
+        """An external content begins; ``size`` is what the archive claims. ``content`` brings it in pieces, ``end``
+        follows when all of it came.
+        """
 
     def content(self, data: memoryview, /) -> None: ...
 
@@ -50,13 +54,14 @@ class Sink(Protocol):
 class Splitter:
     """Cut an archive into inline bytes and external contents (composefs repository format, tar layers).
 
-    ``feed`` takes the archive in pieces of any size and calls the sink at once: a content that lies within one piece is handed over whole, without a
-    copy, and so are those up to 64 KiB that do not; larger ones come in pieces. Nothing is held back but the beginning of a header, of an
-    extension's data or of such a small content. With ``entries``, it is called with each entry before its content is.
+    ``feed`` takes the archive in pieces of any size and calls the sink at once: a content that lies within one piece is
+    handed over whole, without a copy, and so are those up to 64 KiB that do not; larger ones come in pieces. Nothing is
+    held back but the beginning of a header, of an extension's data or of such a small content. With ``entries``, it is
+    called with each entry before its content is.
 
-    Raises InvalidLayer for what is no archive, and for what could be stored but not be made into an image: names of more than 255 bytes or with NUL
-    bytes, symbolic links over 4,095 bytes, extended attributes over 65,535 bytes, device numbers out of range, sparse members. After an error the
-    splitter is of no use.
+    Raises InvalidLayer for what is no archive, and for what could be stored but not be made into an image: names of
+    more than 255 bytes or with NUL bytes, symbolic links over 4,095 bytes, extended attributes over 65,535 bytes,
+    device numbers out of range, sparse members. After an error the splitter is of no use.
     """
 
     def __init__(self, sink: Sink, entries: Callable[[Entry], None] | None = None) -> None:
@@ -102,10 +107,11 @@ class Splitter:
             self._sink.inline(view[run:])
 
     def _split(self, data: bytes, view: memoryview, run: int, pos: int, before: int) -> tuple[int, int]:
-        """Walk the headers of ``data`` from ``pos``; inline bytes wait since ``run``. Returns both, where they are then.
+        """Walk the headers of ``data`` from ``pos``; inline bytes wait since ``run``. Returns both, where they are
+        then.
 
-        This is the loop that every entry of every layer passes, so it is written for speed: a usual header costs one match, two sums and a look into
-        a dictionary. Nothing is decoded that the split does not need.
+        This is the loop that every entry of every layer passes, so it is written for speed: a usual header costs one
+        match, two sums and a look into a dictionary. Nothing is decoded that the split does not need.
         """
         end = len(data)
         sink = self._sink
@@ -132,14 +138,21 @@ class Splitter:
 
             found = match(block) if quick and not parser.pending else None
             octal, checksum, kind = found.groups() if found is not None else (b"", b"", b"")
-            if found is not None and kind in PLAIN and block_sum(block) == (known(checksum) or parser.expected_sum(checksum)):
+            if (
+                found is not None
+                and kind in PLAIN
+                and block_sum(block) == (known(checksum) or parser.expected_sum(checksum))
+            ):
                 size = int(octal, 8)
                 self.entries_seen += 1
             else:
                 if block == _ZERO:
                     if self._zero:
                         if parser.pending:
-                            raise InvalidLayer(f"The archive ends at byte {before + at}, after an extension header without its entry.", HINT)
+                            raise InvalidLayer(
+                                f"The archive ends at byte {before + at}, after an extension header without its entry.",
+                                HINT,
+                            )
                         self.ended = self.ended_with_zeros = True
                         return self._ended(data, pos, run)
                     self._zero = True
@@ -226,11 +239,15 @@ class Splitter:
         return run, end
 
     def finish(self) -> None:
-        """The archive ends here. Raises InvalidLayer if it must not: within a header, an extension, a content or its padding."""
+        """The archive ends here. Raises InvalidLayer if it must not: within a header, an extension, a content or its
+        padding.
+        """
         if self._left or self._data is not None or self._skip or self._carry:
             raise InvalidLayer(f"The archive is cut off after {self.size} bytes, in the middle of an entry.", HINT)
         if self._parser.pending:
-            raise InvalidLayer(f"The archive ends after {self.size} bytes with an extension header without its entry.", HINT)
+            raise InvalidLayer(
+                f"The archive ends after {self.size} bytes with an extension header without its entry.", HINT
+            )
         if self._zero and not self.ended:
             self.ended = self.ended_with_zeros = True
 
@@ -240,13 +257,16 @@ class EntryReader:
 
     @staticmethod
     def entries(chunks: Iterable[Any]) -> Iterator[tuple[Entry, Any]]:
-        """Each entry with its content: None unless the entry is a regular file; ``bytes`` up to 64 bytes; the external reference otherwise.
+        """Each entry with its content: None unless the entry is a regular file; ``bytes`` up to 64 bytes; the external
+        reference otherwise.
 
-        ``chunks`` gives inline ``bytes``, cut anywhere, and external references, which may be of any other type and are passed on as they are. It is
-        used up, and what follows the end marker ignored. Volume labels and global headers are left out.
+        ``chunks`` gives inline ``bytes``, cut anywhere, and external references, which may be of any other type and are
+        passed on as they are. It is used up, and what follows the end marker ignored. Volume labels and global headers
+        are left out.
 
-        Raises FormatError where the layer is not stored as the format wants it (a large content inline, a small one external, the end within an
-        entry), and InvalidLayer for what ``Splitter`` refuses too: the layer may have been stored by another tool.
+        Raises FormatError where the layer is not stored as the format wants it (a large content inline, a small one
+        external, the end within an entry), and InvalidLayer for what ``Splitter`` refuses too: the layer may have been
+        stored by another tool.
         """
         stored = _Stored(chunks)
         take, skip = stored.take, stored.skip
@@ -311,7 +331,10 @@ class _Stored:
         return self._before + self._pos
 
     def damaged(self, what: str) -> FormatError:
-        return FormatError(f"The stored layer is damaged near byte {self.offset} of its archive: {what}.", "Check the repository, and pull the image again.")
+        return FormatError(
+            f"The stored layer is damaged near byte {self.offset} of its archive: {what}.",
+            "Check the repository, and pull the image again.",
+        )
 
     def take(self, n: int) -> bytes:
         """The next ``n`` inline bytes, fewer only at the end."""

@@ -4,13 +4,17 @@
 
 """What the header blocks of an archive say: checksums, numbers, PAX and GNU extensions, and what no image can hold.
 
-``Parser`` takes 512-byte headers and the data of extension headers, and gives entries. It follows POSIX pax (IEEE Std 1003.1, "pax Interchange
-Format") and the manual of GNU tar; where these leave a choice it decides as the composefs repository format does, for the image depends on it:
+``Parser`` takes 512-byte headers and the data of extension headers, and gives entries. It follows POSIX pax (IEEE Std
+1003.1, "pax Interchange Format") and the manual of GNU tar; where these leave a choice it decides as the composefs
+repository format does, for the image depends on it:
 
-- a number is octal, in spaces and up to a NUL, perhaps after one ``+``, or base 256; the checksum is that of unsigned bytes;
-- extension headers (``L``, ``K``, ``x``) count only with the magic of ustar or GNU tar; each may come once before an entry, with 1 MiB of data in all;
+- a number is octal, in spaces and up to a NUL, perhaps after one ``+``, or base 256; the checksum is that of unsigned
+  bytes;
+- extension headers (``L``, ``K``, ``x``) count only with the magic of ustar or GNU tar; each may come once before an
+  entry, with 1 MiB of data in all;
 - a global header (``g``) changes nothing, except that what was pending before it is lost;
-- PAX ``size`` overrides the header's for every type; of several records of a key the last counts, but the first for the fraction of ``mtime``.
+- PAX ``size`` overrides the header's for every type; of several records of a key the last counts, but the first for the
+  fraction of ``mtime``.
 """
 
 from __future__ import annotations
@@ -43,9 +47,10 @@ _MAX_SIZE = (1 << 63) - 1 - BLOCK
 class Entry(NamedTuple):
     """One member of an archive, extensions applied.
 
-    ``path`` and ``linkname`` are as in the archive (not normalised), ``type`` is the type byte, ``mode`` the header's mode with whatever type bits it
-    has, ``uid`` and ``gid`` are the low 32 bits, ``mtime`` is in seconds (signed, 64 bits), ``size`` is that of the content in bytes,
-    ``xattrs`` holds the ``SCHILY.xattr.*`` records only. The device numbers are 0 unless the entry is a device.
+    ``path`` and ``linkname`` are as in the archive (not normalised), ``type`` is the type byte, ``mode`` the header's
+    mode with whatever type bits it has, ``uid`` and ``gid`` are the low 32 bits, ``mtime`` is in seconds (signed, 64
+    bits), ``size`` is that of the content in bytes, ``xattrs`` holds the ``SCHILY.xattr.*`` records only. The device
+    numbers are 0 unless the entry is a device.
     """
 
     path: bytes
@@ -70,7 +75,8 @@ def show(name: bytes) -> str:
 
 # What nearly all headers look like; the others are read field by field, by the same rules.
 _FULL = re.compile(
-    rb"(?s)(?=([^\0]{1,100})).{100}([0-7]{6}[0-7 ])[\0 ]([0-7]{6}[0-7 ])[\0 ]([0-7]{6}[0-7 ])[\0 ]([0-7]{11})[\0 ]([0-7]{11})[\0 ]"
+    rb"(?s)(?=([^\0]{1,100})).{100}([0-7]{6}[0-7 ])[\0 ]([0-7]{6}[0-7 ])[\0 ]([0-7]{6}[0-7 ])[\0 ]([0-7]{11})[\0 "
+    rb"]([0-7]{11})[\0 ]"
     rb"([0-7]{6}[\0 ]{2})(.)(?=([^\0]{0,100})).{100}(ustar\x0000|ustar  \0).{64}"
     rb"([0-7]{6}[0-7 ]|\0{7})[\0 ]([0-7]{6}[0-7 ]|\0{7})[\0 ](?=([^\0]{0,155}))"
 )
@@ -83,7 +89,9 @@ LIGHT = re.compile(
 
 
 def block_sum(block: bytes) -> int:
-    """The sum of the 512 bytes, plus 2. The low half of Adler-32 is 1 + the sum modulo 65521, which 256 bytes cannot reach."""
+    """The sum of the 512 bytes, plus 2. The low half of Adler-32 is 1 + the sum modulo 65521, which 256 bytes cannot
+    reach.
+    """
     return (adler32(block[:256]) & 0xFFFF) + (adler32(block[256:]) & 0xFFFF)
 
 
@@ -108,7 +116,8 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-# name, mode, uid, gid, size, mtime, type, linkname, devmajor, devminor and magic, which is empty in headers older than ustar
+# name, mode, uid, gid, size, mtime, type, linkname, devmajor, devminor and magic, which is empty in headers older than
+# ustar
 _Fields = tuple[bytes, int, int, int, int, int, bytes, bytes, int, int, bytes]
 
 
@@ -154,7 +163,9 @@ def _unsigned(value: bytes, key: bytes) -> int:
 
 
 def _records(data: bytes) -> list[tuple[bytes, bytes]]:
-    """The records ``<length> <key>=<value>\\n`` of a PAX header, in order. Anything that does not begin with a length ends them."""
+    """The records ``<length> <key>=<value>\\n`` of a PAX header, in order. Anything that does not begin with a length
+    ends them.
+    """
     records: list[tuple[bytes, bytes]] = []
     pos = 0
     while True:
@@ -184,7 +195,8 @@ def _nanoseconds(fraction: bytes) -> int:
 
 
 def _time(values: list[bytes]) -> tuple[int, int]:
-    """Seconds and nanoseconds of the ``mtime`` records of one header: the seconds of the last, the fraction of the first.
+    """Seconds and nanoseconds of the ``mtime`` records of one header: the seconds of the last, the fraction of the
+    first.
 
     A time before 1970 is rounded down to the second, so that the nanoseconds stay positive.
     """
@@ -210,7 +222,9 @@ def _time(values: list[bytes]) -> tuple[int, int]:
 
 def _check_sparse(records: list[tuple[bytes, bytes]], values: dict[bytes, bytes]) -> None:
     """Refuse the three ways in which PAX headers describe sparse files, whose stored bytes are not their content."""
-    version = [_unsigned(values[key], key) if key in values else None for key in (b"GNU.sparse.major", b"GNU.sparse.minor")]
+    version = [
+        _unsigned(values[key], key) if key in values else None for key in (b"GNU.sparse.major", b"GNU.sparse.minor")
+    ]
     sparse = version == [1, 0] or b"GNU.sparse.map" in values
     offset = False
     for key, _value in records:
@@ -223,11 +237,16 @@ def _check_sparse(records: list[tuple[bytes, bytes]], values: dict[bytes, bytes]
 
 
 def _no_header() -> InvalidLayer:
-    return InvalidLayer("there is no tar header where one must be, or it is damaged (its checksum does not match).", HINT)
+    return InvalidLayer(
+        "there is no tar header where one must be, or it is damaged (its checksum does not match).", HINT
+    )
 
 
 def _sparse() -> InvalidLayer:
-    return InvalidLayer("it is a sparse member, which container layers must not have.", "Have the image rebuilt without sparse files (tar without -S).")
+    return InvalidLayer(
+        "it is a sparse member, which container layers must not have.",
+        "Have the image rebuilt without sparse files (tar without -S).",
+    )
 
 
 def _check_name(path: bytes) -> None:
@@ -241,7 +260,9 @@ def _check_name(path: bytes) -> None:
             last = last[4:]
         long = _LONG_NAME.search(head + slash + last)
         if long is not None:
-            raise InvalidLayer(f"its name has a component of {len(long.group())} bytes, and file systems hold {MAX_NAME}.", HINT)
+            raise InvalidLayer(
+                f"its name has a component of {len(long.group())} bytes, and file systems hold {MAX_NAME}.", HINT
+            )
 
 
 def _check_link(kind: bytes, linkname: bytes) -> None:
@@ -285,13 +306,17 @@ class Parser:
 
     def _located(self, error: InvalidLayer) -> InvalidLayer:
         if self._name:
-            error.message = f"Entry {show(self._name)} at byte {self._offset} of the archive cannot be taken: {error.message}"
+            error.message = (
+                f"Entry {show(self._name)} at byte {self._offset} of the archive cannot be taken: {error.message}"
+            )
         else:
             error.message = f"The archive cannot be taken, at byte {self._offset}: {error.message}"
         return error
 
     def expected_sum(self, field: bytes) -> int:
-        """What ``block_sum`` must give for a header with this checksum field (bytes 148 to 155), which the checksum itself counts as spaces."""
+        """What ``block_sum`` must give for a header with this checksum field (bytes 148 to 155), which the checksum
+        itself counts as spaces.
+        """
         total = _octal(field, "checksum") + sum(field) - 8 * 0x20 + 2
         if len(self.sums) > 20_000:
             self.sums.clear()
@@ -299,7 +324,8 @@ class Parser:
         return total
 
     def parse(self, block: bytes, offset: int) -> Entry | None:
-        """The entry that ``block``, at ``offset`` of the archive, completes; None if it is an extension header, whose data follows.
+        """The entry that ``block``, at ``offset`` of the archive, completes; None if it is an extension header, whose
+        data follows.
 
         Volume labels (type ``V``) come out as entries too. Raises InvalidLayer.
         """
@@ -313,7 +339,9 @@ class Parser:
                 self._name = block[:100].partition(b"\0")[0]
                 kind = block[156:157]
                 if kind == b"g" or (kind in _EXTENSIONS and block[257:265] in _MAGICS):
-                    self._extension(kind, _number(block[124:136], "size"))  # the other fields of such a header may hold anything
+                    self._extension(
+                        kind, _number(block[124:136], "size")
+                    )  # the other fields of such a header may hold anything
                     return None
                 return self._special(*_fields(block))
             name, mode, uid, gid, size, mtime, checksum, kind, linkname, magic, major, minor, prefix = match.groups()
@@ -322,18 +350,44 @@ class Parser:
             if prefix and magic == b"ustar\x0000":
                 name = prefix + b"/" + name
             if kind in PLAIN and not self.pending:
-                return tuple.__new__(Entry, (name, kind, int(mode, 8), int(uid, 8), int(gid, 8), int(mtime, 8), 0, int(size, 8), linkname, 0, 0, {}))
+                return tuple.__new__(
+                    Entry,
+                    (
+                        name,
+                        kind,
+                        int(mode, 8),
+                        int(uid, 8),
+                        int(gid, 8),
+                        int(mtime, 8),
+                        0,
+                        int(size, 8),
+                        linkname,
+                        0,
+                        0,
+                        {},
+                    ),
+                )
             self._name = name
             if kind in _EXTENSIONS:
                 self._extension(kind, int(size, 8))
                 return None
             numbers = int(mode, 8), int(uid, 8), int(gid, 8), int(size, 8), int(mtime, 8)
-            return self._special(name, *numbers, kind, linkname, int(major.rstrip(b"\0") or b"0", 8), int(minor.rstrip(b"\0") or b"0", 8), magic)
+            return self._special(
+                name,
+                *numbers,
+                kind,
+                linkname,
+                int(major.rstrip(b"\0") or b"0", 8),
+                int(minor.rstrip(b"\0") or b"0", 8),
+                magic,
+            )
         except InvalidLayer as error:
             raise self._located(error) from None
 
     def payload(self, data: bytes) -> None:
-        """The data of the extension header just parsed. It is judged with the entry it is for: if a global header drops it, it does not matter."""
+        """The data of the extension header just parsed. It is judged with the entry it is for: if a global header drops
+        it, it does not matter.
+        """
         if self._kind == b"x":
             self._pax = data
         elif self._kind == b"L":
@@ -401,11 +455,15 @@ class Parser:
                 _check_link(kind, linkname)
             for key, value in xattrs.items():
                 if len(value) > MAX_XATTR:
-                    raise InvalidLayer(f"its extended attribute {show(key)} has {len(value)} bytes, and images hold {MAX_XATTR}.", HINT)
+                    raise InvalidLayer(
+                        f"its extended attribute {show(key)} has {len(value)} bytes, and images hold {MAX_XATTR}.", HINT
+                    )
         if size > _MAX_SIZE:
             raise InvalidLayer(f"its size of {size} bytes is impossible.", HINT)
         self._reset()
-        return tuple.__new__(Entry, (path, kind, mode & _U32, uid & _U32, gid & _U32, mtime, nsec, size, linkname, major, minor, xattrs))
+        return tuple.__new__(
+            Entry, (path, kind, mode & _U32, uid & _U32, gid & _U32, mtime, nsec, size, linkname, major, minor, xattrs)
+        )
 
     def _extension(self, kind: bytes, size: int) -> None:
         self._kind = kind
@@ -422,4 +480,6 @@ class Parser:
             self._total += size
             total = self._total
         if total > MAX_EXTENSION:
-            raise InvalidLayer(f"it has {total} bytes of extension headers, more than the {MAX_EXTENSION} that are allowed.", HINT)
+            raise InvalidLayer(
+                f"it has {total} bytes of extension headers, more than the {MAX_EXTENSION} that are allowed.", HINT
+            )

@@ -2,7 +2,9 @@
 # Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
 # SPDX-License-Identifier: BSD-2-Clause
 
-"""What is asked of the file system below a repository: its type, its free space, whether it has fs-verity, and one barrier for all of it."""
+"""What is asked of the file system below a repository: its type, its free space, whether it has fs-verity, and one
+barrier for all of it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS)
 
 
 def type_of(fd: int) -> str:
-    """The type of the file system that the open file lies on (``ext4``, ``btrfs``, ...), or ``unknown``. See proc(5), mountinfo."""
+    """The type of the file system that the open file lies on (``ext4``, ``btrfs``, ...), or ``unknown``. See proc(5),
+    mountinfo.
+    """
     try:
         with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as info:
             mount = next(line.split()[1] for line in info if line.startswith("mnt_id:"))
@@ -33,15 +37,21 @@ def type_of(fd: int) -> str:
 
 
 def free_space(fd: int) -> tuple[int, int | None]:
-    """Bytes and inodes that an ordinary user may still use; None inodes where the file system does not count them (btrfs)."""
+    """Bytes and inodes that an ordinary user may still use; None inodes where the file system does not count them
+    (btrfs).
+    """
     found = os.fstatvfs(fd)
     return found.f_bavail * found.f_frsize, found.f_favail if found.f_files else None
 
 
 def require_writable(fd: int, path: str) -> None:
-    """Raise ReadOnly or PermissionDenied unless files can be made in the open directory ``fd`` (``path`` in the message)."""
+    """Raise ReadOnly or PermissionDenied unless files can be made in the open directory ``fd`` (``path`` in the
+    message).
+    """
     if os.fstatvfs(fd).f_flag & os.ST_RDONLY:
-        raise ReadOnly(f"{path} lies on a file system that is mounted read-only.", "Remount it read-write or choose another path.")
+        raise ReadOnly(
+            f"{path} lies on a file system that is mounted read-only.", "Remount it read-write or choose another path."
+        )
     effective = os.access in os.supports_effective_ids
     if not os.access(".", os.W_OK | os.X_OK, dir_fd=fd, effective_ids=effective):
         raise PermissionDenied(f"This user may not write to {path}.", "Run as its owner, for example with become.")
@@ -73,10 +83,11 @@ def nearest_directory(path: str) -> str:
 
 
 def missing_ability(fd: int, algorithm: fsverity.Algorithm) -> VerityUnsupported | None:
-    """Try out on a file in the open directory ``fd`` whether fs-verity works there: None if so, else the error that says why not.
+    """Try out on a file in the open directory ``fd`` whether fs-verity works there: None if so, else the error that
+    says why not.
 
-    Asking the kernel is the only way: a feature flag of the file system, a kernel option and the block size all have a say. The file has
-    no name where that is possible, and is gone afterwards in any case.
+    Asking the kernel is the only way: a feature flag of the file system, a kernel option and the block size all have a
+    say. The file has no name where that is possible, and is gone afterwards in any case.
     """
     name = None
     try:
@@ -96,7 +107,9 @@ def missing_ability(fd: int, algorithm: fsverity.Algorithm) -> VerityUnsupported
             fsverity.enable(sealed, algorithm)
             if fsverity.measure(sealed, algorithm) == fsverity.digest(b"fs-verity?", algorithm):
                 return None
-            return VerityUnsupported("The kernel's fs-verity digest is not the one that is computed here.", "Report this as a bug.")
+            return VerityUnsupported(
+                "The kernel's fs-verity digest is not the one that is computed here.", "Report this as a bug."
+            )
         finally:
             os.close(sealed)
     except VerityUnsupported as error:
@@ -105,7 +118,8 @@ def missing_ability(fd: int, algorithm: fsverity.Algorithm) -> VerityUnsupported
         # EINVAL: a block size that this kernel cannot seal (ext4 before 6.3 needs blocks of the page size).
         if error.errno == errno.EINVAL:
             return VerityUnsupported(
-                "The file system refuses fs-verity with blocks of 4096 bytes.", "On older kernels the file system's own block size must be 4096, too."
+                "The file system refuses fs-verity with blocks of 4096 bytes.",
+                "On older kernels the file system's own block size must be 4096, too.",
             )
         raise from_os_error(error, "Trying out fs-verity") from error
     finally:
@@ -115,7 +129,9 @@ def missing_ability(fd: int, algorithm: fsverity.Algorithm) -> VerityUnsupported
 
 
 def require_links(fd: int, path: str) -> None:
-    """Raise IOFailed unless the file system of the open directory ``fd`` has symbolic and hard links; leaves nothing behind."""
+    """Raise IOFailed unless the file system of the open directory ``fd`` has symbolic and hard links; leaves nothing
+    behind.
+    """
     try:
         # Every file system that has unnamed files has links as well, and this test is invisible.
         os.close(os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=fd))
@@ -137,5 +153,8 @@ def require_links(fd: int, path: str) -> None:
     except OSError as error:
         known: EngineError = from_os_error(error, f"Making links in {path}")
         if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
-            known = IOFailed(f"The file system of {path} ({type_of(fd)}) has no links, which a repository is made of.", "Use ext4, btrfs or XFS.")
+            known = IOFailed(
+                f"The file system of {path} ({type_of(fd)}) has no links, which a repository is made of.",
+                "Use ext4, btrfs or XFS.",
+            )
         raise known from error

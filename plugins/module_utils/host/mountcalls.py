@@ -2,15 +2,17 @@
 # Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
 # SPDX-License-Identifier: BSD-2-Clause
 
-"""Composefs mounts by the kernel's file-descriptor interface (fsopen(2) and its kin), with what older kernels take instead.
+"""Composefs mounts by the kernel's file-descriptor interface (fsopen(2) and its kin), with what older kernels take
+instead.
 
-A composefs mount is an overlay with one lower layer, the EROFS image, and one data-only layer, the repository's ``objects/``. The image is
-given as an open descriptor that the caller measured: the bytes that were measured are the bytes that are mounted.
+A composefs mount is an overlay with one lower layer, the EROFS image, and one data-only layer, the repository's
+``objects/``. The image is given as an open descriptor that the caller measured: the bytes that were measured are the
+bytes that are mounted.
 
-What kernels take: overlay with data-only layers since 6.5 (before, the objects are an ordinary layer under an image that hides their
-directories, and nothing can insist on fs-verity), ``verity=`` since 6.6, ``lowerdir+`` since 6.7, EROFS on a plain file since
-6.12 (a loop device before), descriptors of detached mounts as layers since 6.15 (an attached helper mount before). Each attempt gets a new
-context, for a failed option may leave traces in the old one.
+What kernels take: overlay with data-only layers since 6.5 (before, the objects are an ordinary layer under an image
+that hides their directories, and nothing can insist on fs-verity), ``verity=`` since 6.6, ``lowerdir+`` since 6.7,
+EROFS on a plain file since 6.12 (a loop device before), descriptors of detached mounts as layers since 6.15 (an
+attached helper mount before). Each attempt gets a new context, for a failed option may leave traces in the old one.
 """
 
 from __future__ import annotations
@@ -50,7 +52,8 @@ ATTRIBUTES = {
     "nosymfollow": 0x200000,
 }
 
-# How kernels say that they do not take a layer in this form. Before 6.5 overlay's options are strings only, and a descriptor is "not supported".
+# How kernels say that they do not take a layer in this form. Before 6.5 overlay's options are strings only, and a
+# descriptor is "not supported".
 _NOT_THIS_WAY = (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP)
 
 _LOOP_CTL_GET_FREE = 0x4C82
@@ -59,7 +62,9 @@ _LOOP_READ_ONLY, _LOOP_AUTOCLEAR, _LOOP_DIRECT_IO = 1, 4, 16
 
 
 class Request(NamedTuple):
-    """What to mount. ``image_id`` is hex; ``image`` and ``objects`` are open descriptors; ``options`` as an operator writes them."""
+    """What to mount. ``image_id`` is hex; ``image`` and ``objects`` are open descriptors; ``options`` as an operator
+    writes them.
+    """
 
     image_id: str
     image: int
@@ -87,7 +92,10 @@ class _Kernel:
         self._libc = ctypes.CDLL(None, use_errno=True)
 
     def call(self, step: str, number: int, *arguments: int | bytes | None, context: int = -1) -> int:
-        converted = [ctypes.c_long(argument) if isinstance(argument, int) else ctypes.c_char_p(argument) for argument in arguments]
+        converted = [
+            ctypes.c_long(argument) if isinstance(argument, int) else ctypes.c_char_p(argument)
+            for argument in arguments
+        ]
         result = int(self._libc.syscall(ctypes.c_long(number), *converted))
         if result < 0:
             raise _KernelRefused(step, ctypes.get_errno(), _kernel_words(context))
@@ -148,8 +156,8 @@ class _Context:
 def mount(request: Request, path: str, beneath: bool = False) -> None:
     """Mount at the existing directory ``path`` (links in it are followed).
 
-    With ``beneath`` the new mount goes under the one that is there, to be uncovered when that is detached: at no moment does ``path`` show
-    neither. Raises MountFailed with the kernel's words, PermissionDenied, and Busy.
+    With ``beneath`` the new mount goes under the one that is there, to be uncovered when that is detached: at no moment
+    does ``path`` show neither. Raises MountFailed with the kernel's words, PermissionDenied, and Busy.
     """
     kernel = _Kernel()
     target = os.path.realpath(path)
@@ -160,7 +168,15 @@ def mount(request: Request, path: str, beneath: bool = False) -> None:
             overlay = _mount_overlay(kernel, request, erofs)
             stack.callback(os.close, overlay)
             flags = _MOVE_EMPTY_PATH | (_MOVE_BENEATH if beneath else 0)
-            kernel.call(_beneath(target) if beneath else f"attaching to {target}", _MOVE_MOUNT, overlay, b"", _AT_FDCWD, os.fsencode(target), flags)
+            kernel.call(
+                _beneath(target) if beneath else f"attaching to {target}",
+                _MOVE_MOUNT,
+                overlay,
+                b"",
+                _AT_FDCWD,
+                os.fsencode(target),
+                flags,
+            )
     except _KernelRefused as refusal:
         raise _explain(refusal, request, target) from refusal
     except OSError as error:
@@ -192,10 +208,13 @@ def _unmount(path: str, flags: int) -> None:
     except OSError as error:
         if error.errno == errno.EBUSY:
             raise Busy(
-                f"{path} is in use, so it cannot be unmounted.", "End what has files or a working directory there (fuser -vm shows it), then run again."
+                f"{path} is in use, so it cannot be unmounted.",
+                "End what has files or a working directory there (fuser -vm shows it), then run again.",
             ) from error
         if error.errno in (errno.EPERM, errno.EACCES):
-            raise PermissionDenied(f"Unmounting {path} needs the capability CAP_SYS_ADMIN.", "Run as root, for example with become.") from error
+            raise PermissionDenied(
+                f"Unmounting {path} needs the capability CAP_SYS_ADMIN.", "Run as root, for example with become."
+            ) from error
         raise MountFailed(f"Unmounting {path} failed: {error.strerror}.") from error
 
 
@@ -222,18 +241,24 @@ def _erofs_from(kernel: _Kernel, source: str) -> int:
 
 
 def _loop_device(image: int) -> int:
-    """A read-only loop device over the image, as a descriptor. Another process may take the free device first: then the next one."""
+    """A read-only loop device over the image, as a descriptor. Another process may take the free device first: then the
+    next one.
+    """
     try:
         control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
-        raise _KernelRefused("opening /dev/loop-control", error.errno or 0, "this kernel mounts EROFS from block devices only") from error
+        raise _KernelRefused(
+            "opening /dev/loop-control", error.errno or 0, "this kernel mounts EROFS from block devices only"
+        ) from error
     try:
         for attempt in range(64):
             number = fcntl.ioctl(control, _LOOP_CTL_GET_FREE)
             device = os.open(f"/dev/loop{number}", os.O_RDWR | os.O_CLOEXEC)
             # Not every file system under the image can do direct input and output.
             flags = _LOOP_READ_ONLY | _LOOP_AUTOCLEAR | (_LOOP_DIRECT_IO if attempt % 2 == 0 else 0)
-            config = struct.pack("<II5Q4I64s64s32s2Q64s", image, 4096, 0, 0, 0, 0, 0, 0, 0, 0, flags, b"", b"", b"", 0, 0, b"")
+            config = struct.pack(
+                "<II5Q4I64s64s32s2Q64s", image, 4096, 0, 0, 0, 0, 0, 0, 0, 0, flags, b"", b"", b"", 0, 0, b""
+            )
             try:
                 fcntl.ioctl(device, _LOOP_CONFIGURE, config)
                 return device
@@ -282,9 +307,11 @@ def _mount_overlay(kernel: _Kernel, request: Request, erofs: int) -> int:
 
 
 def _hides_objects(image: str) -> bool:
-    """Whether the image, attached at ``image``, may lie on the objects as on any other layer, which is all that kernels before 6.5 know.
+    """Whether the image, attached at ``image``, may lie on the objects as on any other layer, which is all that kernels
+    before 6.5 know.
 
-    Then the directories of the objects would show in its root, unless it has a whiteout for each of them. Images of format V1 bring those.
+    Then the directories of the objects would show in its root, unless it has a whiteout for each of them. Images of
+    format V1 bring those.
     """
     for first in range(256):
         try:
@@ -324,12 +351,16 @@ def _overlay(kernel: _Kernel, request: Request) -> _Context:
 
 def _attributes(request: Request) -> int:
     read_only = request.upperdir is None or "ro" in request.options
-    return sum({ATTRIBUTES[option] for option in request.options if option in ATTRIBUTES}) | (_RDONLY if read_only else 0)
+    return sum({ATTRIBUTES[option] for option in request.options if option in ATTRIBUTES}) | (
+        _RDONLY if read_only else 0
+    )
 
 
 @contextlib.contextmanager
 def _attached(kernel: _Kernel, erofs: int) -> Iterator[str]:
-    """Give a detached mount a place for the while that an overlay is built on it: kernels before 6.15 refuse detached layers."""
+    """Give a detached mount a place for the while that an overlay is built on it: kernels before 6.15 refuse detached
+    layers.
+    """
     helper = tempfile.mkdtemp(prefix="composefs-", dir="/run" if os.access("/run", os.W_OK) else None)
     try:
         kernel.call("attaching the image", _MOVE_MOUNT, erofs, b"", _AT_FDCWD, os.fsencode(helper), _MOVE_EMPTY_PATH)
@@ -347,25 +378,46 @@ def _beneath(target: str) -> str:
 
 def _explain(refusal: _KernelRefused, request: Request, target: str) -> EngineError:
     words = f" The kernel says: {refusal.words}." if refusal.words else ""
-    text = f"Mounting the image {request.image_id} at {target} failed when {refusal.step}: {os.strerror(refusal.errno)}.{words}"
+    text = (
+        f"Mounting the image {request.image_id} at {target} failed when {refusal.step}: "
+        f"{os.strerror(refusal.errno)}.{words}"
+    )
     if refusal.errno in (errno.EPERM, errno.EACCES):
-        return PermissionDenied(text, "Mounting needs the capability CAP_SYS_ADMIN in the initial user namespace: run as root, for example with become.")
+        return PermissionDenied(
+            text,
+            "Mounting needs the capability CAP_SYS_ADMIN in the initial user namespace: run as root, for example with "
+            "become.",
+        )
     if refusal.errno == errno.EBUSY:
         return Busy(text, "Loop devices, or the upper or work directory, may be in use by others.")
     if refusal.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
         return MountFailed(text, "Make the directory that is missing.")
     if refusal.errno in (errno.ENODEV, errno.ENOSYS):
-        return MountFailed(text, "The kernel lacks EROFS or overlay, or is older than 5.2; load the modules or update it.")
+        return MountFailed(
+            text, "The kernel lacks EROFS or overlay, or is older than 5.2; load the modules or update it."
+        )
     if refusal.errno == errno.EINVAL and request.workdir and os.path.isdir(f"{request.workdir}/work/incompat/volatile"):
-        return MountFailed(text, f"The last mount with {request.workdir} was volatile, so what is there may be torn: empty the upper and the work directory.")
+        return MountFailed(
+            text,
+            f"The last mount with {request.workdir} was volatile, so what is there may be torn: empty the upper and "
+            f"the work directory.",
+        )
     if refusal.step == "creating the erofs" and refusal.errno in (errno.EINVAL, errno.EUCLEAN):
-        return MountFailed(text, "The object is no EROFS image that this kernel understands, or its file system cannot hold one; the kernel's log says more.")
+        return MountFailed(
+            text,
+            "The object is no EROFS image that this kernel understands, or its file system cannot hold one; the "
+            "kernel's log says more.",
+        )
     if refusal.errno == errno.EINVAL and refusal.step == _beneath(target):
-        return MountFailed(text, "Kernels before 6.5 cannot put a mount under another: unmount the old image first, then mount the new one.")
+        return MountFailed(
+            text,
+            "Kernels before 6.5 cannot put a mount under another: unmount the old image first, then mount the new one.",
+        )
     if refusal.errno == errno.EINVAL:
         return MountFailed(
             text,
-            "Kernels before 6.6 cannot mount with verity, and before 6.5 only images of format V1; file systems without d_type, or overlays, cannot "
+            "Kernels before 6.6 cannot mount with verity, and before 6.5 only images of format V1; file systems "
+            "without d_type, or overlays, cannot "
             "hold objects. The kernel's log may say more.",
         )
     return MountFailed(text)

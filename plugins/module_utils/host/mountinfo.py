@@ -4,7 +4,8 @@
 
 """What is mounted in this mount namespace, as the kernel lists it (proc_pid_mountinfo(5)).
 
-A composefs mount is an overlay whose source is ``composefs:`` and the image's fs-verity digest in hex; everything else is a foreign mount.
+A composefs mount is an overlay whose source is ``composefs:`` and the image's fs-verity digest in hex; everything else
+is a foreign mount.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ _SETTING = re.compile(r'(?:[^,"]|"[^"]*")+')
 
 
 class Mounted(NamedTuple):
-    """One mount: where, what kind of file system from which source, the options of the mount and the settings of its file system."""
+    """One mount: where, what kind of file system from which source, the options of the mount and the settings of its
+    file system.
+    """
 
     mount_id: int
     parent_id: int
@@ -52,13 +55,17 @@ class Mounted(NamedTuple):
         return "ro" in self.options or "ro" in self.settings
 
     def directory(self, setting: str) -> str | None:
-        """The path in ``upperdir`` or ``workdir``, None if the mount has none. The overlay shows it as it got it, with backslashes doubled."""
+        """The path in ``upperdir`` or ``workdir``, None if the mount has none. The overlay shows it as it got it, with
+        backslashes doubled.
+        """
         value = self.settings.get(setting)
         return None if value is None else value.replace("\\\\", "\\")
 
 
 def parse(line: str) -> Mounted:
-    """One line of mountinfo. Spaces, tabs, line feeds and backslashes (and, within settings, commas) stand there as octal escapes."""
+    """One line of mountinfo. Spaces, tabs, line feeds and backslashes (and, within settings, commas) stand there as
+    octal escapes.
+    """
     before, _separator, after = line.partition(" - ")
     number, parent, _device, _root, path, options = before.split(" ")[:6]
     kind, source, settings = (*after.split(" "), "", "")[:3]
@@ -84,7 +91,8 @@ def composefs_mounts() -> list[Mounted]:
 def at(path: str) -> Mounted | None:
     """The mount that ``path`` shows, None if it is no mount point or does not exist.
 
-    The kernel is asked which mount the path leads to, because the list alone does not tell what is hidden below other mounts.
+    The kernel is asked which mount the path leads to, because the list alone does not tell what is hidden below other
+    mounts.
     """
     try:
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -107,7 +115,11 @@ def hidden_at(path: str) -> list[Mounted]:
     """Composefs mounts at ``path`` that cannot be seen because something else is mounted over them."""
     target = os.path.realpath(path)
     visible = at(path)
-    return [mounted for mounted in composefs_mounts() if mounted.path == target and (visible is None or mounted.mount_id != visible.mount_id)]
+    return [
+        mounted
+        for mounted in composefs_mounts()
+        if mounted.path == target and (visible is None or mounted.mount_id != visible.mount_id)
+    ]
 
 
 def children(of: Mounted, among: Iterable[Mounted] | None = None) -> list[Mounted]:

@@ -4,8 +4,8 @@
 
 """Work in a process of its own: it uses another processor, and all its memory is gone when it ends.
 
-``fork`` and nothing else: a module runs from a temporary archive that no new interpreter could import from. A child never returns into its
-parent's stack, says nothing on the module's output, and dies with its parent.
+``fork`` and nothing else: a module runs from a temporary archive that no new interpreter could import from. A child
+never returns into its parent's stack, says nothing on the module's output, and dies with its parent.
 """
 
 from __future__ import annotations
@@ -58,11 +58,16 @@ def revive(values: dict[str, str]) -> EngineError:
 
 def killed(what: str) -> IOFailed:
     """The error for a child that ended without a word."""
-    return IOFailed(f"The process that {what} was killed.", "The host may be out of memory; look at its kernel log, and lower 'parallel'.")
+    return IOFailed(
+        f"The process that {what} was killed.",
+        "The host may be out of memory; look at its kernel log, and lower 'parallel'.",
+    )
 
 
 def call(what: str, function: Callable[[], Any]) -> Any:
-    """Run ``function`` in a child and return its value, which must fit into a small JSON document. Engine errors come through."""
+    """Run ``function`` in a child and return its value, which must fit into a small JSON document. Engine errors come
+    through.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     parent = os.getpid()
     pid = os.fork()

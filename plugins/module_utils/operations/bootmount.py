@@ -4,9 +4,9 @@
 
 """Mounts that come back at boot: a systemd unit for each, and one small program that all of them run.
 
-The program is a zip application made of the engine's own sources, so what measures and mounts at boot is exactly what did so when the unit
-was written. It needs nothing but the Python that ran the task: no collection, no cfsctl. A unit of type mount could not do it, because
-there the image would be opened by name after it was measured.
+The program is a zip application made of the engine's own sources, so what measures and mounts at boot is exactly what
+did so when the unit was written. It needs nothing but the Python that ran the task: no collection, no cfsctl. A unit of
+type mount could not do it, because there the image would be opened by name after it was measured.
 """
 
 from __future__ import annotations
@@ -29,7 +29,23 @@ PREFIX = "composefs-oci-"
 LOCAL, REMOTE = "local-fs.target", "remote-fs.target"
 NAME_MAX = 255
 _PACKAGE = "composefs_oci"
-_REMOTE_KINDS = frozenset(("nfs", "nfs4", "cifs", "smb3", "ceph", "9p", "virtiofs", "glusterfs", "fuse.glusterfs", "fuse.sshfs", "lustre", "ocfs2", "gfs2"))
+_REMOTE_KINDS = frozenset(
+    (
+        "nfs",
+        "nfs4",
+        "cifs",
+        "smb3",
+        "ceph",
+        "9p",
+        "virtiofs",
+        "glusterfs",
+        "fuse.glusterfs",
+        "fuse.sshfs",
+        "lustre",
+        "ocfs2",
+        "gfs2",
+    )
+)
 
 # Runs a command, given as a list of words, and returns its exit status, output and error output.
 Run = Callable[[list[str]], tuple[int, str, str]]
@@ -60,11 +76,16 @@ HOST = Places()
 
 
 def unit_name(path: str) -> str:
-    """The unit for ``path`` (absolute), escaped as by ``systemd-escape --path``. MountFailed if that is too long for a file name."""
+    """The unit for ``path`` (absolute), escaped as by ``systemd-escape --path``. MountFailed if that is too long for a
+    file name.
+    """
     path = os.path.normpath(path)
     name = PREFIX + ("-" if path == "/" else _escape(path.strip("/"))) + ".service"
     if len(name) > NAME_MAX:
-        raise MountFailed(f"The path {path} is too long for the name of a unit of systemd.", "Choose a shorter path, or set 'persistent' to false.")
+        raise MountFailed(
+            f"The path {path} is too long for the name of a unit of systemd.",
+            "Choose a shorter path, or set 'persistent' to false.",
+        )
     return name
 
 
@@ -75,11 +96,26 @@ def unit_text(target: mounting.Target, repository: str, places: Places = HOST, i
     needs = [repository, os.path.dirname(target.path), places.library, os.path.dirname(interpreter), *directories]
     for text in (*needs, target.path, *target.options):
         if text and not text.isprintable():
-            raise MountFailed(f"A unit of systemd cannot hold {text!r}.", "Choose names of printable characters, or set 'persistent' to false.")
+            raise MountFailed(
+                f"A unit of systemd cannot hold {text!r}.",
+                "Choose names of printable characters, or set 'persistent' to false.",
+            )
     when = REMOTE if any(is_remote(path) for path in needs if path) else LOCAL
     # What was decided once is kept: a repository that loses its protection later must not be mounted without.
-    words = ["mount", "--repository", repository, "--image", target.image_id, "--verity", mounting.REQUIRED if target.verity else mounting.DISABLED]
-    for option, value in (("--upperdir", target.upperdir), ("--workdir", target.workdir), *(("--option", option) for option in target.options)):
+    words = [
+        "mount",
+        "--repository",
+        repository,
+        "--image",
+        target.image_id,
+        "--verity",
+        mounting.REQUIRED if target.verity else mounting.DISABLED,
+    ]
+    for option, value in (
+        ("--upperdir", target.upperdir),
+        ("--workdir", target.workdir),
+        *(("--option", option) for option in target.options),
+    ):
         words += [option, value] if value else []
     program = [interpreter, "-I", places.application]
     return f"""\
@@ -118,7 +154,13 @@ def persistent(places: Places = HOST) -> list[Persistent]:
     """What is brought back at boot. Whoever collects garbage must keep these images, or the next boot lacks them."""
     found = []
     for name in _units(places):
-        values = dict(re.findall("^(Path|Repository|Image)=(.*)$", (_text(f"{places.units}/{name}") or "").partition("[X-Composefs]")[2], re.MULTILINE))
+        values = dict(
+            re.findall(
+                "^(Path|Repository|Image)=(.*)$",
+                (_text(f"{places.units}/{name}") or "").partition("[X-Composefs]")[2],
+                re.MULTILINE,
+            )
+        )
         if len(values) == 3:
             found.append(Persistent(name, values["Path"], values["Repository"], values["Image"]))
     return found
@@ -127,11 +169,14 @@ def persistent(places: Places = HOST) -> list[Persistent]:
 def ensure(target: mounting.Target, repository: str, run: Run, check: bool = False, places: Places = HOST) -> bool:
     """Write and enable the unit for ``target``; whether anything had to be changed, or with ``check`` has to be.
 
-    MountFailed on a host without systemd. Where systemd runs it is told; elsewhere (an image being built, a container) files are enough.
+    MountFailed on a host without systemd. Where systemd runs it is told; elsewhere (an image being built, a container)
+    files are enough.
     """
     name = unit_name(target.path)
     if not any(map(os.path.exists, (places.running, "/usr/lib/systemd/systemd", "/lib/systemd/systemd"))):
-        raise MountFailed("This host has no systemd, so no mount can be brought back at boot.", "Set 'persistent' to false.")
+        raise MountFailed(
+            "This host has no systemd, so no mount can be brought back at boot.", "Set 'persistent' to false."
+        )
     text = unit_text(target, repository, places)
     wanted = REMOTE if f"WantedBy={REMOTE}\n" in text else LOCAL
     files = {places.application: application(), f"{places.units}/{name}": text.encode()}
@@ -157,7 +202,9 @@ def ensure(target: mounting.Target, repository: str, run: Run, check: bool = Fal
 
 
 def remove(path: str, run: Run, check: bool = False, stop: bool = False, places: Places = HOST) -> bool:
-    """Remove the unit for ``path``, and with the last unit the program; whether there was one. ``stop``: what it mounted is unmounted."""
+    """Remove the unit for ``path``, and with the last unit the program; whether there was one. ``stop``: what it
+    mounted is unmounted.
+    """
     name = unit_name(path)
     links = [link for link in _links(name, places).values() if os.path.lexists(link)]
     files = [file for file in (f"{places.units}/{name}",) if os.path.lexists(file)]
@@ -226,7 +273,9 @@ def _reached(start: str, root: str) -> dict[str, str]:
 
 
 def _is_module(name: str) -> bool:
-    """Whether ``name``, which is loaded if it is a module at all, is a module with a source of its own and not a package."""
+    """Whether ``name``, which is loaded if it is a module at all, is a module with a source of its own and not a
+    package.
+    """
     module = sys.modules.get(name)
     return module is not None and not hasattr(module, "__path__")
 
@@ -243,13 +292,20 @@ def is_remote(path: str) -> bool:
         return True
     for line in (_text("/etc/fstab") or "").splitlines():
         fields = line.split()
-        if len(fields) > 3 and not fields[0].startswith("#") and fields[1] == covering[1].path and "_netdev" in fields[3].split(","):
+        if (
+            len(fields) > 3
+            and not fields[0].startswith("#")
+            and fields[1] == covering[1].path
+            and "_netdev" in fields[3].split(",")
+        ):
             return True
     return False
 
 
 def _escape(text: str) -> str:
-    escaped = "".join(chr(byte) if chr(byte) in _PLAIN else "-" if byte == 0x2F else f"\\x{byte:02x}" for byte in os.fsencode(text))
+    escaped = "".join(
+        chr(byte) if chr(byte) in _PLAIN else "-" if byte == 0x2F else f"\\x{byte:02x}" for byte in os.fsencode(text)
+    )
     return f"\\x2e{escaped[1:]}" if escaped.startswith(".") else escaped
 
 
@@ -270,7 +326,9 @@ def _command(words: Sequence[str]) -> str:
 
 
 def _source(name: str) -> str:
-    """The source of a loaded engine module, from wherever it was imported: a file, or the zip in which a task's code travels."""
+    """The source of a loaded engine module, from wherever it was imported: a file, or the zip in which a task's code
+    travels.
+    """
     spec = sys.modules[name].__spec__
     loader: Any = spec.loader if spec else None
     text = loader.get_source(name) if loader is not None and hasattr(loader, "get_source") else None
@@ -286,7 +344,9 @@ def _links(name: str, places: Places) -> dict[str, str]:
 
 def _units(places: Places) -> list[str]:
     try:
-        return sorted(name for name in os.listdir(places.units) if name.startswith(PREFIX) and name.endswith(".service"))
+        return sorted(
+            name for name in os.listdir(places.units) if name.startswith(PREFIX) and name.endswith(".service")
+        )
     except FileNotFoundError:
         return []
 

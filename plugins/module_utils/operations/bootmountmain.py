@@ -19,13 +19,17 @@ _LOCK_WAIT = 60.0
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run with the words of a command line, without the program; the exit status. Only errors are printed, to stderr."""
+    """Run with the words of a command line, without the program; the exit status. Only errors are printed, to
+    stderr.
+    """
     options = _parser().parse_args(arguments)
     try:
         if options.verb == "unmount":
             mounting.ensure_unmounted(options.path)
         else:
-            wish = mounting.Wish(options.image, options.path, options.verity, options.upperdir, options.workdir, options.option)
+            wish = mounting.Wish(
+                options.image, options.path, options.verity, options.upperdir, options.workdir, options.option
+            )
             with Repository.open(options.repository, wait=_LOCK_WAIT) as repository:
                 mounting.ensure_mounted(repository, wish)
     except EngineError as error:
@@ -35,12 +39,16 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mount.pyz", description="Mount a composefs image of a repository, or unmount it.")
+    parser = argparse.ArgumentParser(
+        prog="mount.pyz", description="Mount a composefs image of a repository, or unmount it."
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     mount = verbs.add_parser("mount", help="mount unless exactly this is mounted there")
     mount.add_argument("--repository", required=True)
     mount.add_argument("--image", required=True, help="the id of the image, in hex")
-    mount.add_argument("--verity", choices=(mounting.REQUIRED, mounting.PREFERRED, mounting.DISABLED), default=mounting.REQUIRED)
+    mount.add_argument(
+        "--verity", choices=(mounting.REQUIRED, mounting.PREFERRED, mounting.DISABLED), default=mounting.REQUIRED
+    )
     mount.add_argument("--upperdir")
     mount.add_argument("--workdir")
     mount.add_argument("--option", action="append", default=[])

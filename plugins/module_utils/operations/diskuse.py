@@ -19,7 +19,9 @@ _SHARED = -1
 
 
 class DiskUse(NamedTuple):
-    """Bytes of the objects that only this image refers to, and of those that others refer to as well; how many objects that are."""
+    """Bytes of the objects that only this image refers to, and of those that others refer to as well; how many objects
+    that are.
+    """
 
     own: int
     shared: int
@@ -30,8 +32,8 @@ class DiskUse(NamedTuple):
 def disk_use(repository: Repository, wanted: Iterable[str]) -> dict[str, DiskUse]:
     """The use of each manifest (``sha256:<hex>``) in ``wanted``; those that cannot be read are left out.
 
-    Every stored manifest counts as another image, also one without a name: its objects are there until garbage is collected. Reads all
-    manifests, configurations and layers of the repository, but no content.
+    Every stored manifest counts as another image, also one without a name: its objects are there until garbage is
+    collected. Reads all manifests, configurations and layers of the repository, but no content.
     """
     manifests = [name[len(imagestreams.MANIFEST) :] for name in repository.streams(imagestreams.MANIFEST)]
     owner: dict[bytes, int] = {}
@@ -64,7 +66,9 @@ def disk_use(repository: Repository, wanted: Iterable[str]) -> dict[str, DiskUse
 
 
 def _parts(repository: Repository, digest: str) -> Iterator[bytes]:
-    """The objects by which an image hangs together: the streams of manifest, configuration and layers, and the EROFS images."""
+    """The objects by which an image hangs together: the streams of manifest, configuration and layers, and the EROFS
+    images.
+    """
     manifest = imagestreams.read(repository, imagestreams.MANIFEST, digest)
     if manifest is None:
         return
@@ -72,11 +76,15 @@ def _parts(repository: Repository, digest: str) -> Iterator[bytes]:
     for name, stream in manifest.refs.items():
         yield stream
         if name.startswith(imagestreams.CONFIG_REF):
-            yield from imagestreams.read_object(repository, imagestreams.CONFIG, name[len(imagestreams.CONFIG_REF) :], stream).refs.values()
+            yield from imagestreams.read_object(
+                repository, imagestreams.CONFIG, name[len(imagestreams.CONFIG_REF) :], stream
+            ).refs.values()
 
 
 def _objects(repository: Repository, part: bytes) -> Iterator[bytes]:
-    """A part and the objects that it refers to, if it is a splitstream. What an EROFS image refers to is that of the layers."""
+    """A part and the objects that it refers to, if it is a splitstream. What an EROFS image refers to is that of the
+    layers.
+    """
     yield part
     try:
         with repository.open_object_stream(part) as stream:
@@ -89,7 +97,9 @@ def _objects(repository: Repository, part: bytes) -> Iterator[bytes]:
 def _size(repository: Repository, digest: bytes, sizes: dict[bytes, int]) -> int:
     if digest not in sizes:
         try:
-            sizes[digest] = os.stat(fsverity.object_path(digest), dir_fd=repository.objects.dirfd, follow_symlinks=False).st_size
+            sizes[digest] = os.stat(
+                fsverity.object_path(digest), dir_fd=repository.objects.dirfd, follow_symlinks=False
+            ).st_size
         except FileNotFoundError:
             sizes[digest] = 0
         except OSError as error:

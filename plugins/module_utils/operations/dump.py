@@ -23,12 +23,18 @@ def dump(repository: Repository, image_id: str) -> bytes:
     ImageNotFound if it does not stand under ``images/``, FormatError if it is damaged.
     """
     digest = mounting.resolve(repository, image_id)
-    with mounting.open_image(repository, digest) as fd, doing(f"Reading the image {image_id}"), ErofsImage.open(fd, repository.algorithm) as image:
+    with (
+        mounting.open_image(repository, digest) as fd,
+        doing(f"Reading the image {image_id}"),
+        ErofsImage.open(fd, repository.algorithm) as image,
+    ):
         return dumpfile.dumpfile_bytes(image.tree())
 
 
 def write(content: bytes, path: str, check: bool = False) -> bool:
-    """Make the file at ``path`` hold exactly ``content``, in one step; whether it did not. With ``check`` only that is found out."""
+    """Make the file at ``path`` hold exactly ``content``, in one step; whether it did not. With ``check`` only that is
+    found out.
+    """
     with doing(f"Writing {path}"):
         try:
             has = os.stat(path)

@@ -18,8 +18,8 @@ from ..store.repository import Repository
 def list_images(repository: Repository, name: str = "", digest: str = "") -> tuple[list[dict[str, Any]], list[str]]:
     """The images under a name, with a manifest digest (``sha256:<hex>``; also without a name), or all that have names.
 
-    One entry a manifest, sorted by its first name, and a list of complaints about names whose images cannot be read. A name or digest that
-    is asked for and not there gives an empty list.
+    One entry a manifest, sorted by its first name, and a list of complaints about names whose images cannot be read. A
+    name or digest that is asked for and not there gives an empty list.
     """
     names: dict[str, list[str]] = {}
     for tag, manifest in sorted(repository.tags().items()):

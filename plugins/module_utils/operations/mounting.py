@@ -4,8 +4,8 @@
 
 """Have an image of a repository mounted at a path, or not.
 
-What is there already is judged by the kernel's list of mounts alone: the image in the source of the overlay, fs-verity, the upper and work
-directory and the options. Nothing is remembered anywhere else.
+What is there already is judged by the kernel's list of mounts alone: the image in the source of the overlay, fs-verity,
+the upper and work directory and the options. Nothing is remembered anywhere else.
 """
 
 from __future__ import annotations
@@ -17,13 +17,23 @@ from collections.abc import Iterator, Sequence
 
 from ..formats import fsverity
 from ..host import mountcalls, mountinfo
-from ..errors import Busy, FormatError, ImageNotFound, IncompatibleRepository, MountFailed, PermissionDenied, VerityUnsupported, doing
+from ..errors import (
+    Busy,
+    FormatError,
+    ImageNotFound,
+    IncompatibleRepository,
+    MountFailed,
+    PermissionDenied,
+    VerityUnsupported,
+    doing,
+)
 from ..host.mountinfo import Mounted
 from ..formats.repolayout import is_oci_digest
 from ..store.repository import Repository
 
 REQUIRED, PREFERRED, DISABLED = "required", "preferred", "disabled"
-# Options of the overlay file system itself. Only such as the kernel shows exactly as they were given, or it could not be told what is mounted.
+# Options of the overlay file system itself. Only such as the kernel shows exactly as they were given, or it could not
+# be told what is mounted.
 FLAGS = ("volatile",)
 CONTEXTS = ("context", "fscontext", "defcontext", "rootcontext")
 _CAP_SYS_ADMIN = 21
@@ -32,7 +42,9 @@ _PIECE = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Wish:
-    """What shall be mounted where. ``image``: a name, a manifest digest or an image id. ``replace``: also in the place of another image."""
+    """What shall be mounted where. ``image``: a name, a manifest digest or an image id. ``replace``: also in the place
+    of another image.
+    """
 
     image: str
     path: str
@@ -46,7 +58,9 @@ class Wish:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """The same with everything decided: ``image_id`` in hex, ``path`` and the directories absolute and without links."""
+    """The same with everything decided: ``image_id`` in hex, ``path`` and the directories absolute and
+    without links.
+    """
 
     image_id: str
     path: str
@@ -62,7 +76,9 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a verb did, or would do. ``previous``: the composefs mount that was there; ``target``: what is there now, None if nothing."""
+    """What a verb did, or would do. ``previous``: the composefs mount that was there; ``target``: what is there now,
+    None if nothing.
+    """
 
     changed: bool
     previous: Mounted | None
@@ -72,14 +88,18 @@ class Outcome:
 def ensure_mounted(repository: Repository, wish: Wish, check: bool = False) -> Outcome:
     """Mount what ``wish`` says unless exactly that is mounted there; with ``check`` only find out.
 
-    Busy if another file system, or (without ``replace``) another image, is there. ImageNotFound, FormatError if the image is damaged,
-    IncompatibleRepository if fs-verity is required and the repository has none, PermissionDenied, MountFailed.
+    Busy if another file system, or (without ``replace``) another image, is there. ImageNotFound, FormatError if the
+    image is damaged, IncompatibleRepository if fs-verity is required and the repository has none, PermissionDenied,
+    MountFailed.
     """
     target = decide(repository, wish)
     there = mountinfo.at(target.path)
     if there is not None:
         if there.image_id is None:
-            raise Busy(f"At {target.path} a file system of another kind is mounted ({there.kind} from {there.source}).", "Unmount it, or choose another path.")
+            raise Busy(
+                f"At {target.path} a file system of another kind is mounted ({there.kind} from {there.source}).",
+                "Unmount it, or choose another path.",
+            )
         different = differences(there, target)
         if not different:
             return Outcome(False, there, target)
@@ -94,7 +114,9 @@ def ensure_mounted(repository: Repository, wish: Wish, check: bool = False) -> O
     with open_image(repository, bytes.fromhex(target.image_id)) as image:
         if not check:
             objects = repository.objects.dirfd
-            request = mountcalls.Request(target.image_id, image, objects, target.verity, target.upperdir, target.workdir, target.options)
+            request = mountcalls.Request(
+                target.image_id, image, objects, target.verity, target.upperdir, target.workdir, target.options
+            )
             for directory in (target.upperdir, target.workdir):
                 if directory:
                     _make_directory(directory)
@@ -107,7 +129,8 @@ def ensure_mounted(repository: Repository, wish: Wish, check: bool = False) -> O
 
 
 def ensure_unmounted(path: str, check: bool = False) -> Outcome:
-    """Unmount every composefs image that is mounted at ``path``, one above the other; other file systems are left alone.
+    """Unmount every composefs image that is mounted at ``path``, one above the other; other file systems are left
+    alone.
 
     Busy if it is in use, or hidden below another file system.
     """
@@ -117,7 +140,10 @@ def ensure_unmounted(path: str, check: bool = False) -> Outcome:
         hidden = mountinfo.hidden_at(path)
         if hidden:
             above = f"{there.kind} from {there.source}" if there else "another file system"
-            raise Busy(f"The image {hidden[-1].image_id} at {path} is hidden below another mount ({above}).", "Unmount that first.")
+            raise Busy(
+                f"The image {hidden[-1].image_id} at {path} is hidden below another mount ({above}).",
+                "Unmount that first.",
+            )
         return Outcome(False, None, None)
     inside = mountinfo.children(there)
     if inside:
@@ -132,7 +158,10 @@ def ensure_unmounted(path: str, check: bool = False) -> Outcome:
 def decide(repository: Repository, wish: Wish) -> Target:
     """Find the image and settle every choice that ``wish`` leaves open. Looks only."""
     if bool(wish.upperdir) != bool(wish.workdir):
-        raise MountFailed("A writable mount needs an upper and a work directory, and only one of them was given.", "Set both, or none.")
+        raise MountFailed(
+            "A writable mount needs an upper and a work directory, and only one of them was given.",
+            "Set both, or none.",
+        )
     options = _checked(wish.options, bool(wish.upperdir))
     digest = resolve(repository, wish.image, wish.bootable)
     if wish.verity == REQUIRED and not repository.secure:
@@ -151,11 +180,13 @@ def decide(repository: Repository, wish: Wish) -> Target:
 
 
 def resolve(repository: Repository, image: str, bootable: bool = False) -> bytes:
-    """The fs-verity digest of the EROFS image that ``image`` means: its id in hex, a manifest digest (``sha256:<hex>``) or a name.
+    """The fs-verity digest of the EROFS image that ``image`` means: its id in hex, a manifest digest (``sha256:<hex>``)
+    or a name.
 
-    Names and manifests lead to the image of the repository's own format, ``bootable`` to the one to boot from. An id that is listed is an
-    id, even if an image should have such a name: what was pinned stays pinned. ImageNotFound if there is none, or if it does not stand
-    under ``images/``: then it may not be mounted, whatever object has the digest.
+    Names and manifests lead to the image of the repository's own format, ``bootable`` to the one to boot from. An id
+    that is listed is an id, even if an image should have such a name: what was pinned stays pinned. ImageNotFound if
+    there is none, or if it does not stand under ``images/``: then it may not be mounted, whatever object has the
+    digest.
     """
     digest = _parse_id(image, repository.algorithm)
     if digest is not None and repository.image(digest):
@@ -163,25 +194,34 @@ def resolve(repository: Repository, image: str, bootable: bool = False) -> bytes
     manifest = image.lstrip("@") if is_oci_digest(image.lstrip("@")) else repository.tag_digest(image)
     if manifest is None:
         kind = "listed EROFS image" if digest is not None else "image named"
-        raise ImageNotFound(f"The repository {repository.path} has no {kind} {image!r}.", "Pull it first, or correct the name.")
+        raise ImageNotFound(
+            f"The repository {repository.path} has no {kind} {image!r}.", "Pull it first, or correct the name."
+        )
     from . import listing  # late: a mount by id, as at boot, needs no documents
 
     found = listing.describe_image(repository, manifest)["boot_image_id" if bootable else "image_id"]
     if found is None:
         option = "bootable" if bootable else "erofs"
         kind = "EROFS image to boot from" if bootable else "EROFS image"
-        raise ImageNotFound(f"{image} has no {kind} in the repository {repository.path}.", f"Pull it with '{option}: true'. Artifacts have none.")
+        raise ImageNotFound(
+            f"{image} has no {kind} in the repository {repository.path}.",
+            f"Pull it with '{option}: true'. Artifacts have none.",
+        )
     if not repository.image(bytes.fromhex(found)):
-        raise ImageNotFound(f"The EROFS image {found} of {image} is not listed in the repository {repository.path}.", "Pull the image again.")
+        raise ImageNotFound(
+            f"The EROFS image {found} of {image} is not listed in the repository {repository.path}.",
+            "Pull the image again.",
+        )
     return bytes.fromhex(found)
 
 
 @contextlib.contextmanager
 def open_image(repository: Repository, digest: bytes) -> Iterator[int]:
-    """A descriptor of the image whose content was just proven to have the digest: mount this one, for a name may come to mean another file.
+    """A descriptor of the image whose content was just proven to have the digest: mount this one, for a name may come
+    to mean another file.
 
-    A sealed file was measured by the kernel, which also checks every later read. Without a seal the content is hashed here, and the proof
-    holds for this moment. FormatError if it is another one.
+    A sealed file was measured by the kernel, which also checks every later read. Without a seal the content is hashed
+    here, and the proof holds for this moment. FormatError if it is another one.
     """
     fd = repository.objects.open(digest)
     try:
@@ -190,7 +230,8 @@ def open_image(repository: Repository, digest: bytes) -> Iterator[int]:
                 found = _hash(fd, repository.algorithm)
             if found != digest:
                 raise FormatError(
-                    f"The image {digest.hex()} is damaged: it has the fs-verity digest {found.hex()}.", "Remove the object and pull the image again."
+                    f"The image {digest.hex()} is damaged: it has the fs-verity digest {found.hex()}.",
+                    "Remove the object and pull the image again.",
                 )
         yield fd
     finally:
@@ -208,11 +249,20 @@ def differences(there: Mounted, target: Target) -> list[str]:
         ("ro", there.read_only, target.read_only),
     ]
     strict = not {"relatime", "noatime"} & there.options
-    pairs += [(name, name in there.options or (name == "strictatime" and strict), name in target.options) for name in mountcalls.ATTRIBUTES]
-    pairs += [(name, name in there.settings or there.settings.get("fsync") == name, name in target.options) for name in FLAGS]
+    pairs += [
+        (name, name in there.options or (name == "strictatime" and strict), name in target.options)
+        for name in mountcalls.ATTRIBUTES
+    ]
+    pairs += [
+        (name, name in there.settings or there.settings.get("fsync") == name, name in target.options) for name in FLAGS
+    ]
     wanted = dict(option.split("=", 1) for option in target.options if "=" in option)
     pairs += [(name, there.settings.get(name), wanted.get(name)) for name in CONTEXTS]
-    return [f"the same image with {name} {_said(has)} instead of {_said(wants)}" for name, has, wants in pairs if has != wants]
+    return [
+        f"the same image with {name} {_said(has)} instead of {_said(wants)}"
+        for name, has, wants in pairs
+        if has != wants
+    ]
 
 
 def require_capability(what: str) -> None:
@@ -235,13 +285,17 @@ def _checked(options: Sequence[str], writable: bool) -> tuple[str, ...]:
         if (separator and value and name in CONTEXTS) or (not separator and option in known):
             continue
         raise MountFailed(
-            f"The mount option {option!r} is not known here.", f"Known are {', '.join(sorted(known))} and {', '.join(f'{key}=...' for key in CONTEXTS)}."
+            f"The mount option {option!r} is not known here.",
+            f"Known are {', '.join(sorted(known))} and {', '.join(f'{key}=...' for key in CONTEXTS)}.",
         )
     for one, other in (("ro", "rw"), ("noatime", "strictatime")):
         if one in chosen and other in chosen:
             raise MountFailed(f"The mount options {one} and {other} contradict each other.", "Set one of them.")
     if not writable and ("rw" in chosen or "volatile" in chosen):
-        raise MountFailed("An image is read-only: the mount options rw and volatile need a place for changes.", "Set 'upperdir' and 'workdir'.")
+        raise MountFailed(
+            "An image is read-only: the mount options rw and volatile need a place for changes.",
+            "Set 'upperdir' and 'workdir'.",
+        )
     # What is so without being asked for is left out: the same mount may be asked for in either way.
     return tuple(option for option in chosen if option != "rw" and not (option == "ro" and not writable))
 
@@ -250,19 +304,26 @@ def _check_replaceable(there: Mounted, target: Target) -> None:
     """Busy if the old mount cannot be detached, or the new one not be made beneath it."""
     inside = mountinfo.children(there)
     if inside:
-        raise Busy(f"Within {target.path} other file systems are mounted: {_paths(inside)}.", "They would vanish with the old mount; unmount them first.")
+        raise Busy(
+            f"Within {target.path} other file systems are mounted: {_paths(inside)}.",
+            "They would vanish with the old mount; unmount them first.",
+        )
     used = {there.directory("upperdir"), there.directory("workdir")} - {None}
     if used & {target.upperdir, target.workdir}:
         raise Busy(
-            f"The upper or work directory of the new mount at {target.path} is in use by the old one, and two mounts must not write to one.",
-            "Unmount it first, and mind that changes made on top of one image need not fit another; or choose other directories.",
+            f"The upper or work directory of the new mount at {target.path} is in use by the old one, and two mounts "
+            f"must not write to one.",
+            "Unmount it first, and mind that changes made on top of one image need not fit another; or choose other "
+            "directories.",
         )
 
 
 def _check_place(repository: Repository, path: str) -> None:
     own = os.path.realpath(repository.path)
     if os.path.commonpath([own, path]) in (own, path):
-        raise MountFailed(f"A mount at {path} would hide the repository {own}, or lie within it.", "Choose another path.")
+        raise MountFailed(
+            f"A mount at {path} would hide the repository {own}, or lie within it.", "Choose another path."
+        )
 
 
 def _make_directory(path: str) -> None:
@@ -305,4 +366,8 @@ def _paths(inside: Sequence[Mounted]) -> str:
 
 
 def _said(value: object) -> str:
-    return {True: "on", False: "off", None: "none"}.get(value, str(value)) if value is None or isinstance(value, bool) else str(value)
+    return (
+        {True: "on", False: "off", None: "none"}.get(value, str(value))
+        if value is None or isinstance(value, bool)
+        else str(value)
+    )

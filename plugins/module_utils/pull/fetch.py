@@ -4,9 +4,10 @@
 
 """Missing layers, several at once: who fetches what, when to try again, and when a layer gets its name.
 
-One worker process per layer under way: splitting a tar holds the interpreter's lock, so that layers in threads of one process would take turns
-(benchmarks/README.md tells what was measured). A lane, a thread of the parent that mostly waits,
-stands behind each worker: it asks skopeo for a blob, hands the pipe to its worker, awaits both verdicts, and registers the layer.
+One worker process per layer under way: splitting a tar holds the interpreter's lock, so that layers in threads of one
+process would take turns (benchmarks/README.md tells what was measured). A lane, a thread of the parent that mostly
+waits, stands behind each worker: it asks skopeo for a blob, hands the pipe to its worker, awaits both verdicts, and
+registers the layer.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ from .smallobjects import DirectStorer, Storer
 
 T = TypeVar("T")
 
-# The verdict on a blob may take as long as the blob; who waits for it watches the worker and ends the wait by killing skopeo.
+# The verdict on a blob may take as long as the blob; who waits for it watches the worker and ends the wait by killing
+# skopeo.
 FOREVER = 1_000_000.0
 CGROUPS = "/sys/fs/cgroup"
 # Seconds that a worker gets to end by itself.
@@ -86,7 +88,8 @@ def _cgroup_quotas() -> list[float]:
             continue
         root = CGROUPS if unified else os.path.join(CGROUPS, "cpu")
         parts = [part for part in path.split("/") if part not in ("", "..")]
-        # The limit of any ancestor binds as well. In a container the path may be the host's, while the root that is mounted is the container's own.
+        # The limit of any ancestor binds as well. In a container the path may be the host's, while the root that is
+        # mounted is the container's own.
         for depth in range(len(parts), -1, -1):
             with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
                 quotas += _quota_of(os.path.join(root, *parts[:depth]), unified)
@@ -94,7 +97,9 @@ def _cgroup_quotas() -> list[float]:
 
 
 def _quota_of(group: str, unified: bool) -> list[float]:
-    """The processors that a control group's own quota allows, as a list of one, or none if it has no quota. OSError, ValueError."""
+    """The processors that a control group's own quota allows, as a list of one, or none if it has no quota. OSError,
+    ValueError.
+    """
     names = ("cpu.max",) if unified else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
     words: list[str] = []
     for name in names:
@@ -107,7 +112,14 @@ def _quota_of(group: str, unified: bool) -> list[float]:
 class Worker:
     """A forked process that imports the layers it is handed, one after the other."""
 
-    def __init__(self, objects: ObjectStore, algorithm: Algorithm, timeout: float, siblings: Sequence[Worker], sessions: Sequence[Session]) -> None:
+    def __init__(
+        self,
+        objects: ObjectStore,
+        algorithm: Algorithm,
+        timeout: float,
+        siblings: Sequence[Worker],
+        sessions: Sequence[Session],
+    ) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         parent = os.getpid()
         self.pid = os.fork()
@@ -146,7 +158,8 @@ class Worker:
     def close(self) -> None:
         """End the worker and reap it.
 
-        Asked first, so that it can reap its own storer, and killed if it does not go: it may be in the middle of a layer that nobody wants any more.
+        Asked first, so that it can reap its own storer, and killed if it does not go: it may be in the middle of a
+        layer that nobody wants any more.
         """
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
@@ -171,7 +184,9 @@ def _serve(control: socket.socket, objects: ObjectStore, algorithm: Algorithm, t
     storer: AnyStorer = Storer(objects, control) if usable_processors() > 1 else DirectStorer(objects)
     try:
         while True:
-            message, ancillary, _flags, _address = control.recvmsg(processes.MAX_MESSAGE, socket.CMSG_SPACE(4), getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+            message, ancillary, _flags, _address = control.recvmsg(
+                processes.MAX_MESSAGE, socket.CMSG_SPACE(4), getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+            )
             if not message:
                 return
             fd = array.array("i", ancillary[0][2])[0]
@@ -186,7 +201,15 @@ def _serve(control: socket.socket, objects: ObjectStore, algorithm: Algorithm, t
         storer.close()
 
 
-def _one_layer(fd: int, spec: LayerSpec, objects: ObjectStore, storer: AnyStorer, algorithm: Algorithm, timeout: float, tell: Callable[..., None]) -> None:
+def _one_layer(
+    fd: int,
+    spec: LayerSpec,
+    objects: ObjectStore,
+    storer: AnyStorer,
+    algorithm: Algorithm,
+    timeout: float,
+    tell: Callable[..., None],
+) -> None:
     next_report = 0.0
 
     def on_bytes(done: int) -> None:
@@ -196,15 +219,18 @@ def _one_layer(fd: int, spec: LayerSpec, objects: ObjectStore, storer: AnyStorer
             next_report = now + 0.1
             tell("bytes", done=done)
 
-    result = import_layer(fd, spec, objects, algorithm, timeout, on_bytes, lambda: tell("silent"), lambda: tell("drained"), storer)
+    result = import_layer(
+        fd, spec, objects, algorithm, timeout, on_bytes, lambda: tell("silent"), lambda: tell("drained"), storer
+    )
     tell("result", result=result._asdict())
 
 
 class _Verdict(threading.Thread):
     """skopeo's judgement of one blob, awaited beside the import.
 
-    FinishPipe blocks skopeo's only request channel until the blob is drained, so it is sent when the last byte was read, or when the
-    pipe has gone silent: then it is the only way to hear that the source failed, for skopeo leaves a broken transfer's pipe open.
+    FinishPipe blocks skopeo's only request channel until the blob is drained, so it is sent when the last byte was
+    read, or when the pipe has gone silent: then it is the only way to hear that the source failed, for skopeo leaves a
+    broken transfer's pipe open.
     """
 
     def __init__(self, proxy: ImageProxy, pipe: Any) -> None:
@@ -237,7 +263,9 @@ class Fetcher:
         self.retried = 0
 
     def run(self, jobs: Sequence[Job]) -> None:
-        """Fetch all ``jobs``, largest first. Raises the first error after the layers under way have ended; what was imported stays named."""
+        """Fetch all ``jobs``, largest first. Raises the first error after the layers under way have ended; what was
+        imported stays named.
+        """
         todo: queue.SimpleQueue[Job] = queue.SimpleQueue()
         for job in sorted(jobs, key=lambda job: -job.spec.size):
             todo.put(job)
@@ -256,7 +284,8 @@ class Fetcher:
                 lane.start()
             self._serve_lanes(len(lanes))
         finally:
-            # In this order: a lane whose worker is gone ends, unless it waits for this thread to do something, which is then told to it.
+            # In this order: a lane whose worker is gone ends, unless it waits for this thread to do something, which is
+            # then told to it.
             for worker in workers:
                 worker.close()
             self._over.set()
@@ -331,7 +360,8 @@ class Fetcher:
                 error, usable = failure.error, failure.proxy_usable
             except EngineError as failure:
                 error, usable = failure, False
-            # A proxy that was replaced on another blob's account took this transfer with it: that is not this blob's failure.
+            # A proxy that was replaced on another blob's account took this transfer with it: that is not this blob's
+            # failure.
             innocent = generation != job.session.generation
             if not innocent:
                 if not is_passing(error) or attempt >= self._retries:
@@ -375,12 +405,16 @@ class Fetcher:
                 return LayerResult(**message["result"])
 
     def _await(self, verdict: _Verdict) -> None:
-        """Wait for skopeo's judgement. It may have to queue behind another blob's, which comes when that blob has ended: as long as any
-        transfer moves nothing is stuck."""
+        """Wait for skopeo's judgement. It may have to queue behind another blob's, which comes when that blob has
+        ended: as long as any transfer moves nothing is stuck.
+        """
         while verdict.is_alive():
             verdict.join(0.5)
             if verdict.is_alive() and time.monotonic() - self._moved >= self._timeout:
-                raise Stalled(f"skopeo gave no verdict on the blob within {self._timeout:g} seconds.", "Check the registry, or raise the timeout.")
+                raise Stalled(
+                    f"skopeo gave no verdict on the blob within {self._timeout:g} seconds.",
+                    "Check the registry, or raise the timeout.",
+                )
 
 
 def _judge(error: EngineError, verdict: _Verdict | None) -> _TransferFailed:
@@ -391,7 +425,8 @@ def _judge(error: EngineError, verdict: _Verdict | None) -> _TransferFailed:
     said = verdict.error
     if said is not None:
         if isinstance(error, RegistryUnreachable) and said.__class__ is not ProxyFailed:
-            # The worker only sees the pipe end; skopeo knows why. Whatever broke a transfer may be gone at the next try.
+            # The worker only sees the pipe end; skopeo knows why. Whatever broke a transfer may be gone at the next
+            # try.
             error = passing(type(said)(error.message, said.hint))
         error.message = f"{error.message} {_words(said)}"
     return _TransferFailed(error, not verdict.is_alive())

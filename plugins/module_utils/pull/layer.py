@@ -4,9 +4,10 @@
 
 """One layer: blob from a pipe -> decoder -> tar split -> objects -> splitstream object, everything verified.
 
-Two threads share the work of a layer. One reads the pipe, hashes the blob, decodes it and hashes the tar: nearly all of its time passes
-inside C code that does not hold the interpreter's lock. The other splits the tar and stores objects, and meets the first only at a
-bounded queue. Nothing here registers anything: the result names anonymous objects, and the caller decides when they get a name.
+Two threads share the work of a layer. One reads the pipe, hashes the blob, decodes it and hashes the tar: nearly all of
+its time passes inside C code that does not hold the interpreter's lock. The other splits the tar and stores objects,
+and meets the first only at a bounded queue. Nothing here registers anything: the result names anonymous objects, and
+the caller decides when they get a name.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from ..formats.fsverity import Algorithm
 from ..store.objects import ObjectStore
 from .smallobjects import DirectStorer, Storer
 
-# Decoded bytes per step: large enough that a step's fixed cost vanishes, small enough that what was decoded is still in the processor's
-# cache when it is hashed and split.
+# Decoded bytes per step: large enough that a step's fixed cost vanishes, small enough that what was decoded is still in
+# the processor's cache when it is hashed and split.
 CHUNK = 256 * 1024
 # Steps that may wait between decoder and splitter; bounds memory to a few megabytes.
 QUEUE_DEPTH = 8
@@ -38,7 +39,8 @@ QUEUE_DEPTH = 8
 PIPE_SIZE = 1024 * 1024
 # A transfer silent for this many seconds is worth asking skopeo about, long before the timeout gives it up.
 PROBE_AFTER = 3.0
-# skopeo 1.9.3 drops the zero padding behind a tar's end marker when it recompresses to zstd:chunked; this much is restored at most.
+# skopeo 1.9.3 drops the zero padding behind a tar's end marker when it recompresses to zstd:chunked; this much is
+# restored at most.
 PADDING_LIMIT = 1024 * 1024
 # Compressed splitstream bytes kept in memory before they move to an unnamed file.
 SPOOL_LIMIT = 4 * 1024 * 1024
@@ -48,7 +50,9 @@ AnyStorer = Union[Storer, DirectStorer]
 
 
 class LayerSpec(NamedTuple):
-    """What a blob was announced to be. ``digest`` and ``diff_id`` are ``sha256:<hex>``; ``compression`` is None for a raw blob."""
+    """What a blob was announced to be. ``digest`` and ``diff_id`` are ``sha256:<hex>``; ``compression`` is None for a
+    raw blob.
+    """
 
     digest: str
     size: int
@@ -57,7 +61,9 @@ class LayerSpec(NamedTuple):
 
 
 class LayerResult(NamedTuple):
-    """A verified layer whose splitstream object is stored but not named. ``stream`` is the object's fs-verity digest in hex."""
+    """A verified layer whose splitstream object is stored but not named. ``stream`` is the object's fs-verity digest in
+    hex.
+    """
 
     stream: str
     fetched: int
@@ -71,9 +77,13 @@ class LayerResult(NamedTuple):
 
 
 class PipeSource:
-    """The blob's bytes: at most ``size`` of them, hashed as they pass, and never waited for longer than ``timeout`` seconds."""
+    """The blob's bytes: at most ``size`` of them, hashed as they pass, and never waited for longer than ``timeout``
+    seconds.
+    """
 
-    def __init__(self, fd: int, size: int, timeout: float, on_bytes: Callable[[int], None], on_silence: Callable[[], None]) -> None:
+    def __init__(
+        self, fd: int, size: int, timeout: float, on_bytes: Callable[[int], None], on_silence: Callable[[], None]
+    ) -> None:
         self._fd = fd
         self._left = size
         self._timeout = timeout
@@ -95,7 +105,9 @@ class PipeSource:
         return self.size - self._left
 
     def read(self, n: int) -> bytes:
-        """Up to ``n`` bytes; ``b""`` after the last. Raises Stalled on silence, RegistryUnreachable if the pipe ends early."""
+        """Up to ``n`` bytes; ``b""`` after the last. Raises Stalled on silence, RegistryUnreachable if the pipe ends
+        early.
+        """
         if not self._left:
             return b""
         try:
@@ -127,7 +139,9 @@ class PipeSource:
                 self._on_silence()
 
     def drain(self) -> None:
-        """Read and hash what is left, so that the blob's digest can be judged although its content could not be used."""
+        """Read and hash what is left, so that the blob's digest can be judged although its content could not
+        be used.
+        """
         while self.read(PIPE_SIZE):
             pass
 
@@ -236,8 +250,9 @@ def import_layer(
 
     ``storer`` takes the small objects; without one they are stored in this thread.
 
-    Blob size, blob digest and diff_id are all checked; DigestMismatch names every one that disagrees. Follows the OCI image
-    specification, "Image Layer Filesystem Changeset", for the tar and the composefs splitstream format for the result.
+    Blob size, blob digest and diff_id are all checked; DigestMismatch names every one that disagrees. Follows the OCI
+    image specification, "Image Layer Filesystem Changeset", for the tar and the composefs splitstream format for the
+    result.
     """
     source = PipeSource(fd, spec.size, timeout, on_bytes, on_silence)
     before = _counters(objects)
@@ -250,7 +265,13 @@ def import_layer(
 
 
 def _import_tar(
-    source: PipeSource, spec: LayerSpec, objects: ObjectStore, storer: AnyStorer, algorithm: Algorithm, on_drained: Callable[[], None], before: _Counters
+    source: PipeSource,
+    spec: LayerSpec,
+    objects: ObjectStore,
+    storer: AnyStorer,
+    algorithm: Algorithm,
+    on_drained: Callable[[], None],
+    before: _Counters,
 ) -> LayerResult:
     with contextlib.closing(_spool(objects)) as spool:
         writer = splitstream.Writer(algorithm, splitstream.LAYER, spool)
@@ -278,14 +299,20 @@ def _import_tar(
                 writer.inline(bytes(restored))
             else:
                 raise DigestMismatch(
-                    f"The blob is as announced, but its tar has the digest sha256:{decoder.sha256.hexdigest()} where the configuration says {spec.diff_id}.",
+                    f"The blob is as announced, but its tar has the digest sha256:{decoder.sha256.hexdigest()} where "
+                    f"the configuration says {spec.diff_id}.",
                     "The image is broken or hostile; nothing was registered.",
                 )
         return _finish(source, writer, objects, before, restored)
 
 
 def _import_blob(
-    source: PipeSource, spec: LayerSpec, objects: ObjectStore, algorithm: Algorithm, on_drained: Callable[[], None], before: _Counters
+    source: PipeSource,
+    spec: LayerSpec,
+    objects: ObjectStore,
+    algorithm: Algorithm,
+    on_drained: Callable[[], None],
+    before: _Counters,
 ) -> LayerResult:
     output = objects.writer()
     try:
@@ -316,7 +343,9 @@ def check_blob(source: PipeSource, spec: LayerSpec) -> None:
 
 
 def _blame_blob(source: PipeSource, spec: LayerSpec, error: BaseException) -> None:
-    """A content error in a blob that is not the announced one is the blob's fault: say so instead of complaining about its gzip or tar."""
+    """A content error in a blob that is not the announced one is the blob's fault: say so instead of complaining about
+    its gzip or tar.
+    """
     if not isinstance(error, InvalidLayer):
         return
     try:
@@ -331,7 +360,9 @@ def _blame_blob(source: PipeSource, spec: LayerSpec, error: BaseException) -> No
 
 
 def _restore_padding(sha256: Any, spec: LayerSpec, splitter: tar.Splitter) -> int:
-    """How many zero bytes a tar lacks to have the diff_id; 0 if none helps. The hash proves the guess, so nothing wrong can pass."""
+    """How many zero bytes a tar lacks to have the diff_id; 0 if none helps. The hash proves the guess, so nothing wrong
+    can pass.
+    """
     if not splitter.ended_with_zeros:
         return 0
     wanted = bytes.fromhex(spec.diff_id[7:])
@@ -356,19 +387,31 @@ def _counters(objects: ObjectStore) -> _Counters:
     return _Counters(stats.new, stats.present, stats.bytes_new, stats.bytes_present)
 
 
-def _finish(source: PipeSource, writer: splitstream.Writer, objects: ObjectStore, before: _Counters, restored: int) -> LayerResult:
+def _finish(
+    source: PipeSource, writer: splitstream.Writer, objects: ObjectStore, before: _Counters, restored: int
+) -> LayerResult:
     # Counted before the splitstream itself is stored: the figures are about what the layer brought.
     after = _counters(objects)
     new, present, bytes_new, bytes_present = (b - a for a, b in zip(before, after))
     stream = objects.put_pieces(writer.finish())
-    return LayerResult(stream.hex(), source.fetched, writer.size, new, present, bytes_new, bytes_present, writer.size - bytes_new - bytes_present, restored)
+    return LayerResult(
+        stream.hex(),
+        source.fetched,
+        writer.size,
+        new,
+        present,
+        bytes_new,
+        bytes_present,
+        writer.size - bytes_new - bytes_present,
+        restored,
+    )
 
 
 def tar_sha256(stream: splitstream.Splitstream, objects: ObjectStore) -> str:
     """The SHA-256 (hex) of the tar a stored layer stands for, computed from its inline bytes and objects.
 
-    Raises EngineError if the stream or one of its objects is damaged or missing. This is the only proof that a layer stream which
-    another tool registered really is the layer it is named after.
+    Raises EngineError if the stream or one of its objects is damaged or missing. This is the only proof that a layer
+    stream which another tool registered really is the layer it is named after.
     """
     sha256 = hashlib.sha256()
     buffer = bytearray(CHUNK)

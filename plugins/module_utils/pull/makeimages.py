@@ -2,7 +2,9 @@
 # Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
 # SPDX-License-Identifier: BSD-2-Clause
 
-"""From stored layers to EROFS images: build the tree once, write every format that the repository wants, store each as an object."""
+"""From stored layers to EROFS images: build the tree once, write every format that the repository wants, store each as
+an object.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from ..rootfs.merge import TreeBuilder
 
 
 def build_tree(repository: Repository, layers: Sequence[bytes]) -> FileSystem:
-    """The file tree of the layers, given as object digests of their streams, base layer first. Raises InvalidLayer and FormatError."""
+    """The file tree of the layers, given as object digests of their streams, base layer first. Raises InvalidLayer and
+    FormatError.
+    """
     builder = TreeBuilder()
     add = builder.add
     for number, digest in enumerate(layers):
@@ -29,10 +33,14 @@ def build_tree(repository: Repository, layers: Sequence[bytes]) -> FileSystem:
     return builder.finish()
 
 
-def write_images(repository: Repository, layers: Sequence[bytes], plain: Sequence[int], bootable: Sequence[int]) -> tuple[dict[int, bytes], dict[int, bytes]]:
-    """Store the images of the formats ``plain``, and those ``bootable`` of the tree prepared for boot; format -> object digest for both.
+def write_images(
+    repository: Repository, layers: Sequence[bytes], plain: Sequence[int], bootable: Sequence[int]
+) -> tuple[dict[int, bytes], dict[int, bytes]]:
+    """Store the images of the formats ``plain``, and those ``bootable`` of the tree prepared for boot; format -> object
+    digest for both.
 
-    Runs in a process of its own, so that the memory of a large tree is given back, and neither syncs nor names anything.
+    Runs in a process of its own, so that the memory of a large tree is given back, and neither syncs nor names
+    anything.
     """
 
     def work() -> list[dict[str, str]]:

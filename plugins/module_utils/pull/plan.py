@@ -2,7 +2,9 @@
 # Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
 # SPDX-License-Identifier: BSD-2-Clause
 
-"""What a reference means now, what of it the repository already holds, and what a pull would therefore do. Changes nothing."""
+"""What a reference means now, what of it the repository already holds, and what a pull would therefore do. Changes
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ NEW = "new"
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One image: the reference as the user wrote it, the name to give it, and what it must be (``sha256:<hex>``, ``os/arch``)."""
+    """One image: the reference as the user wrote it, the name to give it, and what it must be (``sha256:<hex>``,
+    ``os/arch``).
+    """
 
     ref: str
     name: str
@@ -34,7 +38,8 @@ class Layer:
     """One layer of an image.
 
     ``blob`` is what the manifest announces; ``source`` is what the transport delivers instead where that differs
-    (``containers-storage:`` delivers uncompressed tars). ``stored`` is the object digest of a layer stream that is there and proved.
+    (``containers-storage:`` delivers uncompressed tars). ``stored`` is the object digest of a layer stream that is
+    there and proved.
     """
 
     blob: oci.Descriptor
@@ -52,7 +57,8 @@ class Layer:
     def compression(self) -> str | None:
         """How the source is compressed; None for a blob that is no tar."""
         compression = oci.layer_compression(self.source.media_type)
-        # docker-archive: calls its plain tars gzip. The digest does not lie: a blob that has the tar's digest is the tar.
+        # docker-archive: calls its plain tars gzip. The digest does not lie: a blob that has the tar's digest is the
+        # tar.
         return "none" if compression is not None and self.source.digest == self.diff_id else compression
 
 
@@ -77,7 +83,9 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.config is not None and self.config_document is not None:
-            self.image_refs = {name: digest for name, digest in self.config_document.refs.items() if imagestreams.is_image_ref(name)}
+            self.image_refs = {
+                name: digest for name, digest in self.config_document.refs.items() if imagestreams.is_image_ref(name)
+            }
 
     @property
     def digest(self) -> str:
@@ -108,7 +116,11 @@ def look_up(repository: Repository, request: Request, reference: Reference, sess
     index_digest = index(registry_digest)
     _check_digest(request, manifest.digest, registry_digest, index_digest)
     config_document = imagestreams.usable(repository, imagestreams.CONFIG, manifest.config.digest)
-    config_raw = config_document.raw if config_document else session.config(reference, manifest.config, converted=manifest.digest != registry_digest)
+    config_raw = (
+        config_document.raw
+        if config_document
+        else session.config(reference, manifest.config, converted=manifest.digest != registry_digest)
+    )
     config = None
     if oci.is_container(manifest):
         config = oci.parse_config(config_raw)
@@ -138,7 +150,8 @@ def look_up(repository: Repository, request: Request, reference: Reference, sess
 
 
 def recall(repository: Repository, request: Request, warnings: list[str], record: bool) -> Plan | None:
-    """What the repository holds under the request's name, without asking anybody; None unless it is whole and is what was asked for.
+    """What the repository holds under the request's name, without asking anybody; None unless it is whole and is what
+    was asked for.
 
     Layers are proved, and proofs remembered with ``record``, as look_up() does.
     """
@@ -178,11 +191,20 @@ def recall(repository: Repository, request: Request, warnings: list[str], record
     return plan
 
 
-def _stored_layer(repository: Repository, plan: Plan, blob: oci.Descriptor, source: oci.Descriptor, diff_id: str, record: bool, warnings: list[str]) -> Layer:
+def _stored_layer(
+    repository: Repository,
+    plan: Plan,
+    blob: oci.Descriptor,
+    source: oci.Descriptor,
+    diff_id: str,
+    record: bool,
+    warnings: list[str],
+) -> Layer:
     stream = imagestreams.LAYER + diff_id
     candidate = repository.stream(stream)
     if plan.config is None and plan.manifest_document is not None:
-        # The stream's name may meanwhile lead to a container's split tar of the same bytes; what the artifact has is still right.
+        # The stream's name may meanwhile lead to a container's split tar of the same bytes; what the artifact has is
+        # still right.
         candidate = plan.manifest_document.refs.get(diff_id, candidate)
     stored = proved_layer(repository, candidate, diff_id, plan.config is not None, record, warnings)
     return Layer(blob, diff_id, stream, source, stored)
@@ -193,7 +215,10 @@ def _validate(kind: str, raw: bytes, warnings: list[str]) -> None:
     from ..formats import ocischemas  # late: only a document that is new needs it
 
     if not ocischemas.validate(kind, raw):
-        warnings.append("The Python library jsonschema is not installed on the host, so new documents are checked without their JSON schemas.")
+        warnings.append(
+            "The Python library jsonschema is not installed on the host, so new documents are checked without their "
+            "JSON schemas."
+        )
 
 
 def _diff_ids(manifest: oci.Manifest, config: oci.Config | None) -> list[str]:
@@ -207,21 +232,27 @@ def _check_digest(request: Request, digest: str, registry_digest: str, index_dig
     if request.digest and request.digest not in (digest, registry_digest, index_digest):
         raise DigestMismatch(
             f"The reference means {registry_digest} now, where 'digest' asks for {request.digest}.",
-            "Somebody moved the tag, or the digest belongs to another platform: decide which image you want and update the task.",
+            "Somebody moved the tag, or the digest belongs to another platform: decide which image you want and "
+            "update the task.",
         )
 
 
-def proved_layer(repository: Repository, stored: bytes | None, diff_id: str, tar: bool, record: bool, warnings: list[str]) -> bytes | None:
-    """``stored``, the object digest of a layer stream, if it is there and its content is what it is named after; None if it must be fetched.
+def proved_layer(
+    repository: Repository, stored: bytes | None, diff_id: str, tar: bool, record: bool, warnings: list[str]
+) -> bytes | None:
+    """``stored``, the object digest of a layer stream, if it is there and its content is what it is named after; None
+    if it must be fetched.
 
-    A stream that this engine registered, or once proved, is remembered as trusted together with its object digest. Any other may have been
-    put there by a tool that never compared it with the diff_id, for an image that lied: its tar is hashed once before it is believed.
+    A stream that this engine registered, or once proved, is remembered as trusted together with its object digest. Any
+    other may have been put there by a tool that never compared it with the diff_id, for an image that lied: its tar is
+    hashed once before it is believed.
     """
     if stored is None or not repository.objects.contains(stored):
         return None
     stream = imagestreams.LAYER + diff_id
     try:
-        # An artifact's layer is a raw blob, but the same bytes stored as a layer serve as well; a container needs a split tar.
+        # An artifact's layer is a raw blob, but the same bytes stored as a layer serve as well; a container needs a
+        # split tar.
         with repository.open_object_stream(stored, splitstream.LAYER if tar else None) as opened:
             if repository.trusted(diff_id) == stored:
                 return stored
@@ -235,7 +266,10 @@ def proved_layer(repository: Repository, stored: bytes | None, diff_id: str, tar
         warnings.append(f"The stored layer {stream} cannot be read and is replaced: {error.message}")
         return None
     if found != diff_id:
-        warnings.append(f"The stored layer {stream} holds {found}: it was registered by another tool for an image that lied about it, and is replaced.")
+        warnings.append(
+            f"The stored layer {stream} holds {found}: it was registered by another tool for an image that lied about "
+            f"it, and is replaced."
+        )
         return None
     if record:
         repository.trust(diff_id, stored)

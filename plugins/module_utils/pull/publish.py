@@ -32,7 +32,11 @@ def predict(repository: Repository, plan: Plan, images: Images) -> list[str]:
     streams = list(plan.missing())
     layers = {layer.diff_id: _expected(repository, plan, layer) for layer in plan.layers}
     config = plan.config_document
-    if config is not None and _leads_to(plan, config.refs, layers) and all(image in config.refs for image in _wanted(repository, plan, images)):
+    if (
+        config is not None
+        and _leads_to(plan, config.refs, layers)
+        and all(image in config.refs for image in _wanted(repository, plan, images))
+    ):
         # An image whose object is gone comes back the same: making images is deterministic.
         manifest = plan.manifest_document
         if manifest is None or manifest.refs != _manifest_refs(plan, config.stream, layers):
@@ -41,22 +45,36 @@ def predict(repository: Repository, plan: Plan, images: Images) -> list[str]:
     holders = imagestreams.manifests_of_config(repository, plan.config_digest)
     coming = _coming_config(repository, plan, images, layers, holders)
     lead = imagestreams.CONFIG_REF + plan.config_digest
-    manifests = [digest for digest, document in holders.items() if digest != plan.digest and document.refs[lead] != coming]
+    manifests = [
+        digest for digest, document in holders.items() if digest != plan.digest and document.refs[lead] != coming
+    ]
     if plan.manifest_document is None or plan.manifest_document.refs != _manifest_refs(plan, coming, layers):
         manifests.insert(0, plan.digest)
-    return [*streams, imagestreams.CONFIG + plan.config_digest, *(imagestreams.MANIFEST + digest for digest in manifests)]
+    return [
+        *streams,
+        imagestreams.CONFIG + plan.config_digest,
+        *(imagestreams.MANIFEST + digest for digest in manifests),
+    ]
 
 
 def unfinished(repository: Repository, plan: Plan, images: Images) -> bool:
-    """Whether publish() has something to repair that no stream shows: an image without its object or link, or what a crash left behind."""
+    """Whether publish() has something to repair that no stream shows: an image without its object or link, or what a
+    crash left behind.
+    """
     if repository.stream(imagestreams.PENDING + plan.config_digest) is not None:
         return True
     wanted = _wanted(repository, plan, images)
-    return any(name in wanted and not (repository.objects.contains(digest) and repository.image(digest)) for name, digest in plan.image_refs.items())
+    return any(
+        name in wanted and not (repository.objects.contains(digest) and repository.image(digest))
+        for name, digest in plan.image_refs.items()
+    )
 
 
-def publish(repository: Repository, plan: Plan, images: Images, fetched: Mapping[str, bytes], progress: Progress) -> list[str]:
-    """Store and name what ``plan`` still lacks; the names under ``streams/`` that were given. ``fetched``: layer stream -> object digest.
+def publish(
+    repository: Repository, plan: Plan, images: Images, fetched: Mapping[str, bytes], progress: Progress
+) -> list[str]:
+    """Store and name what ``plan`` still lacks; the names under ``streams/`` that were given. ``fetched``: layer stream
+    -> object digest.
 
     The final streams are written at once, so nothing is left over for a collector.
     """
@@ -65,9 +83,17 @@ def publish(repository: Repository, plan: Plan, images: Images, fetched: Mapping
     before = plan.config_document
     current = before is not None and _leads_to(plan, before.refs, layers)
     # Images stay true as long as the layers they were made of do.
-    image_refs = {name: digest for name, digest in before.refs.items() if imagestreams.is_image_ref(name)} if before and current and plan.config else {}
+    image_refs = (
+        {name: digest for name, digest in before.refs.items() if imagestreams.is_image_ref(name)}
+        if before and current and plan.config
+        else {}
+    )
     wanted = _wanted(repository, plan, images)
-    missing = [format_ for name, format_ in wanted.items() if name not in image_refs or not repository.objects.contains(image_refs[name])]
+    missing = [
+        format_
+        for name, format_ in wanted.items()
+        if name not in image_refs or not repository.objects.contains(image_refs[name])
+    ]
     if missing:
         progress.message(f"Making the EROFS image of {plan.request.name}")
         from .makeimages import write_images  # late: most runs make none
@@ -104,7 +130,10 @@ def publish(repository: Repository, plan: Plan, images: Images, fetched: Mapping
         if repository.objects.contains(image):
             repository.link_image(image)
     imagestreams.replace(repository, plan.config_digest, config_stream, manifests)
-    return [*([imagestreams.CONFIG + plan.config_digest] if moves else []), *(imagestreams.MANIFEST + digest for digest in manifests)]
+    return [
+        *([imagestreams.CONFIG + plan.config_digest] if moves else []),
+        *(imagestreams.MANIFEST + digest for digest in manifests),
+    ]
 
 
 def image_id(repository: Repository, plan: Plan, boot: bool) -> str | None:
@@ -122,12 +151,20 @@ def _wanted(repository: Repository, plan: Plan, images: Images) -> dict[str, tup
         return {}
     formats = repository.metadata.erofs_formats
     # A configuration has one place for formats 0 and 1: where both are wanted, 1 takes it, and 0 would be nobody's.
-    chosen = [(version, boot) for boot, yes in ((False, images.plain), (True, images.bootable)) if yes for version in formats if version or 1 not in formats]
+    chosen = [
+        (version, boot)
+        for boot, yes in ((False, images.plain), (True, images.bootable))
+        if yes
+        for version in formats
+        if version or 1 not in formats
+    ]
     return {imagestreams.image_ref(version, boot): (version, boot) for version, boot in chosen}
 
 
 def _expected(repository: Repository, plan: Plan, layer: Layer) -> bytes | None:
-    """The stream object a layer has, or will most likely get: an import is deterministic, so one that vanished comes back the same."""
+    """The stream object a layer has, or will most likely get: an import is deterministic, so one that vanished comes
+    back the same.
+    """
     if layer.stored is not None:
         return layer.stored
     proved = repository.trusted(layer.diff_id) if plan.config is not None else None
@@ -141,11 +178,17 @@ def _expected(repository: Repository, plan: Plan, layer: Layer) -> bytes | None:
 
 
 def _coming_config(
-    repository: Repository, plan: Plan, images: Images, layers: Mapping[str, bytes | None], holders: Mapping[str, imagestreams.Document]
+    repository: Repository,
+    plan: Plan,
+    images: Images,
+    layers: Mapping[str, bytes | None],
+    holders: Mapping[str, imagestreams.Document],
 ) -> bytes:
-    """The stream that publish() will give to the configuration, if it is stored already; else empty, which no stream is.
+    """The stream that publish() will give to the configuration, if it is stored already; else empty, which no stream
+    is.
 
-    It is where the name or the document is gone, and where a run died between moving the manifests, ``holders``, and the configuration.
+    It is where the name or the document is gone, and where a run died between moving the manifests, ``holders``, and
+    the configuration.
     """
     config = plan.config_document
     keys = set(_wanted(repository, plan, images))

@@ -4,9 +4,9 @@
 
 """Pull images into a repository: find out what they are, fetch what is missing, publish, and tell exactly what changed.
 
-The order is the safety argument. Everything that can be refused is refused before the first byte is fetched; layers get their names
-one by one as they are whole and synced, so that a run that fails leaves its work to the next; manifest, configuration and tag follow
-after one more barrier, when everything they lead to is on the disk.
+The order is the safety argument. Everything that can be refused is refused before the first byte is fetched; layers get
+their names one by one as they are whole and synced, so that a run that fails leaves its work to the next; manifest,
+configuration and tag follow after one more barrier, when everything they lead to is on the disk.
 """
 
 from __future__ import annotations
@@ -20,7 +20,16 @@ from ..formats import codecs, oci
 from . import publish
 from ..store import imagestreams
 from . import plan as planning
-from ..errors import EngineError, InvalidReference, MissingLibrary, NoSpace, RegistryUnreachable, Stalled, doing, from_os_error
+from ..errors import (
+    EngineError,
+    InvalidReference,
+    MissingLibrary,
+    NoSpace,
+    RegistryUnreachable,
+    Stalled,
+    doing,
+    from_os_error,
+)
 from ..formats.oci import Platform, Reference, parse_platform, parse_reference
 from .plan import Layer, Plan, Request
 from ..progress import SKIPPED, Event, Progress, human
@@ -35,7 +44,9 @@ NEWER = "newer"
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How to pull. ``timeout`` is the longest silence in seconds; ``parallel`` 0 means as many layers at once as processors."""
+    """How to pull. ``timeout`` is the longest silence in seconds; ``parallel`` 0 means as many layers at once as
+    processors.
+    """
 
     policy: str = ALWAYS
     parallel: int = 0
@@ -56,13 +67,16 @@ class Outcome:
     changed: bool
 
 
-def pull_images(repository: Repository, requests: Sequence[Request], options: Options, progress: Progress) -> list[Outcome]:
+def pull_images(
+    repository: Repository, requests: Sequence[Request], options: Options, progress: Progress
+) -> list[Outcome]:
     """Make every requested image present under its name; outcomes in the order of the requests.
 
     Raises EngineError; then no name was created or moved, and layers that were already whole stay for the next run.
     """
     _check_names(repository, requests)
-    # Every stream in a repository is compressed with zstd, so nothing goes without it: better said now than after the first layer.
+    # Every stream in a repository is compressed with zstd, so nothing goes without it: better said now than after the
+    # first layer.
     codecs.require_zstd()
     clock = _Clock()
     sources = _Sources(options, progress)
@@ -71,7 +85,9 @@ def pull_images(repository: Repository, requests: Sequence[Request], options: Op
         clock.lap("resolve")
         predictions = [publish.predict(repository, plan, options.images) for plan in plans]
         settled = not any(predictions) and all(plan.previous == plan.digest for plan in plans)
-        if options.check or (settled and not any(publish.unfinished(repository, plan, options.images) for plan in plans)):
+        if options.check or (
+            settled and not any(publish.unfinished(repository, plan, options.images) for plan in plans)
+        ):
             outcomes = _untouched(plans, predictions)
         else:
             repository.require_writable()
@@ -97,7 +113,10 @@ class _Clock:
         self._last = now
 
     def laps(self) -> dict[str, float]:
-        return {**{phase: round(seconds, 3) for phase, seconds in self._laps.items()}, "total": round(time.monotonic() - self._start, 3)}
+        return {
+            **{phase: round(seconds, 3) for phase, seconds in self._laps.items()},
+            "total": round(time.monotonic() - self._start, 3),
+        }
 
 
 class _Sources:
@@ -130,7 +149,9 @@ def _check_names(repository: Repository, requests: Sequence[Request]) -> None:
     for name in names:
         repository.check_tag_name(name)
         if names.count(name) > 1:
-            raise InvalidReference(f"The name {name!r} is asked for twice in one task.", "Give each image a name of its own.")
+            raise InvalidReference(
+                f"The name {name!r} is asked for twice in one task.", "Give each image a name of its own."
+            )
 
 
 def _plan(repository: Repository, request: Request, options: Options, sources: _Sources, progress: Progress) -> Plan:
@@ -160,7 +181,9 @@ def _plan(repository: Repository, request: Request, options: Options, sources: _
 
 
 def _untouched(plans: Sequence[Plan], predictions: Sequence[list[str]]) -> list[Outcome]:
-    """Outcomes of a run that writes nothing. A layer that several images lack is counted with the first, as a real run would fetch it."""
+    """Outcomes of a run that writes nothing. A layer that several images lack is counted with the first, as a real run
+    would fetch it.
+    """
     outcomes = []
     claimed: set[str] = set()
     for plan, predicted in zip(plans, predictions):
@@ -188,7 +211,9 @@ def _stats(plan: Plan | None) -> dict[str, Any]:
     }
 
 
-def _carry_out(repository: Repository, plans: Sequence[Plan], options: Options, progress: Progress, clock: _Clock) -> list[Outcome]:
+def _carry_out(
+    repository: Repository, plans: Sequence[Plan], options: Options, progress: Progress, clock: _Clock
+) -> list[Outcome]:
     missing: dict[str, tuple[Plan, Layer]] = {}
     for plan in plans:
         for layer in plan.layers:
@@ -209,7 +234,14 @@ def _carry_out(repository: Repository, plans: Sequence[Plan], options: Options, 
             for stream, (plan, layer) in missing.items():
                 if plan.session is None:
                     raise AssertionError("this must hold: plan.session is not None")
-                jobs.append(Job(stream, LayerSpec(layer.source.digest, layer.source.size, layer.diff_id, layer.compression), plan.session, plan.reference))
+                jobs.append(
+                    Job(
+                        stream,
+                        LayerSpec(layer.source.digest, layer.source.size, layer.diff_id, layer.compression),
+                        plan.session,
+                        plan.reference,
+                    )
+                )
             fetcher = Fetcher(repository, options.parallel, options.timeout, options.retries, progress)
             fetcher.run(jobs)
             fetched, retried = fetcher.results, fetcher.retried
@@ -233,7 +265,8 @@ def _carry_out(repository: Repository, plans: Sequence[Plan], options: Options, 
             streams = mine + [stream for stream in documents_changed if stream not in claimed]
             claimed.update(streams)
             outcomes.append(Outcome(plan, streams, stats, bool(streams) or plan.previous != plan.digest))
-        # Only now, when every document is in place, do the names appear: an image of this task that cannot be stored leaves all names alone.
+        # Only now, when every document is in place, do the names appear: an image of this task that cannot be stored
+        # leaves all names alone.
         for plan in plans:
             repository.tag(plan.request.name, plan.digest)
     clock.lap("register")
@@ -248,18 +281,22 @@ def _require_space(repository: Repository, layers: Sequence[Layer]) -> None:
     free, free_inodes = repository.free_space()
     if needed > free:
         raise NoSpace(
-            f"The missing layers need at least {needed} bytes ({human(needed)}), and {repository.path} has {free} bytes ({human(free)}) free.",
+            f"The missing layers need at least {needed} bytes ({human(needed)}), and {repository.path} has {free} "
+            f"bytes ({human(free)}) free.",
             "Free space on that file system or remove images, then run again.",
         )
     if free_inodes is not None and inodes > free_inodes:
         raise NoSpace(
-            f"The missing layers need at least {inodes} inodes, and the file system of {repository.path} has {free_inodes} free.",
+            f"The missing layers need at least {inodes} inodes, and the file system of {repository.path} has "
+            f"{free_inodes} free.",
             "Remove files there, then run again.",
         )
 
 
 def forget(repository: Repository, request: Request, check: bool) -> dict[str, Any]:
-    """Remove the name of an image; the result has the shape of describe(). The data stays until the repository is pruned."""
+    """Remove the name of an image; the result has the shape of describe(). The data stays until the repository is
+    pruned.
+    """
     repository.check_tag_name(request.name)
     previous = repository.tag_digest(request.name)
     exists = previous is not None
@@ -276,12 +313,16 @@ def forget(repository: Repository, request: Request, check: bool) -> dict[str, A
 
 
 def foretell(request: Request) -> dict[str, Any]:
-    """What check mode says of an image that would be pulled, where nobody can be asked about it; the result has the shape of describe()."""
+    """What check mode says of an image that would be pulled, where nobody can be asked about it; the result has the
+    shape of describe().
+    """
     return {**blank(request), "previous_layers": [], "changed": True}
 
 
 def describe(repository: Repository, outcome: Outcome) -> dict[str, Any]:
-    """An outcome in plain values, as modules return it; ``previous_layers`` and ``changed`` are for the module itself."""
+    """An outcome in plain values, as modules return it; ``previous_layers`` and ``changed`` are for the
+    module itself.
+    """
     plan = outcome.plan
     # A layer that occurs twice, or that another image of the same task lacks too, is fetched once and counted there.
     to_fetch = {stream: layer.source.size for stream, layer in plan.missing().items() if stream in outcome.streams}

@@ -4,11 +4,13 @@
 
 """Small objects, written by a process of their own beside the one that splits the tar.
 
-Making a file costs the kernel several times what splitting and hashing it costs us, and a thread that makes files waits for the interpreter's lock
-at every system call: it gained nothing (benchmarks/README.md has the figures). So digests and contents go through a pipe, many in one write.
+Making a file costs the kernel several times what splitting and hashing it costs us, and a thread that makes files waits
+for the interpreter's lock at every system call: it gained nothing (benchmarks/README.md has the figures). So digests
+and contents go through a pipe, many in one write.
 
-On the pipe: a batch is its count and the bytes of its contents (``<II``), then for each object its digest and size, then all contents.
-A batch of none asks for an account, which comes as a JSON packet on the control socket; the first error comes there at once, by itself.
+On the pipe: a batch is its count and the bytes of its contents (``<II``), then for each object its digest and size,
+then all contents. A batch of none asks for an account, which comes as a JSON packet on the control socket; the first
+error comes there at once, by itself.
 """
 
 from __future__ import annotations
@@ -54,7 +56,9 @@ class DirectStorer:
 
 
 class Storer:
-    """Hands small objects to a forked process. Make it before any thread is started; ``finish`` may be called again and again."""
+    """Hands small objects to a forked process. Make it before any thread is started; ``finish`` may be called again and
+    again.
+    """
 
     def __init__(self, objects: ObjectStore, stranger: socket.socket | None = None) -> None:
         """``stranger`` is a connection of this process that the new one must not keep open."""
@@ -83,7 +87,9 @@ class Storer:
         theirs.close()
 
     def put(self, data: fsverity.Bytes) -> bytes:
-        """Have ``data``, which must not change any more, stored soon; its fs-verity digest. Raises what went wrong with earlier ones."""
+        """Have ``data``, which must not change any more, stored soon; its fs-verity digest. Raises what went wrong with
+        earlier ones.
+        """
         digest = fsverity.digest(data, self._algorithm)
         size = len(data)
         self._table += (digest, _SIZE.pack(size))
@@ -94,7 +100,9 @@ class Storer:
         return digest
 
     def finish(self) -> None:
-        """Return when everything is stored, and count it in the store's own counters. Raises EngineError if something was not."""
+        """Return when everything is stored, and count it in the store's own counters. Raises EngineError if something
+        was not.
+        """
         if self._contents:
             self._send()
         error = self._account()
@@ -102,7 +110,9 @@ class Storer:
             raise error
 
     def reset(self) -> None:
-        """After a layer failed, for whatever reason: forget what was not handed over yet, and the error if there was one."""
+        """After a layer failed, for whatever reason: forget what was not handed over yet, and the error if there was
+        one.
+        """
         self._table, self._contents, self._bytes = [], [], 0
         self._account()
 

@@ -3,8 +3,9 @@
 # SPDX-License-Identifier: BSD-2-Clause
 """The tree of a bootable image: what composefs-rs 0.9.3 and newer make of a plain one.
 
-Kernels and boot entries are looked for, and an image that has them damaged is refused; then /boot and /sysroot are emptied, since other file
-systems are mounted there and the digest of the root must not depend on what is copied out of them; then SELinux labels are set.
+Kernels and boot entries are looked for, and an image that has them damaged is refused; then /boot and /sysroot are
+emptied, since other file systems are mounted there and the digest of the root must not depend on what is copied out of
+them; then SELinux labels are set.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ _ENTRY_KEYS = (b"linux", b"initrd", b"efi")
 def transform_for_boot(filesystem: FileSystem, read_object: ReadObject) -> None:
     """Turn a plain tree (of TreeBuilder.finish) into that of the bootable image, in place.
 
-    ``read_object(digest, limit)`` returns the content of an external file: boot loader entries, aboot payloads and the SELinux policy are read.
-    Raises InvalidLayer for boot files that are damaged, for a damaged policy, and when /boot or /sysroot is no directory.
+    ``read_object(digest, limit)`` returns the content of an external file: boot loader entries, aboot payloads and the
+    SELinux policy are read. Raises InvalidLayer for boot files that are damaged, for a damaged policy, and when /boot
+    or /sysroot is no directory.
     """
     root = filesystem.root
     check_boot_resources(root, read_object)
@@ -40,7 +42,8 @@ def transform_for_boot(filesystem: FileSystem, read_object: ReadObject) -> None:
         directory = find_directory(root, b"/" + name)
         if directory is None:
             raise InvalidLayer(
-                f"The image has no /{name.decode()}, which a bootable image needs.", "Pull it without bootable, or use an image made for booting."
+                f"The image has no /{name.decode()}, which a bootable image needs.",
+                "Pull it without bootable, or use an image made for booting.",
             )
         empty(directory, usr.stat if usr is not None else root.stat)
     # Links from /boot into the rest are gone: one name less each, which hardlink labelling and the writer look at.
@@ -60,10 +63,13 @@ def check_boot_resources(root: Directory, read_object: ReadObject) -> None:
     others += _unified_kernels(find_directory(root, b"/boot/loader/addons"), b"/boot/loader/addons")
     others += _kernels(root)
     if len(payloads) > 1:
-        raise InvalidLayer(f"The image has more than one aboot payload in /boot: {', '.join(show(name) for name in payloads[:4])}.")
+        raise InvalidLayer(
+            f"The image has more than one aboot payload in /boot: {', '.join(show(name) for name in payloads[:4])}."
+        )
     if payloads and others:
         raise InvalidLayer(
-            f"The image has the aboot payload {show(payloads[0])} and {others} kernels or boot loader entries of other kinds; only one kind is possible."
+            f"The image has the aboot payload {show(payloads[0])} and {others} kernels or boot loader entries of "
+            f"other kinds; only one kind is possible."
         )
 
 
@@ -142,7 +148,9 @@ def _check_version(version: bytes, path: bytes) -> None:
 
 
 def _aboot_payloads(root: Directory, read_object: ReadObject) -> list[bytes]:
-    """``aboot-<version>.img`` directly in /boot: what Android's boot loader takes, perhaps with ``vbmeta-<version>.img``."""
+    """``aboot-<version>.img`` directly in /boot: what Android's boot loader takes, perhaps with
+    ``vbmeta-<version>.img``.
+    """
     directory = find_directory(root, b"/boot")
     entries = directory.entries if directory is not None else {}
     payloads: dict[bytes, bool] = {}
@@ -164,12 +172,17 @@ def _aboot_payloads(root: Directory, read_object: ReadObject) -> list[bytes]:
                 payloads[version] = _is_android(read_file(node, path, read_object, MAX_PAYLOAD), path)
     for version in tables:
         if not payloads.get(version):
-            raise InvalidLayer(f"/boot/vbmeta-{version.decode()}.img of the image does not stand beside an Android boot image of this version.")
+            raise InvalidLayer(
+                f"/boot/vbmeta-{version.decode()}.img of the image does not stand beside an Android boot image of "
+                f"this version."
+            )
     return [b"/boot/aboot-" + version + b".img" for version in payloads]
 
 
 def _is_android(data: bytes, path: bytes) -> bool:
-    """True for an Android boot image (header version 2), False for a PE file with a kernel and an initrd, InvalidLayer for anything else."""
+    """True for an Android boot image (header version 2), False for a PE file with a kernel and an initrd, InvalidLayer
+    for anything else.
+    """
     if data.startswith(b"ANDROID!"):
         if len(data) >= 1660:
             page_size, version = struct.unpack_from("<I", data, 36)[0], struct.unpack_from("<I", data, 40)[0]
@@ -179,11 +192,15 @@ def _is_android(data: bytes, path: bytes) -> bool:
         raise InvalidLayer(f"{show(path)} of the image is not an Android boot image of header version 2.")
     if {b".linux", b".initrd"} <= _pe_sections(data):
         return False
-    raise InvalidLayer(f"{show(path)} of the image is neither an Android boot image nor a unified kernel with .linux and .initrd.")
+    raise InvalidLayer(
+        f"{show(path)} of the image is neither an Android boot image nor a unified kernel with .linux and .initrd."
+    )
 
 
 def _pe_sections(data: bytes) -> set[bytes]:
-    """The names of a PE file's sections whose content is there; empty when it is none (Microsoft PE format, COFF file header and section table)."""
+    """The names of a PE file's sections whose content is there; empty when it is none (Microsoft PE format, COFF file
+    header and section table).
+    """
     if not data.startswith(b"MZ") or len(data) < 64:
         return set()
     (header,) = struct.unpack_from("<I", data, 60)

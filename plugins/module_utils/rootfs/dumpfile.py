@@ -2,15 +2,17 @@
 # Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
 # SPDX-License-Identifier: BSD-2-Clause
 
-"""Write a file tree as a composefs dumpfile (composefs-dump(5)), the text that ``mkcomposefs --from-file`` makes an image from.
+"""Write a file tree as a composefs dumpfile (composefs-dump(5)), the text that ``mkcomposefs --from-file`` makes an
+image from.
 
 One line per name, parents first, names in the order of their bytes, fields separated by one space::
 
     PATH SIZE MODE NLINK UID GID RDEV MTIME PAYLOAD CONTENT DIGEST [KEY=VALUE ...]
 
-MODE is octal and holds the file type, MTIME is seconds, a dot and nanoseconds (a plain number, not a fraction), PAYLOAD is the target of a
-symlink or the path of an external file below the object store, ``-`` stands for nothing, and bytes outside printable ASCII are escaped.
-A further name of a file is a line whose MODE begins with ``@`` and whose PAYLOAD is the first name.
+MODE is octal and holds the file type, MTIME is seconds, a dot and nanoseconds (a plain number, not a fraction), PAYLOAD
+is the target of a symlink or the path of an external file below the object store, ``-`` stands for nothing, and bytes
+outside printable ASCII are escaped. A further name of a file is a line whose MODE begins with ``@`` and whose PAYLOAD
+is the first name.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ def _xattrs(xattrs: dict[bytes, bytes] | None) -> bytes:
     if not xattrs:
         return b""
     # Here an empty value and a lone dash stand for themselves.
-    return b"".join(b" %b=%b" % tuple(_ODD_IN_XATTR.sub(_replacement, part) for part in item) for item in sorted(xattrs.items()))
+    return b"".join(
+        b" %b=%b" % tuple(_ODD_IN_XATTR.sub(_replacement, part) for part in item) for item in sorted(xattrs.items())
+    )
 
 
 def _line(path: bytes, node: Directory | Leaf) -> bytes:
@@ -63,14 +67,24 @@ def _line(path: bytes, node: Directory | Leaf) -> bytes:
         elif kind == st.S_IFLNK:
             size = node.size
             payload = _field(node.data)
-    numbers = b"%d %o %d %d %d %d %d.%d" % (size, kind | stat.mode & 0o7777, nlink, stat.uid, stat.gid, rdev, stat.mtime, stat.mtime_nsec)
+    numbers = b"%d %o %d %d %d %d %d.%d" % (
+        size,
+        kind | stat.mode & 0o7777,
+        nlink,
+        stat.uid,
+        stat.gid,
+        rdev,
+        stat.mtime,
+        stat.mtime_nsec,
+    )
     return b"%b %b %b %b %b%b\n" % (_field(path), numbers, payload, content, digest, _xattrs(stat.xattrs))
 
 
 def write_dumpfile(root: Directory, out: Callable[[bytes], object] | BinaryIO) -> int:
     """Write the dumpfile of the tree below ``root`` and return the number of its lines.
 
-    ``out`` is a binary file or a function that takes the text piece by piece, in order. Sets ``nlink`` of the leaves and changes nothing else.
+    ``out`` is a binary file or a function that takes the text piece by piece, in order. Sets ``nlink`` of the leaves
+    and changes nothing else.
     """
     write: Callable[[bytes], object] = out if callable(out) else out.write
     count_links(root)

@@ -2,15 +2,17 @@
 # Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
 # SPDX-License-Identifier: BSD-2-Clause
 
-"""What an EROFS image of composefs is made of: magic numbers, structures, xattr names. Shared by its writer and its reader.
+"""What an EROFS image of composefs is made of: magic numbers, structures, xattr names. Shared by its writer and its
+reader.
 
-There are three formats. V0 and V1 ("epoch 1") order inodes breadth first, use the short inode header where they can, hide the object
-directories behind 256 whiteouts in the root and escape the user's own whiteouts; V2 ("epoch 2") orders depth first, uses long headers only,
-and does none of the rest.
+There are three formats. V0 and V1 ("epoch 1") order inodes breadth first, use the short inode header where they can,
+hide the object directories behind 256 whiteouts in the root and escape the user's own whiteouts; V2 ("epoch 2") orders
+depth first, uses long headers only, and does none of the rest.
 
-On disk (all little endian): composefs header at 0, EROFS superblock at 1024, inodes from 1152, each at a multiple of 32 (its number, the
-*nid*, is the position / 32), the table of shared xattrs, then from the next 4096-byte boundary the data blocks in inode order. On EROFS
-itself see the kernel's Documentation/filesystems/erofs.rst and fs/erofs/erofs_fs.h.
+On disk (all little endian): composefs header at 0, EROFS superblock at 1024, inodes from 1152, each at a multiple of 32
+(its number, the *nid*, is the position / 32), the table of shared xattrs, then from the next 4096-byte boundary the
+data blocks in inode order. On EROFS itself see the kernel's Documentation/filesystems/erofs.rst and
+fs/erofs/erofs_fs.h.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ FEATURE_XATTR_FILTER = 4
 FLAG_ACL = 1
 
 PLAIN, INLINE, CHUNKED = 0, 4, 8
-"""The data layout, as it stands in the format field of an inode; bit 0 of that field says that the header is the long one."""
+"""The data layout, as it stands in the format field of an inode; bit 0 of that field says that the header is the long
+one.
+"""
 
 NULL_BLOCK = b"\xff\xff\xff\xff"
 WHOLE_FILE_CHUNK = 31
@@ -49,7 +53,15 @@ DIRENT = struct.Struct("<QHBx")
 XATTR_HEADER = struct.Struct("<IB7x")
 XATTR_ENTRY = struct.Struct("<BBH")
 
-PREFIXES = (b"", b"user.", b"system.posix_acl_access", b"system.posix_acl_default", b"trusted.", b"lustre.", b"security.")
+PREFIXES = (
+    b"",
+    b"user.",
+    b"system.posix_acl_access",
+    b"system.posix_acl_default",
+    b"trusted.",
+    b"lustre.",
+    b"security.",
+)
 """What an xattr's name index stands for. Index 5 is written by V2 only."""
 XI_TRUSTED = 4
 METACOPY = b"overlay.metacopy"
@@ -109,5 +121,7 @@ def entry_bytes(entry: Entry) -> bytes:
 
 
 def epoch1_key(entry: Entry) -> tuple[bytes, int, bytes]:
-    """What the shared table of epoch 1 is ordered by, from the last to the first: full name, then length of the value, then value."""
+    """What the shared table of epoch 1 is ordered by, from the last to the first: full name, then length of the value,
+    then value.
+    """
     return PREFIXES[entry[0]] + entry[1], len(entry[2]), entry[2]

@@ -2,9 +2,11 @@
 # Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
 # SPDX-License-Identifier: BSD-2-Clause
 
-"""Collect the inodes of an EROFS image from a tree: their order, their names and their xattrs; erofs.py then gives them places.
+"""Collect the inodes of an EROFS image from a tree: their order, their names and their xattrs; erofs.py then gives them
+places.
 
-Order, escaping of whiteouts and sharing of xattrs all show in the bytes and so in the name of the image: they are part of the format.
+Order, escaping of whiteouts and sharing of xattrs all show in the bytes and so in the name of the image: they are part
+of the format.
 """
 
 from __future__ import annotations
@@ -56,8 +58,8 @@ _MARK_WHITEOUT, _MARK_PARENT, _MARK_ROOT, _MARK_SPARSE = 1, 2, 4, 8
 class Xattrs:
     """A distinct set of xattrs. Inodes whose sets are equal share one, so that its bytes are made once.
 
-    An external file carries metacopy and redirect besides; they differ from file to file and are not in here, but ``parts`` are the
-    entries before, between and after the two, as the order of the format has them.
+    An external file carries metacopy and redirect besides; they differ from file to file and are not in here, but
+    ``parts`` are the entries before, between and after the two, as the order of the format has them.
     """
 
     __slots__ = ("parts", "count", "bits", "refs", "local", "shared", "content", "plain", "around")
@@ -78,7 +80,9 @@ class Xattrs:
 
 
 class Folder:
-    """A directory on its way to disk: ``names`` with ``.`` and ``..``, in order, ``children`` the inode index of each."""
+    """A directory on its way to disk: ``names`` with ``.`` and ``..``, in order, ``children`` the inode index
+    of each.
+    """
 
     __slots__ = ("stat", "names", "children", "parent", "name", "index", "nlink", "cuts", "size", "entries")
 
@@ -103,14 +107,24 @@ class Folder:
         return "/" + b"/".join(reversed(parts)).decode("utf-8", "backslashreplace")
 
     def list_names(self) -> None:
-        """Fill ``names``, refusing what cannot be a directory entry, and decide where the blocks of the directory end."""
+        """Fill ``names``, refusing what cannot be a directory entry, and decide where the blocks of the
+        directory end.
+        """
         entries = self.entries
         self.names = names = sorted([*entries, b".", b".."])
         blob = b"\0".join(names)
-        if b"/" in blob or blob.count(b"\0") >= len(names) or not names[0] or max(map(len, names)) > MAX_NAME or b"." in entries or b".." in entries:
+        if (
+            b"/" in blob
+            or blob.count(b"\0") >= len(names)
+            or not names[0]
+            or max(map(len, names)) > MAX_NAME
+            or b"." in entries
+            or b".." in entries
+        ):
             self._refuse_name()
         total = 12 * len(names) + len(blob) - len(names) + 1
-        # Entries are packed into blocks greedily. What remains is stored behind the inode, unless it is more than half a block.
+        # Entries are packed into blocks greedily. What remains is stored behind the inode, unless it is more than half
+        # a block.
         if total > BLOCK:
             cuts = []
             used = 0
@@ -132,14 +146,17 @@ class Folder:
             if not name or len(name) > MAX_NAME or b"/" in name or b"\0" in name or name in (b".", b".."):
                 shown = name[:40].decode("utf-8", "backslashreplace") + ("…" if len(name) > 40 else "")
                 raise InvalidLayer(
-                    f"The directory {self.path()} holds the name {shown!r} ({len(name)} bytes), which no file system can store.",
+                    f"The directory {self.path()} holds the name {shown!r} ({len(name)} bytes), which no file system "
+                    f"can store.",
                     "Rebuild the image without that file.",
                 )
         raise AssertionError("a name was refused and not found")
 
 
 class Inodes:
-    """The inodes of one image, collected from a tree. ``nodes``, ``xattrs``, ``forms`` and ``types`` are indexed by inode, in the order of the image."""
+    """The inodes of one image, collected from a tree. ``nodes``, ``xattrs``, ``forms`` and ``types`` are indexed by
+    inode, in the order of the image.
+    """
 
     def __init__(self, root: Directory, version: int, algorithm: Algorithm) -> None:
         if version not in VERSIONS:
@@ -183,17 +200,23 @@ class Inodes:
 
     @staticmethod
     def _with_stubs(root: Directory) -> Directory:
-        """The root with a whiteout for each directory of the object store that an old overlayfs would let shine through."""
+        """The root with a whiteout for each directory of the object store that an old overlayfs would let shine
+        through.
+        """
         has = root.stat
         label = (has.xattrs or {}).get(b"security.selinux")
-        stat = Stat(0o644, has.uid, has.gid, has.mtime, has.mtime_nsec, None if label is None else {b"security.selinux": label})
+        stat = Stat(
+            0o644, has.uid, has.gid, has.mtime, has.mtime_nsec, None if label is None else {b"security.selinux": label}
+        )
         entries = {b"%02x" % number: Leaf(stat, st.S_IFCHR) for number in range(256)}
         return Directory(has, {**entries, **root.entries})
 
     def _add(self, node: Folder | Leaf, form: int, kind: int, marks: int) -> None:
         stat = node.stat
         if (stat.uid | stat.gid | stat.mtime_nsec) >> 32:
-            raise InvalidLayer(f"An inode has an owner, group or nanosecond out of range: {stat!r}.", "Rebuild the image.")
+            raise InvalidLayer(
+                f"An inode has an owner, group or nanosecond out of range: {stat!r}.", "Rebuild the image."
+            )
         self.nodes.append(node)
         self.forms.append(form)
         self.types.append(_TYPES[kind])
@@ -218,7 +241,10 @@ class Inodes:
             if digest is not None:
                 form = FORM_EXTERNAL
                 if len(digest) != self.digest_size:
-                    raise InvalidLayer(f"{folder.path(name)} refers to an object by a digest of {len(digest)} bytes, not {self.digest_size}.")
+                    raise InvalidLayer(
+                        f"{folder.path(name)} refers to an object by a digest of {len(digest)} bytes, not "
+                        f"{self.digest_size}."
+                    )
                 if digest in self._digests:
                     self.shared_digests[digest] = (0, 0)
                 else:
@@ -234,14 +260,23 @@ class Inodes:
         elif kind == st.S_IFLNK:
             form = FORM_LINK
             if len(leaf.data) > MAX_SYMLINK:
-                raise InvalidLayer(f"The symlink {folder.path(name)} has a target of {len(leaf.data)} bytes; Linux allows {MAX_SYMLINK}.")
+                raise InvalidLayer(
+                    f"The symlink {folder.path(name)} has a target of {len(leaf.data)} bytes; Linux allows "
+                    f"{MAX_SYMLINK}."
+                )
         elif kind in (st.S_IFCHR, st.S_IFBLK):
             form = FORM_DEVICE
             if leaf.rdev >> 32:
-                raise InvalidLayer(f"The device {folder.path(name)} has a major or minor number that EROFS cannot hold (limits: 4095, 1048575).")
+                raise InvalidLayer(
+                    f"The device {folder.path(name)} has a major or minor number that EROFS cannot hold (limits: "
+                    f"4095, 1048575)."
+                )
             if kind == st.S_IFCHR and not leaf.rdev:
                 if leaf.nlink > 1:
-                    raise InvalidLayer(f"{folder.path(name)} is a whiteout (character device 0, 0) with hardlinks, which composefs cannot express.")
+                    raise InvalidLayer(
+                        f"{folder.path(name)} is a whiteout (character device 0, 0) with hardlinks, which composefs "
+                        f"cannot express."
+                    )
                 if self.epoch1 and not self._looks_like_stub(leaf, folder, name):
                     form, kind, marks = FORM_NOTHING, st.S_IFREG, _MARK_WHITEOUT
                     self._mark_parent(folder)
@@ -267,13 +302,16 @@ class Inodes:
     def _mark_parent(self, folder: Folder) -> None:
         index = folder.index
         self.xattrs[index].count -= 1
-        self.xattrs[index] = marked = self._set_of(folder.stat.xattrs or None, _MARK_PARENT | (0 if index else _MARK_ROOT))
+        self.xattrs[index] = marked = self._set_of(
+            folder.stat.xattrs or None, _MARK_PARENT | (0 if index else _MARK_ROOT)
+        )
         marked.count += 1
 
     def _collect_breadth_first(self, root: Directory, original: Directory) -> None:
         """Epoch 1: numbers go level by level, in name order within a directory.
 
-        A file of several names is numbered where a *depth-first* walk meets it first; its other names refer to that number.
+        A file of several names is numbered where a *depth-first* walk meets it first; its other names refer to that
+        number.
         """
         first = _first_folders(original)
         numbers: dict[int, int] = {}
@@ -331,7 +369,8 @@ class Inodes:
                 stack.pop()
 
     def _set_of(self, xattrs: dict[bytes, bytes] | None, marks: int) -> Xattrs:
-        # Xattr dicts are frozen and mostly shared between inodes, so their identity is the quick way to the set, their content the sure one.
+        # Xattr dicts are frozen and mostly shared between inodes, so their identity is the quick way to the set, their
+        # content the sure one.
         quick = id(xattrs) << 4 | marks
         found = self._sets_by_id.get(quick)
         if found is None:
@@ -382,7 +421,9 @@ class Inodes:
         return index, suffix, value
 
     def _share(self) -> None:
-        """Move xattrs that occur more than once into the shared table; sizes are known after this, references are not."""
+        """Move xattrs that occur more than once into the shared table; sizes are known after this, references
+        are not.
+        """
         counts: dict[Entry, int] = {}
         sets = list(self._sets.values())
         for xattrs in sets:
@@ -405,11 +446,18 @@ class Inodes:
             xattrs.local = (local[0], local[1], local[2])
             xattrs.content = 4 * xattrs.shared + sum(map(len, local))
             if xattrs.shared + 2 > MAX_SHARED or 4 + (xattrs.content + self.pointer_size) // 4 > MAX_XATTR_ICOUNT:
-                raise InvalidLayer("A file has more extended attributes than an EROFS inode can hold.", "Rebuild the image without them.")
+                raise InvalidLayer(
+                    "A file has more extended attributes than an EROFS inode can hold.",
+                    "Rebuild the image without them.",
+                )
 
     def _pointer(self, digest: bytes) -> tuple[Entry, Entry]:
         text = hexlify(digest)
-        return (XI_TRUSTED, METACOPY, self.metacopy_head + digest), (XI_TRUSTED, REDIRECT, b"/" + text[:2] + b"/" + text[2:])
+        return (XI_TRUSTED, METACOPY, self.metacopy_head + digest), (
+            XI_TRUSTED,
+            REDIRECT,
+            b"/" + text[:2] + b"/" + text[2:],
+        )
 
     def refer(self, inodes_end: int) -> None:
         """Give every set its references into the shared table, now that the place of the table is known."""
@@ -435,7 +483,17 @@ class Inodes:
             bits = ~(xattrs.bits | self.pointer_bits) & 0xFFFFFFFF
             refs = xattrs.refs
             metacopy, redirect = (number.to_bytes(4, "little") for number in self.shared_digests[digest])
-            return b"".join((XATTR_HEADER.pack(bits, xattrs.shared + 2), refs[0], metacopy, refs[1], redirect, refs[2], *xattrs.local))
+            return b"".join(
+                (
+                    XATTR_HEADER.pack(bits, xattrs.shared + 2),
+                    refs[0],
+                    metacopy,
+                    refs[1],
+                    redirect,
+                    refs[2],
+                    *xattrs.local,
+                )
+            )
         text = hexlify(digest)
         before, between, after = xattrs.around or self._surround(xattrs)
         return b"".join((before, digest, between, text[:2], b"/", text[2:], after))
@@ -449,7 +507,9 @@ class Inodes:
 
 
 def _first_folders(root: Directory) -> dict[int, int]:
-    """For every leaf of several names (by id) the directory (id of its entries, 0 for the root) where a depth-first walk meets it first."""
+    """For every leaf of several names (by id) the directory (id of its entries, 0 for the root) where a depth-first
+    walk meets it first.
+    """
     found: dict[int, int] = {}
     linked = 0
     stack: list[Any] = [root]

@@ -4,9 +4,10 @@
 
 """Read composefs EROFS images: which objects one needs, and the file tree it was written from.
 
-An image may come from anybody, so nothing in it is believed. In an image that a composefs tool wrote no byte belongs to two inodes,
-directory blocks or shared xattrs; a walk therefore pays for every byte it looks at out of a purse that holds as many as the image has,
-and ends with FormatError when it is empty. That bounds time and memory whatever the bytes say: loops, overlaps, absurd sizes and depths.
+An image may come from anybody, so nothing in it is believed. In an image that a composefs tool wrote no byte belongs to
+two inodes, directory blocks or shared xattrs; a walk therefore pays for every byte it looks at out of a purse that
+holds as many as the image has, and ends with FormatError when it is empty. That bounds time and memory whatever the
+bytes say: loops, overlaps, absurd sizes and depths.
 """
 
 from __future__ import annotations
@@ -59,7 +60,10 @@ _SIZES = {1: 32, 2: 64}
 _WHITEOUT = ESCAPED + b"whiteout"
 _MARKERS = frozenset(
     prefix + name
-    for prefix, names in ((ESCAPED, (b"whiteout", b"whiteouts", b"opaque")), (b"user.overlay.", (b"whiteout", b"whiteouts", b"opaque")))
+    for prefix, names in (
+        (ESCAPED, (b"whiteout", b"whiteouts", b"opaque")),
+        (b"user.overlay.", (b"whiteout", b"whiteouts", b"opaque")),
+    )
     for name in names
 )
 
@@ -80,9 +84,11 @@ class _Inode(NamedTuple):
 
 
 class ErofsImage:
-    """A composefs image, in memory or mapped. FormatError from every method (and the constructor) if the image is damaged.
+    """A composefs image, in memory or mapped. FormatError from every method (and the constructor) if the image is
+    damaged.
 
-    ``version`` is 0, 1 or 2. ``algorithm`` is that of the repository; without it digests of either algorithm are recognised.
+    ``version`` is 0, 1 or 2. ``algorithm`` is that of the repository; without it digests of either algorithm are
+    recognised.
     """
 
     def __init__(self, data: bytes | bytearray | memoryview | mmap.mmap, algorithm: Algorithm | None = None) -> None:
@@ -95,7 +101,9 @@ class ErofsImage:
 
     @classmethod
     def open(cls, file: BinaryIO | int, algorithm: Algorithm | None = None) -> ErofsImage:
-        """Map the image in an open file (or descriptor), which may be closed afterwards; its bytes are read as they are needed."""
+        """Map the image in an open file (or descriptor), which may be closed afterwards; its bytes are read as they are
+        needed.
+        """
         try:
             data = mmap.mmap(file if isinstance(file, int) else file.fileno(), 0, access=mmap.ACCESS_READ)
         except ValueError as error:
@@ -113,7 +121,9 @@ class ErofsImage:
         self.close()
 
     def objects(self) -> set[bytes]:
-        """The digests of all objects that the image refers to. What is no valid reference is skipped, as other composefs tools do."""
+        """The digests of all objects that the image refers to. What is no valid reference is skipped, as other
+        composefs tools do.
+        """
         self._start()
         objects: set[bytes] = set()
         visited = bytearray(self._length // SLOT + 1)
@@ -143,9 +153,9 @@ class ErofsImage:
     def tree(self) -> Directory:
         """The tree that the image was written from.
 
-        What the writer adds is taken away again: whiteouts that hide the object directories, metacopy and redirect, and the marks of
-        escaped whiteouts, which become character devices 0:0. In formats 0 and 1 a user's own xattrs of these names cannot be told
-        from the marks and go too; format 2 has no marks and keeps them.
+        What the writer adds is taken away again: whiteouts that hide the object directories, metacopy and redirect, and
+        the marks of escaped whiteouts, which become character devices 0:0. In formats 0 and 1 a user's own xattrs of
+        these names cannot be told from the marks and go too; format 2 has no marks and keeps them.
         """
         self._start()
         visited = bytearray(self._length // SLOT + 1)
@@ -171,7 +181,9 @@ class ErofsImage:
                 self._within(nid * SLOT, SLOT, "inode")
                 if visited[nid]:
                     if nid not in linked:
-                        self._damaged(f"inode {nid} has more names than its link count, or is a directory of several names")
+                        self._damaged(
+                            f"inode {nid} has more names than its link count, or is a directory of several names"
+                        )
                     leaf, _links = linked[nid]
                     leaf.nlink += 1
                     entries[name] = leaf
@@ -193,7 +205,9 @@ class ErofsImage:
             if dots != {b".": inode.nid, b"..": parent_nid}:
                 self._damaged(f"directory {inode.nid} does not name itself and its parent")
             if inode.nlink != 2 + subdirectories:
-                self._damaged(f"directory {inode.nid} has {subdirectories} subdirectories and a link count of {inode.nlink}")
+                self._damaged(
+                    f"directory {inode.nid} has {subdirectories} subdirectories and a link count of {inode.nlink}"
+                )
         for nid, (leaf, links) in linked.items():
             if leaf.nlink != links:
                 self._damaged(f"inode {nid} has {leaf.nlink} names and a link count of {links}")
@@ -222,10 +236,26 @@ class ErofsImage:
             self._damaged("it does not begin with a composefs header of a known version")
         self.version = composefs_version
         fields = SUPER.unpack_from(self._data, SUPERBLOCK)
-        magic, _checksum, compat, block_bits, ext_slots, self.root_nid, _inodes, self._time, self._time_nsec, blocks, meta, xattr_block, incompat = fields
+        (
+            magic,
+            _checksum,
+            compat,
+            block_bits,
+            ext_slots,
+            self.root_nid,
+            _inodes,
+            self._time,
+            self._time_nsec,
+            blocks,
+            meta,
+            xattr_block,
+            incompat,
+        ) = fields
         if magic != EROFS_MAGIC:
             self._damaged("it has no EROFS superblock")
-        _incompat, algorithms, devices, _slot, dir_bits, prefix_count, packed, _reserved = _SUPER_REST.unpack_from(self._data, SUPERBLOCK + 80)
+        _incompat, algorithms, devices, _slot, dir_bits, prefix_count, packed, _reserved = _SUPER_REST.unpack_from(
+            self._data, SUPERBLOCK + 80
+        )
         unusual = compat & ~_KNOWN_COMPAT or incompat & ~_KNOWN_INCOMPAT or block_bits != 12 or ext_slots or meta
         if unusual or algorithms or devices or dir_bits or prefix_count or packed:
             self._damaged("it uses features of EROFS that composefs images do not have")
@@ -238,10 +268,14 @@ class ErofsImage:
         self._within(at, SLOT, "inode")
         if data[at] & 1:
             self._within(at, 2 * SLOT, "inode")
-            form, icount, mode, _reserved, size, field, _number, uid, gid, mtime, mtime_nsec, nlink = EXTENDED.unpack_from(data, at)
+            form, icount, mode, _reserved, size, field, _number, uid, gid, mtime, mtime_nsec, nlink = (
+                EXTENDED.unpack_from(data, at)
+            )
             header = 64
         else:
-            form, icount, mode, nlink, size, _reserved, field, _number, uid, gid, _reserved2 = COMPACT.unpack_from(data, at)
+            form, icount, mode, nlink, size, _reserved, field, _number, uid, gid, _reserved2 = COMPACT.unpack_from(
+                data, at
+            )
             mtime, mtime_nsec = self._time, self._time_nsec
             header = 32
         layout = form & ~1
@@ -297,7 +331,8 @@ class ErofsImage:
         size = inode.size
         if inode.layout == CHUNKED:
             self._damaged(f"inode {inode.nid} should have its content in the image")
-        # Format 2 keeps a whole inline file or symlink behind its inode, whatever its size; only directories have blocks there.
+        # Format 2 keeps a whole inline file or symlink behind its inode, whatever its size; only directories have
+        # blocks there.
         whole = inode.layout == INLINE and self.version == 2 and not st.S_ISDIR(inode.mode)
         tail = 0 if inode.layout == PLAIN else size if whole else size % BLOCK
         start = inode.field * BLOCK
@@ -331,7 +366,12 @@ class ErofsImage:
                     self._damaged(f"directory {inode.nid} has an impossible name")
                 yield name, nid, kind
 
-    def _stat(self, inode: _Inode, xattrs: dict[bytes, bytes], interned: dict[tuple[tuple[bytes, bytes], ...], dict[bytes, bytes]]) -> Stat:
+    def _stat(
+        self,
+        inode: _Inode,
+        xattrs: dict[bytes, bytes],
+        interned: dict[tuple[tuple[bytes, bytes], ...], dict[bytes, bytes]],
+    ) -> Stat:
         own: dict[bytes, bytes] = {}
         for name, value in xattrs.items():
             if self.version < 2 and name in _MARKERS:
@@ -379,7 +419,13 @@ class ErofsImage:
         return Leaf(stat, kind, b"".join(self._pieces(inode)))
 
     def _metacopy_digest(self, value: bytes) -> bytes | None:
-        if len(value) < 4 or value[0] or value[1] != len(value) or value[2] or self._sizes.get(value[3]) != len(value) - 4:
+        if (
+            len(value) < 4
+            or value[0]
+            or value[1] != len(value)
+            or value[2]
+            or self._sizes.get(value[3]) != len(value) - 4
+        ):
             return None
         return value[4:]
 

@@ -4,9 +4,10 @@
 
 """Write a file tree as a composefs EROFS image, bit for bit as the other composefs implementations do.
 
-The image holds metadata and small files only; a larger file is an empty chunk-based inode whose ``trusted.overlay.metacopy`` and
-``trusted.overlay.redirect`` xattrs name the object that overlayfs reads instead. The name of an image is the fs-verity digest of these
-bytes, so every choice below (header, gap, place) is part of the format (erofsformat.py), not a matter of taste.
+The image holds metadata and small files only; a larger file is an empty chunk-based inode whose
+``trusted.overlay.metacopy`` and ``trusted.overlay.redirect`` xattrs name the object that overlayfs reads instead. The
+name of an image is the fs-verity digest of these bytes, so every choice below (header, gap, place) is part of the
+format (erofsformat.py), not a matter of taste.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ _BATCH = 4096
 
 
 class _Image:
-    """One image being written: the steps of write_image() in order. Every list is indexed by inode, in the order of the image."""
+    """One image being written: the steps of write_image() in order. Every list is indexed by inode, in the order of the
+    image.
+    """
 
     def __init__(self, root: Directory, version: int, algorithm: Algorithm) -> None:
         self.inodes = inodes = Inodes(root, version, algorithm)
@@ -67,7 +70,9 @@ class _Image:
         self.inodes_end = 0
 
     def choose_headers(self) -> None:
-        """Epoch 1 uses the short header for an inode whose mtime is the smallest of all (kept in the superblock) and whose numbers fit."""
+        """Epoch 1 uses the short header for an inode whose mtime is the smallest of all (kept in the superblock) and
+        whose numbers fit.
+        """
         if not self.epoch1:
             self.headers = bytearray(b"\x40") * len(self.nodes)
             return
@@ -95,7 +100,9 @@ class _Image:
             self.headers.append(32 if short else 64)
 
     def _chunks(self, leaf: Leaf) -> tuple[int, int]:
-        """The chunk field of an external file (log2 of the chunk size in blocks) and how many chunk addresses stand behind its inode."""
+        """The chunk field of an external file (log2 of the chunk size in blocks) and how many chunk addresses stand
+        behind its inode.
+        """
         if not self.epoch1:
             return WHOLE_FILE_CHUNK, 0 if leaf.digest is None else 1
         size = leaf.size
@@ -103,7 +110,9 @@ class _Image:
         return bits - 12, -(-size >> bits)
 
     def place(self) -> None:
-        """Decide where every inode stands. Data that follows an inode must not cross a block boundary; hence gaps before some inodes."""
+        """Decide where every inode stands. Data that follows an inode must not cross a block boundary; hence gaps
+        before some inodes.
+        """
         epoch1 = self.epoch1
         shared_digests = self.inodes.shared_digests
         icounts, nids = self.icounts, self.nids
@@ -136,7 +145,8 @@ class _Image:
                     at += self._gap(at + header + xsize, size)
                     tail = size
                 elif whole >= BLOCK:
-                    # Too long to stand behind its inode: it moves to a block of its own, but the gap is made as if it had not.
+                    # Too long to stand behind its inode: it moves to a block of its own, but the gap is made as if it
+                    # had not.
                     self.block_owners.append(index)
                     if at // BLOCK != (at + whole - 1) // BLOCK:
                         at += -at % BLOCK
@@ -158,7 +168,9 @@ class _Image:
             raise InvalidLayer("The tree is too large for an EROFS image.")
 
     def _tail_of(self, size: int) -> int:
-        """How much of an inline file stands behind its inode: in epoch 1 the rest after whole blocks, if at most half a block."""
+        """How much of an inline file stands behind its inode: in epoch 1 the rest after whole blocks, if at most half a
+        block.
+        """
         if not self.epoch1:
             return size
         return size % BLOCK if size % BLOCK <= BLOCK // 2 else 0
@@ -183,7 +195,9 @@ class _Image:
         for index in self.block_owners:
             starts[index] = blocks
             node = self.nodes[index]
-            blocks += len(node.cuts) if isinstance(node, Folder) else -(-(node.size - self._tail_in_image(index)) // BLOCK)
+            blocks += (
+                len(node.cuts) if isinstance(node, Folder) else -(-(node.size - self._tail_in_image(index)) // BLOCK)
+            )
         if blocks >> 32:
             raise InvalidLayer("The tree is too large for an EROFS image.")
         epoch1 = self.epoch1
@@ -192,7 +206,21 @@ class _Image:
         seconds, nanoseconds = self.min_mtime
         features = FEATURE_MTIME | FEATURE_XATTR_FILTER
         xattr_block = self.inodes_end // BLOCK if epoch1 else 0
-        head += SUPER.pack(EROFS_MAGIC, 0, features, 12, 0, self.nids[0], len(self.nodes), seconds, nanoseconds, blocks, 0, xattr_block, 0)
+        head += SUPER.pack(
+            EROFS_MAGIC,
+            0,
+            features,
+            12,
+            0,
+            self.nids[0],
+            len(self.nodes),
+            seconds,
+            nanoseconds,
+            blocks,
+            0,
+            xattr_block,
+            0,
+        )
         write(head)
         self._emit_inodes(write, starts)
         write(b"".join(map(entry_bytes, inodes.shared)) + bytes(first_block * BLOCK - table_end))
@@ -256,9 +284,39 @@ class _Image:
             if header == 32:
                 append(compact(layout, icount, mode, node.nlink, size, 0, field, index, stat.uid, stat.gid, 0))
             elif epoch1:
-                append(extended(layout | 1, icount, mode, 0, size, field, index, stat.uid, stat.gid, stat.mtime & _U64, stat.mtime_nsec, node.nlink))
+                append(
+                    extended(
+                        layout | 1,
+                        icount,
+                        mode,
+                        0,
+                        size,
+                        field,
+                        index,
+                        stat.uid,
+                        stat.gid,
+                        stat.mtime & _U64,
+                        stat.mtime_nsec,
+                        node.nlink,
+                    )
+                )
             else:
-                append(extended(layout | 1, icount, mode, 0, size, field, nid, stat.uid, stat.gid, stat.mtime & _U64, 0, node.nlink))
+                append(
+                    extended(
+                        layout | 1,
+                        icount,
+                        mode,
+                        0,
+                        size,
+                        field,
+                        nid,
+                        stat.uid,
+                        stat.gid,
+                        stat.mtime & _U64,
+                        0,
+                        node.nlink,
+                    )
+                )
             append(attributes)
             append(tail)
             at += header + len(attributes) + len(tail)
@@ -295,10 +353,11 @@ class _Image:
 def write_image(root: Directory, version: int, algorithm: Algorithm, out: Callable[[bytes], object] | BinaryIO) -> int:
     """Write the image of the tree below ``root`` in format ``version`` (0, 1 or 2) and return its size in bytes.
 
-    ``out`` is a binary file or a function that takes the bytes piece by piece, in order. ``algorithm`` is that of the repository whose
-    digests the leaves carry. Sets ``nlink`` of the leaves and changes nothing else. Raises InvalidLayer, before the first piece, for what
-    an EROFS image cannot hold: names over 255 bytes, symlink targets over 4095, xattr values over 65535, device numbers beyond 4095 and
-    1048575, hardlinked whiteouts, and numbers out of range.
+    ``out`` is a binary file or a function that takes the bytes piece by piece, in order. ``algorithm`` is that of the
+    repository whose digests the leaves carry. Sets ``nlink`` of the leaves and changes nothing else. Raises
+    InvalidLayer, before the first piece, for what an EROFS image cannot hold: names over 255 bytes, symlink targets
+    over 4095, xattr values over 65535, device numbers beyond 4095 and 1048575, hardlinked whiteouts, and numbers out of
+    range.
     """
     image = _Image(root, version, algorithm)
     image.choose_headers()

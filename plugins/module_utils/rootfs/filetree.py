@@ -3,8 +3,9 @@
 # SPDX-License-Identifier: BSD-2-Clause
 """The file tree of an image: what the layers are merged into and what an EROFS image is written from.
 
-A tree may hold hundreds of thousands of inodes and ten thousand nested directories, so the classes are slotted and nothing here recurses.
-Stat objects and xattr dicts are shared between inodes: treat both as frozen and replace them instead of changing them.
+A tree may hold hundreds of thousands of inodes and ten thousand nested directories, so the classes are slotted and
+nothing here recurses. Stat objects and xattr dicts are shared between inodes: treat both as frozen and replace them
+instead of changing them.
 """
 
 from __future__ import annotations
@@ -17,13 +18,22 @@ from typing import Union
 class Stat:
     """Metadata of one inode.
 
-    ``mode`` is the mode field of the tar header as it stood there (the EROFS writer masks it with 0o7777 and adds the type),
-    ``mtime`` whole seconds (signed 64 bits), ``mtime_nsec`` 0..999999999, ``xattrs`` full name to value, or None for no xattrs.
+    ``mode`` is the mode field of the tar header as it stood there (the EROFS writer masks it with 0o7777 and adds the
+    type), ``mtime`` whole seconds (signed 64 bits), ``mtime_nsec`` 0..999999999, ``xattrs`` full name to value, or None
+    for no xattrs.
     """
 
     __slots__ = ("mode", "uid", "gid", "mtime", "mtime_nsec", "xattrs")
 
-    def __init__(self, mode: int = 0, uid: int = 0, gid: int = 0, mtime: int = 0, mtime_nsec: int = 0, xattrs: dict[bytes, bytes] | None = None) -> None:
+    def __init__(
+        self,
+        mode: int = 0,
+        uid: int = 0,
+        gid: int = 0,
+        mtime: int = 0,
+        mtime_nsec: int = 0,
+        xattrs: dict[bytes, bytes] | None = None,
+    ) -> None:
         self.mode = mode
         self.uid = uid
         self.gid = gid
@@ -47,20 +57,32 @@ class Stat:
         return hash(self.key())
 
     def __repr__(self) -> str:
-        return f"Stat(mode={self.mode:#o}, uid={self.uid}, gid={self.gid}, mtime={self.mtime}, mtime_nsec={self.mtime_nsec}, xattrs={self.xattrs!r})"
+        return (
+            f"Stat(mode={self.mode:#o}, uid={self.uid}, gid={self.gid}, mtime={self.mtime}, "
+            f"mtime_nsec={self.mtime_nsec}, xattrs={self.xattrs!r})"
+        )
 
 
 class Leaf:
     """Anything that is not a directory. One Leaf under several names is one inode with several hardlinks.
 
-    ``kind`` is a file type of the stat module (S_IFREG, S_IFLNK, S_IFCHR, S_IFBLK, S_IFIFO, S_IFSOCK). ``data`` is the content of an
-    inline regular file or the target of a symlink, ``digest`` the raw fs-verity digest of an external one (else None), ``size`` the length
-    of the content either way, ``rdev`` a Linux device number (os.makedev), ``nlink`` what count_links() found.
+    ``kind`` is a file type of the stat module (S_IFREG, S_IFLNK, S_IFCHR, S_IFBLK, S_IFIFO, S_IFSOCK). ``data`` is the
+    content of an inline regular file or the target of a symlink, ``digest`` the raw fs-verity digest of an external one
+    (else None), ``size`` the length of the content either way, ``rdev`` a Linux device number (os.makedev), ``nlink``
+    what count_links() found.
     """
 
     __slots__ = ("stat", "kind", "data", "digest", "size", "rdev", "nlink")
 
-    def __init__(self, stat: Stat, kind: int = st.S_IFREG, data: bytes = b"", digest: bytes | None = None, size: int | None = None, rdev: int = 0) -> None:
+    def __init__(
+        self,
+        stat: Stat,
+        kind: int = st.S_IFREG,
+        data: bytes = b"",
+        digest: bytes | None = None,
+        size: int | None = None,
+        rdev: int = 0,
+    ) -> None:
         self.stat = stat
         self.kind = kind
         self.data = data
@@ -117,7 +139,9 @@ def directories(root: Directory) -> Iterator[Directory]:
 
 
 def walk(root: Directory) -> Iterator[tuple[bytes, Node]]:
-    """Every path (``b"/"`` for the root) with its inode, depth first, names in the order of their bytes; hardlinks once per name."""
+    """Every path (``b"/"`` for the root) with its inode, depth first, names in the order of their bytes; hardlinks once
+    per name.
+    """
     yield b"/", root
     path = bytearray()
     # One growing path serves all: a stack of whole paths would need memory in proportion to the square of the depth.
@@ -139,7 +163,9 @@ def walk(root: Directory) -> Iterator[tuple[bytes, Node]]:
 
 
 def count_links(root: Directory) -> tuple[int, int]:
-    """Set ``nlink`` of every leaf to the number of names it has below ``root``; return (directories, distinct leaves)."""
+    """Set ``nlink`` of every leaf to the number of names it has below ``root``; return (directories, distinct
+    leaves).
+    """
     stack = [root]
     folders = 0
     leaves: list[Leaf] = []

@@ -3,16 +3,18 @@
 # SPDX-License-Identifier: BSD-2-Clause
 """Which is the last of thousands of regular expressions that matches a whole path?
 
-An SELinux policy has some 6,000 of them and an image 100,000 paths: one after the other would take hours. Here all become one automaton
-whose states are made when a path first needs them. A path then costs one look-up per byte, a directory's state is the start for
-all its children, and no expression can run away: time is linear in the path whatever the expression.
+An SELinux policy has some 6,000 of them and an image 100,000 paths: one after the other would take hours. Here all
+become one automaton whose states are made when a path first needs them. A path then costs one look-up per byte, a
+directory's state is the start for all its children, and no expression can run away: time is linear in the path whatever
+the expression.
 
-Positions, not characters, are the states of the underlying machine (Glushkov's construction): each has the bytes it takes and the positions that
-may follow. Expressions share the positions of their literal beginnings.
+Positions, not characters, are the states of the underlying machine (Glushkov's construction): each has the bytes it
+takes and the positions that may follow. Expressions share the positions of their literal beginnings.
 
-The dialect is that of file_contexts as composefs-rs 0.9 reads it (Rust regex on bytes, dot takes a newline too, PCRE2 where Rust cannot):
-literals, classes, groups, alternation, greedy and lazy repetition; two quantifiers in a row repeat the repetition. What needs more
-(look-around, word boundaries, back references, atomic groups) goes to Python's ``re``, one by one, within limits.
+The dialect is that of file_contexts as composefs-rs 0.9 reads it (Rust regex on bytes, dot takes a newline too, PCRE2
+where Rust cannot): literals, classes, groups, alternation, greedy and lazy repetition; two quantifiers in a row repeat
+the repetition. What needs more (look-around, word boundaries, back references, atomic groups) goes to Python's ``re``,
+one by one, within limits.
 """
 
 from __future__ import annotations
@@ -96,7 +98,9 @@ class _Fragment(NamedTuple):
 
 
 class State:
-    """What may follow after the bytes so far: positions, and (negative) the expressions that match if the path ends here."""
+    """What may follow after the bytes so far: positions, and (negative) the expressions that match if the path ends
+    here.
+    """
 
     __slots__ = ("items", "next", "literals", "classes", "best")
 
@@ -151,10 +155,14 @@ class LastMatch:
         return state
 
     def best(self, state: State, kind: bytes, path: bytes) -> int:
-        """The index of the last pattern that matches ``path`` of the type ``kind``, -1 for none; ``state`` is the one after the whole path."""
+        """The index of the last pattern that matches ``path`` of the type ``kind``, -1 for none; ``state`` is the one
+        after the whole path.
+        """
         found = state.best.get(kind)
         if found is None:
-            found = max((~item for item in state.items if item < 0 and self._patterns[~item].kind in (b"", kind)), default=-1)
+            found = max(
+                (~item for item in state.items if item < 0 and self._patterns[~item].kind in (b"", kind)), default=-1
+            )
             state.best[kind] = found
         if self._slow:
             found = self._best_slow(found, kind, path)
@@ -239,7 +247,9 @@ class LastMatch:
             raise InvalidLayer("The SELinux policy of the image has too many or too large expressions.")
 
     def _prefix(self, regex: bytes) -> tuple[int, int]:
-        """Follow the literal beginning along positions shared with other patterns: the last one, and where the rest of the expression begins."""
+        """Follow the literal beginning along positions shared with other patterns: the last one, and where the rest of
+        the expression begins.
+        """
         found = _PLAIN.match(regex)
         end = found.end() if found else 0
         if end < len(regex):
@@ -307,11 +317,19 @@ class LastMatch:
         shift = len(self._takes) - fragment.low
         if fragment.high > fragment.low:
             self._takes.extend(self._takes[fragment.low : fragment.high])
-            copies = [[position + shift for position in follow] for follow in self._follow[fragment.low : fragment.high]]
+            copies = [
+                [position + shift for position in follow] for follow in self._follow[fragment.low : fragment.high]
+            ]
             self._follow.extend(copies)
             self._grow(sum(map(len, copies)))
         move = [position + shift for position in fragment.first]
-        return _Fragment(fragment.low + shift, fragment.high + shift, fragment.nullable, move, [position + shift for position in fragment.last])
+        return _Fragment(
+            fragment.low + shift,
+            fragment.high + shift,
+            fragment.nullable,
+            move,
+            [position + shift for position in fragment.last],
+        )
 
     def _loop(self, fragment: _Fragment) -> _Fragment:
         self._grow(len(fragment.first) * len(fragment.last))
@@ -437,7 +455,9 @@ class LastMatch:
         first = [position for part in alternatives for position in part.first]
         last = [position for part in alternatives for position in part.last]
         self._grow(len(first) + len(last))
-        return _Fragment(alternatives[0].low, alternatives[-1].high, any(part.nullable for part in alternatives), first, last)
+        return _Fragment(
+            alternatives[0].low, alternatives[-1].high, any(part.nullable for part in alternatives), first, last
+        )
 
     @staticmethod
     def _quantifier(regex: bytes, at: int) -> tuple[int, int | None, int] | None:
@@ -552,7 +572,12 @@ def _parse_class(regex: bytes, at: int) -> tuple[frozenset[int], int]:
                 single, at = _parse_escape(regex, at)
             if single is None:
                 raise _Malformed("a character class has an unknown escape")
-        if len(single or ()) == 1 and regex.startswith(b"-", at) and not regex.startswith(b"-]", at) and at + 1 < len(regex):
+        if (
+            len(single or ()) == 1
+            and regex.startswith(b"-", at)
+            and not regex.startswith(b"-]", at)
+            and at + 1 < len(regex)
+        ):
             at += 1
             last = regex[at]
             at += 1
@@ -583,7 +608,9 @@ def _translate(pattern: Pattern) -> re.Pattern[bytes]:
     if _runs_away(regex):
         raise _refusal(regex, "it combines look-around with nested repetition")
     text = re.sub(rb"\(\?<(?![=!])", b"(?P<", regex)
-    text = _POSIX_CLASS.sub(lambda found: _POSIX_RANGES.get(found.group(2), found.group()) if not found.group(1) else found.group(), text)
+    text = _POSIX_CLASS.sub(
+        lambda found: _POSIX_RANGES.get(found.group(2), found.group()) if not found.group(1) else found.group(), text
+    )
     text = re.sub(rb"((?<!\\)(?:\\\\)*)\\z", rb"\1\\Z", text)
     kind = re.escape(pattern.kind) if pattern.kind else b"."
     try:

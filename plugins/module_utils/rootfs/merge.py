@@ -1,18 +1,20 @@
 # Copyright (c) composefs.oci contributors
 # Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
 # SPDX-License-Identifier: BSD-2-Clause
-"""Layers become one file tree: merges, whiteouts, hardlinks, and the changes every composefs image from OCI layers gets.
+"""Layers become one file tree: merges, whiteouts, hardlinks, and the changes every composefs image from OCI layers
+gets.
 
-The tree is the only input of the EROFS writer, so each rule here decides the image digest. The rules are those of composefs-rs 0.9
-(OCI image spec, layer section, "Applying Changesets", read literally), and where that refuses an image or writes a broken one:
+The tree is the only input of the EROFS writer, so each rule here decides the image digest. The rules are those of
+composefs-rs 0.9 (OCI image spec, layer section, "Applying Changesets", read literally), and where that refuses an image
+or writes a broken one:
 
 * parent directories that no layer sent are made: 0755, root, mtime 0, no xattrs, whatever kind of entry needs them;
 * an image without ``/usr`` gets a root directory of 0755, root, mtime 0;
 * volume labels are ignored;
 * names, symlink targets, xattrs and device numbers that an EROFS image cannot hold are refused.
 
-The input is hostile until proven otherwise: nothing recurses, and depth, inodes and invented directories are bounded, so time and memory
-stay in proportion to the bytes of the archive.
+The input is hostile until proven otherwise: nothing recurses, and depth, inodes and invented directories are bounded,
+so time and memory stay in proportion to the bytes of the archive.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from ..errors import InvalidLayer
 from .filetree import Directory, FileSystem, Leaf, Node, Stat, count_links, directories
 from ..formats.tarheader import Entry, show
 
-#: What a larger image is refused for: some 400 bytes of memory each here and more in the image writer. The largest public images have 1.5 million.
+# : What a larger image is refused for: some 400 bytes of memory each here and more in the image writer. The largest
+# public images have 1.5 million.
 MAX_INODES = 1 << 21
 #: Directories that no layer sent: an archive can ask for two bytes each, so they get a bound of their own.
 MAX_IMPLIED = 1 << 18
@@ -35,7 +38,8 @@ MAX_DEPTH = 1 << 14
 MAX_NAME = 255
 #: One block less its terminator; EROFS cuts what is longer.
 MAX_SYMLINK = 4095
-#: The length field of an EROFS xattr has 16 bits, and the size of all xattrs of an inode is counted in 16 bits of 4 bytes.
+# : The length field of an EROFS xattr has 16 bits, and the size of all xattrs of an inode is counted in 16 bits of 4
+# bytes.
 MAX_XATTR_VALUE = 65535
 MAX_XATTRS = 128
 MAX_XATTR_BYTES = 1 << 17
@@ -68,7 +72,9 @@ def _implied() -> Stat:
 class TreeBuilder:
     """Merges the entries of all layers, base layer first, into one tree. Every error is an InvalidLayer."""
 
-    def __init__(self, *, max_inodes: int = MAX_INODES, max_implied: int = MAX_IMPLIED, max_depth: int = MAX_DEPTH) -> None:
+    def __init__(
+        self, *, max_inodes: int = MAX_INODES, max_implied: int = MAX_IMPLIED, max_depth: int = MAX_DEPTH
+    ) -> None:
         self.root = Directory(Stat())
         self._max_inodes = max_inodes
         self._max_depth = max_depth
@@ -76,8 +82,8 @@ class TreeBuilder:
         self._max_implied = max_implied
         # Names that may still be added before the live ones are counted anew.
         self._names_left = max_inodes
-        # Directories by the spelling that layers used for them, so that most entries find their parent with one look-up.
-        # Wrong as soon as a directory goes away: then it is emptied.
+        # Directories by the spelling that layers used for them, so that most entries find their parent with one
+        # look-up. Wrong as soon as a directory goes away: then it is emptied.
         self._known: dict[bytes, Directory] = {}
         self._known_bytes = 0
         self._stats: dict[tuple[int, int, int, int, int], Stat] = {}
@@ -85,9 +91,11 @@ class TreeBuilder:
         self._user_xattrs = False
 
     def add(self, entry: Entry, content: Any = None) -> None:
-        """Apply one tar entry. ``content`` of a regular file: None or bytes (inline), or an object with the raw ``digest`` of an external one.
+        """Apply one tar entry. ``content`` of a regular file: None or bytes (inline), or an object with the raw
+        ``digest`` of an external one.
 
-        ``entry.path`` and ``entry.linkname`` are as in the archive. Raises InvalidLayer for what cannot be part of a file tree.
+        ``entry.path`` and ``entry.linkname`` are as in the archive. Raises InvalidLayer for what cannot be part of a
+        file tree.
         """
         # Unpacking once is cheaper than looking the fields up by name.
         path, kind, mode, uid, gid, mtime, mtime_nsec, size, link, major, minor, xattrs = entry
@@ -112,7 +120,10 @@ class TreeBuilder:
             node = Directory(stat)
         elif kind == _SYMLINK:
             if len(link) > MAX_SYMLINK:
-                raise InvalidLayer(f"Symlink {show(path)} has a target of {len(link)} bytes; a file system holds at most {MAX_SYMLINK}.")
+                raise InvalidLayer(
+                    f"Symlink {show(path)} has a target of {len(link)} bytes; a file system holds at most "
+                    f"{MAX_SYMLINK}."
+                )
             if b"\0" in link:
                 raise InvalidLayer(f"The target of symlink {show(path)} contains a NUL byte.")
             node = Leaf(stat, st.S_IFLNK, link)
@@ -126,11 +137,16 @@ class TreeBuilder:
             elif 0 <= major <= MAX_MAJOR and 0 <= minor <= MAX_MINOR:
                 node = Leaf(stat, _SPECIAL[kind], rdev=os.makedev(major, minor))
             else:
-                raise InvalidLayer(f"Device {show(path)} has the number {major}:{minor}; the largest possible one is {MAX_MAJOR}:{MAX_MINOR}.")
+                raise InvalidLayer(
+                    f"Device {show(path)} has the number {major}:{minor}; the largest possible one is "
+                    f"{MAX_MAJOR}:{MAX_MINOR}."
+                )
         elif kind == _LABEL:
             return
         else:
-            raise InvalidLayer(f"Entry {show(path)} has the type {show(kind)}, which is no kind of file that an image can hold.")
+            raise InvalidLayer(
+                f"Entry {show(path)} has the type {show(kind)}, which is no kind of file that an image can hold."
+            )
         if not name:
             raise InvalidLayer(f"The root of the file system ({show(path)}) must be a directory.")
 
@@ -162,11 +178,12 @@ class TreeBuilder:
             entries[name] = node
 
     def finish(self, xattrs: str = "allowlist-only") -> FileSystem:
-        """The tree as composefs writes it, with link counts. Ends the building: the builder must not be used afterwards.
+        """The tree as composefs writes it, with link counts. Ends the building: the builder must not be used
+        afterwards.
 
-        ``xattrs``: ``allowlist-only`` keeps security.capability alone, ``keep-user-xattrs`` also ``user.*``. Root gets the metadata of /usr,
-        /run is emptied: what a container engine puts there at run time must not change the digest. Raises InvalidLayer when
-        /usr or /run is there but is no directory.
+        ``xattrs``: ``allowlist-only`` keeps security.capability alone, ``keep-user-xattrs`` also ``user.*``. Root gets
+        the metadata of /usr, /run is emptied: what a container engine puts there at run time must not change the
+        digest. Raises InvalidLayer when /usr or /run is there but is no directory.
         """
         if xattrs not in XATTR_MODES:
             raise ValueError(f"xattrs is {xattrs!r}, must be one of {XATTR_MODES}")
@@ -194,10 +211,16 @@ class TreeBuilder:
         if digest is None:
             content = bytes(content)
             if len(content) > INLINE:
-                raise InvalidLayer(f"File {show(path)} of {len(content)} bytes is stored within the stream, not as an object.", "Import the layer again.")
+                raise InvalidLayer(
+                    f"File {show(path)} of {len(content)} bytes is stored within the stream, not as an object.",
+                    "Import the layer again.",
+                )
             return Leaf(stat, st.S_IFREG, content)
         if size <= INLINE:
-            raise InvalidLayer(f"File {show(path)} of {size} bytes is stored as an object, not within the stream.", "Import the layer again.")
+            raise InvalidLayer(
+                f"File {show(path)} of {size} bytes is stored as an object, not within the stream.",
+                "Import the layer again.",
+            )
         return Leaf(stat, st.S_IFREG, b"", digest, size)
 
     def _hardlinked(self, path: bytes, link: bytes) -> Leaf:
@@ -210,13 +233,17 @@ class TreeBuilder:
             parent = self._lookup(head, path)
         target = parent.entries.get(name) if parent is not None else None
         if target is None:
-            raise InvalidLayer(f"Hardlink {show(path)} points to {show(link)}, which does not exist at this place of the layers.")
+            raise InvalidLayer(
+                f"Hardlink {show(path)} points to {show(link)}, which does not exist at this place of the layers."
+            )
         if isinstance(target, Directory):
             raise InvalidLayer(f"Hardlink {show(path)} points to {show(link)}, which is a directory.")
         return target
 
     def _whiteout(self, entries: dict[bytes, Node], name: bytes, path: bytes) -> None:
-        """Whatever its type, an entry of such a name only removes: one name, or (opaque) all names that are there at this moment."""
+        """Whatever its type, an entry of such a name only removes: one name, or (opaque) all names that are there at
+        this moment.
+        """
         if name == _OPAQUE:
             if any(child.__class__ is Directory for child in entries.values()):
                 self._forget()
@@ -249,10 +276,18 @@ class TreeBuilder:
                 self._user_xattrs = True
             value = xattrs[name]
             room -= len(name) + len(value)
-            if len(value) > MAX_XATTR_VALUE or len(name) > MAX_NAME or b"\0" in name or room < 0 or len(kept) == MAX_XATTRS:
+            if (
+                len(value) > MAX_XATTR_VALUE
+                or len(name) > MAX_NAME
+                or b"\0" in name
+                or room < 0
+                or len(kept) == MAX_XATTRS
+            ):
                 raise InvalidLayer(
-                    f"The extended attributes of {show(path)} do not fit an image: {show(name)} has {len(value)} bytes. At most {MAX_XATTR_VALUE}"
-                    f" for a value, {MAX_NAME} for a name, {MAX_XATTRS} attributes and {MAX_XATTR_BYTES} bytes in all are possible."
+                    f"The extended attributes of {show(path)} do not fit an image: {show(name)} has {len(value)} "
+                    f"bytes. At most {MAX_XATTR_VALUE}"
+                    f" for a value, {MAX_NAME} for a name, {MAX_XATTRS} attributes and {MAX_XATTR_BYTES} bytes in all "
+                    f"are possible."
                 )
             kept.append((name, value))
         if not kept:
@@ -267,13 +302,17 @@ class TreeBuilder:
             for node in (directory, *directory.entries.values()):
                 xattrs = node.stat.xattrs
                 if xattrs and (len(xattrs) > 1 or CAPABILITY not in xattrs):
-                    node.stat = node.stat.replaced(xattrs={CAPABILITY: xattrs[CAPABILITY]} if CAPABILITY in xattrs else None)
+                    node.stat = node.stat.replaced(
+                        xattrs={CAPABILITY: xattrs[CAPABILITY]} if CAPABILITY in xattrs else None
+                    )
 
     # -- paths --------------------------------------------------------------------------------------------------------
 
     @staticmethod
     def _normalise(path: bytes) -> tuple[bytes, bytes]:
-        """Split into the parent (any spelling) and a real name; the name is empty for the root, which a final ``..`` means too."""
+        """Split into the parent (any spelling) and a real name; the name is empty for the root, which a final ``..``
+        means too.
+        """
         head, _unused, name = path.rstrip(b"/").rpartition(b"/")
         if name not in _ODD_NAMES:
             return head, name
@@ -288,7 +327,9 @@ class TreeBuilder:
         if b".." in parts:
             raise InvalidLayer(f"The path of entry {show(path)} contains '..'.")
         if len(parts) >= self._max_depth:
-            raise InvalidLayer(f"Entry {show(path)} lies {len(parts)} directories deep; at most {self._max_depth} are possible.")
+            raise InvalidLayer(
+                f"Entry {show(path)} lies {len(parts)} directories deep; at most {self._max_depth} are possible."
+            )
         return parts
 
     def _lookup(self, head: bytes, path: bytes) -> Directory | None:
@@ -315,7 +356,8 @@ class TreeBuilder:
                     self._bad_name(part, path)
                 if self._implied_left <= 0:
                     raise InvalidLayer(
-                        f"Entry {show(path)} lies in a directory that no layer contains, as do others: more than {self._max_implied} directories are missing.",
+                        f"Entry {show(path)} lies in a directory that no layer contains, as do others: more than "
+                        f"{self._max_implied} directories are missing.",
                         "Build the image with a tool that writes directories to its layers.",
                     )
                 if self._names_left <= 0:
@@ -348,7 +390,8 @@ class TreeBuilder:
         live = sum(len(directory.entries) for directory in directories(self.root))
         if live >= self._max_inodes:
             raise InvalidLayer(f"The image has more than {self._max_inodes} files, directories and links.")
-        # Counting costs time in proportion to the tree, so it must not be needed for every entry of a tree that is nearly full.
+        # Counting costs time in proportion to the tree, so it must not be needed for every entry of a tree that is
+        # nearly full.
         self._names_left = max(self._max_inodes - live, self._max_inodes >> 3, 1)
 
     @staticmethod
@@ -358,14 +401,18 @@ class TreeBuilder:
     @staticmethod
     def _bad_name(name: bytes, path: bytes) -> NoReturn:
         if len(name) > MAX_NAME:
-            raise InvalidLayer(f"Entry {show(path)} has a name of {len(name)} bytes; a file system holds at most {MAX_NAME}.")
+            raise InvalidLayer(
+                f"Entry {show(path)} has a name of {len(name)} bytes; a file system holds at most {MAX_NAME}."
+            )
         if b"\0" in name:
             raise InvalidLayer(f"The path of entry {show(path)} contains a NUL byte.")
         raise InvalidLayer(f"Entry {show(path)} lies below the whiteout {show(name)}, which cannot be a directory.")
 
 
 def subdirectory(root: Directory, name: bytes) -> Directory | None:
-    """The directory ``name`` of the root, None when there is none. Raises InvalidLayer when something else has that name."""
+    """The directory ``name`` of the root, None when there is none. Raises InvalidLayer when something else has that
+    name.
+    """
     node = root.entries.get(name)
     if node is None or isinstance(node, Directory):
         return node
@@ -379,7 +426,9 @@ def empty(directory: Directory, like: Stat) -> None:
 
 
 def build_tree(layers: Iterable[Iterable[tuple[Entry, Any]]], xattrs: str = "allowlist-only") -> FileSystem:
-    """The tree of an image from the entries of its layers, in the order of the configuration's diff_ids (base first)."""
+    """The tree of an image from the entries of its layers, in the order of the configuration's diff_ids (base
+    first).
+    """
     builder = TreeBuilder()
     add = builder.add
     for layer in layers:

@@ -3,9 +3,10 @@
 # SPDX-License-Identifier: BSD-2-Clause
 """SELinux labels for a bootable image, from the policy that the image itself brings.
 
-What a booted system needs of labels must be part of the measured image: nothing can label a read-only file system later. The rules are those of
-composefs-rs 0.9, which decide the digest: the last matching line of file_contexts, .local and .homedirs wins (no sorting by
-specificity), aliases of .subs and .subs_dist replace a whole path, labels are stored without a final NUL.
+What a booted system needs of labels must be part of the measured image: nothing can label a read-only file system
+later. The rules are those of composefs-rs 0.9, which decide the digest: the last matching line of file_contexts, .local
+and .homedirs wins (no sorting by specificity), aliases of .subs and .subs_dist replace a whole path, labels are stored
+without a final NUL.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ class Policy(NamedTuple):
 
 
 def find(root: Directory, path: bytes) -> Node | None:
-    """The inode at ``path`` (relative or absolute), None when it or one of its parents is missing; never through a symlink.
+    """The inode at ``path`` (relative or absolute), None when it or one of its parents is missing; never through a
+    symlink.
 
     Raises InvalidLayer when a parent is no directory or the path contains ``..``.
     """
@@ -93,7 +95,9 @@ def find_directory(root: Directory, path: bytes) -> Directory | None:
 
 
 def read_file(node: Node, path: bytes, read_object: ReadObject, limit: int) -> bytes:
-    """The content of a regular file of at most ``limit`` bytes; InvalidLayer when it is longer or not a regular file."""
+    """The content of a regular file of at most ``limit`` bytes; InvalidLayer when it is longer or not a
+    regular file.
+    """
     if not isinstance(node, Leaf) or node.kind != st.S_IFREG:
         raise InvalidLayer(f"{show(path)} of the image is not a regular file.")
     if node.size > limit:
@@ -116,11 +120,18 @@ def read_policy(root: Directory, read_object: ReadObject) -> Policy | None:
     folder = kind + b"/contexts/files"
     files = find_directory(selinux, folder) if kind else None
     if files is None:
-        raise InvalidLayer(f"/etc/selinux/config of the image names the policy {show(kind)}, which is not there: {show(b'/etc/selinux/' + folder)} is missing.")
+        raise InvalidLayer(
+            f"/etc/selinux/config of the image names the policy {show(kind)}, which is not there: "
+            f"{show(b'/etc/selinux/' + folder)} is missing."
+        )
 
     def content(name: bytes) -> bytes | None:
         node = files.entries.get(name) if files is not None else None
-        return None if node is None else read_file(node, b"/etc/selinux/" + folder + b"/" + name, read_object, MAX_POLICY_FILE)
+        return (
+            None
+            if node is None
+            else read_file(node, b"/etc/selinux/" + folder + b"/" + name, read_object, MAX_POLICY_FILE)
+        )
 
     rules: list[Rule] = []
     for name in _SPEC_FILES:
@@ -138,7 +149,9 @@ def read_policy(root: Directory, read_object: ReadObject) -> Policy | None:
 
 
 def policy_type(config: bytes) -> bytes | None:
-    """What SELINUXTYPE is in /etc/selinux/config, None when it is not there. The first one counts; whether SELinux is enabled does not."""
+    """What SELINUXTYPE is in /etc/selinux/config, None when it is not there. The first one counts; whether SELinux is
+    enabled does not.
+    """
     for number, line in enumerate(config.split(b"\n"), 1):
         _check_text(line, "config", number)
         key, equals, value = line.partition(b"=")
@@ -155,10 +168,15 @@ def parse_rules(data: bytes, name: bytes) -> Iterator[Rule]:
         elif len(fields) == 3 and fields[1] in _TYPE_FIELDS:
             kind = _TYPE_FIELDS[fields[1]]
         else:
-            raise InvalidLayer(f"Line {number} of {name.decode()} in the SELinux policy of the image is not 'regex [-type] context'.")
+            raise InvalidLayer(
+                f"Line {number} of {name.decode()} in the SELinux policy of the image is not 'regex [-type] context'."
+            )
         label = fields[-1]
         if len(label) > MAX_XATTR_VALUE:
-            raise InvalidLayer(f"Line {number} of {name.decode()} in the SELinux policy of the image has a context of {len(label)} bytes.")
+            raise InvalidLayer(
+                f"Line {number} of {name.decode()} in the SELinux policy of the image has a context of {len(label)} "
+                f"bytes."
+            )
         yield Rule(Pattern(fields[0], kind), None if label == _NO_LABEL else label)
 
 
@@ -166,9 +184,14 @@ def parse_aliases(data: bytes, name: bytes) -> Iterator[tuple[bytes, bytes]]:
     """The lines ``alias original`` of a file_contexts.subs file called ``name``."""
     for number, fields in _lines(data, name):
         if len(fields) != 2:
-            raise InvalidLayer(f"Line {number} of {name.decode()} in the SELinux policy of the image is not 'alias original'.")
+            raise InvalidLayer(
+                f"Line {number} of {name.decode()} in the SELinux policy of the image is not 'alias original'."
+            )
         if max(map(len, fields)) > _MAX_ALIAS:
-            raise InvalidLayer(f"Line {number} of {name.decode()} in the SELinux policy of the image has a path of more than {_MAX_ALIAS} bytes.")
+            raise InvalidLayer(
+                f"Line {number} of {name.decode()} in the SELinux policy of the image has a path of more than "
+                f"{_MAX_ALIAS} bytes."
+            )
         yield fields[0], fields[1]
 
 
@@ -225,8 +248,8 @@ def remove_labels(root: Directory) -> None:
 def apply_policy(root: Directory, policy: Policy) -> None:
     """Label every inode in place; link counts must be right before and are after.
 
-    Directories first, then children in the order of their names, at once with all below. That matters for hardlinks: the first name decides
-    the label, and a name that must have another one becomes an inode of its own.
+    Directories first, then children in the order of their names, at once with all below. That matters for hardlinks:
+    the first name decides the label, and a name that must have another one becomes an inode of its own.
     """
     labels = [rule.label for rule in policy.rules]
     automaton = LastMatch([rule.pattern for rule in policy.rules])
@@ -235,8 +258,8 @@ def apply_policy(root: Directory, policy: Policy) -> None:
     relabel = _Relabeller()
     linked: dict[int, bytes | None] = {}
     split = False
-    # Whole paths are needed for aliases, none of which is longer, and for look-around. Kept beyond that they would need memory in
-    # proportion to the square of the depth.
+    # Whole paths are needed for aliases, none of which is longer, and for look-around. Kept beyond that they would need
+    # memory in proportion to the square of the depth.
     longest = _MAX_PATH if automaton.needs_path else max(map(len, aliases), default=0)
 
     def label_of(state: State, kind: bytes, path: bytes) -> bytes | None:
@@ -245,7 +268,9 @@ def apply_policy(root: Directory, policy: Policy) -> None:
 
     root.stat = relabel(root.stat, label_of(feed(automaton.start, b"/"), b"d", b"/"))
     # Paths are as the policy sees them: below an alias as if below its original.
-    stack: list[tuple[Directory, bytes | None, State, Iterator[bytes]]] = [(root, b"/", feed(automaton.start, b"/"), iter(sorted(root.entries)))]
+    stack: list[tuple[Directory, bytes | None, State, Iterator[bytes]]] = [
+        (root, b"/", feed(automaton.start, b"/"), iter(sorted(root.entries)))
+    ]
     while stack:
         directory, prefix, base, names = stack[-1]
         entries = directory.entries

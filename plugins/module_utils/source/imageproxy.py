@@ -2,17 +2,21 @@
 # Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
 # SPDX-License-Identifier: BSD-2-Clause
 
-"""A client of ``skopeo experimental-image-proxy``, protocol 0.2.3 to 0.2.8: images of every transport as documents and blob pipes.
+"""A client of ``skopeo experimental-image-proxy``, protocol 0.2.3 to 0.2.8: images of every transport as documents and
+blob pipes.
 
-The proxy serves one connection, a sequenced-packet socket that is its standard input: one JSON request, one JSON reply, in turn. Data
-comes through pipes whose read ends travel with the replies. What the protocol leaves to its client is done here:
+The proxy serves one connection, a sequenced-packet socket that is its standard input: one JSON request, one JSON reply,
+in turn. Data comes through pipes whose read ends travel with the replies. What the protocol leaves to its client is
+done here:
 
-* Nothing waits for ever. skopeo waits for a silent server without end, so every request has a deadline; when it passes, skopeo is
-  killed and the caller gets ``Stalled``. After that the proxy is of no more use and a new one must be started.
-* A pipe has no end of file before FinishPipe was called, and FinishPipe blocks the server until the pipe is drained. Small documents
-  are read while FinishPipe is under way. The pipes of blobs are handed out (``get_blob``); whoever drains them counts the bytes, and
-  then ``finish_pipe`` gives skopeo's verdict.
-* The process dies with its parent, is always reaped, and never shows a secret in its arguments, its environment or its messages.
+* Nothing waits for ever. skopeo waits for a silent server without end, so every request has a deadline; when it passes,
+  skopeo is killed and the caller gets ``Stalled``. After that the proxy is of no more use and a new one must be
+  started.
+* A pipe has no end of file before FinishPipe was called, and FinishPipe blocks the server until the pipe is drained.
+  Small documents are read while FinishPipe is under way. The pipes of blobs are handed out (``get_blob``); whoever
+  drains them counts the bytes, and then ``finish_pipe`` gives skopeo's verdict.
+* The process dies with its parent, is always reaped, and never shows a secret in its arguments, its environment or its
+  messages.
 
 There are no threads in here, so a caller may fork at any time.
 """
@@ -44,11 +48,23 @@ from ..errors import (
     Stalled,
     UnsupportedMediaType,
 )
-from ..formats.oci import MAX_CONFIG, MAX_LAYERS, MAX_MANIFEST, MAX_SIZE, Descriptor, Reference, digest_of, is_digest, load_json
+from ..formats.oci import (
+    MAX_CONFIG,
+    MAX_LAYERS,
+    MAX_MANIFEST,
+    MAX_SIZE,
+    Descriptor,
+    Reference,
+    digest_of,
+    is_digest,
+    load_json,
+)
 from .skopeo import INSTALL, Child, ProxyOptions, check_unenforced_policy, classify, command, passing, readable, scrub
 
 REQUEST = 32768  # the longest request that skopeo reads
-REPLY = 262144  # it answers with up to 32 KiB too, but a list of layers may be longer than that and is not cut by skopeo
+REPLY = (
+    262144  # it answers with up to 32 KiB too, but a list of layers may be longer than that and is not cut by skopeo
+)
 OLDEST = (0, 2, 3)
 _POLICY_ENFORCED = (0, 2, 6)
 _LAYER_INFO = (0, 2, 5)
@@ -57,7 +73,9 @@ _MSG_CMSG_CLOEXEC = 0x40000000  # the socket module names it only since Python 3
 
 
 class BlobPipe(NamedTuple):
-    """A blob on its way: the read end of the pipe (the receiver closes it), the id for ``finish_pipe``, and the bytes to expect."""
+    """A blob on its way: the read end of the pipe (the receiver closes it), the id for ``finish_pipe``, and the bytes
+    to expect.
+    """
 
     fd: int
     pipeid: int
@@ -71,9 +89,11 @@ class _Reply(NamedTuple):
 
 
 class ImageProxy:
-    """One running proxy for one reference (and others in the same registry). A context manager; start it from a thread that lives as long as it is used.
+    """One running proxy for one reference (and others in the same registry). A context manager; start it from a thread
+    that lives as long as it is used.
 
-    Requests may come from any thread, one is under way at a time. ``kill`` may be called while another thread is in a request.
+    Requests may come from any thread, one is under way at a time. ``kill`` may be called while another thread is in a
+    request.
     """
 
     def __init__(self, options: ProxyOptions, reference: Reference) -> None:
@@ -95,7 +115,9 @@ class ImageProxy:
         self.close()
 
     def start(self) -> None:
-        """Start skopeo and agree on a version. Raises SkopeoMissing, PolicyRejected, AuthFailed, Stalled, ProxyFailed."""
+        """Start skopeo and agree on a version. Raises SkopeoMissing, PolicyRejected, AuthFailed, Stalled,
+        ProxyFailed.
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:
@@ -119,7 +141,9 @@ class ImageProxy:
         self.protocol_version = match.group()
         self.version = (int(match.group(1)), int(match.group(2)), int(match.group(3)))
         if self.version < OLDEST:
-            raise SkopeoMissing(f"skopeo speaks version {self.protocol_version} of the image proxy protocol; 0.2.3 is needed.", INSTALL)
+            raise SkopeoMissing(
+                f"skopeo speaks version {self.protocol_version} of the image proxy protocol; 0.2.3 is needed.", INSTALL
+            )
         if self.reference.transport == "containers-storage" and self.version < _LAYER_INFO:
             raise self._too_old_for_storage()
         if self.version < _POLICY_ENFORCED and not self.options.insecure_policy:
@@ -130,7 +154,8 @@ class ImageProxy:
     def open_image(self, reference: Reference | None = None) -> int:
         """Contact the source and return the number of the opened image.
 
-        Without ``reference`` the one that the proxy was made for; another must be in the same registry, for which the credentials are.
+        Without ``reference`` the one that the proxy was made for; another must be in the same registry, for which the
+        credentials are.
         """
         chosen = reference or self.reference
         value = self._call("OpenImage", chosen.text, what=f"Opening {chosen.text}").value
@@ -141,21 +166,29 @@ class ImageProxy:
     def get_manifest(self, image: int) -> tuple[str, bytes]:
         """``sha256:<hex>`` of the platform's manifest as the source has it, and the manifest in OCI's format.
 
-        For a Docker manifest the bytes are converted, and their digest is another one. For an index skopeo chooses the platform.
+        For a Docker manifest the bytes are converted, and their digest is another one. For an index skopeo chooses the
+        platform.
         """
         value, data = self._document("GetManifest", (image,), MAX_MANIFEST, f"manifest of {self.reference.text}")
         if not is_digest(value):
             if isinstance(value, str) and ":" in value[:20]:
-                raise UnsupportedMediaType(f"The manifest of {self.reference.text} has the digest {value!r:.200}.", "Only sha256 digests can be stored.")
+                raise UnsupportedMediaType(
+                    f"The manifest of {self.reference.text} has the digest {value!r:.200}.",
+                    "Only sha256 digests can be stored.",
+                )
             self._violated("GetManifest", f"the digest {value!r:.100}")
         return str(value), data
 
     def get_full_config(self, image: int) -> bytes:
-        """The configuration written anew by skopeo in OCI's format: for converted manifests only, its bytes are not those of the source."""
+        """The configuration written anew by skopeo in OCI's format: for converted manifests only, its bytes are not
+        those of the source.
+        """
         return self._document("GetFullConfig", (image,), MAX_CONFIG, f"configuration of {self.reference.text}")[1]
 
     def read_blob(self, image: int, descriptor: Descriptor, limit: int) -> bytes:
-        """A small blob at once, of the size and digest that the descriptor says. Raises InvalidDocument if that is above ``limit``."""
+        """A small blob at once, of the size and digest that the descriptor says. Raises InvalidDocument if that is
+        above ``limit``.
+        """
         what = f"blob {descriptor.digest} of {self.reference.text}"
         if descriptor.size > limit:
             raise InvalidDocument(f"The {what} has {descriptor.size} bytes; at most {limit} are taken.")
@@ -164,11 +197,15 @@ class ImageProxy:
         return data
 
     def layer_infos(self, image: int) -> tuple[Descriptor, ...]:
-        """The layers as the source can deliver them, lowest first. From containers-storage these are plain tars under their diff_ids."""
+        """The layers as the source can deliver them, lowest first. From containers-storage these are plain tars under
+        their diff_ids.
+        """
         if self.version < _LAYER_INFO:
             raise self._too_old_for_storage()
         if self.version >= _LAYER_INFO_PIPED:
-            data = self._document("GetLayerInfoPiped", (image,), MAX_MANIFEST, f"list of layers of {self.reference.text}")[1]
+            data = self._document(
+                "GetLayerInfoPiped", (image,), MAX_MANIFEST, f"list of layers of {self.reference.text}"
+            )[1]
             value = load_json(data, MAX_MANIFEST, "list of layers")
         else:
             value = self._call("GetLayerInfo", image, what=f"Listing the layers of {self.reference.text}").value
@@ -185,17 +222,24 @@ class ImageProxy:
     def _layer_info(self, item: Any) -> Descriptor:
         members = item if isinstance(item, dict) else {}
         digest, size, media_type = members.get("digest"), members.get("size"), members.get("media_type")
-        if not is_digest(digest) or size.__class__ is not int or not 0 <= size <= MAX_SIZE or not isinstance(media_type, str):
+        if (
+            not is_digest(digest)
+            or size.__class__ is not int
+            or not 0 <= size <= MAX_SIZE
+            or not isinstance(media_type, str)
+        ):
             self._violated("GetLayerInfo", f"the layer {item!r:.200}")
         return Descriptor(media_type, str(digest), size)
 
     def get_blob(self, image: int, digest: str, size: int) -> BlobPipe:
         """Start the transfer of the blob ``digest`` (``sha256:<hex>``) of ``size`` bytes. Several may be under way.
 
-        Exactly ``size`` bytes may be read from the pipe; there is no end of file after them. A blob that breaks off just goes silent:
-        ``finish_pipe`` then tells why.
+        Exactly ``size`` bytes may be read from the pipe; there is no end of file after them. A blob that breaks off
+        just goes silent: ``finish_pipe`` then tells why.
         """
-        reply = self._call("GetBlob", image, digest, size, what=f"Fetching the blob {digest} of {self.reference.text}", pipe=True)
+        reply = self._call(
+            "GetBlob", image, digest, size, what=f"Fetching the blob {digest} of {self.reference.text}", pipe=True
+        )
         try:
             _check_announced(reply.value, Descriptor("", digest, size))
         except EngineError:
@@ -205,15 +249,21 @@ class ImageProxy:
             raise
         return BlobPipe(reply.fd, reply.pipeid, size)
 
-    def finish_pipe(self, pipeid: int, timeout: float | None = None, last_byte: Callable[[], float] | None = None) -> None:
-        """Skopeo's verdict on a transfer, to be asked for once: returns if the blob was whole, else raises with skopeo's words.
+    def finish_pipe(
+        self, pipeid: int, timeout: float | None = None, last_byte: Callable[[], float] | None = None
+    ) -> None:
+        """Skopeo's verdict on a transfer, to be asked for once: returns if the blob was whole, else raises with
+        skopeo's words.
 
-        Ask when all bytes were read, or when the reader has closed the pipe, or while it still waits for bytes that do not come: if the transfer has
-        failed the answer comes at once; if it is only slow the answer comes when it has ended, and no other request is served until then.
-        Silence for ``timeout`` seconds (default: the option) raises Stalled and ends the proxy. It is counted from the request, or, if a function is given,
-        from the time.monotonic() of the last byte that the reader got.
+        Ask when all bytes were read, or when the reader has closed the pipe, or while it still waits for bytes that do
+        not come: if the transfer has failed the answer comes at once; if it is only slow the answer comes when it has
+        ended, and no other request is served until then. Silence for ``timeout`` seconds (default: the option) raises
+        Stalled and ends the proxy. It is counted from the request, or, if a function is given, from the
+        time.monotonic() of the last byte that the reader got.
         """
-        self._call("FinishPipe", pipeid, what=f"Fetching from {self.reference.text}", timeout=timeout, last_byte=last_byte)
+        self._call(
+            "FinishPipe", pipeid, what=f"Fetching from {self.reference.text}", timeout=timeout, last_byte=last_byte
+        )
 
     def close_image(self, image: int) -> None:
         self._call("CloseImage", image)
@@ -230,12 +280,15 @@ class ImageProxy:
         return self._socket is not None and not self._broken
 
     def kill(self, reason: str = "it was stopped") -> None:
-        """Kill skopeo at once. A request that is under way in another thread fails quickly. May be called at any time, more than once."""
+        """Kill skopeo at once. A request that is under way in another thread fails quickly. May be called at any time,
+        more than once.
+        """
         self._broken = self._broken or reason
         if self._child is not None:
             self._child.kill()
         if self._socket is not None:
-            # Whatever else still holds the other end, for example a wrapper's child: this wakes a thread that waits for a reply.
+            # Whatever else still holds the other end, for example a wrapper's child: this wakes a thread that waits for
+            # a reply.
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
 
@@ -256,7 +309,9 @@ class ImageProxy:
                 self._socket = None
 
     def abandon(self) -> None:
-        """For a forked process: drop what it inherited of the connection, so that skopeo sees the end when the owner goes."""
+        """For a forked process: drop what it inherited of the connection, so that skopeo sees the end when the owner
+        goes.
+        """
         self._broken = "it belongs to another process"
         if self._socket is not None:
             self._socket.close()
@@ -268,7 +323,13 @@ class ImageProxy:
     # -- requests
 
     def _call(
-        self, method: str, *args: object, what: str = "", timeout: float | None = None, last_byte: Callable[[], float] | None = None, pipe: bool = False
+        self,
+        method: str,
+        *args: object,
+        what: str = "",
+        timeout: float | None = None,
+        last_byte: Callable[[], float] | None = None,
+        pipe: bool = False,
     ) -> _Reply:
         what = what or "Talking to skopeo"
         silence = self.options.timeout if timeout is None else timeout
@@ -277,14 +338,17 @@ class ImageProxy:
             return self._receive(method, what, silence, pipe, last_byte)
 
     def _document(self, method: str, args: Sequence[object], limit: int, what: str) -> tuple[Any, bytes]:
-        """Call a method that answers through a pipe; the value of the reply and the bytes, at most ``limit`` of them."""
+        """Call a method that answers through a pipe; the value of the reply and the bytes, at most ``limit``
+        of them.
+        """
         doing = f"Reading the {what}"
         silence = self.options.timeout
         with self._lock:
             self._send(method, args, doing)
             reply = self._receive(method, doing, silence, pipe=True)
             try:
-                # The request goes out before the pipe is read, for there is no end of file without it, and both are then waited for.
+                # The request goes out before the pipe is read, for there is no end of file without it, and both are
+                # then waited for.
                 self._send("FinishPipe", (reply.pipeid,), doing)
                 data = self._drain(reply.fd, limit, doing)
             finally:
@@ -295,7 +359,10 @@ class ImageProxy:
                 if len(data) <= limit:
                     raise  # else it only complains that we stopped reading
         if len(data) > limit:
-            raise InvalidDocument(f"The {what} has more than {limit} bytes.", "The image is damaged or made to do harm; ask its publisher.")
+            raise InvalidDocument(
+                f"The {what} has more than {limit} bytes.",
+                "The image is damaged or made to do harm; ask its publisher.",
+            )
         return reply.value, bytes(data)
 
     def _drain(self, fd: int, limit: int, doing: str) -> bytearray:
@@ -314,7 +381,11 @@ class ImageProxy:
 
     def _send(self, method: str, args: Sequence[object], what: str) -> None:
         if self._socket is None or self._broken:
-            raise passing(ProxyFailed(f"{what}: skopeo is not running, {self._broken or 'it was not started'}.", "Run the task again."))
+            raise passing(
+                ProxyFailed(
+                    f"{what}: skopeo is not running, {self._broken or 'it was not started'}.", "Run the task again."
+                )
+            )
         request = json.dumps({"method": method, "args": list(args)}).encode()
         if len(request) > REQUEST:
             raise InvalidReference(f"{what}: the request is too long for skopeo.", "Use a shorter reference.")
@@ -323,7 +394,9 @@ class ImageProxy:
         except OSError:
             self._died(method, what)
 
-    def _receive(self, method: str, what: str, silence: float, pipe: bool = False, last_byte: Callable[[], float] | None = None) -> _Reply:
+    def _receive(
+        self, method: str, what: str, silence: float, pipe: bool = False, last_byte: Callable[[], float] | None = None
+    ) -> _Reply:
         connection = self._socket
         deadline = time.monotonic() + silence
         while connection is None or not readable(connection.fileno(), deadline):
@@ -332,7 +405,9 @@ class ImageProxy:
                 self._stalled(what, silence)
         try:
             # Room for more descriptors than ever come, so that unexpected ones are received, seen and closed.
-            packet, ancillary, flags, _address = connection.recvmsg(REPLY, socket.CMSG_SPACE(16 * 4), _MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
+            packet, ancillary, flags, _address = connection.recvmsg(
+                REPLY, socket.CMSG_SPACE(16 * 4), _MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+            )
         except OSError:
             packet, ancillary, flags = b"", [], 0
         descriptors = _descriptors(ancillary)
@@ -354,7 +429,11 @@ class ImageProxy:
             reply = load_json(packet, REPLY, "reply")
         except InvalidDocument:
             reply = None
-        if not isinstance(reply, dict) or reply.get("success").__class__ is not bool or not isinstance(reply.get("error", ""), str):
+        if (
+            not isinstance(reply, dict)
+            or reply.get("success").__class__ is not bool
+            or not isinstance(reply.get("error", ""), str)
+        ):
             self._violated(method, f"{packet[:100]!r}")
         if not reply["success"]:
             raise classify(self.options, what, reply.get("error", ""), reply.get("error_code"))
@@ -369,11 +448,17 @@ class ImageProxy:
         if self._broken:
             self._died("", what)
         self.kill("it was stopped because a request had no answer")
-        raise Stalled(f"{what}: no answer for {seconds:g} seconds.", "Check the network and the registry, or raise the option timeout.")
+        raise Stalled(
+            f"{what}: no answer for {seconds:g} seconds.",
+            "Check the network and the registry, or raise the option timeout.",
+        )
 
     def _violated(self, method: str, got: str) -> NoReturn:
         self.kill("it was stopped because it broke the protocol")
-        raise ProxyFailed(f"skopeo answered the request {method} with {scrub(self.options, got)}.", "Check that the option executable names skopeo.")
+        raise ProxyFailed(
+            f"skopeo answered the request {method} with {scrub(self.options, got)}.",
+            "Check that the option executable names skopeo.",
+        )
 
     def _died(self, method: str, what: str) -> NoReturn:
         """The connection is gone: say why, in skopeo's words if it left any."""
@@ -384,7 +469,13 @@ class ImageProxy:
         self.kill("it has ended")
         if stopped:
             raise passing(ProxyFailed(f"{what}: skopeo is gone, {stopped}.", "Run the task again."))
-        how = "closed the connection" if status is None else f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        how = (
+            "closed the connection"
+            if status is None
+            else f"was killed by signal {-status}"
+            if status < 0
+            else f"ended with status {status}"
+        )
         said = f": {scrub(self.options, words).rstrip('.')}." if words else "."
         if method == "Initialize":
             error = classify(self.options, "Starting skopeo", words)
@@ -406,7 +497,9 @@ def _descriptors(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
 
 
 def _check_announced(value: Any, descriptor: Descriptor) -> None:
-    """The source may say how long a blob is (-1: it does not know); if that is not what the manifest says there is no use in waiting for it."""
+    """The source may say how long a blob is (-1: it does not know); if that is not what the manifest says there is no
+    use in waiting for it.
+    """
     if value.__class__ is int and 0 <= value != descriptor.size:
         raise DigestMismatch(
             f"The source offers {value} bytes for the blob {descriptor.digest}, the manifest says {descriptor.size}.",
@@ -417,7 +510,8 @@ def _check_announced(value: Any, descriptor: Descriptor) -> None:
 def _verify(data: bytes, descriptor: Descriptor, what: str) -> None:
     if len(data) != descriptor.size or digest_of(data) != descriptor.digest:
         raise DigestMismatch(
-            f"The {what} has {len(data)} bytes with the digest {digest_of(data)}; {descriptor.size} bytes were announced.",
+            f"The {what} has {len(data)} bytes with the digest {digest_of(data)}; {descriptor.size} bytes were "
+            f"announced.",
             "The image is damaged; ask its publisher.",
         )
 
@@ -425,8 +519,9 @@ def _verify(data: bytes, descriptor: Descriptor, what: str) -> None:
 def fetch_config(proxy: ImageProxy, image: int, descriptor: Descriptor, converted: bool = False) -> bytes:
     """The configuration that ``descriptor`` names, verified.
 
-    ``converted`` says that skopeo converted the manifest from Docker's format (its digest is not that of the bytes): the configuration then
-    exists nowhere but in skopeo, which writes it. Otherwise it is a blob, and only if that fails is skopeo asked to write it.
+    ``converted`` says that skopeo converted the manifest from Docker's format (its digest is not that of the bytes):
+    the configuration then exists nowhere but in skopeo, which writes it. Otherwise it is a blob, and only if that fails
+    is skopeo asked to write it.
     """
     what = f"configuration {descriptor.digest} of {proxy.reference.text}"
     if not converted:

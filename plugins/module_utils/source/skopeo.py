@@ -4,8 +4,8 @@
 
 """Running skopeo: its command line, its credentials, its process, and what its words mean.
 
-Secrets go to skopeo in a file without a name, never in arguments or the environment, and are taken out of whatever it says. The process
-dies with us and is always reaped. There are no threads in here, so a caller may fork at any time.
+Secrets go to skopeo in a file without a name, never in arguments or the environment, and are taken out of whatever it
+says. The process dies with us and is always reaped. There are no threads in here, so a caller may fork at any time.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ _PR_SET_PDEATHSIG = 1
 class ProxyOptions:
     """How skopeo is run and how it reaches the source; the modules' options of the same names say more.
 
-    ``timeout`` is in seconds: the longest silence within one request. ``policy`` is the path of a policy.json, None the host's.
-    ``unenforced_policy`` (``refuse`` or ``ignore``) says what to do where skopeo is too old to enforce it.
+    ``timeout`` is in seconds: the longest silence within one request. ``policy`` is the path of a policy.json, None the
+    host's. ``unenforced_policy`` (``refuse`` or ``ignore``) says what to do where skopeo is too old to enforce it.
     """
 
     executable: tuple[str, ...] = ("skopeo",)
@@ -81,7 +81,9 @@ class ProxyOptions:
 
 
 class Child:
-    """A skopeo process: dies with us, is killed with all its children, is reaped, and its first words on stderr are kept."""
+    """A skopeo process: dies with us, is killed with all its children, is reaped, and its first words on stderr are
+    kept.
+    """
 
     def __init__(self, argv: Sequence[str], stdin: int, stdout: int, descriptors: Sequence[int]) -> None:
         self._lock = threading.Lock()
@@ -99,11 +101,14 @@ class Child:
         except FileNotFoundError as error:
             os.close(self._log)
             raise SkopeoMissing(
-                f"There is no {argv[0]!r} on this host.", INSTALL if argv[0] != "podman" else "Without root, containers-storage is read through podman."
+                f"There is no {argv[0]!r} on this host.",
+                INSTALL if argv[0] != "podman" else "Without root, containers-storage is read through podman.",
             ) from error
         except (OSError, subprocess.SubprocessError, ValueError) as error:
             os.close(self._log)
-            raise SkopeoMissing(f"Cannot start {argv[0]!r}: {getattr(error, 'strerror', None) or error}.", INSTALL) from error
+            raise SkopeoMissing(
+                f"Cannot start {argv[0]!r}: {getattr(error, 'strerror', None) or error}.", INSTALL
+            ) from error
 
     def kill(self) -> None:
         """SIGKILL to the process and what it started, then reap it; from any thread, any number of times."""
@@ -116,7 +121,9 @@ class Child:
                     self.process.wait(5.0)
 
     def output(self, limit: int, deadline: float, what: str) -> bytes:
-        """All of stdout, at most ``limit`` bytes. Raises Stalled if it does not end before the deadline, InvalidDocument if it is longer."""
+        """All of stdout, at most ``limit`` bytes. Raises Stalled if it does not end before the deadline,
+        InvalidDocument if it is longer.
+        """
         pipe = self.process.stdout
         if pipe is None:
             raise AssertionError("this must hold: pipe is not None")
@@ -124,7 +131,10 @@ class Child:
         while len(data) <= limit:
             if not readable(pipe.fileno(), deadline):
                 self.kill()
-                raise Stalled(f"{what}: skopeo gave no answer in time.", "Check the network and the registry, or raise the option timeout.")
+                raise Stalled(
+                    f"{what}: skopeo gave no answer in time.",
+                    "Check the network and the registry, or raise the option timeout.",
+                )
             piece = os.read(pipe.fileno(), min(65536, limit + 1 - len(data)))
             if not piece:
                 return bytes(data)
@@ -164,7 +174,9 @@ class Child:
 
 
 def _unnamed_file(name: str, flags: int = 0) -> int:
-    """The descriptor of a file that no directory knows, so that nothing remains of it whatever happens; readable by its owner only."""
+    """The descriptor of a file that no directory knows, so that nothing remains of it whatever happens; readable by its
+    owner only.
+    """
     try:
         descriptor = os.memfd_create(name, 1 | flags)  # MFD_CLOEXEC
     except (OSError, AttributeError):
@@ -175,22 +187,28 @@ def _unnamed_file(name: str, flags: int = 0) -> int:
 
 
 def _log_file() -> int:
-    """A file for stderr: it needs no reader, so that no thread does, and cannot grow, so that no chatter fills the memory."""
+    """A file for stderr: it needs no reader, so that no thread does, and cannot grow, so that no chatter fills the
+    memory.
+    """
     descriptor = _unnamed_file("skopeo-stderr", 2)  # MFD_ALLOW_SEALING
     with contextlib.suppress(OSError):
         os.truncate(descriptor, _MAX_LOG)
-        fcntl.fcntl(descriptor, 1033, 0x0004)  # F_ADD_SEALS, F_SEAL_GROW: a write beyond the size fails, and skopeo goes on
+        fcntl.fcntl(
+            descriptor, 1033, 0x0004
+        )  # F_ADD_SEALS, F_SEAL_GROW: a write beyond the size fails, and skopeo goes on
     return descriptor
 
 
 def _die_with_parent() -> Any:
-    """A function to run between fork and exec that has the kernel kill the process when the thread that started it ends.
+    """A function to run between fork and exec that has the kernel kill the process when the thread that started it
+    ends.
 
-    Why this is sound although it runs in a fork of a process that may have threads: everything it needs is looked up here, before the
-    fork. What remains is one call of a C function through a bound pointer and one of getppid: no import, no lock of ours, and
-    the allocator is usable since the C library takes its locks around fork. Signal and parent are checked in this order so that there is
-    no gap: if the parent died before prctl, getppid tells; if after, the kernel does. ``podman unshare`` gets the signal itself, its skopeo
-    then sees the connection close; ``kill`` reaches both since they share a process group.
+    Why this is sound although it runs in a fork of a process that may have threads: everything it needs is looked up
+    here, before the fork. What remains is one call of a C function through a bound pointer and one of getppid: no
+    import, no lock of ours, and the allocator is usable since the C library takes its locks around fork. Signal and
+    parent are checked in this order so that there is no gap: if the parent died before prctl, getppid tells; if after,
+    the kernel does. ``podman unshare`` gets the signal itself, its skopeo then sees the connection close; ``kill``
+    reaches both since they share a process group.
     """
     prctl = ctypes.CDLL(None).prctl
     prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong]
@@ -207,7 +225,9 @@ def _die_with_parent() -> Any:
 
 
 @contextlib.contextmanager
-def command(options: ProxyOptions, reference: Reference, verb: Sequence[str], last: Sequence[str]) -> Iterator[tuple[list[str], list[int]]]:
+def command(
+    options: ProxyOptions, reference: Reference, verb: Sequence[str], last: Sequence[str]
+) -> Iterator[tuple[list[str], list[int]]]:
     """The arguments for skopeo and the descriptors that it must inherit, which are ours only until it has started."""
     argv = list(options.executable)
     if reference.transport == "containers-storage" and os.geteuid() != 0 and len(argv) == 1:
@@ -215,7 +235,10 @@ def command(options: ProxyOptions, reference: Reference, verb: Sequence[str], la
         argv = ["podman", "unshare", *argv]
     if options.policy:
         if not os.access(options.policy, os.R_OK):
-            raise PolicyRejected(f"The signature policy {options.policy} does not exist or cannot be read.", "Name a file as containers-policy.json(5) says.")
+            raise PolicyRejected(
+                f"The signature policy {options.policy} does not exist or cannot be read.",
+                "Name a file as containers-policy.json(5) says.",
+            )
         argv += ["--policy", options.policy]
     if options.insecure_policy:
         argv.append("--insecure-policy")
@@ -230,21 +253,28 @@ def command(options: ProxyOptions, reference: Reference, verb: Sequence[str], la
         argv.append(f"--tls-verify={'true' if options.tls_verify else 'false'}")
     if options.cert_dir:
         if not os.path.isdir(options.cert_dir):
-            raise TlsFailed(f"The certificate directory {options.cert_dir} does not exist.", "Name a directory with *.crt files.")
+            raise TlsFailed(
+                f"The certificate directory {options.cert_dir} does not exist.", "Name a directory with *.crt files."
+            )
         argv += ["--cert-dir", options.cert_dir]
     descriptors: list[int] = []
     with contextlib.ExitStack() as stack:
         if options.auth_file:
             if options.username or options.password:
-                raise AuthFailed("Both an authentication file and a user name or password are given.", "Use one of them.")
+                raise AuthFailed(
+                    "Both an authentication file and a user name or password are given.", "Use one of them."
+                )
             if not os.access(options.auth_file, os.R_OK):
                 raise AuthFailed(
-                    f"The authentication file {options.auth_file} does not exist or cannot be read.", "Name a file as skopeo login or podman login write it."
+                    f"The authentication file {options.auth_file} does not exist or cannot be read.",
+                    "Name a file as skopeo login or podman login write it.",
                 )
             argv += ["--authfile", options.auth_file]
         elif options.username or options.password:
             if not options.username or not options.password or ":" in options.username:
-                raise AuthFailed("The user name or the password is empty, or the name has a colon.", "Give both or none.")
+                raise AuthFailed(
+                    "The user name or the password is empty, or the name has a colon.", "Give both or none."
+                )
             if reference.is_remote:
                 descriptor = _auth_file(options.username, options.password, reference.registry)
                 stack.callback(os.close, descriptor)
@@ -272,7 +302,9 @@ def skopeo_version(executable: Sequence[str] = ("skopeo",), timeout: float = 20.
     """The version of skopeo, for example ``1.9.3``. Raises SkopeoMissing, Stalled, ProxyFailed."""
     child = Child([*executable, "--version"], subprocess.DEVNULL, subprocess.PIPE, ())
     try:
-        output = child.output(65536, time.monotonic() + timeout, "Asking skopeo for its version").decode("utf-8", "replace")
+        output = child.output(65536, time.monotonic() + timeout, "Asking skopeo for its version").decode(
+            "utf-8", "replace"
+        )
     finally:
         child.close()
     match = re.search(r"skopeo version v?(\d+(?:\.\d+)*\S{0,40})", output)
@@ -284,8 +316,9 @@ def skopeo_version(executable: Sequence[str] = ("skopeo",), timeout: float = 20.
 def top_digest(options: ProxyOptions, reference: Reference) -> tuple[str, bytes]:
     """``sha256:<hex>`` and the bytes of the topmost manifest or index that the reference means.
 
-    The proxy tells the digest of the platform's manifest only, so this is a second skopeo, ``inspect --raw``, with the same credentials. It
-    costs a process and one or two requests to the registry; a reference by digest is answered from the text alone by whoever has it.
+    The proxy tells the digest of the platform's manifest only, so this is a second skopeo, ``inspect --raw``, with the
+    same credentials. It costs a process and one or two requests to the registry; a reference by digest is answered from
+    the text alone by whoever has it.
     """
     what = f"Reading the index of {reference.text}"
     with command(options, reference, ("inspect", "--raw"), ("--", reference.text)) as (argv, descriptors):
@@ -329,7 +362,9 @@ def policy_is_accept_anything(path: str | None = None) -> bool:
 
 
 def policy_demand(path: str | None = None) -> str:
-    """What the policy asks for beyond accepting everything, as part of a sentence; empty if nothing (containers-policy.json(5))."""
+    """What the policy asks for beyond accepting everything, as part of a sentence; empty if nothing
+    (containers-policy.json(5)).
+    """
     name = policy_path(path)
     try:
         with open(name, "rb") as file:
@@ -343,9 +378,17 @@ def policy_demand(path: str | None = None) -> str:
     scopes: list[tuple[str, Any]] = [("default", policy.get("default"))]
     transports = policy.get("transports", {})
     for transport, names in (transports if isinstance(transports, dict) else {"transports": None}).items():
-        scopes += [(f"{transport}:{scope}", demands) for scope, demands in names.items()] if isinstance(names, dict) else [(transport, None)]
+        scopes += (
+            [(f"{transport}:{scope}", demands) for scope, demands in names.items()]
+            if isinstance(names, dict)
+            else [(transport, None)]
+        )
     for scope, demands in scopes:
-        if not isinstance(demands, list) or not demands or any(item != {"type": "insecureAcceptAnything"} for item in demands):
+        if (
+            not isinstance(demands, list)
+            or not demands
+            or any(item != {"type": "insecureAcceptAnything"} for item in demands)
+        ):
             return f"the policy {name} asks for more than insecureAcceptAnything ({scope!r:.200})"
     return ""
 
@@ -362,7 +405,8 @@ def _means(pattern: str, kind: type[EngineError], hint: str = "") -> tuple[re.Pa
     return re.compile(pattern), kind, hint
 
 
-# The first that fits decides. Heard from skopeo 1.9.3 and 1.18 in front of a registry and of servers that fail on purpose.
+# The first that fits decides. Heard from skopeo 1.9.3 and 1.18 in front of a registry and of servers that fail on
+# purpose.
 _MEANINGS = (
     _means(
         r"image rejected|rejected by policy|signature was required|signature policy|trust policy|policy\.json"
@@ -370,7 +414,11 @@ _MEANINGS = (
         PolicyRejected,
         "Sign the image as the signature policy asks, or change the policy.",
     ),
-    _means(r"no image found in (?:manifest list|image index)", PlatformNotFound, "Choose one of the platforms that the image has, with the option platform."),
+    _means(
+        r"no image found in (?:manifest list|image index)",
+        PlatformNotFound,
+        "Choose one of the platforms that the image has, with the option platform.",
+    ),
     _means(r"unknown (?:flag|command|shorthand)", SkopeoMissing, INSTALL),
     _means(r"tls handshake timeout", RegistryUnreachable, "Check the network and the registry, and try again later."),
     _means(
@@ -384,10 +432,12 @@ _MEANINGS = (
         "Name the directory with the authority's certificate with ca_cert_dir, or set validate_certs to false.",
     ),
     _means(
-        r"unauthorized|authentication required|(?<!permission )\bdenied\b|status ?(?:code)?(?: from registry)?:? 40[13]\b"
+        r"unauthorized|authentication required|(?<!permission )\bdenied\b|status ?(?:code)?(?: from registry)?:? "
+        r"40[13]\b"
         r"|getting username and password|authentication file|auth ?file",
         AuthFailed,
-        "Give username and password, or auth_file, of an account that may read the image. Some registries answer so for images that do not exist.",
+        "Give username and password, or auth_file, of an account that may read the image. Some registries answer so "
+        "for images that do not exist.",
     ),
     _means(
         r"more than one image|choose an image|expected 1 item, got",
@@ -395,31 +445,56 @@ _MEANINGS = (
         "There are several images: name one of them after the path, separated by a colon.",
     ),
     _means(
-        r"manifest unknown|name unknown|blob unknown|unknown blob|status ?(?:code)?(?: from registry)?:? 404\b|no such file or directory"
+        r"manifest unknown|name unknown|blob unknown|unknown blob|status ?(?:code)?(?: from registry)?:? 404\b|no "
+        r"such file or directory"
         r"|no descriptor found|not found|no such image|does not exist|does not resolve to an image|is not an image",
         ImageNotFound,
         "Check the name, the tag and the path.",
     ),
-    _means(r"corrupted blob|expected \d+ bytes in blob|digest did not match", DigestMismatch, "Try again; if it stays so, the image is damaged."),
-    _means(r"no space left on device|disk quota exceeded", NoSpace, "Free space where skopeo unpacks archives (the directory for temporary files)."),
-    _means(r"permission denied|operation not permitted", PermissionDenied, "Run as a user that may read it, for example with become."),
     _means(
-        r"connection re(?:fused|set)|no such host|time-?out|timed out|deadline exceeded|unreachable|no route to host|\beof\b|too ?many ?requests"
-        r"|status ?(?:code)?(?: from registry)?:? (?:408|429|5\d\d)\b|temporary failure|server misbehaving|broken pipe|proxyconnect|stream error|http2: "
+        r"corrupted blob|expected \d+ bytes in blob|digest did not match",
+        DigestMismatch,
+        "Try again; if it stays so, the image is damaged.",
+    ),
+    _means(
+        r"no space left on device|disk quota exceeded",
+        NoSpace,
+        "Free space where skopeo unpacks archives (the directory for temporary files).",
+    ),
+    _means(
+        r"permission denied|operation not permitted",
+        PermissionDenied,
+        "Run as a user that may read it, for example with become.",
+    ),
+    _means(
+        r"connection re(?:fused|set)|no such host|time-?out|timed out|deadline exceeded|unreachable|no route to "
+        r"host|\beof\b|too ?many ?requests"
+        r"|status ?(?:code)?(?: from registry)?:? (?:408|429|5\d\d)\b|temporary failure|server misbehaving|broken "
+        r"pipe|proxyconnect|stream error|http2: "
         r"|goaway|server closed|cannot connect",
         RegistryUnreachable,
         "Check the network and the registry, and try again later.",
     ),
-    _means(r"unsupported .*(?:mime|media|schema)|mime type|no fslayers", UnsupportedMediaType, "Push the image again with a current tool."),
-    _means(r"exceeded maximum allowed size", InvalidDocument, "The image is damaged or made to do harm; ask its publisher."),
     _means(
-        r"invalid reference|invalid image name|invalid source name|unknown transport|parsing reference", InvalidReference, "Check how the reference is written."
+        r"unsupported .*(?:mime|media|schema)|mime type|no fslayers",
+        UnsupportedMediaType,
+        "Push the image again with a current tool.",
+    ),
+    _means(
+        r"exceeded maximum allowed size", InvalidDocument, "The image is damaged or made to do harm; ask its publisher."
+    ),
+    _means(
+        r"invalid reference|invalid image name|invalid source name|unknown transport|parsing reference",
+        InvalidReference,
+        "Check how the reference is written.",
     ),
 )
 
 
 def unwrap_log(log: bytes) -> str:
-    """What skopeo said on stderr: its fatal and error messages without the logger's decoration; if there is none, everything."""
+    """What skopeo said on stderr: its fatal and error messages without the logger's decoration; if there is none,
+    everything.
+    """
     grave: list[str] = []
     lines: list[str] = []
     for line in log.rstrip(b"\0").decode("utf-8", "replace").splitlines():
@@ -440,7 +515,9 @@ def unwrap_log(log: bytes) -> str:
 
 
 def _shorten(text: str) -> str:
-    """The beginning and the end, where Go puts what was done and what was the cause: a registry can make skopeo say any amount."""
+    """The beginning and the end, where Go puts what was done and what was the cause: a registry can make skopeo say any
+    amount.
+    """
     if len(text) <= _MAX_WORDS:
         return text
     # The end starts at a word, lest it be the rest of an address whose secret part can no longer be recognised.
@@ -458,7 +535,8 @@ def scrub(options: ProxyOptions, text: str) -> str:
         for secret in sorted({token, password, quote(coded, safe=""), quote_plus(coded)}, key=len, reverse=True):
             text = text.replace(secret, "***")
     text = _shorten(text)
-    # Whatever else may carry some: user information and the query of an address (signed addresses), and authorization headers.
+    # Whatever else may carry some: user information and the query of an address (signed addresses), and authorization
+    # headers.
     text = re.sub(r"(?<=://)[^/\s\"'@]*@", "***@", text)
     text = re.sub(r"(://[^\s\"'?]*)\?[^\s\"']*", r"\1?***", text)
     text = re.sub(r"(?i)\b(bearer|basic) +[A-Za-z0-9+/=._~-]{8,}", r"\1 ***", text)
@@ -476,7 +554,9 @@ def _once(text: str) -> str:
 
 
 def classify(options: ProxyOptions, what: str, words: str, code: object = None) -> EngineError:
-    """The error for skopeo's ``words`` (and, since protocol 0.2.8, its error code) about ``what``, a phrase such as ``Opening docker://…``."""
+    """The error for skopeo's ``words`` (and, since protocol 0.2.8, its error code) about ``what``, a phrase such as
+    ``Opening docker://…``.
+    """
     # Paths, addresses and names are none of skopeo's words: an image may well be called unauthorized.
     said = _NAMES.sub(" ", _shorten(words).lower().replace("/policy.json: no such file", "/x no signature policy"))
     kind: type[EngineError] = ProxyFailed

@@ -40,8 +40,8 @@ def pause(attempt: int, error: EngineError, progress: Progress) -> None:
 class Session:
     """One skopeo proxy with the images of one registry opened in it; starts another when it dies or must be killed.
 
-    skopeo is started by the main thread only (see ``in_main``): the kernel ties the death signal of a child to the thread that made it,
-    and a lane of a fetch may end long before the pull does.
+    skopeo is started by the main thread only (see ``in_main``): the kernel ties the death signal of a child to the
+    thread that made it, and a lane of a fetch may end long before the pull does.
     """
 
     def __init__(self, options: ProxyOptions, retries: int, progress: Progress) -> None:
@@ -103,28 +103,38 @@ class Session:
             proxy.kill()
 
     def manifest(self, reference: Reference) -> tuple[str, bytes]:
-        """The digest by which the source knows the image's manifest for the platform, and the manifest's bytes as OCI."""
+        """The digest by which the source knows the image's manifest for the platform, and the manifest's
+        bytes as OCI.
+        """
         return self._patiently(lambda proxy, image: proxy.get_manifest(image), reference)
 
     def config(self, reference: Reference, descriptor: oci.Descriptor, converted: bool) -> bytes:
-        """The configuration's bytes, proved against ``descriptor``; ``converted`` if skopeo made the manifest from Docker's format."""
+        """The configuration's bytes, proved against ``descriptor``; ``converted`` if skopeo made the manifest from
+        Docker's format.
+        """
         return self._patiently(lambda proxy, image: fetch_config(proxy, image, descriptor, converted), reference)
 
     def layer_sources(self, reference: Reference, manifest: oci.Manifest) -> list[oci.Descriptor]:
-        """What the transport delivers for each layer: the manifest's own blobs, except for a container storage, which keeps tars."""
+        """What the transport delivers for each layer: the manifest's own blobs, except for a container storage, which
+        keeps tars.
+        """
         if reference.transport != "containers-storage":
             return list(manifest.layers)
         infos = self._patiently(lambda proxy, image: proxy.layer_infos(image), reference)
         if len(infos) != len(manifest.layers):
-            raise InvalidDocument(f"{reference.original} has {len(manifest.layers)} layers, and the container storage delivers {len(infos)}.")
+            raise InvalidDocument(
+                f"{reference.original} has {len(manifest.layers)} layers, and the container storage delivers "
+                f"{len(infos)}."
+            )
         return list(infos)
 
     def ask_index_digest(self, reference: Reference) -> Callable[[str], str | None]:
-        """Begin to ask what the reference itself leads to; the function that is returned, to be called with the manifest's
-        digest as the source knows it, waits for the digest of the index (None: there is none).
+        """Begin to ask what the reference itself leads to; the function that is returned, to be called with the
+        manifest's digest as the source knows it, waits for the digest of the index (None: there is none).
 
-        The image proxy tells only the digest of the platform's manifest. So skopeo is asked a second time, beside the first, and again after
-        a passing fault, for a task that names the index's digest cannot do without the answer. A lasting failure is none of the pull.
+        The image proxy tells only the digest of the platform's manifest. So skopeo is asked a second time, beside the
+        first, and again after a passing fault, for a task that names the index's digest cannot do without the answer. A
+        lasting failure is none of the pull.
         """
         if not reference.is_remote or reference.digest:
             # A digest in the reference answers the question: either it is the manifest's own, or it is the index's.
@@ -177,6 +187,7 @@ class Session:
             self._images.clear()
         if proxy is not None:
             proxy.close()
-        # After a failure questions may still be open. They end by themselves, but nobody waits long for answers that are not wanted.
+        # After a failure questions may still be open. They end by themselves, but nobody waits long for answers that
+        # are not wanted.
         for thread in (*self._asking, *([self._asked] if self._asked else [])):
             thread.join(CLOSE_WAIT)

@@ -2,9 +2,11 @@
 # Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
 # SPDX-License-Identifier: BSD-2-Clause
 
-"""Make a composefs repository, or bring an old one up to date: everything is checked and tried out before anything is made.
+"""Make a composefs repository, or bring an old one up to date: everything is checked and tried out before anything is
+made.
 
-``meta.json`` comes out to the byte as from ``cfsctl init``; sealing that file with fs-verity is what makes a repository require it of every object.
+``meta.json`` comes out to the byte as from ``cfsctl init``; sealing that file with fs-verity is what makes a repository
+require it of every object.
 """
 
 from __future__ import annotations
@@ -15,7 +17,15 @@ from typing import NamedTuple
 
 from ..formats import fsverity
 from ..host import filesystem
-from ..errors import DigestMismatch, FormatError, IncompatibleRepository, IOFailed, NotARepository, VerityUnsupported, doing
+from ..errors import (
+    DigestMismatch,
+    FormatError,
+    IncompatibleRepository,
+    IOFailed,
+    NotARepository,
+    VerityUnsupported,
+    doing,
+)
 from ..formats.metajson import NAME, Metadata
 from .objects import ObjectStore
 from .repository import Repository
@@ -27,7 +37,8 @@ DISABLED = "disabled"
 DIRECTORY_MODE = 0o700
 _PARENT_MODE = 0o755
 _FILE_MODE = 0o644
-# What may lie in a directory that becomes a repository: its own parts, and what mkfs leaves at the root of a file system.
+# What may lie in a directory that becomes a repository: its own parts, and what mkfs leaves at the root of a file
+# system.
 _OWN_NAMES = frozenset(("objects", "streams", "images", "lost+found", ".composefs-oci"))
 
 
@@ -41,11 +52,12 @@ class Preparation(NamedTuple):
 
 
 def prepare(path: str, algorithm: fsverity.Algorithm, verity: str, *, check: bool = False) -> Preparation:
-    """See to it that ``path`` (absolute) is a repository for ``algorithm``; with ``check`` only tell what would be done.
+    """See to it that ``path`` (absolute) is a repository for ``algorithm``; with ``check`` only tell what would be
+    done.
 
-    ``verity``: REQUIRED wants fs-verity or fails, PREFERRED takes it where it works, DISABLED does without. A repository that exists is
-    never converted: IncompatibleRepository if it is not what is asked for. VerityUnsupported, ReadOnly, PermissionDenied, NoSpace or IOFailed
-    if the file system cannot do it; then nothing was made.
+    ``verity``: REQUIRED wants fs-verity or fails, PREFERRED takes it where it works, DISABLED does without. A
+    repository that exists is never converted: IncompatibleRepository if it is not what is asked for. VerityUnsupported,
+    ReadOnly, PermissionDenied, NoSpace or IOFailed if the file system cannot do it; then nothing was made.
     """
     with doing(f"Preparing the repository {path}"):
         if not os.path.lexists(path):
@@ -56,7 +68,10 @@ def prepare(path: str, algorithm: fsverity.Algorithm, verity: str, *, check: boo
             raise IOFailed("There is something else than a directory.", "Choose another path.")
         foreign = sorted(set(os.listdir(path)) - _OWN_NAMES)
         if foreign:
-            raise NotARepository(f"The directory is not empty ({foreign[0]!r} is in it) and no repository.", "Choose another path, or empty it.")
+            raise NotARepository(
+                f"The directory is not empty ({foreign[0]!r} is in it) and no repository.",
+                "Choose another path, or empty it.",
+            )
         if _has_objects(path):
             return _upgrade(path, algorithm, verity, check)
         return _create(path, algorithm, verity, check)
@@ -74,7 +89,8 @@ def _existing(path: str, algorithm: fsverity.Algorithm, verity: str) -> Preparat
         found = repository.algorithm
         if found is not algorithm:
             raise IncompatibleRepository(
-                f"The repository exists and uses {found.name}, but {algorithm.name} is asked for; a repository cannot be converted.",
+                f"The repository exists and uses {found.name}, but {algorithm.name} is asked for; a repository cannot "
+                f"be converted.",
                 f"Ask for {found.name}, or choose another path.",
             )
         _check_security(repository.secure, verity)
@@ -153,7 +169,9 @@ def _sync_directory(path: str) -> None:
 
 
 def _write_metadata(path: str, metadata: Metadata, secure: bool) -> None:
-    """Write, sync, seal and only then link meta.json: it exists whole or not at all. FileExistsError if there is one; never replaces it."""
+    """Write, sync, seal and only then link meta.json: it exists whole or not at all. FileExistsError if there is one;
+    never replaces it.
+    """
     root = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     temporary = None
     try:
@@ -173,8 +191,12 @@ def _write_metadata(path: str, metadata: Metadata, secure: bool) -> None:
         try:
             if secure:
                 fsverity.enable(sealed, metadata.algorithm)
-                if fsverity.measure(sealed, metadata.algorithm) != fsverity.digest(metadata.to_bytes(), metadata.algorithm):
-                    raise DigestMismatch(f"The kernel measured another digest of {NAME} than was computed.", "Report this as a bug.")
+                if fsverity.measure(sealed, metadata.algorithm) != fsverity.digest(
+                    metadata.to_bytes(), metadata.algorithm
+                ):
+                    raise DigestMismatch(
+                        f"The kernel measured another digest of {NAME} than was computed.", "Report this as a bug."
+                    )
             os.link(f"/proc/self/fd/{sealed}", NAME, src_dir_fd=root, dst_dir_fd=root, follow_symlinks=True)
         finally:
             os.close(sealed)
@@ -186,7 +208,8 @@ def _write_metadata(path: str, metadata: Metadata, secure: bool) -> None:
         os.close(root)
 
 
-# --- repositories older than meta.json -------------------------------------------------------------------------------------------------------
+# --- repositories older than meta.json
+# -------------------------------------------------------------------------------------------------------
 
 
 def _has_objects(path: str) -> bool:
@@ -205,17 +228,20 @@ def _object_names(path: str) -> list[str]:
 def _upgrade(path: str, algorithm: fsverity.Algorithm, verity: str, check: bool) -> Preparation:
     """Give a repository without meta.json what cfsctl would give it: its objects' algorithm, and V1 images.
 
-    It becomes secure only if every object is sealed. (cfsctl looks at one object, after which the others may turn out to be unreadable.)
+    It becomes secure only if every object is sealed. (cfsctl looks at one object, after which the others may turn out
+    to be unreadable.)
     """
     lengths = {len(name) - 1 for name in _object_names(path)}
     found = [known for known in fsverity.ALGORITHMS.values() if 2 * known.size in lengths]
     if len(found) != 1 or len(lengths) != 1:
         raise FormatError(
-            f"The repository has no {NAME}, and its objects do not tell one digest algorithm.", "Move it away and make a new one, or write the file by hand."
+            f"The repository has no {NAME}, and its objects do not tell one digest algorithm.",
+            "Move it away and make a new one, or write the file by hand.",
         )
     if found[0] is not algorithm:
         raise IncompatibleRepository(
-            f"The repository is an old one without {NAME}; its objects use {found[0].name}, but {algorithm.name} is asked for.",
+            f"The repository is an old one without {NAME}; its objects use {found[0].name}, but {algorithm.name} is "
+            f"asked for.",
             f"Ask for {found[0].name}, or choose another path.",
         )
     _try_out(path, algorithm, PREFERRED)

@@ -2,10 +2,11 @@
 # Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
 # SPDX-License-Identifier: BSD-2-Clause
 
-"""Manifests and configurations as splitstreams of a repository: reading, storing, and re-pointing them so that no instant loses an image.
+"""Manifests and configurations as splitstreams of a repository: reading, storing, and re-pointing them so that no
+instant loses an image.
 
-A document is one external object (its exact bytes, which have the OCI digest) in a splitstream whose named refs lead on: a manifest to
-its configuration and layers, a configuration to its layers and to the EROFS images made of them.
+A document is one external object (its exact bytes, which have the OCI digest) in a splitstream whose named refs lead
+on: a manifest to its configuration and layers, a configuration to its layers and to the EROFS images made of them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ KEPT = "composefs-oci-kept-"
 
 
 class Document(NamedTuple):
-    """A stored document: its bytes, its named refs (name -> object digest), and the object digest of its splitstream."""
+    """A stored document: its bytes, its named refs (name -> object digest), and the object digest of its
+    splitstream.
+    """
 
     raw: bytes
     refs: dict[str, bytes]
@@ -59,24 +62,35 @@ def read(repository: Repository, kind: str, digest: str) -> Document | None:
 
 def read_object(repository: Repository, kind: str, digest: str, stream: bytes) -> Document:
     """The document ``digest`` from the splitstream object ``stream``; FormatError if it is another one or damaged."""
-    content_type, limit = (splitstream.MANIFEST, oci.MAX_MANIFEST) if kind == MANIFEST else (splitstream.CONFIG, oci.MAX_CONFIG)
+    content_type, limit = (
+        (splitstream.MANIFEST, oci.MAX_MANIFEST) if kind == MANIFEST else (splitstream.CONFIG, oci.MAX_CONFIG)
+    )
     what = f"{kind}{digest}"
     with repository.open_object_stream(stream, content_type) as opened:
         chunks = list(opened.chunks()) if opened.size <= limit else []
         if len(chunks) != 1 or isinstance(chunks[0], bytes):
             # Writers before February 2026 kept the JSON inline, which current readers refuse.
-            raise FormatError(f"The stream {what} does not hold exactly one document of at most {limit} bytes as an object.", "Pull the image again.")
+            raise FormatError(
+                f"The stream {what} does not hold exactly one document of at most {limit} bytes as an object.",
+                "Pull the image again.",
+            )
         raw = repository.objects.read(chunks[0].digest, limit)
         refs = dict(opened.named_refs)
     if oci.digest_of(raw) != digest:
-        raise FormatError(f"The stream {what} holds a document with the digest {oci.digest_of(raw)}.", "Pull the image again.")
+        raise FormatError(
+            f"The stream {what} holds a document with the digest {oci.digest_of(raw)}.", "Pull the image again."
+        )
     return Document(raw, refs, stream)
 
 
 def refs_of(repository: Repository, kind: str, stream: bytes) -> dict[str, bytes] | None:
-    """The named refs of the document in the splitstream object ``stream``, whatever became of the document itself; None if it cannot be read."""
+    """The named refs of the document in the splitstream object ``stream``, whatever became of the document itself; None
+    if it cannot be read.
+    """
     try:
-        with repository.open_object_stream(stream, splitstream.MANIFEST if kind == MANIFEST else splitstream.CONFIG) as opened:
+        with repository.open_object_stream(
+            stream, splitstream.MANIFEST if kind == MANIFEST else splitstream.CONFIG
+        ) as opened:
             return dict(opened.named_refs)
     except FormatError:
         return None
@@ -102,11 +116,12 @@ def store(repository: Repository, kind: str, raw: bytes, refs: Mapping[str, byte
 def replace(repository: Repository, config: str, config_stream: bytes, manifests: Mapping[str, bytes]) -> None:
     """Point ``oci-config-<config>`` at ``config_stream`` and each manifest (digest -> stream) at its own.
 
-    The caller has synced all objects. A collector follows a manifest's ref to its configuration by object, and walks on only if some
-    name under ``streams/`` leads to that object. So whichever of the two links moves first, there would be an instant at which the
-    manifest leads to a configuration without a name, and a crash followed by a collection would lose the configuration's JSON and images.
-    Hence the new configuration gets a name of its own first, the manifests move, the configuration moves, and the extra name goes:
-    at every instant every manifest leads to a named configuration. A crash leaves at worst the extra name, which the next pull removes.
+    The caller has synced all objects. A collector follows a manifest's ref to its configuration by object, and walks on
+    only if some name under ``streams/`` leads to that object. So whichever of the two links moves first, there would be
+    an instant at which the manifest leads to a configuration without a name, and a crash followed by a collection would
+    lose the configuration's JSON and images. Hence the new configuration gets a name of its own first, the manifests
+    move, the configuration moves, and the extra name goes: at every instant every manifest leads to a named
+    configuration. A crash leaves at worst the extra name, which the next pull removes.
     """
     if repository.stream(CONFIG + config) not in (None, config_stream):
         repository.register(PENDING + config, config_stream)
@@ -121,8 +136,9 @@ def replace(repository: Repository, config: str, config_stream: bytes, manifests
 def name_layer(repository: Repository, stream: str, digest: bytes) -> None:
     """Make the layer stream ``stream`` lead to the object ``digest``; the caller has synced what it leads to.
 
-    If the name led elsewhere, that object gets another name first, for images may lead to it by its digest: an artifact to a raw blob whose bytes are
-    this layer's tar. Without a name a collector would keep the stream and lose what it refers to. With it, both go when no image needs them.
+    If the name led elsewhere, that object gets another name first, for images may lead to it by its digest: an artifact
+    to a raw blob whose bytes are this layer's tar. Without a name a collector would keep the stream and lose what it
+    refers to. With it, both go when no image needs them.
     """
     before = repository.stream(stream)
     if before is not None and before != digest and repository.objects.contains(before):
@@ -131,9 +147,11 @@ def name_layer(repository: Repository, stream: str, digest: bytes) -> None:
 
 
 def manifests_of_config(repository: Repository, config: str, except_stream: bytes = b"") -> dict[str, Document]:
-    """Stored manifests (digest -> document) that lead to the configuration ``config``, through another stream than ``except_stream``.
+    """Stored manifests (digest -> document) that lead to the configuration ``config``, through another stream than
+    ``except_stream``.
 
-    Several manifests may share one configuration (the same layers compressed in two ways); when it moves, all of them must follow.
+    Several manifests may share one configuration (the same layers compressed in two ways); when it moves, all of them
+    must follow.
     """
     found = {}
     for name in repository.streams(MANIFEST):

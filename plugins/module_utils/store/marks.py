@@ -4,23 +4,30 @@
 
 """Marks of unfinished imports, by which objects that a power cut tore are found again.
 
-Objects are linked long before they are synced; the one barrier comes before their names are published. After a power cut an object may
-therefore have its name and its size but not its bytes. In a repository whose objects are sealed by fs-verity that cannot go unnoticed: sealing
-writes the data out, and every object is measured before it is taken for present. Without seals presence is judged by size, so the next
-pull would build on the torn object. Hence the marks, files in ``.composefs-oci/imports/``. Why they suffice:
+Objects are linked long before they are synced; the one barrier comes before their names are published. After a power
+cut an object may therefore have its name and its size but not its bytes. In a repository whose objects are sealed by
+fs-verity that cannot go unnoticed: sealing writes the data out, and every object is measured before it is taken for
+present. Without seals presence is judged by size, so the next pull would build on the torn object. Hence the marks,
+files in ``.composefs-oci/imports/``. Why they suffice:
 
-1. A mark is on the disk (its data and all directories above it are synced) before its import links the first object, and it is removed only
-   after a barrier that came after the last. So an object that this engine linked and that is not durable is younger than some mark.
-2. Its owner holds a lock (flock) on the mark as long as it lives; worker processes inherit the lock, so it lives as long as any of them.
-3. A mark whose owner is gone and that was made since this boot means that a process was killed. What it wrote is whole, for objects are linked
-   only when complete, and the page cache survives a process: one barrier makes it durable, and the mark can go.
-4. A mark of another boot means a power cut, a crash of the kernel or a reset. Every object that is not older than the mark is read and hashed, and
-   removed if it is not what its name says. A barrier makes the removals durable before the mark goes: they could be lost where the
-   removal of the mark is not. Should the recovery itself be cut off, the mark is still there.
-5. Nobody imports while a mark of another boot exists: whoever finds one takes its lock, waiting for someone else's recovery if need be.
+1. A mark is on the disk (its data and all directories above it are synced) before its import links the first object,
+   and it is removed only after a barrier that came after the last. So an object that this engine linked and that is not
+   durable is younger than some mark.
+2. Its owner holds a lock (flock) on the mark as long as it lives; worker processes inherit the lock, so it lives as
+   long as any of them.
+3. A mark whose owner is gone and that was made since this boot means that a process was killed. What it wrote is whole,
+   for objects are linked only when complete, and the page cache survives a process: one barrier makes it durable, and
+   the mark can go.
+4. A mark of another boot means a power cut, a crash of the kernel or a reset. Every object that is not older than the
+   mark is read and hashed, and removed if it is not what its name says. A barrier makes the removals durable before the
+   mark goes: they could be lost where the removal of the mark is not. Should the recovery itself be cut off, the mark
+   is still there.
+5. Nobody imports while a mark of another boot exists: whoever finds one takes its lock, waiting for someone else's
+   recovery if need be.
 
-"Not older" is judged by the change time of the inode, which only the clock of the host sets and which linking sets anew. Clocks get
-adjusted, so a day of tolerance is allowed, and a mark from the future says that the clock cannot be relied on: then every object is hashed.
+"Not older" is judged by the change time of the inode, which only the clock of the host sets and which linking sets
+anew. Clocks get adjusted, so a day of tolerance is allowed, and a mark from the future says that the clock cannot be
+relied on: then every object is hashed.
 """
 
 from __future__ import annotations
@@ -44,7 +51,9 @@ _MAX_MARK = 4096
 
 
 class Recovery(NamedTuple):
-    """What was found: marks of dead imports, objects hashed because of them, and objects removed because they were torn."""
+    """What was found: marks of dead imports, objects hashed because of them, and objects removed because they were
+    torn.
+    """
 
     marks: int = 0
     checked: int = 0
@@ -61,15 +70,21 @@ def boot_id() -> str:
 
 
 class ImportMark:
-    """The mark of one import of this process: made and made durable on creation, removed by ``remove``, left in place if we die."""
+    """The mark of one import of this process: made and made durable on creation, removed by ``remove``, left in place
+    if we die.
+    """
 
     def __init__(self, root: int) -> None:
-        """``root`` is the repository's directory, open for reading. NoSpace and other EngineErrors when the system refuses."""
+        """``root`` is the repository's directory, open for reading. NoSpace and other EngineErrors when the system
+        refuses.
+        """
         with doing("Marking the import as begun"):
             for path in (DIRECTORY, IMPORTS):
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(path, 0o755, dir_fd=root)
-            content = json.dumps({"boot_id": boot_id(), "pid": os.getpid(), "started": time.time()}).encode("ascii") + b"\n"
+            content = (
+                json.dumps({"boot_id": boot_id(), "pid": os.getpid(), "started": time.time()}).encode("ascii") + b"\n"
+            )
             self._root = root
             self._name = f"{IMPORTS}/{os.urandom(8).hex()}"
             self._fd = self._create(content)
@@ -99,7 +114,13 @@ class ImportMark:
             os.write(fd, content)
             os.fsync(fd)
             if temporary is None:
-                os.link(f"/proc/self/fd/{fd}", self._name, src_dir_fd=self._root, dst_dir_fd=self._root, follow_symlinks=True)
+                os.link(
+                    f"/proc/self/fd/{fd}",
+                    self._name,
+                    src_dir_fd=self._root,
+                    dst_dir_fd=self._root,
+                    follow_symlinks=True,
+                )
             else:
                 os.rename(temporary, self._name, src_dir_fd=self._root, dst_dir_fd=self._root)
         except BaseException:
@@ -111,7 +132,9 @@ class ImportMark:
         return fd
 
     def remove(self) -> None:
-        """Take the mark away; only after a barrier. It need not be durable: a mark that comes back costs a check, nothing more."""
+        """Take the mark away; only after a barrier. It need not be durable: a mark that comes back costs a check,
+        nothing more.
+        """
         if self._fd >= 0:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._name, dir_fd=self._root)
@@ -125,7 +148,8 @@ class ImportMark:
 
 
 def recover(root: int, objects: ObjectStore) -> Recovery:
-    """Deal with every mark whose import died: see the argument above. ``root`` is the repository's directory, open for reading.
+    """Deal with every mark whose import died: see the argument above. ``root`` is the repository's directory, open for
+    reading.
 
     Waits for another process's recovery. EngineError if a damaged object cannot be removed; the mark stays then.
     """
@@ -165,8 +189,9 @@ def _dead(root: int, name: str) -> int | None:
     except FileNotFoundError:
         return None
     try:
-        # A mark of this boot that is locked belongs to a running import, or to someone who just syncs: nothing to wait for in either case. One of
-        # another boot cannot have a running owner on this host: it is being recovered from, and its objects must not be relied on until that is done.
+        # A mark of this boot that is locked belongs to a running import, or to someone who just syncs: nothing to wait
+        # for in either case. One of another boot cannot have a running owner on this host: it is being recovered from,
+        # and its objects must not be relied on until that is done.
         same_boot = _read(fd)[0] == boot_id() != ""
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB if same_boot else fcntl.LOCK_EX)
         if os.fstat(fd).st_nlink:
@@ -181,7 +206,9 @@ def _dead(root: int, name: str) -> int | None:
 
 
 def _read(fd: int) -> tuple[str, float]:
-    """Boot id and start (seconds since the epoch) in a mark; of the unknown boot and from the beginning of time if it is damaged."""
+    """Boot id and start (seconds since the epoch) in a mark; of the unknown boot and from the beginning of time if it
+    is damaged.
+    """
     try:
         document = json.loads(os.pread(fd, _MAX_MARK, 0))
         boot, started = document["boot_id"], document["started"]
@@ -193,7 +220,9 @@ def _read(fd: int) -> tuple[str, float]:
 
 
 def _remove_torn(objects: ObjectStore, started: float) -> tuple[int, int]:
-    """Hash every object not older than ``started`` and remove those that are not what their name says; numbers of both."""
+    """Hash every object not older than ``started`` and remove those that are not what their name says;
+    numbers of both.
+    """
     checked = removed = 0
     oldest = started - _TOLERANCE if started <= time.time() else 0.0
     for name, digest in objects.names():

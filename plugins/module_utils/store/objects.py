@@ -2,14 +2,15 @@
 # Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
 # SPDX-License-Identifier: BSD-2-Clause
 
-"""The object store: files below ``objects/`` that are named by the fs-verity digest of their content (composefs repository format).
+"""The object store: files below ``objects/`` that are named by the fs-verity digest of their content (composefs
+repository format).
 
-An object comes into being whole: it is written to a file without a name, sealed where fs-verity is at hand, and only then linked. A reader or a
-writer in another process therefore sees it complete or not at all, and a full disk leaves nothing behind. What is *durable* is another matter:
-nothing here is synced, that is the repository's barrier.
+An object comes into being whole: it is written to a file without a name, sealed where fs-verity is at hand, and only
+then linked. A reader or a writer in another process therefore sees it complete or not at all, and a full disk leaves
+nothing behind. What is *durable* is another matter: nothing here is synced, that is the repository's barrier.
 
-Each process has its own store on a shared directory descriptor; stores need no coordination, because a link that is already there is
-simply someone else's copy of the same bytes.
+Each process has its own store on a shared directory descriptor; stores need no coordination, because a link that is
+already there is simply someone else's copy of the same bytes.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ _DAMAGED = (errno.EIO, getattr(errno, "EUCLEAN", errno.EIO), errno.EBADMSG)
 
 @dataclasses.dataclass
 class ObjectStats:
-    """What a store did: objects and bytes written, found already there, and written anew in the place of damaged ones (also counted as new)."""
+    """What a store did: objects and bytes written, found already there, and written anew in the place of damaged ones
+    (also counted as new).
+    """
 
     new: int = 0
     present: int = 0
@@ -60,11 +63,13 @@ class ObjectStats:
 class ObjectStore:
     """Objects of one repository. ``dirfd`` is its ``objects/`` (O_PATH will do) and stays the caller's.
 
-    ``verity``: every object must be sealed, and what is there already is measured by the kernel (a *secure* repository). Otherwise
-    ``try_verity`` says whether sealing is tried and its lack accepted; the first refusal of the file system is remembered.
+    ``verity``: every object must be sealed, and what is there already is measured by the kernel (a *secure*
+    repository). Otherwise ``try_verity`` says whether sealing is tried and its lack accepted; the first refusal of the
+    file system is remembered.
 
-    ``hash_first`` matters to streamed objects of a secure repository only. The kernel computes their digest when it seals them, so hashing
-    in user space too pays only where it spares writing out what is already there: switch it off for the first image of a repository.
+    ``hash_first`` matters to streamed objects of a secure repository only. The kernel computes their digest when it
+    seals them, so hashing in user space too pays only where it spares writing out what is already there: switch it off
+    for the first image of a repository.
     """
 
     def __init__(self, dirfd: int, algorithm: fsverity.Algorithm, verity: bool, try_verity: bool) -> None:
@@ -76,13 +81,15 @@ class ObjectStore:
         self._seal = verity or try_verity
         self._tmpfile = True
 
-    # --- writing -----------------------------------------------------------------------------------------------------------------------------
+    # --- writing
+    # ----------------------------------------------------------------------------------------------------------------
 
     def put(self, data: fsverity.Bytes, prove: bool = False) -> bytes:
         """Store ``data`` (bytes, or a contiguous view of bytes) unless it is there already; its fs-verity digest.
 
-        The hot path of a pull, once per small file. An object that is there and right is left alone; a damaged one is replaced in one step.
-        What is there without a seal is judged by its size, or, to ``prove`` it, by its content. NoSpace and other EngineErrors when the system refuses.
+        The hot path of a pull, once per small file. An object that is there and right is left alone; a damaged one is
+        replaced in one step. What is there without a seal is judged by its size, or, to ``prove`` it, by its content.
+        NoSpace and other EngineErrors when the system refuses.
         """
         digest = fsverity.digest(data, self.algorithm)
         self.put_known(digest, data, prove)
@@ -123,7 +130,8 @@ class ObjectStore:
     def put_pieces(self, pieces: Iterable[fsverity.Bytes]) -> bytes:
         """Store what the pieces make together as one object, for splitstreams; its fs-verity digest.
 
-        One that is there already is proved by its content: a stream may be written again because the one that is there turned out to be damaged.
+        One that is there already is proved by its content: a stream may be written again because the one that is there
+        turned out to be damaged.
         """
         output = self.writer()
         try:
@@ -134,10 +142,13 @@ class ObjectStore:
             output.abort()
             raise
 
-    # --- reading -----------------------------------------------------------------------------------------------------------------------------
+    # --- reading
+    # ----------------------------------------------------------------------------------------------------------------
 
     def contains(self, digest: bytes, size: int | None = None) -> bool:
-        """Whether the object is there, of ``size`` bytes if given, and sealed with its own digest where that is required."""
+        """Whether the object is there, of ``size`` bytes if given, and sealed with its own digest where that is
+        required.
+        """
         try:
             return self._state(fsverity.object_path(digest), digest, size) == _PRESENT
         except OSError as error:
@@ -146,8 +157,9 @@ class ObjectStore:
     def open(self, digest: bytes) -> int:
         """A read-only descriptor of the object, the caller's to close.
 
-        In a secure repository the kernel has vouched for the content, now and at every read. Elsewhere a seal is checked where there is
-        one, but most objects have none: see ``verify``. FormatError if the object is missing or another one.
+        In a secure repository the kernel has vouched for the content, now and at every read. Elsewhere a seal is
+        checked where there is one, but most objects have none: see ``verify``. FormatError if the object is missing or
+        another one.
         """
         name = fsverity.object_path(digest)
         try:
@@ -162,7 +174,9 @@ class ObjectStore:
             if self._seal:
                 measured = self._measured(fd)
                 if measured is None and self.verity:
-                    raise FormatError(f"Object {digest.hex()} is not protected by fs-verity, which this repository requires.", _REPAIR)
+                    raise FormatError(
+                        f"Object {digest.hex()} is not protected by fs-verity, which this repository requires.", _REPAIR
+                    )
                 if measured is not None and measured != digest:
                     raise FormatError(f"Object {digest.hex()} has the fs-verity digest {measured.hex()}.", _REPAIR)
         except BaseException as error:
@@ -175,7 +189,8 @@ class ObjectStore:
         return fd
 
     def read(self, digest: bytes, limit: int) -> bytes:
-        """The whole content of an object of at most ``limit`` bytes (FormatError if it is larger), proven to have the digest.
+        """The whole content of an object of at most ``limit`` bytes (FormatError if it is larger), proven to have the
+        digest.
 
         For documents and other small things: without the kernel's seal the proof is a hash in user space.
         """
@@ -201,7 +216,9 @@ class ObjectStore:
         return data
 
     def verify(self, digest: bytes) -> bool:
-        """Read the whole object and hash it in user space, whatever its seal says; False if it is missing or damaged."""
+        """Read the whole object and hash it in user space, whatever its seal says; False if it is missing or
+        damaged.
+        """
         try:
             fd = os.open(fsverity.object_path(digest), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self.dirfd)
         except (FileNotFoundError, NotADirectoryError):
@@ -220,7 +237,9 @@ class ObjectStore:
             os.close(fd)
 
     def names(self) -> Iterator[tuple[str, bytes | None]]:
-        """Every entry of the 256 directories as ``(ab/cdef…, digest)``, directory by directory; the digest is None if the name is none."""
+        """Every entry of the 256 directories as ``(ab/cdef…, digest)``, directory by directory; the digest is None if
+        the name is none.
+        """
         for first in range(256):
             try:
                 fd = os.open(f"{first:02x}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.dirfd)
@@ -237,11 +256,17 @@ class ObjectStore:
             for entry in entries:
                 name = f"{first:02x}/{entry}"
                 try:
-                    yield name, fsverity.parse_object_path(name, self.algorithm) if len(name) == 2 * self.algorithm.size + 1 else None
+                    yield (
+                        name,
+                        fsverity.parse_object_path(name, self.algorithm)
+                        if len(name) == 2 * self.algorithm.size + 1
+                        else None,
+                    )
                 except FormatError:
                     yield name, None
 
-    # --- how ---------------------------------------------------------------------------------------------------------------------------------
+    # --- how
+    # ----------------------------------------------------------------------------------------------------------------
 
     def _state(self, name: str, digest: bytes, size: int | None) -> int:
         """Whether the object of this name is absent, present, or there but wrong. OSError if that cannot be told."""
@@ -296,20 +321,26 @@ class ObjectStore:
     def _draft(self, access: int) -> _Draft:
         """A new file for one object, open with ``access``; without a name wherever the file system can do that.
 
-        Measured on ext4 (the commit has the figures): an unnamed file in ``objects/`` itself, linked into place when whole, costs no more than
-        creating the final name at once and less than a temporary name and a rename; and it is the only one of them that a crash leaves
-        no trace of.
+        Measured on ext4 (the commit has the figures): an unnamed file in ``objects/`` itself, linked into place when
+        whole, costs no more than creating the final name at once and less than a temporary name and a rename; and it is
+        the only one of them that a crash leaves no trace of.
         """
         try:
             if self._tmpfile:
                 try:
-                    return _Draft(os.open(".", os.O_TMPFILE | access | os.O_CLOEXEC, FILE_MODE, dir_fd=self.dirfd), self.dirfd)
+                    return _Draft(
+                        os.open(".", os.O_TMPFILE | access | os.O_CLOEXEC, FILE_MODE, dir_fd=self.dirfd), self.dirfd
+                    )
                 except OSError as error:
                     if error.errno not in filesystem.NO_TMPFILE:
                         raise
                     self._tmpfile = False
             name = _temporary_name()
-            return _Draft(os.open(name, os.O_CREAT | os.O_EXCL | access | os.O_CLOEXEC, FILE_MODE, dir_fd=self.dirfd), self.dirfd, name)
+            return _Draft(
+                os.open(name, os.O_CREAT | os.O_EXCL | access | os.O_CLOEXEC, FILE_MODE, dir_fd=self.dirfd),
+                self.dirfd,
+                name,
+            )
         except OSError as error:
             raise from_os_error(OSError(error.errno, error.strerror), "Creating an object") from error
 
@@ -318,8 +349,8 @@ class ObjectStore:
 
         None where there is no fs-verity and none is required. OSError passes.
         """
-        # The kernel seals a file only when nothing has it open for writing, so this process swaps its own descriptor for a read-only one: the new
-        # one first, because the last descriptor of an unnamed file takes the file along.
+        # The kernel seals a file only when nothing has it open for writing, so this process swaps its own descriptor
+        # for a read-only one: the new one first, because the last descriptor of an unnamed file takes the file along.
         readable = os.open(f"/proc/self/fd/{draft.fd}", os.O_RDONLY | os.O_CLOEXEC)
         os.close(draft.fd)
         draft.fd = readable
@@ -331,11 +362,14 @@ class ObjectStore:
                 except OSError as error:
                     if error.errno != errno.ETXTBSY:
                         raise
-                    # Another process forked while the file was open for writing and keeps that descriptor, perhaps for long. A copy
-                    # is a file it knows nothing of. Should it fork in this very moment again, so do we, but not for ever.
+                    # Another process forked while the file was open for writing and keeps that descriptor, perhaps for
+                    # long. A copy is a file it knows nothing of. Should it fork in this very moment again, so do we,
+                    # but not for ever.
                     if attempt == _COPY_TRIES:
                         raise Busy(
-                            "An object cannot be protected by fs-verity, because other processes hold each new file open for writing.", "Try again."
+                            "An object cannot be protected by fs-verity, because other processes hold each new file "
+                            "open for writing.",
+                            "Try again.",
                         ) from error
                     self._copy(draft)
             measured = fsverity.measure(draft.fd, self.algorithm)
@@ -346,7 +380,8 @@ class ObjectStore:
             return None
         if measured is None or (digest is not None and measured != digest):
             raise DigestMismatch(
-                f"The kernel measured {measured.hex() if measured else 'nothing'} where an object with digest {digest.hex() if digest else '?'} was written.",
+                f"The kernel measured {measured.hex() if measured else 'nothing'} where an object with digest "
+                f"{digest.hex() if digest else '?'} was written.",
                 "The memory or the disk of this host is not reliable.",
             )
         return measured
@@ -396,16 +431,22 @@ class ObjectStore:
                     if not os.path.exists("/proc/self/fd"):
                         raise IOFailed("Objects are linked through /proc, which is not mounted.", "Mount it.") from None
         else:
-            raise Busy(f"Object {digest.hex()} appears and vanishes while it is being stored.", "Let one program at a time clean this repository.")
+            raise Busy(
+                f"Object {digest.hex()} appears and vanishes while it is being stored.",
+                "Let one program at a time clean this repository.",
+            )
         stats.new += 1
         stats.bytes_new += size
 
     def _link(self, draft: _Draft, name: str) -> None:
-        # Works for named and unnamed files alike, but link() follows the link in /proc only if the source directory is given, too.
+        # Works for named and unnamed files alike, but link() follows the link in /proc only if the source directory is
+        # given, too.
         os.link(f"/proc/self/fd/{draft.fd}", name, src_dir_fd=self.dirfd, dst_dir_fd=self.dirfd, follow_symlinks=True)
 
     def _replace(self, draft: _Draft, name: str) -> None:
-        """Rename the finished file over a damaged one. Whoever has the old one open keeps it; everyone else finds one or the other."""
+        """Rename the finished file over a damaged one. Whoever has the old one open keeps it; everyone else finds one
+        or the other.
+        """
         staged = _temporary_name()
         self._link(draft, staged)
         try:
@@ -423,8 +464,11 @@ class ObjectWriter:
     def __init__(self, store: ObjectStore) -> None:
         self.size = 0
         self._store = store
-        # Where the kernel seals the file it computes the digest as well. Where it turns out that it does not, the file is read back once.
-        self._hasher = fsverity.Hasher(store.algorithm) if not store._seal or (store.verity and store.hash_first) else None
+        # Where the kernel seals the file it computes the digest as well. Where it turns out that it does not, the file
+        # is read back once.
+        self._hasher = (
+            fsverity.Hasher(store.algorithm) if not store._seal or (store.verity and store.hash_first) else None
+        )
         self._draft = store._draft(os.O_RDWR)
 
     def write(self, data: fsverity.Bytes) -> None:
@@ -440,7 +484,8 @@ class ObjectWriter:
             self._hasher.update(data)
 
     def commit(self, prove: bool = False) -> tuple[bytes, int]:
-        """Make it an object: its fs-verity digest (raw bytes) and size in bytes. The writer is closed, also when this fails.
+        """Make it an object: its fs-verity digest (raw bytes) and size in bytes. The writer is closed, also when this
+        fails.
 
         An object that is there already is judged as by ``put``, with ``prove`` by its content.
         """
@@ -479,7 +524,9 @@ class ObjectWriter:
 
 
 class _Draft:
-    """A file that is not an object yet: its descriptor, and its temporary name where the file system knows no unnamed files."""
+    """A file that is not an object yet: its descriptor, and its temporary name where the file system knows no unnamed
+    files.
+    """
 
     __slots__ = ("_dirfd", "fd", "name")
 
@@ -507,7 +554,9 @@ def _temporary_name() -> str:
 
 
 def _write_rest(fd: int, data: fsverity.Bytes, done: int) -> None:
-    """Write ``data`` from offset ``done`` on. The system takes less than asked when the disk is nearly full, or above 2 GiB."""
+    """Write ``data`` from offset ``done`` on. The system takes less than asked when the disk is nearly full, or above 2
+    GiB.
+    """
     with memoryview(data) as view:
         while done < len(view):
             done += os.write(fd, view[done:])

@@ -2,11 +2,12 @@
 # Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
 # SPDX-License-Identifier: BSD-2-Clause
 
-"""A composefs repository: its description, lock, streams, images and tags (composefs repository format, as written by cfsctl 0.9).
+"""A composefs repository: its description, lock, streams, images and tags (composefs repository format, as written by
+cfsctl 0.9).
 
-Objects are the business of ``objects``; what streams contain, that of ``splitstream`` and ``documents``. The order in which things become durable
-is the caller's story, told with ``importing`` (the mark), ``sync`` (the barrier), ``register`` and ``tag``: objects, the stream's
-own object, the barrier, ``streams/<id>``, and refs last.
+Objects are the business of ``objects``; what streams contain, that of ``splitstream`` and ``documents``. The order in
+which things become durable is the caller's story, told with ``importing`` (the mark), ``sync`` (the barrier),
+``register`` and ``tag``: objects, the stream's own object, the barrier, ``streams/<id>``, and refs last.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ _TEMPORARY_LINK = ".symlink-"
 class Repository:
     """An open repository and its lock. Use as a context manager, or ``close``.
 
-    Everyone holds the lock shared, readers and writers alike; only a collection of garbage holds it alone. So an object that was written or
-    found here does not vanish before it has a name.
+    Everyone holds the lock shared, readers and writers alike; only a collection of garbage holds it alone. So an object
+    that was written or found here does not vanish before it has a name.
     """
 
     def __init__(self, path: str, fd: int, metadata: Metadata, secure: bool) -> None:
@@ -71,8 +72,8 @@ class Repository:
     def open(cls, path: str, *, write: bool = False, wait: float = LOCK_WAIT) -> Repository:
         """Open the repository at ``path``, waiting up to ``wait`` seconds for its lock (Busy then).
 
-        NotARepository if there is none, IncompatibleRepository if it needs what is not known here. With ``write`` also ReadOnly
-        or PermissionDenied; without it, ``require_writable`` asks later. Creates nothing.
+        NotARepository if there is none, IncompatibleRepository if it needs what is not known here. With ``write`` also
+        ReadOnly or PermissionDenied; without it, ``require_writable`` asks later. Creates nothing.
         """
         path = os.path.abspath(path)
         try:
@@ -115,7 +116,9 @@ class Repository:
         self.close()
 
     def require_writable(self) -> None:
-        """Raise ReadOnly, PermissionDenied or IncompatibleRepository unless this user may write here, and prepare for it."""
+        """Raise ReadOnly, PermissionDenied or IncompatibleRepository unless this user may write here, and prepare for
+        it.
+        """
         if not self._writable:
             self.metadata.check_writable()
             filesystem.require_writable(self.fd, self.path)
@@ -123,7 +126,9 @@ class Repository:
 
     @contextlib.contextmanager
     def exclusive(self, wait: float = LOCK_WAIT) -> Iterator[None]:
-        """Hold the lock alone, for a collection. The kernel gives up the shared lock first, so look at everything anew inside."""
+        """Hold the lock alone, for a collection. The kernel gives up the shared lock first, so look at everything anew
+        inside.
+        """
         with doing(f"Locking the repository {self.path}"):
             try:
                 _lock(self.fd, fcntl.LOCK_EX, wait)
@@ -135,11 +140,14 @@ class Repository:
         finally:
             _lock(self.fd, fcntl.LOCK_SH, wait)
 
-    # --- objects -----------------------------------------------------------------------------------------------------------------------------
+    # --- objects
+    # ----------------------------------------------------------------------------------------------------------------
 
     @property
     def objects(self) -> ObjectStore:
-        """The object store. Where nobody has stored anything yet, a reader gets an empty one and a writer makes the directory."""
+        """The object store. Where nobody has stored anything yet, a reader gets an empty one and a writer makes the
+        directory.
+        """
         if self._objects is None or (self._writable and self._objects_fd < 0):
             try:
                 with doing(f"Opening {self.path}/objects"):
@@ -156,7 +164,9 @@ class Repository:
         return self._objects
 
     def sync(self) -> None:
-        """The barrier: returns when everything written so far is durable. NoSpace or IOFailed if the kernel failed to write."""
+        """The barrier: returns when everything written so far is durable. NoSpace or IOFailed if the kernel failed to
+        write.
+        """
         filesystem.sync(self.fd)
         if self._objects_fd >= 0 and os.fstat(self._objects_fd).st_dev != os.fstat(self.fd).st_dev:
             with doing(f"Opening {self.path}/objects"):
@@ -167,7 +177,9 @@ class Repository:
                 os.close(fd)
 
     def begin_import(self) -> marks.Recovery:
-        """Before the first object is stored: repair what a power cut left, then mark this import as begun. See ``imports``."""
+        """Before the first object is stored: repair what a power cut left, then mark this import as begun. See
+        ``imports``.
+        """
         self.require_writable()
         if self.secure or self._mark is not None:
             return marks.Recovery()
@@ -176,9 +188,11 @@ class Repository:
         return found
 
     def end_import(self) -> None:
-        """After the last object was stored and the last name made: one more barrier, and the import is not marked as unfinished any more.
+        """After the last object was stored and the last name made: one more barrier, and the import is not marked as
+        unfinished any more.
 
-        The barrier is for repositories without a mark, too: what the caller is about to report as done must outlive a power cut, names included.
+        The barrier is for repositories without a mark, too: what the caller is about to report as done must outlive a
+        power cut, names included.
         """
         self.sync()
         if self._mark is not None:
@@ -188,7 +202,9 @@ class Repository:
 
     @contextlib.contextmanager
     def importing(self) -> Iterator[marks.Recovery]:
-        """``begin_import`` and ``end_import`` around a block, also when the block fails: what it stored by then is whole."""
+        """``begin_import`` and ``end_import`` around a block, also when the block fails: what it stored by then is
+        whole.
+        """
         found = self.begin_import()
         try:
             yield found
@@ -199,10 +215,13 @@ class Repository:
             raise
         self.end_import()
 
-    # --- streams and images ------------------------------------------------------------------------------------------------------------------
+    # --- streams and images
+    # ------------------------------------------------------------------------------------------------------------------
 
     def stream(self, name: str) -> bytes | None:
-        """The digest of the object behind ``streams/<name>``, or None. It is not looked at whether the object exists."""
+        """The digest of the object behind ``streams/<name>``, or None. It is not looked at whether the object
+        exists.
+        """
         return self._object_behind(f"streams/{name}")
 
     def streams(self, prefix: str = "") -> list[str]:
@@ -210,7 +229,9 @@ class Repository:
         return sorted(name for name in self._list("streams") if name.startswith(prefix) and name != "refs")
 
     def open_stream(self, name: str, expect: bytes | None = None) -> contextlib.AbstractContextManager[Splitstream]:
-        """The stream ``name``, of content type ``expect`` if given; see ``open_object_stream``. FormatError if there is none."""
+        """The stream ``name``, of content type ``expect`` if given; see ``open_object_stream``. FormatError if there is
+        none.
+        """
         digest = self.stream(name)
         if digest is None:
             raise FormatError(f"There is no stream {name} in the repository {self.path}.", "Pull the image again.")
@@ -218,7 +239,9 @@ class Repository:
 
     @contextlib.contextmanager
     def open_object_stream(self, digest: bytes, expect: bytes | None = None) -> Iterator[Splitstream]:
-        """The splitstream in the object ``digest``, for the duration of a ``with``. FormatError if it is not one or not of the type ``expect``."""
+        """The splitstream in the object ``digest``, for the duration of a ``with``. FormatError if it is not one or not
+        of the type ``expect``.
+        """
         from ..formats.splitstream import Splitstream
 
         with os.fdopen(self.objects.open(digest), "rb") as file:
@@ -227,7 +250,9 @@ class Repository:
             yield stream
 
     def register(self, name: str, digest: bytes) -> bool:
-        """Make ``streams/<name>`` lead to the object ``digest``; True if it did not before. The caller has synced what it leads to."""
+        """Make ``streams/<name>`` lead to the object ``digest``; True if it did not before. The caller has synced what
+        it leads to.
+        """
         repolayout.check_file_name(name, name, "stream name")
         if name == "refs":
             raise InvalidReference("A stream cannot be named refs.", "Choose another name.")
@@ -242,22 +267,28 @@ class Repository:
         return self._object_behind(f"images/{digest.hex()}") == digest
 
     def link_image(self, digest: bytes) -> bool:
-        """Make ``images/<hex>`` for the EROFS image in the object ``digest``, so that it may be mounted; True if it was not there."""
+        """Make ``images/<hex>`` for the EROFS image in the object ``digest``, so that it may be mounted; True if it was
+        not there.
+        """
         return self._link(f"images/{digest.hex()}", f"objects/{fsverity.object_path(digest)}")
 
-    # --- tags --------------------------------------------------------------------------------------------------------------------------------
+    # --- tags
+    # ----------------------------------------------------------------------------------------------------------------
 
     def check_tag_name(self, name: str) -> None:
         """Raise InvalidReference unless an image can get this name; ask before doing work for it."""
         repolayout.check_tag_name(name)
 
     def tags(self) -> dict[str, str]:
-        """All tags, name to manifest digest (``sha256:<hex>``), sorted by name; also those whose manifest is gone (ask ``stream``)."""
+        """All tags, name to manifest digest (``sha256:<hex>``), sorted by name; also those whose manifest is gone (ask
+        ``stream``).
+        """
         found: dict[str, str] = {}
         for path in self._walk(repolayout.TAGS):
             digest = repolayout.manifest_of_target(self._readlink(path) or "")
             name = repolayout.decode_tag(path[len(repolayout.TAGS) + 1 :])
-            # A name with a slash may also lie in a directory, put there by hand; the encoded form is the one that tools write.
+            # A name with a slash may also lie in a directory, put there by hand; the encoded form is the one that tools
+            # write.
             if digest is not None and (name not in found or "/" not in path[len(repolayout.TAGS) + 1 :]):
                 found[name] = digest
         return dict(sorted(found.items()))
@@ -267,11 +298,15 @@ class Repository:
         return repolayout.manifest_of_target(self._readlink(_tag_path(name)) or "")
 
     def tag(self, name: str, manifest_digest: str) -> str | None:
-        """Make ``name`` mean the stored manifest ``sha256:<hex>``; the digest it meant before. ImageNotFound if that is not stored."""
+        """Make ``name`` mean the stored manifest ``sha256:<hex>``; the digest it meant before. ImageNotFound if that is
+        not stored.
+        """
         repolayout.check_tag_name(name)
         stream = repolayout.MANIFEST_PREFIX + manifest_digest
         if not repolayout.is_oci_digest(manifest_digest) or self.stream(stream) is None:
-            raise ImageNotFound(f"There is no manifest {manifest_digest} in the repository {self.path}.", "Pull the image first.")
+            raise ImageNotFound(
+                f"There is no manifest {manifest_digest} in the repository {self.path}.", "Pull the image first."
+            )
         previous = self.tag_digest(name)
         self._link(_tag_path(name), f"streams/{stream}")
         return previous
@@ -280,7 +315,8 @@ class Repository:
         """Remove the tag; False if there is none. The image's data stays until a collection."""
         return self._unlink(_tag_path(name))
 
-    # --- proofs ------------------------------------------------------------------------------------------------------------------------------
+    # --- proofs
+    # ----------------------------------------------------------------------------------------------------------------
 
     def trusted(self, diff_id: str) -> bytes | None:
         """The stream object whose tar was once proven to have the digest ``diff_id``, or None."""
@@ -299,7 +335,8 @@ class Repository:
         if repolayout.is_oci_digest(diff_id) and self.trusted(diff_id) != digest:
             self._symlink(f"{_TRUSTED}/{diff_id}", digest.hex())
 
-    # --- the place ---------------------------------------------------------------------------------------------------------------------------
+    # --- the place
+    # ----------------------------------------------------------------------------------------------------------------
 
     def free_space(self) -> tuple[int, int | None]:
         """Free bytes, and free inodes or None where the file system does not count them."""
@@ -314,14 +351,17 @@ class Repository:
         """Whether fs-verity works here, tried out on a file without a name. EngineError if no file can be made."""
         return filesystem.missing_ability(self.fd, self.algorithm) is None
 
-    # --- how ---------------------------------------------------------------------------------------------------------------------------------
+    # --- how
+    # ----------------------------------------------------------------------------------------------------------------
 
     def _object_behind(self, path: str) -> bytes | None:
         text = self._readlink(path)
         if text is None:
             return None
         if not text.startswith("../"):
-            raise FormatError(f"{self.path}/{path} leads to {text[:200]!r}, which is not an object of this repository.", _DAMAGED)
+            raise FormatError(
+                f"{self.path}/{path} leads to {text[:200]!r}, which is not an object of this repository.", _DAMAGED
+            )
         with doing(f"Reading {self.path}/{path}"):
             return fsverity.parse_object_path(text, self.algorithm)
 
@@ -351,7 +391,9 @@ class Repository:
             os.close(fd)
 
     def _walk(self, path: str) -> Iterator[str]:
-        """Every symbolic link below the directory ``path``, relative to the repository; anything else but directories is passed over."""
+        """Every symbolic link below the directory ``path``, relative to the repository; anything else but directories
+        is passed over.
+        """
         for name in sorted(self._list(path)):
             inner = f"{path}/{name}"
             try:
@@ -368,10 +410,11 @@ class Repository:
         return self._symlink(name, repolayout.link_text(name, target))
 
     def _symlink(self, name: str, text: str) -> bool:
-        """Make the symbolic link ``name`` with exactly this text, replacing another in one step; True if anything changed.
+        """Make the symbolic link ``name`` with exactly this text, replacing another in one step; True if anything
+        changed.
 
-        A name is never missing for a moment: where something is there already, the new link is made under a temporary name in the repository's
-        own directory and renamed over it.
+        A name is never missing for a moment: where something is there already, the new link is made under a temporary
+        name in the repository's own directory and renamed over it.
         """
         self.require_writable()
         if self._readlink(name) == text:
@@ -410,7 +453,9 @@ class Repository:
 
 
 def default_path() -> str:
-    """Where ``cfsctl`` without further options has its repository: the system's for root, else one in the user's home."""
+    """Where ``cfsctl`` without further options has its repository: the system's for root, else one in the
+    user's home.
+    """
     return SYSTEM_PATH if os.geteuid() == 0 else os.path.expanduser(USER_PATH)
 
 
@@ -469,9 +514,14 @@ def _read_metadata(path: str, fd: int) -> tuple[Metadata, bool]:
         except VerityUnsupported:
             measured = None
         except DigestMismatch as error:
-            raise IncompatibleRepository(f"{NAME} is sealed with another algorithm than {metadata.algorithm.name}, which it names.", "Restore it.") from error
+            raise IncompatibleRepository(
+                f"{NAME} is sealed with another algorithm than {metadata.algorithm.name}, which it names.",
+                "Restore it.",
+            ) from error
     finally:
         os.close(file)
     if measured is not None and measured != fsverity.digest(raw, metadata.algorithm):
-        raise FormatError(f"{NAME} is sealed with another fs-verity digest than its content has.", "Restore the repository.")
+        raise FormatError(
+            f"{NAME} is sealed with another fs-verity digest than its content has.", "Restore the repository."
+        )
     return metadata, measured is not None

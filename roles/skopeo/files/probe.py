@@ -4,8 +4,8 @@
 
 """Look, without changing anything, at what the host has: run by the interpreter that runs the modules.
 
-Its arguments are names of packages. It prints one JSON document: python, libraries, image_based (why, or ""), and missing, which are those
-packages that could be installed but are not.
+Its arguments are names of packages. It prints one JSON document: python, libraries, image_based (why, or ""), and
+missing, which are those packages that could be installed but are not.
 """
 
 from __future__ import annotations
@@ -44,7 +44,14 @@ def library_version(name: str) -> str:
 
 def output(*command: str) -> tuple[int, str]:
     environment = dict(os.environ, LC_ALL="C")
-    run = subprocess.run(list(command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, check=False)
+    run = subprocess.run(
+        list(command),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        check=False,
+    )
     return run.returncode, run.stdout.decode(errors="replace").strip()
 
 
@@ -67,14 +74,21 @@ def missing_packages(names: list[str]) -> list[str]:
                 missing.append(name)
         # apt without package lists knows nothing at all; only then is its ignorance no news.
         if missing and shutil.which("apt-cache") and output("apt-cache", "show", "--no-all-versions", "skopeo")[0] == 0:
-            missing = [name for name in missing if name == "skopeo" or output("apt-cache", "show", "--no-all-versions", name)[0] == 0]
+            missing = [
+                name
+                for name in missing
+                if name == "skopeo" or output("apt-cache", "show", "--no-all-versions", name)[0] == 0
+            ]
     elif shutil.which("rpm"):
         missing = [name for name in names if output("rpm", "--query", "--whatprovides", name)[0]]
     return missing
 
 
 def main() -> None:
-    libraries = {kind: {name: version for name in names for version in [library_version(name)] if version} for kind, names in LIBRARIES.items()}
+    libraries = {
+        kind: {name: version for name in names for version in [library_version(name)] if version}
+        for kind, names in LIBRARIES.items()
+    }
     json.dump(
         {
             "python": sys.executable,

@@ -35,5 +35,7 @@ path, verity, reference, name = sys.argv[1:]
 provision.prepare(path, fsverity.SHA256, verity)
 proxy = ProxyOptions(executable=("skopeo",), tls_verify=False, unenforced_policy="ignore")
 with Repository.open(path) as repository:
-    (outcome,) = pull.pull_images(repository, [pull.Request(reference, name)], pull.Options(proxy=proxy), Progress(Begun()))
+    (outcome,) = pull.pull_images(
+        repository, [pull.Request(reference, name)], pull.Options(proxy=proxy), Progress(Begun())
+    )
 print("changed" if outcome.changed else "no change")

@@ -4,8 +4,8 @@
 
 """The ground that the engine's integration tests stand on: a real registry, real images, real file systems, real tools.
 
-What a machine lacks is skipped with the reason; what is there is used as it is. Images and registries live as long as the session,
-repositories and mounts as long as one test.
+What a machine lacks is skipped with the reason; what is there is used as it is. Images and registries live as long as
+the session, repositories and mounts as long as one test.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def _provide_collection() -> None:
 
 
 _provide_collection()
-os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), *(path for path in SBIN if path not in os.environ.get("PATH", ""))])
+os.environ["PATH"] = os.pathsep.join(
+    [os.environ.get("PATH", ""), *(path for path in SBIN if path not in os.environ.get("PATH", ""))]
+)
 
 
 def needed(program: str, package: str = "") -> str:
@@ -67,7 +69,9 @@ def needed(program: str, package: str = "") -> str:
 
 def file_system(path: pathlib.Path) -> str:
     """Name of the file system that ``path`` lies on."""
-    return subprocess.run(["stat", "-f", "-c", "%T", str(path)], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+    return subprocess.run(
+        ["stat", "-f", "-c", "%T", str(path)], check=True, stdout=subprocess.PIPE, text=True
+    ).stdout.strip()
 
 
 # ---- places ----------------------------------------------------------------------------------------------------------
@@ -75,10 +79,23 @@ def file_system(path: pathlib.Path) -> str:
 
 @pytest.fixture(scope="session")
 def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
-    """A directory on a file system that can hold a repository: not overlayfs (whose files cannot be a lower layer again)."""
-    choices = [os.environ.get("COMPOSEFS_OCI_DISK"), str(tmp_path_factory.getbasetemp()), str(cache_directory()), "/var/tmp", "/dev/shm"]
+    """A directory on a file system that can hold a repository: not overlayfs (whose files cannot be a lower layer
+    again).
+    """
+    choices = [
+        os.environ.get("COMPOSEFS_OCI_DISK"),
+        str(tmp_path_factory.getbasetemp()),
+        str(cache_directory()),
+        "/var/tmp",
+        "/dev/shm",
+    ]
     for choice in choices:
-        if choice and os.path.isdir(choice) and os.access(choice, os.W_OK) and file_system(pathlib.Path(choice)) not in ("overlayfs", "overlay"):
+        if (
+            choice
+            and os.path.isdir(choice)
+            and os.access(choice, os.W_OK)
+            and file_system(pathlib.Path(choice)) not in ("overlayfs", "overlay")
+        ):
             with tempfile.TemporaryDirectory(prefix="composefs-oci-", dir=choice) as directory:
                 yield pathlib.Path(directory)
                 return
@@ -94,7 +111,9 @@ def place(disk: pathlib.Path) -> Iterator[pathlib.Path]:
 
 @pytest.fixture
 def new_repository() -> Callable[..., pathlib.Path]:
-    """``new_repository(path, algorithm="sha256")`` makes an empty repository without fs-verity there, as the module would."""
+    """``new_repository(path, algorithm="sha256")`` makes an empty repository without fs-verity there, as the module
+    would.
+    """
     from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
     from ansible_collections.composefs.oci.plugins.module_utils.store import create
 
@@ -125,7 +144,9 @@ SmallFileSystem = Callable[..., pathlib.Path]
 
 @pytest.fixture
 def small_fs(place: pathlib.Path) -> Iterator[SmallFileSystem]:
-    """``small_fs("16M", "ext4")`` mounts a file system that fills up soon; kinds: ext4, tmpfs, inodes (an ext4 with 200), verity (ext4 with fs-verity)."""
+    """``small_fs("16M", "ext4")`` mounts a file system that fills up soon; kinds: ext4, tmpfs, inodes (an ext4 with
+    200), verity (ext4 with fs-verity).
+    """
     if os.geteuid() != 0:
         pytest.skip("mounting needs root")
     mounted: list[pathlib.Path] = []
@@ -139,7 +160,9 @@ def small_fs(place: pathlib.Path) -> Iterator[SmallFileSystem]:
             image = place / f"disk-{len(mounted)}.img"
             needed("mkfs.ext4", "e2fsprogs")
             subprocess.run(["truncate", "-s", size, str(image)], check=True)
-            features = ["-N", str(inodes)] if kind == "inodes" else ["-O", "verity", "-b", "4096"] if kind == "verity" else []
+            features = (
+                ["-N", str(inodes)] if kind == "inodes" else ["-O", "verity", "-b", "4096"] if kind == "verity" else []
+            )
             subprocess.run(["mkfs.ext4", "-q", "-F", "-m", "0", *features, str(image)], check=True)
             command = ["mount", "-o", "loop", str(image), str(target)]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
@@ -193,15 +216,21 @@ def each_skopeo(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def cfsctl() -> Callable[..., str]:
-    """``cfsctl("--repo", path, "oci", "images")`` runs the reference implementation and returns its output; fails the test if it fails."""
+    """``cfsctl("--repo", path, "oci", "images")`` runs the reference implementation and returns its output; fails the
+    test if it fails.
+    """
     program = shutil.which("cfsctl")
     if not program:
         pytest.skip("cfsctl is not on the PATH, so nothing can be compared with it")
 
     def run(*arguments: str | os.PathLike[str], check: bool = True, stdin: bytes | None = None) -> str:
-        done = subprocess.run([program, *(os.fspath(argument) for argument in arguments)], input=stdin, capture_output=True, check=False)
+        done = subprocess.run(
+            [program, *(os.fspath(argument) for argument in arguments)], input=stdin, capture_output=True, check=False
+        )
         if check:
-            assert done.returncode == 0, f"cfsctl {' '.join(map(str, arguments))}: {done.stderr.decode(errors='replace')}"
+            assert done.returncode == 0, (
+                f"cfsctl {' '.join(map(str, arguments))}: {done.stderr.decode(errors='replace')}"
+            )
         return done.stdout.decode(errors="surrogateescape")
 
     return run
@@ -212,7 +241,9 @@ def cfsctl() -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def images(disk: pathlib.Path) -> Layout:
-    """A layout with small synthetic images: tags ``gzip``, ``none``, ``zstd``, ... (every encoding), ``artifact``, ``platforms``."""
+    """A layout with small synthetic images: tags ``gzip``, ``none``, ``zstd``, ... (every encoding), ``artifact``,
+    ``platforms``.
+    """
     layout = Layout(disk / "images")
     first, second = small_tree(seed=1), small_tree(seed=2, files=5, prefix="usr/share/more")
     for encoding in ("none", "gzip", "gzip-multi", "estargz", "zstd", "zstd-frames", "zstd-skippable", "zstd-chunked"):
@@ -221,13 +252,18 @@ def images(disk: pathlib.Path) -> Layout:
         except Unavailable:
             continue
     layout.artifact([("application/x-text", b"an artifact\n" * 100)], "artifact")
-    layout.multi_platform({name: [small_tree(seed=seed)] for seed, name in enumerate(("linux/amd64", "linux/arm64", "linux/arm/v7"))}, "platforms")
+    layout.multi_platform(
+        {name: [small_tree(seed=seed)] for seed, name in enumerate(("linux/amd64", "linux/arm64", "linux/arm/v7"))},
+        "platforms",
+    )
     return layout
 
 
 @pytest.fixture(scope="session")
 def debian() -> tuple[pathlib.Path, Built]:
-    """A small real image of Debian packages in three layers: its layout (tag ``latest``) and what is in it. Kept in the cache."""
+    """A small real image of Debian packages in three layers: its layout (tag ``latest``) and what is in it. Kept in the
+    cache.
+    """
     path = cache_directory() / "images/debian"
     try:
         return path, debian_image(path)

@@ -33,29 +33,44 @@ class Recorder:
         pass
 
 
-def options(skopeo: str = "skopeo", *, erofs: bool = True, proxy: dict[str, Any] | None = None, **others: Any) -> pull.Options:
+def options(
+    skopeo: str = "skopeo", *, erofs: bool = True, proxy: dict[str, Any] | None = None, **others: Any
+) -> pull.Options:
     """Options of a pull with short times, so that a test that fails does not take minutes."""
     others = {"timeout": 10.0, "retries": 0, **others}
     settings = {"tls_verify": False, "unenforced_policy": "ignore", "timeout": others["timeout"], **(proxy or {})}
     return pull.Options(images=Images(plain=erofs), proxy=ProxyOptions(executable=(skopeo,), **settings), **others)
 
 
-def pull_all(path: pathlib.Path, requests: Sequence[pull.Request], chosen: pull.Options | None = None, sink: Recorder | None = None) -> list[dict[str, Any]]:
+def pull_all(
+    path: pathlib.Path,
+    requests: Sequence[pull.Request],
+    chosen: pull.Options | None = None,
+    sink: Recorder | None = None,
+) -> list[dict[str, Any]]:
     """Pull as the module does; descriptions as it returns them, with the warnings."""
     with Repository.open(str(path)) as repository:
         outcomes = pull.pull_images(repository, requests, chosen or options(), Progress(sink))
         return [{**pull.describe(repository, outcome), "warnings": outcome.plan.warnings} for outcome in outcomes]
 
 
-def pull_one(path: pathlib.Path, ref: str, name: str = "image", chosen: pull.Options | None = None, **request: str) -> dict[str, Any]:
+def pull_one(
+    path: pathlib.Path, ref: str, name: str = "image", chosen: pull.Options | None = None, **request: str
+) -> dict[str, Any]:
     """Pull one image; its description."""
     return pull_all(path, [pull.Request(ref, name, **request)], chosen)[0]
 
 
 def layer_tar(path: pathlib.Path, diff_id: str) -> bytes:
     """The tar that a stored layer stands for, put together from its inline bytes and objects."""
-    with Repository.open(str(path)) as repository, repository.open_stream(f"oci-layer-{diff_id}", splitstream.LAYER) as stream:
-        return b"".join(chunk if isinstance(chunk, bytes) else repository.objects.read(chunk.digest, 1 << 30) for chunk in stream.chunks())
+    with (
+        Repository.open(str(path)) as repository,
+        repository.open_stream(f"oci-layer-{diff_id}", splitstream.LAYER) as stream,
+    ):
+        return b"".join(
+            chunk if isinstance(chunk, bytes) else repository.objects.read(chunk.digest, 1 << 30)
+            for chunk in stream.chunks()
+        )
 
 
 def names(path: pathlib.Path) -> set[str]:

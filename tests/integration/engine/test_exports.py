@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What is told about pulled images agrees with other programs: dumpfiles with cfsctl's and mkcomposefs's, disk use with what can be freed."""
+"""What is told about pulled images agrees with other programs: dumpfiles with cfsctl's and mkcomposefs's, disk use with
+what can be freed.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,12 @@ from pulling import pull_one
 
 @pytest.mark.parametrize("algorithm", ["sha256", "sha512"])
 def test_a_dumpfile_is_what_cfsctl_prints(
-    images: Layout, place: pathlib.Path, new_repository: Callable[..., pathlib.Path], skopeo: str, cfsctl: Callable[..., str], algorithm: str
+    images: Layout,
+    place: pathlib.Path,
+    new_repository: Callable[..., pathlib.Path],
+    skopeo: str,
+    cfsctl: Callable[..., str],
+    algorithm: str,
 ) -> None:
     path = new_repository(place / "repository", algorithm)
     pull_one(path, f"oci:{images.path}:gzip")
@@ -31,7 +38,9 @@ def test_a_dumpfile_is_what_cfsctl_prints(
     assert ours.decode(errors="surrogateescape") == cfsctl("--repo", path, "oci", "dump", "image")
 
 
-def test_mkcomposefs_makes_the_same_image_of_a_dumpfile(debian: tuple[pathlib.Path, Built], repository_path: pathlib.Path, skopeo: str) -> None:
+def test_mkcomposefs_makes_the_same_image_of_a_dumpfile(
+    debian: tuple[pathlib.Path, Built], repository_path: pathlib.Path, skopeo: str
+) -> None:
     program = shutil.which("mkcomposefs")
     if not program:
         pytest.skip("mkcomposefs is not on the PATH (Debian package composefs)")

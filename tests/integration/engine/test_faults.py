@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Faults on the way: a clear error within bounded time, nothing named that is not whole, and a next run that finishes the work."""
+"""Faults on the way: a clear error within bounded time, nothing named that is not whole, and a next run that finishes
+the work.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ def finishes(path: pathlib.Path, faults: FaultProxy) -> None:
 # ---- transfers -------------------------------------------------------------------------------------------------------
 
 
-def test_a_silent_transfer_is_given_up_after_the_timeout(image: dict[str, Any], faults: FaultProxy, repository_path: pathlib.Path) -> None:
+def test_a_silent_transfer_is_given_up_after_the_timeout(
+    image: dict[str, Any], faults: FaultProxy, repository_path: pathlib.Path
+) -> None:
     faults.add(Rule(large(image), stall=500_000))
     start = time.monotonic()
     with pytest.raises(errors.Stalled, match="5 seconds"):
@@ -79,7 +83,9 @@ def test_a_silent_transfer_is_given_up_after_the_timeout(image: dict[str, Any], 
     finishes(repository_path, faults)
 
 
-def test_a_silent_transfer_is_tried_again_with_a_new_proxy(image: dict[str, Any], faults: FaultProxy, repository_path: pathlib.Path) -> None:
+def test_a_silent_transfer_is_tried_again_with_a_new_proxy(
+    image: dict[str, Any], faults: FaultProxy, repository_path: pathlib.Path
+) -> None:
     faults.add(Rule(large(image), stall=500_000, times=1))
     recorder = Recorder()
     request = pull.Request(faults.reference(NAME), "image")
@@ -89,11 +95,18 @@ def test_a_silent_transfer_is_tried_again_with_a_new_proxy(image: dict[str, Any]
     assert layer_tar(repository_path, sha256(LARGE)) == LARGE
 
 
-def test_a_cut_connection_is_an_error_in_skopeos_words_and_tried_again(image: dict[str, Any], faults: FaultProxy, repository_path: pathlib.Path) -> None:
+def test_a_cut_connection_is_an_error_in_skopeos_words_and_tried_again(
+    image: dict[str, Any], faults: FaultProxy, repository_path: pathlib.Path
+) -> None:
     faults.add(Rule(large(image), cut=100_000))
     with pytest.raises(errors.EngineError) as caught:
         pull_one(repository_path, faults.reference(NAME), chosen=options(timeout=30.0))
-    assert caught.value.code in ("registry_unreachable", "proxy_failed", "stalled", "digest_mismatch") and "skopeo says" in str(caught.value)
+    assert caught.value.code in (
+        "registry_unreachable",
+        "proxy_failed",
+        "stalled",
+        "digest_mismatch",
+    ) and "skopeo says" in str(caught.value)
     nothing_but_the_small_layer(repository_path)
     faults.clear()
     faults.add(Rule(large(image), cut=100_000, times=1))
@@ -108,7 +121,9 @@ def test_wrong_bytes_register_nothing(image: dict[str, Any], faults: FaultProxy,
     finishes(repository_path, faults)
 
 
-def test_a_short_answer_registers_nothing(image: dict[str, Any], faults: FaultProxy, repository_path: pathlib.Path) -> None:
+def test_a_short_answer_registers_nothing(
+    image: dict[str, Any], faults: FaultProxy, repository_path: pathlib.Path
+) -> None:
     faults.add(Rule(large(image), shorten=1000))
     with pytest.raises(errors.EngineError) as caught:
         pull_one(repository_path, faults.reference(NAME))
@@ -118,7 +133,9 @@ def test_a_short_answer_registers_nothing(image: dict[str, Any], faults: FaultPr
 
 
 @pytest.mark.parametrize("lie", [-100, 100])
-def test_a_manifest_that_lies_about_a_size_registers_nothing(repository_path: pathlib.Path, place: pathlib.Path, lie: int) -> None:
+def test_a_manifest_that_lies_about_a_size_registers_nothing(
+    repository_path: pathlib.Path, place: pathlib.Path, lie: int
+) -> None:
     layout = Layout(place / "layout")
     honest = layout.layer(LARGE)
     size = honest.descriptor["size"] + lie
@@ -130,26 +147,34 @@ def test_a_manifest_that_lies_about_a_size_registers_nothing(repository_path: pa
     assert names(repository_path) == set()
 
 
-def test_authentication_is_asked_for_and_the_code_says_so(image: dict[str, Any], faults: FaultProxy, repository_path: pathlib.Path) -> None:
+def test_authentication_is_asked_for_and_the_code_says_so(
+    image: dict[str, Any], faults: FaultProxy, repository_path: pathlib.Path
+) -> None:
     faults.add(Rule("/manifests/", status=401, methods=("GET", "HEAD")))
     with pytest.raises(errors.AuthFailed):
         pull_one(repository_path, faults.reference(NAME), chosen=options(retries=3))
 
 
-def test_a_passing_fault_of_the_registry_is_survived(image: dict[str, Any], faults: FaultProxy, repository_path: pathlib.Path) -> None:
+def test_a_passing_fault_of_the_registry_is_survived(
+    image: dict[str, Any], faults: FaultProxy, repository_path: pathlib.Path
+) -> None:
     faults.add(Rule("/manifests/", status=500, times=1, methods=("GET", "HEAD")))
     faults.add(Rule(large(image), status=500, times=1))
     result = pull_one(repository_path, faults.reference(NAME), chosen=options(retries=3))
     assert result["changed"] and result["stats"]["retries"] >= 2
 
 
-def test_a_lasting_fault_of_the_registry_ends_after_the_retries(image: dict[str, Any], faults: FaultProxy, repository_path: pathlib.Path) -> None:
+def test_a_lasting_fault_of_the_registry_ends_after_the_retries(
+    image: dict[str, Any], faults: FaultProxy, repository_path: pathlib.Path
+) -> None:
     faults.add(Rule("/manifests/", status=503, methods=("GET", "HEAD")))
     with pytest.raises(errors.RegistryUnreachable):
         pull_one(repository_path, faults.reference(NAME), chosen=options(retries=1))
 
 
-def test_one_failing_layer_leaves_the_other_for_the_next_run(image: dict[str, Any], faults: FaultProxy, repository_path: pathlib.Path) -> None:
+def test_one_failing_layer_leaves_the_other_for_the_next_run(
+    image: dict[str, Any], faults: FaultProxy, repository_path: pathlib.Path
+) -> None:
     faults.add(Rule(large(image), status=404, delay=2.0))
     with pytest.raises(errors.EngineError):
         pull_one(repository_path, faults.reference(NAME), chosen=options(parallel=2))
@@ -162,7 +187,9 @@ def test_one_failing_layer_leaves_the_other_for_the_next_run(image: dict[str, An
 # ---- secrets and certificates ----------------------------------------------------------------------------------------
 
 
-def test_user_and_password_of_a_private_registry(private_registry: Registry, repository_path: pathlib.Path, image: dict[str, Any], disk: pathlib.Path) -> None:
+def test_user_and_password_of_a_private_registry(
+    private_registry: Registry, repository_path: pathlib.Path, image: dict[str, Any], disk: pathlib.Path
+) -> None:
     private_registry.push(f"{disk / 'faulty'}:latest", "secret:1")
     reference = private_registry.reference("secret:1")
     right: dict[str, Any] = {
@@ -180,7 +207,11 @@ def test_user_and_password_of_a_private_registry(private_registry: Registry, rep
             pull_one(repository_path, reference, chosen=options(proxy={**right, **change}))
         assert "wrong pass" not in str(caught.value)
     assert pull_one(repository_path, reference, chosen=options(proxy=right))["changed"]
-    by_file = {"tls_verify": None, "cert_dir": str(private_registry.ca_directory), "auth_file": str(private_registry.auth_file())}
+    by_file = {
+        "tls_verify": None,
+        "cert_dir": str(private_registry.ca_directory),
+        "auth_file": str(private_registry.auth_file()),
+    }
     assert not pull_one(repository_path, reference, chosen=options(proxy=by_file))["changed"]
 
 
@@ -249,7 +280,10 @@ def wait_for(condition: Callable[[], Any], seconds: float = 15.0) -> Any:
 
 
 def test_skopeo_killed_in_the_middle_is_replaced(
-    image: dict[str, Any], faults: FaultProxy, repository_path: pathlib.Path, running: Callable[..., subprocess.Popen[str]]
+    image: dict[str, Any],
+    faults: FaultProxy,
+    repository_path: pathlib.Path,
+    running: Callable[..., subprocess.Popen[str]],
 ) -> None:
     rule = faults.add(Rule(large(image), stall=500_000, times=1))
     process = running(faults.reference(NAME), timeout=60.0, retries=2)
@@ -263,7 +297,10 @@ def test_skopeo_killed_in_the_middle_is_replaced(
 
 
 def test_a_worker_killed_in_the_middle_is_a_clear_error(
-    image: dict[str, Any], faults: FaultProxy, repository_path: pathlib.Path, running: Callable[..., subprocess.Popen[str]]
+    image: dict[str, Any],
+    faults: FaultProxy,
+    repository_path: pathlib.Path,
+    running: Callable[..., subprocess.Popen[str]],
 ) -> None:
     faults.add(Rule(large(image), stall=500_000))
     process = running(faults.reference(NAME), timeout=60.0)
@@ -278,7 +315,10 @@ def test_a_worker_killed_in_the_middle_is_a_clear_error(
 
 
 def test_no_process_outlives_a_killed_module(
-    image: dict[str, Any], faults: FaultProxy, repository_path: pathlib.Path, running: Callable[..., subprocess.Popen[str]]
+    image: dict[str, Any],
+    faults: FaultProxy,
+    repository_path: pathlib.Path,
+    running: Callable[..., subprocess.Popen[str]],
 ) -> None:
     faults.add(Rule(large(image), stall=500_000))
     process = running(faults.reference(NAME), timeout=60.0)
@@ -302,12 +342,21 @@ def test_no_process_outlives_a_killed_module(
 
 @pytest.mark.parametrize("call", ["linkat", "symlinkat", "rename", "syncfs", "mkdirat"])
 def test_killed_at_any_step_leaves_a_repository_that_the_next_run_finishes(
-    image: dict[str, Any], registry: Registry, repository_path: pathlib.Path, running: Callable[..., subprocess.Popen[str]], call: str
+    image: dict[str, Any],
+    registry: Registry,
+    repository_path: pathlib.Path,
+    running: Callable[..., subprocess.Popen[str]],
+    call: str,
 ) -> None:
     strace = shutil.which("strace")
     if not strace:
         pytest.skip("strace is not installed, so no process can be killed at a chosen system call")
-    names_of_call = {"rename": "?rename,?renameat,?renameat2", "linkat": "?link,?linkat", "symlinkat": "?symlink,?symlinkat", "mkdirat": "?mkdir,?mkdirat"}
+    names_of_call = {
+        "rename": "?rename,?renameat,?renameat2",
+        "linkat": "?link,?linkat",
+        "symlinkat": "?symlink,?symlinkat",
+        "mkdirat": "?mkdir,?mkdirat",
+    }
     calls = names_of_call.get(call, call)
     reference = registry.reference(NAME)
     survived = False
@@ -320,7 +369,8 @@ def test_killed_at_any_step_leaves_a_repository_that_the_next_run_finishes(
             tags = repository.tags()
             for name in repository.streams("oci-layer-"):
                 assert sha256(layer_tar(repository_path, name[len("oci-layer-") :])) == name[len("oci-layer-") :]
-        # A name leads to a whole image or is not there, and a run that was killed after it gave the name has nothing left to do.
+        # A name leads to a whole image or is not there, and a run that was killed after it gave the name has nothing
+        # left to do.
         assert not tags or not pull_one(repository_path, reference, chosen=options(check=True))["changed"]
         if survived:
             break
@@ -333,7 +383,10 @@ def test_killed_at_any_step_leaves_a_repository_that_the_next_run_finishes(
 
 
 def test_too_little_space_is_seen_before_anything_is_fetched(
-    image: dict[str, Any], faults: FaultProxy, small_fs: Callable[..., pathlib.Path], new_repository: Callable[..., pathlib.Path]
+    image: dict[str, Any],
+    faults: FaultProxy,
+    small_fs: Callable[..., pathlib.Path],
+    new_repository: Callable[..., pathlib.Path],
 ) -> None:
     path = new_repository(small_fs("1M", "tmpfs") / "repository")
     with pytest.raises(errors.NoSpace, match=r"need at least \d+ bytes .* has \d+ bytes"):
@@ -342,7 +395,10 @@ def test_too_little_space_is_seen_before_anything_is_fetched(
 
 
 def test_a_disk_that_fills_up_ends_in_the_same_error_and_keeps_what_is_whole(
-    repository_path: pathlib.Path, place: pathlib.Path, small_fs: Callable[..., pathlib.Path], new_repository: Callable[..., pathlib.Path]
+    repository_path: pathlib.Path,
+    place: pathlib.Path,
+    small_fs: Callable[..., pathlib.Path],
+    new_repository: Callable[..., pathlib.Path],
 ) -> None:
     layout = Layout(place / "layout")
     layout.image([SMALL, tar(member("usr/zeros", bytes(40_000_000)))])
@@ -353,7 +409,10 @@ def test_a_disk_that_fills_up_ends_in_the_same_error_and_keeps_what_is_whole(
 
 
 def test_no_inodes_left_is_no_space_too(
-    image: dict[str, Any], faults: FaultProxy, small_fs: Callable[..., pathlib.Path], new_repository: Callable[..., pathlib.Path]
+    image: dict[str, Any],
+    faults: FaultProxy,
+    small_fs: Callable[..., pathlib.Path],
+    new_repository: Callable[..., pathlib.Path],
 ) -> None:
     path = new_repository(small_fs("32M", "inodes", 40) / "repository")
     with pytest.raises(errors.NoSpace):
@@ -385,7 +444,9 @@ def test_a_path_that_is_no_repository_says_what_to_do(place: pathlib.Path) -> No
 # ---- torn objects ----------------------------------------------------------------------------------------------------
 
 
-def test_objects_torn_by_a_power_cut_are_found_and_replaced(image: dict[str, Any], registry: Registry, repository_path: pathlib.Path) -> None:
+def test_objects_torn_by_a_power_cut_are_found_and_replaced(
+    image: dict[str, Any], registry: Registry, repository_path: pathlib.Path
+) -> None:
     """The state after a power cut during an import: a mark of another boot, objects without their bytes, no names."""
     pull_one(repository_path, registry.reference(NAME))
     objects = [path for path in (repository_path / "objects").glob("*/*") if path.stat().st_size > 100]
@@ -393,7 +454,9 @@ def test_objects_torn_by_a_power_cut_are_found_and_replaced(image: dict[str, Any
     shutil.rmtree(repository_path / "images")
     marks = repository_path / ".composefs-oci/imports"
     marks.mkdir(parents=True, exist_ok=True)
-    (marks / "0123456789abcdef").write_text(json.dumps({"boot_id": "another boot", "pid": 1, "started": time.time() - 60}))
+    (marks / "0123456789abcdef").write_text(
+        json.dumps({"boot_id": "another boot", "pid": 1, "started": time.time() - 60})
+    )
     torn = objects[::3]
     for number, path in enumerate(torn):
         size = path.stat().st_size

@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The ground carries: real skopeo gets real images from the real registry, and every fault that tests ask for really happens."""
+"""The ground carries: real skopeo gets real images from the real registry, and every fault that tests ask for really
+happens.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def copy(skopeo: str, source: str, target: pathlib.Path, *options: str) -> subpr
 
 def first_layer(layout: Layout, tag: str) -> dict[str, object]:
     index = json.loads((layout.path / "index.json").read_text())
-    one = next(entry for entry in index["manifests"] if entry["annotations"]["org.opencontainers.image.ref.name"] == tag)
+    one = next(
+        entry for entry in index["manifests"] if entry["annotations"]["org.opencontainers.image.ref.name"] == tag
+    )
     layer = json.loads(layout.read(one["digest"]))["layers"][0]
     assert isinstance(layer, dict)
     return layer
@@ -80,14 +84,18 @@ def test_numbers_too_large_for_octal_are_written_in_base_256() -> None:
 
 
 def test_archives_are_taken_by_gnu_tar() -> None:
-    listing = subprocess.run(["tar", "-tf", "-"], input=tarbytes.small_tree(), stdout=subprocess.PIPE, check=True).stdout
+    listing = subprocess.run(
+        ["tar", "-tf", "-"], input=tarbytes.small_tree(), stdout=subprocess.PIPE, check=True
+    ).stdout
     assert b"usr/share/data/size-70000" in listing
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "gzip-multi", "estargz"])
 def test_gzip_encodings_decode_to_the_tar(encoding: str) -> None:
     tar = tarbytes.small_tree()
-    assert subprocess.run(["gzip", "-dc"], input=encode(tar, encoding), stdout=subprocess.PIPE, check=True).stdout == tar
+    assert (
+        subprocess.run(["gzip", "-dc"], input=encode(tar, encoding), stdout=subprocess.PIPE, check=True).stdout == tar
+    )
 
 
 @pytest.mark.parametrize("encoding", ["zstd", "zstd-frames", "zstd-skippable", "zstd-chunked"])
@@ -127,31 +135,47 @@ def test_chunked_layers_of_old_writers_lack_the_padding(place: pathlib.Path) -> 
     assert missing > 0 and missing % 512 == 0 and sha256(decoded + bytes(missing)) == layer.diff_id == sha256(tar)
 
 
-def test_the_debian_image_is_real_and_always_the_same(debian: tuple[pathlib.Path, Built], place: pathlib.Path, skopeo: str) -> None:
+def test_the_debian_image_is_real_and_always_the_same(
+    debian: tuple[pathlib.Path, Built], place: pathlib.Path, skopeo: str
+) -> None:
     path, built = debian
     layout = Layout(path)
     manifest = json.loads(layout.read(built.digest))
     config = json.loads(layout.read(manifest["config"]["digest"]))
     assert len(manifest["layers"]) >= 2 and built.entries > 1000
     for layer, diff_id in zip(manifest["layers"], config["rootfs"]["diff_ids"]):
-        tar = subprocess.run(["gzip", "-dc", str(layout.blob_path(layer["digest"]))], stdout=subprocess.PIPE, check=True).stdout
+        tar = subprocess.run(
+            ["gzip", "-dc", str(layout.blob_path(layer["digest"]))], stdout=subprocess.PIPE, check=True
+        ).stdout
         assert sha256(tar) == diff_id
     first = layout.blob_path(manifest["layers"][0]["digest"])
     (place / "root").mkdir()
-    subprocess.run(["tar", "-xzf", str(first), "-C", str(place / "root"), "--no-same-owner", "--exclude=dev"], check=True)
+    subprocess.run(
+        ["tar", "-xzf", str(first), "-C", str(place / "root"), "--no-same-owner", "--exclude=dev"], check=True
+    )
     if os.geteuid() == 0:
-        said = subprocess.run(["chroot", str(place / "root"), "/bin/bash", "-c", "echo $((6*7))"], stdout=subprocess.PIPE, check=True).stdout
+        said = subprocess.run(
+            ["chroot", str(place / "root"), "/bin/bash", "-c", "echo $((6*7))"], stdout=subprocess.PIPE, check=True
+        ).stdout
         assert said == b"42\n"
 
 
 # ---- registries ------------------------------------------------------------------------------------------------------
 
 
-def test_every_encoding_survives_the_registry_byte_for_byte(registry: Registry, images: Layout, each_skopeo: str, place: pathlib.Path) -> None:
+def test_every_encoding_survives_the_registry_byte_for_byte(
+    registry: Registry, images: Layout, each_skopeo: str, place: pathlib.Path
+) -> None:
     for tag in ("none", "gzip", "gzip-multi", "estargz", "zstd", "zstd-skippable", "artifact"):
         layer = first_layer(images, tag)
         registry.push(f"{images.path}:{tag}", f"encodings:{tag}", "--preserve-digests")
-        done = copy(each_skopeo, registry.reference(f"encodings:{tag}"), place / tag, "--src-tls-verify=false", "--preserve-digests")
+        done = copy(
+            each_skopeo,
+            registry.reference(f"encodings:{tag}"),
+            place / tag,
+            "--src-tls-verify=false",
+            "--preserve-digests",
+        )
         assert done.returncode == 0, done.stdout
         data = (place / tag / str(layer["digest"]).split(":")[1]).read_bytes()
         assert sha256(data) == layer["digest"] and len(data) == layer["size"]
@@ -164,32 +188,51 @@ def test_an_index_keeps_its_platforms(registry: Registry, images: Layout) -> Non
     assert [one["platform"]["architecture"] for one in json.loads(body)["manifests"]] == ["amd64", "arm64", "arm"]
 
 
-def test_tls_is_refused_without_and_works_with_the_ca(tls_registry: Registry, images: Layout, each_skopeo: str, place: pathlib.Path) -> None:
+def test_tls_is_refused_without_and_works_with_the_ca(
+    tls_registry: Registry, images: Layout, each_skopeo: str, place: pathlib.Path
+) -> None:
     reference = tls_registry.push(f"{images.path}:gzip", "tls:gzip")
     refused = copy(each_skopeo, reference, place / "refused")
     assert refused.returncode != 0 and "certificate" in refused.stdout
     assert copy(each_skopeo, reference, place / "taken", f"--src-cert-dir={tls_registry.ca_directory}").returncode == 0
 
 
-def test_user_and_password_are_wanted(private_registry: Registry, images: Layout, each_skopeo: str, place: pathlib.Path) -> None:
+def test_user_and_password_are_wanted(
+    private_registry: Registry, images: Layout, each_skopeo: str, place: pathlib.Path
+) -> None:
     reference = private_registry.push(f"{images.path}:gzip", "private:gzip")
     trust = f"--src-cert-dir={private_registry.ca_directory}"
     for wrong in (["--src-no-creds"], ["--src-creds=reader:wrong"]):
         refused = copy(each_skopeo, reference, place / "refused", trust, *wrong)
-        assert refused.returncode != 0 and ("unauthorized" in refused.stdout or "authentication required" in refused.stdout)
-    assert copy(each_skopeo, reference, place / "taken", trust, f"--src-authfile={private_registry.auth_file()}").returncode == 0
+        assert refused.returncode != 0 and (
+            "unauthorized" in refused.stdout or "authentication required" in refused.stdout
+        )
+    assert (
+        copy(
+            each_skopeo, reference, place / "taken", trust, f"--src-authfile={private_registry.auth_file()}"
+        ).returncode
+        == 0
+    )
 
 
 def test_docker_images_are_docker_images(registry: Registry, skopeo: str, place: pathlib.Path) -> None:
     digest = docker_directory(place / "docker", [tarbytes.small_tree()])
     registry.push(f"dir:{place / 'docker'}", "docker:v2s2", "--preserve-digests")
-    status, headers, _unused = registry.request("GET", "/v2/docker/manifests/v2s2", {"Accept": ociimage.DOCKER_MANIFEST})
-    assert (status, headers["content-type"], headers["docker-content-digest"]) == (200, ociimage.DOCKER_MANIFEST, digest)
+    status, headers, _unused = registry.request(
+        "GET", "/v2/docker/manifests/v2s2", {"Accept": ociimage.DOCKER_MANIFEST}
+    )
+    assert (status, headers["content-type"], headers["docker-content-digest"]) == (
+        200,
+        ociimage.DOCKER_MANIFEST,
+        digest,
+    )
 
 
 def test_skopeo_makes_docker_images_of_oci_images(registry: Registry, images: Layout) -> None:
     registry.push(f"{images.path}:gzip", "converted:v2s2", "--format=v2s2")
-    _unused, headers, _unused = registry.request("GET", "/v2/converted/manifests/v2s2", {"Accept": ociimage.DOCKER_MANIFEST})
+    _unused, headers, _unused = registry.request(
+        "GET", "/v2/converted/manifests/v2s2", {"Accept": ociimage.DOCKER_MANIFEST}
+    )
     assert headers["content-type"] == ociimage.DOCKER_MANIFEST
 
 
@@ -201,7 +244,9 @@ def test_a_lying_manifest_reaches_the_registry(registry: Registry, images: Layou
     assert registry.put_manifest("liar", "lie", data, ociimage.MANIFEST) == sha256(data)
 
 
-def test_the_command_line_starts_and_stops_a_registry(place: pathlib.Path, images: Layout, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_starts_and_stops_a_registry(
+    place: pathlib.Path, images: Layout, capsys: pytest.CaptureFixture[str]
+) -> None:
     directory = str(place / "served")
     try:
         registry_module.find_registry()
@@ -217,14 +262,19 @@ def test_the_command_line_starts_and_stops_a_registry(place: pathlib.Path, image
 
 
 def test_the_other_skopeo_is_another_version(skopeo: str, newer_skopeo: str) -> None:
-    versions = [subprocess.run([one, "--version"], stdout=subprocess.PIPE, check=True, text=True).stdout.split()[-1] for one in (skopeo, newer_skopeo)]
+    versions = [
+        subprocess.run([one, "--version"], stdout=subprocess.PIPE, check=True, text=True).stdout.split()[-1]
+        for one in (skopeo, newer_skopeo)
+    ]
     assert versions[1].startswith("1.18")
 
 
 # ---- faults of the network -------------------------------------------------------------------------------------------
 
 
-def test_an_undisturbed_proxy_is_not_noticed(faults: FaultProxy, pushed: tuple[str, dict[str, object]], skopeo: str, place: pathlib.Path) -> None:
+def test_an_undisturbed_proxy_is_not_noticed(
+    faults: FaultProxy, pushed: tuple[str, dict[str, object]], skopeo: str, place: pathlib.Path
+) -> None:
     name, layer = pushed
     assert copy(skopeo, faults.reference(name), place / "copy", "--src-tls-verify=false").returncode == 0
     assert faults.hits(str(layer["digest"])) == 1 and faults.sent(str(layer["digest"])) == layer["size"]
@@ -253,7 +303,9 @@ def test_a_cut_answer_is_an_error_for_the_old_skopeo_only(
     assert copy(newer_skopeo, faults.reference(name), place / "new", "--src-tls-verify=false").returncode == 0
 
 
-def test_a_stalled_answer_stays_silent_until_released(faults: FaultProxy, pushed: tuple[str, dict[str, object]]) -> None:
+def test_a_stalled_answer_stays_silent_until_released(
+    faults: FaultProxy, pushed: tuple[str, dict[str, object]]
+) -> None:
     name, layer = pushed
     faults.add(Rule(str(layer["digest"]), stall=500))
     connection = http.client.HTTPConnection(faults.address, timeout=0.5)
@@ -272,10 +324,14 @@ def test_a_flipped_bit_is_one_bit(faults: FaultProxy, pushed: tuple[str, dict[st
     name, layer = pushed
     faults.add(Rule(str(layer["digest"]), flip=700))
     right, wrong = images.read(str(layer["digest"])), get(faults.address, f"/v2/ground/blobs/{layer['digest']}")[1]
-    assert [(spot, one ^ other) for spot, (one, other) in enumerate(zip(right, wrong)) if one != other] == [(700, 1)] and len(right) == len(wrong)
+    assert [(spot, one ^ other) for spot, (one, other) in enumerate(zip(right, wrong)) if one != other] == [
+        (700, 1)
+    ] and len(right) == len(wrong)
 
 
-def test_a_shortened_answer_is_orderly(faults: FaultProxy, pushed: tuple[str, dict[str, object]], images: Layout) -> None:
+def test_a_shortened_answer_is_orderly(
+    faults: FaultProxy, pushed: tuple[str, dict[str, object]], images: Layout
+) -> None:
     name, layer = pushed
     faults.add(Rule(str(layer["digest"]), shorten=100))
     assert get(faults.address, f"/v2/ground/blobs/{layer['digest']}")[1] == images.read(str(layer["digest"]))[:-100]
@@ -300,14 +356,18 @@ def test_errors_come_as_often_as_told(faults: FaultProxy) -> None:
     assert faults.hits("/v2/$") == 3
 
 
-def test_skopeo_obeys_retry_after(faults: FaultProxy, pushed: tuple[str, dict[str, object]], skopeo: str, place: pathlib.Path) -> None:
+def test_skopeo_obeys_retry_after(
+    faults: FaultProxy, pushed: tuple[str, dict[str, object]], skopeo: str, place: pathlib.Path
+) -> None:
     rule = faults.add(Rule("/manifests/", status=429, headers={"Retry-After": "1"}, times=1))
     started = time.monotonic()
     assert copy(skopeo, faults.reference(pushed[0]), place / "copy", "--src-tls-verify=false").returncode == 0
     assert rule.used == 1 and time.monotonic() - started > 0.9
 
 
-def test_a_refused_user(faults: FaultProxy, pushed: tuple[str, dict[str, object]], skopeo: str, place: pathlib.Path) -> None:
+def test_a_refused_user(
+    faults: FaultProxy, pushed: tuple[str, dict[str, object]], skopeo: str, place: pathlib.Path
+) -> None:
     faults.add(Rule("/v2/", status=401, headers={"WWW-Authenticate": 'Basic realm="test"'}))
     done = copy(skopeo, faults.reference(pushed[0]), place / "copy", "--src-tls-verify=false")
     assert done.returncode != 0 and "auth" in done.stdout.lower()
@@ -324,7 +384,9 @@ def test_delays_and_rates_take_their_time(faults: FaultProxy, pushed: tuple[str,
         assert time.monotonic() - started >= least
 
 
-def test_parallel_requests_do_not_wait_for_a_stalled_one(faults: FaultProxy, pushed: tuple[str, dict[str, object]]) -> None:
+def test_parallel_requests_do_not_wait_for_a_stalled_one(
+    faults: FaultProxy, pushed: tuple[str, dict[str, object]]
+) -> None:
     layer = pushed[1]
     faults.add(Rule(str(layer["digest"]), stall=10, times=1))
     stalled = http.client.HTTPConnection(faults.address, timeout=5)
@@ -368,10 +430,15 @@ def test_a_new_repository_is_one_for_cfsctl_too(repository_path: pathlib.Path, c
     assert "No images found" in cfsctl("--repo", repository_path, "oci", "images")
 
 
-def test_cfsctl_pulls_the_images_of_this_ground(images: Layout, place: pathlib.Path, cfsctl: Callable[..., str]) -> None:
+def test_cfsctl_pulls_the_images_of_this_ground(
+    images: Layout, place: pathlib.Path, cfsctl: Callable[..., str]
+) -> None:
     repository = place / "theirs"
     cfsctl("--repo", repository, "init", "--insecure", "--algorithm", "fsverity-sha256-12")
     cfsctl("--repo", repository, "oci", "pull", f"oci:{images.path}:gzip", "ground")
     assert "ground" in cfsctl("--repo", repository, "oci", "images")
     tar = cfsctl("--repo", repository, "oci", "layer", sha256(tarbytes.small_tree(seed=1)))
-    assert hashlib.sha256(tar.encode(errors="surrogateescape")).digest() == hashlib.sha256(tarbytes.small_tree(seed=1)).digest()
+    assert (
+        hashlib.sha256(tar.encode(errors="surrogateescape")).digest()
+        == hashlib.sha256(tarbytes.small_tree(seed=1)).digest()
+    )

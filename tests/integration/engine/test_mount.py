@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Pulled images in the real kernel: what is mounted is what was in the archives, and nothing of a mount is left behind."""
+"""Pulled images in the real kernel: what is mounted is what was in the archives, and nothing of a mount is
+left behind.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,13 @@ import pytest
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
 from ansible_collections.composefs.oci.plugins.module_utils.host import mountcalls, mountinfo
 from ansible_collections.composefs.oci.plugins.module_utils.operations import bootmount, mounting
-from ansible_collections.composefs.oci.plugins.module_utils.errors import Busy, FormatError, ImageNotFound, IncompatibleRepository, MountFailed
+from ansible_collections.composefs.oci.plugins.module_utils.errors import (
+    Busy,
+    FormatError,
+    ImageNotFound,
+    IncompatibleRepository,
+    MountFailed,
+)
 from ansible_collections.composefs.oci.plugins.module_utils.operations.mounting import Wish
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ociimage import Layout
@@ -142,8 +150,14 @@ def compare(point: pathlib.Path, *archives: bytes) -> None:
             assert (os.major(has.st_rdev), os.minor(has.st_rdev)) == (entry.devmajor, entry.devminor), name
         if content is not None:
             assert path.read_bytes() == content, name
-        xattrs = {key[len("SCHILY.xattr.") :]: value for key, value in entry.pax_headers.items() if key.startswith("SCHILY.xattr.")}
-        has_xattrs = {key: os.getxattr(path, key, follow_symlinks=False) for key in os.listxattr(path, follow_symlinks=False)}
+        xattrs = {
+            key[len("SCHILY.xattr.") :]: value
+            for key, value in entry.pax_headers.items()
+            if key.startswith("SCHILY.xattr.")
+        }
+        has_xattrs = {
+            key: os.getxattr(path, key, follow_symlinks=False) for key in os.listxattr(path, follow_symlinks=False)
+        }
         assert has_xattrs == {key: value.encode("utf-8", "surrogateescape") for key, value in xattrs.items()}, name
 
 
@@ -155,7 +169,9 @@ def ours() -> list[mountinfo.Mounted]:
 
 
 @pytest.mark.parametrize(("image", "archives"), [("one", (FIRST, SECOND)), ("two", (ODD,))])
-def test_every_file_is_as_in_the_archives(mounted: Ensure, point: pathlib.Path, image: str, archives: tuple[bytes, ...]) -> None:
+def test_every_file_is_as_in_the_archives(
+    mounted: Ensure, point: pathlib.Path, image: str, archives: tuple[bytes, ...]
+) -> None:
     outcome = mounted(image)
     assert outcome.changed and outcome.previous is None and outcome.target is not None
     compare(point, *archives)
@@ -171,7 +187,11 @@ def test_a_second_run_changes_nothing_and_check_mode_mounts_nothing(mounted: Ens
     assert not point.exists() and mountinfo.at(str(point)) is None
     assert mounted("one").changed
     before = ours()
-    assert not mounted("one").changed and not mounted("one", check=True).changed and not mounted("one", replace=True).changed
+    assert (
+        not mounted("one").changed
+        and not mounted("one", check=True).changed
+        and not mounted("one", replace=True).changed
+    )
     assert ours() == before
     assert mounting.ensure_unmounted(str(point), check=True).changed and ours() == before
     assert mounting.ensure_unmounted(str(point)).changed
@@ -179,7 +199,9 @@ def test_a_second_run_changes_nothing_and_check_mode_mounts_nothing(mounted: Ens
     assert point.is_dir() and list(point.iterdir()) == []
 
 
-def test_names_manifest_digests_and_image_ids_mean_the_same(pulled: pathlib.Path, point: pathlib.Path, mounted: Ensure) -> None:
+def test_names_manifest_digests_and_image_ids_mean_the_same(
+    pulled: pathlib.Path, point: pathlib.Path, mounted: Ensure
+) -> None:
     with Repository.open(str(pulled)) as repository:
         digest = repository.tags()["one"]
         image = mounting.resolve(repository, "one").hex()
@@ -267,7 +289,9 @@ def test_an_object_that_is_no_listed_image_is_not_mounted(mounted: Ensure, pulle
             mounted(name)
 
 
-def test_a_listed_object_that_is_no_image_is_refused_by_the_kernel(mounted: Ensure, pulled: pathlib.Path, point: pathlib.Path) -> None:
+def test_a_listed_object_that_is_no_image_is_refused_by_the_kernel(
+    mounted: Ensure, pulled: pathlib.Path, point: pathlib.Path
+) -> None:
     with Repository.open(str(pulled), write=True) as repository:
         stray = repository.objects.put(b"no image" * 1000)
         repository.link_image(stray)
@@ -350,7 +374,9 @@ assert mountinfo.composefs_mounts() == []
 """
     here = pathlib.Path(__file__).parent
     command = ["unshare", "--mount", "--propagation", "shared", sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=here, env={**os.environ, "PYTHONPATH": str(here)}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=here, env={**os.environ, "PYTHONPATH": str(here)}, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -377,7 +403,9 @@ def test_changes_go_to_the_upper_directory(mounted: Ensure, point: pathlib.Path,
     assert (point / "usr/bin/tool").read_bytes() != b"changed"
 
 
-def test_a_volatile_mount_is_recognised_and_its_remains_are_explained(mounted: Ensure, point: pathlib.Path, place: pathlib.Path) -> None:
+def test_a_volatile_mount_is_recognised_and_its_remains_are_explained(
+    mounted: Ensure, point: pathlib.Path, place: pathlib.Path
+) -> None:
     there = {"upperdir": str(place / "upper"), "workdir": str(place / "work")}
     assert mounted("one", options=["volatile"], **there).changed
     assert not mounted("one", options=["volatile"], **there).changed
@@ -439,7 +467,12 @@ def test_older_kernels_get_it_in_other_words(
     assert [name for name in os.listdir("/run") if name.startswith("composefs-")] == []
     mounting.ensure_unmounted(str(point))
     if kernel is refuse_plain_files:
-        loops = subprocess.run(["losetup", "--list", "--noheadings", "--output", "BACK-FILE"], stdout=subprocess.PIPE, text=True, check=False).stdout
+        loops = subprocess.run(
+            ["losetup", "--list", "--noheadings", "--output", "BACK-FILE"],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=False,
+        ).stdout
         assert str(point.parent) not in loops, "loop devices vanish with the mount"
 
 
@@ -458,7 +491,9 @@ def test_cfsctl_mounts_what_was_pulled_here_and_its_mount_is_recognised(
     assert mounting.ensure_unmounted(str(point)).changed
 
 
-def test_what_cfsctl_pulled_is_mounted_here(layout: Layout, place: pathlib.Path, point: pathlib.Path, cfsctl: Callable[..., str]) -> None:
+def test_what_cfsctl_pulled_is_mounted_here(
+    layout: Layout, place: pathlib.Path, point: pathlib.Path, cfsctl: Callable[..., str]
+) -> None:
     path = place / "theirs"
     cfsctl("--repo", path, "--insecure", "init", "--algorithm", "fsverity-sha512-12")
     cfsctl("--repo", path, "oci", "pull", f"oci:{layout.path}:one", "one")
@@ -471,7 +506,9 @@ def test_what_cfsctl_pulled_is_mounted_here(layout: Layout, place: pathlib.Path,
 # ---- at boot ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_units_program_mounts_and_unmounts_by_itself(pulled: pathlib.Path, point: pathlib.Path, place: pathlib.Path) -> None:
+def test_the_units_program_mounts_and_unmounts_by_itself(
+    pulled: pathlib.Path, point: pathlib.Path, place: pathlib.Path
+) -> None:
     program = place / "mount.pyz"
     program.write_bytes(bootmount.application())
     with Repository.open(str(pulled)) as repository:
@@ -479,9 +516,28 @@ def test_the_units_program_mounts_and_unmounts_by_itself(pulled: pathlib.Path, p
 
     def run(*words: object) -> subprocess.CompletedProcess[str]:
         # As a unit runs it: an isolated interpreter, no environment, another working directory.
-        return subprocess.run([sys.executable, "-I", str(program), *map(str, words)], cwd="/", env={}, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            [sys.executable, "-I", str(program), *map(str, words)],
+            cwd="/",
+            env={},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
 
-    words = ("mount", "--repository", pulled, "--image", image, "--verity", "disabled", "--option", "nodev", "--", point)
+    words = (
+        "mount",
+        "--repository",
+        pulled,
+        "--image",
+        image,
+        "--verity",
+        "disabled",
+        "--option",
+        "nodev",
+        "--",
+        point,
+    )
     for _time in range(2):
         assert run(*words).returncode == 0
         assert len(ours()) == 1
@@ -492,7 +548,11 @@ def test_the_units_program_mounts_and_unmounts_by_itself(pulled: pathlib.Path, p
     required = run("mount", "--repository", pulled, "--image", image, "--", point)
     assert required.returncode == 1 and required.stderr.startswith("incompatible_repository: ")
     missing = run("mount", "--repository", place / "nowhere", "--image", image, "--", point)
-    assert missing.returncode == 1 and missing.stderr.startswith("not_a_repository: ") and "Traceback" not in missing.stderr
+    assert (
+        missing.returncode == 1
+        and missing.stderr.startswith("not_a_repository: ")
+        and "Traceback" not in missing.stderr
+    )
 
 
 def test_systemd_understands_the_unit(pulled: pathlib.Path, point: pathlib.Path, place: pathlib.Path) -> None:
@@ -508,5 +568,7 @@ def test_systemd_understands_the_unit(pulled: pathlib.Path, point: pathlib.Path,
     unit = f"{places.units}/{bootmount.unit_name(target.path)}"
     done = subprocess.run([program, "verify", "--man=no", unit], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    escaped = subprocess.run(["systemd-escape", "--path", target.path], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    escaped = subprocess.run(
+        ["systemd-escape", "--path", target.path], stdout=subprocess.PIPE, text=True, check=True
+    ).stdout.strip()
     assert bootmount.unit_name(target.path) == f"composefs-oci-{escaped}.service"

@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Real images through the real skopeo into a real repository: every transport and encoding, what changes and what does not."""
+"""Real images through the real skopeo into a real repository: every transport and encoding, what changes and what does
+not.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def tagged(layout: Layout, tag: str) -> str:
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_every_encoding_gives_back_the_exact_tar(images: Layout, repository_path: pathlib.Path, encoding: str, each_skopeo: str) -> None:
+def test_every_encoding_gives_back_the_exact_tar(
+    images: Layout, repository_path: pathlib.Path, encoding: str, each_skopeo: str
+) -> None:
     digest = tagged(images, encoding)
     result = pull_one(repository_path, f"oci:{images.path}:{encoding}", chosen=options(each_skopeo))
     assert result["changed"] and result["digest"] == digest
@@ -55,7 +59,9 @@ def test_every_encoding_gives_back_the_exact_tar(images: Layout, repository_path
         assert layer_tar(repository_path, layer["diff_id"]) == tar
 
 
-def test_mistake_27_zstd_chunked_without_padding_is_restored(repository_path: pathlib.Path, place: pathlib.Path) -> None:
+def test_mistake_27_zstd_chunked_without_padding_is_restored(
+    repository_path: pathlib.Path, place: pathlib.Path
+) -> None:
     layout = Layout(place / "layout")
     layout.image([layout.chunked_layer(FIRST)])
     result = pull_one(repository_path, f"oci:{layout.path}:latest")
@@ -63,7 +69,9 @@ def test_mistake_27_zstd_chunked_without_padding_is_restored(repository_path: pa
 
 
 @pytest.mark.parametrize("transport", ["docker", "oci-archive", "docker-archive", "dir", "bare"])
-def test_every_transport(images: Layout, registry: Registry, repository_path: pathlib.Path, place: pathlib.Path, skopeo: str, transport: str) -> None:
+def test_every_transport(
+    images: Layout, registry: Registry, repository_path: pathlib.Path, place: pathlib.Path, skopeo: str, transport: str
+) -> None:
     source = f"oci:{images.path}:gzip"
     if transport in ("docker", "bare"):
         registry.push(f"{images.path}:gzip", "pull:transport")
@@ -79,11 +87,18 @@ def test_every_transport(images: Layout, registry: Registry, repository_path: pa
     assert not pull_one(repository_path, reference)["changed"]
 
 
-def test_containers_storage(images: Layout, repository_path: pathlib.Path, place: pathlib.Path, newer_skopeo: str) -> None:
+def test_containers_storage(
+    images: Layout, repository_path: pathlib.Path, place: pathlib.Path, newer_skopeo: str
+) -> None:
     if os.geteuid() != 0:
         pytest.skip("a container storage of one's own needs podman unshare")
     store = f"containers-storage:[vfs@{place}/storage+{place}/run]localhost/app:1"
-    done = subprocess.run([newer_skopeo, "--insecure-policy", "copy", "-q", f"oci:{images.path}:gzip", store], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [newer_skopeo, "--insecure-policy", "copy", "-q", f"oci:{images.path}:gzip", store],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         pytest.skip(f"no container storage can be made here: {done.stderr.strip()[-200:]}")
     result = pull_one(repository_path, store, chosen=options(newer_skopeo))
@@ -91,7 +106,9 @@ def test_containers_storage(images: Layout, repository_path: pathlib.Path, place
         assert layer_tar(repository_path, layer["diff_id"]) == tar
 
 
-def test_containers_storage_with_an_old_skopeo_names_the_version_needed(repository_path: pathlib.Path, skopeo: str) -> None:
+def test_containers_storage_with_an_old_skopeo_names_the_version_needed(
+    repository_path: pathlib.Path, skopeo: str
+) -> None:
     with pytest.raises(errors.EngineError) as caught:
         pull_one(repository_path, "containers-storage:localhost/none")
     assert caught.value.code in ("skopeo_missing", "image_not_found", "permission_denied", "proxy_failed")
@@ -109,8 +126,13 @@ def test_second_pull_changes_nothing_on_disk(images: Layout, repository_path: pa
     assert names(repository_path) == before
 
 
-@pytest.mark.parametrize("situation", ["fresh", "other-name", "moved", "one-layer-there", "same-layers-other-encoding", "without-erofs", "nothing"])
-def test_check_mode_predicts_exactly_what_a_run_then_does(images: Layout, repository_path: pathlib.Path, situation: str) -> None:
+@pytest.mark.parametrize(
+    "situation",
+    ["fresh", "other-name", "moved", "one-layer-there", "same-layers-other-encoding", "without-erofs", "nothing"],
+)
+def test_check_mode_predicts_exactly_what_a_run_then_does(
+    images: Layout, repository_path: pathlib.Path, situation: str
+) -> None:
     reference = f"oci:{images.path}:gzip"
     if situation in ("other-name", "nothing"):
         pull_one(repository_path, reference, "image" if situation == "nothing" else "other")
@@ -149,7 +171,9 @@ def test_several_images_fetch_shared_layers_once(images: Layout, repository_path
         assert repository.tags() == {"app": done[1]["digest"], "base": done[0]["digest"]}
 
 
-def test_no_name_appears_when_one_of_several_images_fails(images: Layout, repository_path: pathlib.Path, place: pathlib.Path) -> None:
+def test_no_name_appears_when_one_of_several_images_fails(
+    images: Layout, repository_path: pathlib.Path, place: pathlib.Path
+) -> None:
     layout = Layout(place / "bad")
     layout.image([layout.broken_layer(small_tree(seed=77), cut=100)])
     requests = [pull.Request(f"oci:{images.path}:gzip", "good"), pull.Request(f"oci:{layout.path}:latest", "bad")]
@@ -191,7 +215,9 @@ def test_pull_missing_needs_no_skopeo_when_the_name_is_there(images: Layout, rep
         pull_one(repository_path, reference, "another", chosen=offline)
 
 
-def test_pull_newer_leaves_what_is_there_when_the_registry_is_gone(images: Layout, repository_path: pathlib.Path, place: pathlib.Path, skopeo: str) -> None:
+def test_pull_newer_leaves_what_is_there_when_the_registry_is_gone(
+    images: Layout, repository_path: pathlib.Path, place: pathlib.Path, skopeo: str
+) -> None:
     with Registry(place / "gone") as gone:
         gone.push(f"{images.path}:gzip", "app:1")
         reference = gone.reference("app:1")
@@ -221,7 +247,9 @@ def test_forgetting_a_name_keeps_the_data(images: Layout, repository_path: pathl
 # ---- what a reference means ------------------------------------------------------------------------------------------
 
 
-def test_digest_option_accepts_manifest_and_index_and_refuses_all_else(images: Layout, registry: Registry, repository_path: pathlib.Path) -> None:
+def test_digest_option_accepts_manifest_and_index_and_refuses_all_else(
+    images: Layout, registry: Registry, repository_path: pathlib.Path
+) -> None:
     registry.push(f"{images.path}:platforms", "pull:platforms", "--all")
     reference = registry.reference("pull:platforms")
     result = pull_one(repository_path, reference, platform="linux/arm64")
@@ -232,7 +260,9 @@ def test_digest_option_accepts_manifest_and_index_and_refuses_all_else(images: L
         pull_one(repository_path, reference, platform="linux/arm64", digest="sha256:" + "0" * 64)
 
 
-def test_platform_chooses_within_an_index_and_holds_on_the_second_run(images: Layout, registry: Registry, repository_path: pathlib.Path) -> None:
+def test_platform_chooses_within_an_index_and_holds_on_the_second_run(
+    images: Layout, registry: Registry, repository_path: pathlib.Path
+) -> None:
     registry.push(f"{images.path}:platforms", "pull:platforms", "--all")
     reference = registry.reference("pull:platforms")
     arm64 = pull_one(repository_path, reference, platform="linux/arm64")
@@ -248,7 +278,9 @@ def test_a_single_manifest_for_another_platform_is_refused(images: Layout, repos
         pull_one(repository_path, f"oci:{images.path}:gzip", platform="linux/s390x")
 
 
-def test_tag_and_digest_together_mean_the_digest(images: Layout, registry: Registry, repository_path: pathlib.Path) -> None:
+def test_tag_and_digest_together_mean_the_digest(
+    images: Layout, registry: Registry, repository_path: pathlib.Path
+) -> None:
     registry.push(f"{images.path}:gzip", "pull:both")
     digest = tagged(images, "gzip")
     registry.push(f"{images.path}:none", "pull:both")
@@ -268,22 +300,36 @@ def test_missing_image_and_bad_names_have_their_codes(registry: Registry, reposi
 
 def test_the_same_name_twice_in_one_task_is_refused(images: Layout, repository_path: pathlib.Path) -> None:
     with pytest.raises(errors.InvalidReference, match="twice"):
-        pull_all(repository_path, [pull.Request(f"oci:{images.path}:gzip", "a"), pull.Request(f"oci:{images.path}:none", "a")])
+        pull_all(
+            repository_path,
+            [pull.Request(f"oci:{images.path}:gzip", "a"), pull.Request(f"oci:{images.path}:none", "a")],
+        )
 
 
 # ---- odd images ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["the same layer twice", "no layers", "an empty layer", "one layer in two encodings"])
-def test_odd_images_are_pulled_whole_and_come_to_rest(repository_path: pathlib.Path, place: pathlib.Path, each_skopeo: str, kind: str) -> None:
+def test_odd_images_are_pulled_whole_and_come_to_rest(
+    repository_path: pathlib.Path, place: pathlib.Path, each_skopeo: str, kind: str
+) -> None:
     layout = Layout(place / "layout")
-    tars = {"the same layer twice": [FIRST, SECOND, FIRST], "no layers": [], "an empty layer": [FIRST, b""], "one layer in two encodings": [FIRST, FIRST]}[kind]
+    tars = {
+        "the same layer twice": [FIRST, SECOND, FIRST],
+        "no layers": [],
+        "an empty layer": [FIRST, b""],
+        "one layer in two encodings": [FIRST, FIRST],
+    }[kind]
     encodings = ["gzip", "none"] if "encodings" in kind else ["gzip"] * 3
     layout.image([layout.layer(one, "none" if not one else encoding) for one, encoding in zip(tars, encodings)])
     predicted = pull_one(repository_path, f"oci:{layout.path}:latest", chosen=options(each_skopeo, check=True))
     result = pull_one(repository_path, f"oci:{layout.path}:latest", chosen=options(each_skopeo))
     assert predicted["streams"] == result["streams"] and result["image_id"]
-    assert predicted["stats"]["bytes_fetched"] == result["stats"]["bytes_fetched"] == sum(layer["bytes_to_fetch"] for layer in result["layers"])
+    assert (
+        predicted["stats"]["bytes_fetched"]
+        == result["stats"]["bytes_fetched"]
+        == sum(layer["bytes_to_fetch"] for layer in result["layers"])
+    )
     for layer, tar in zip(result["layers"], tars):
         assert layer_tar(repository_path, layer["diff_id"]) == tar
     assert not pull_one(repository_path, f"oci:{layout.path}:latest", chosen=options(each_skopeo))["changed"]
@@ -293,8 +339,12 @@ def test_nothing_of_a_pull_is_left_in_the_process(images: Layout, repository_pat
     """Neither descriptors nor children, living or dead, whether it went well or not."""
 
     def left() -> tuple[int, list[str]]:
-        children = [child for task in pathlib.Path("/proc/self/task").glob("*/children") for child in task.read_text().split()]
-        return len(os.listdir("/proc/self/fd")), [child for child in children if pathlib.Path(f"/proc/{child}/comm").read_text().strip() != "registry"]
+        children = [
+            child for task in pathlib.Path("/proc/self/task").glob("*/children") for child in task.read_text().split()
+        ]
+        return len(os.listdir("/proc/self/fd")), [
+            child for child in children if pathlib.Path(f"/proc/{child}/comm").read_text().strip() != "registry"
+        ]
 
     before = left()
     for _time in range(2):
@@ -309,32 +359,50 @@ def test_errors_name_the_image_once_and_skopeos_words_once(registry: Registry, r
     with pytest.raises(errors.ImageNotFound) as caught:
         pull_one(repository_path, reference)
     message = str(caught.value)
-    assert message.startswith(f"Opening {reference}: skopeo says: ") and message.endswith(" Check the name, the tag and the path.")
+    assert message.startswith(f"Opening {reference}: skopeo says: ") and message.endswith(
+        " Check the name, the tag and the path."
+    )
     assert message.count(reference) == 1 and message.lower().count("manifest unknown") <= 1
 
 
 # ---- documents -------------------------------------------------------------------------------------------------------
 
 
-def test_documents_are_stored_byte_for_byte_as_one_external_object(images: Layout, repository_path: pathlib.Path) -> None:
+def test_documents_are_stored_byte_for_byte_as_one_external_object(
+    images: Layout, repository_path: pathlib.Path
+) -> None:
     result = pull_one(repository_path, f"oci:{images.path}:gzip")
     with Repository.open(str(repository_path)) as repository:
         manifest = imagestreams.read(repository, imagestreams.MANIFEST, result["digest"])
         config = imagestreams.read(repository, imagestreams.CONFIG, result["config_digest"])
     assert manifest and config
     assert manifest.raw == images.read(result["digest"]) and config.raw == images.read(result["config_digest"])
-    assert set(manifest.refs) == {f"config:{result['config_digest']}", *(layer["diff_id"] for layer in result["layers"])}
+    assert set(manifest.refs) == {
+        f"config:{result['config_digest']}",
+        *(layer["diff_id"] for layer in result["layers"]),
+    }
     assert set(config.refs) == {"composefs.image.v1", *(layer["diff_id"] for layer in result["layers"])}
     assert config.refs["composefs.image.v1"].hex() == result["image_id"]
 
 
 @pytest.mark.parametrize("where", ["dir", "registry"])
-def test_docker_schema2_is_stored_under_the_digest_of_its_bytes(registry: Registry, repository_path: pathlib.Path, place: pathlib.Path, where: str) -> None:
+def test_docker_schema2_is_stored_under_the_digest_of_its_bytes(
+    registry: Registry, repository_path: pathlib.Path, place: pathlib.Path, where: str
+) -> None:
     docker = docker_directory(place / "docker", [FIRST, SECOND])
     reference = f"dir:{place}/docker"
     if where == "registry":
         subprocess.run(
-            ["skopeo", "--insecure-policy", "copy", "-q", "--dest-tls-verify=false", "--preserve-digests", reference, registry.reference("pull:docker")],
+            [
+                "skopeo",
+                "--insecure-policy",
+                "copy",
+                "-q",
+                "--dest-tls-verify=false",
+                "--preserve-digests",
+                reference,
+                registry.reference("pull:docker"),
+            ],
             check=True,
         )
         reference = registry.reference("pull:docker")
@@ -366,7 +434,9 @@ def test_several_artifacts_share_the_empty_configuration(repository_path: pathli
             assert repository.objects.read(chunk.digest, 1 << 20) == b"artifact %d\n" % number * 50  # type: ignore[union-attr]
 
 
-def test_images_with_the_same_configuration_stay_whole_when_it_moves(images: Layout, repository_path: pathlib.Path) -> None:
+def test_images_with_the_same_configuration_stay_whole_when_it_moves(
+    images: Layout, repository_path: pathlib.Path
+) -> None:
     layout = Layout(images.path.parent / "twins")
     layers = [layout.layer(FIRST, "gzip")], [layout.layer(FIRST, "none")]
     config = layout.config(layers[0])
@@ -392,8 +462,16 @@ def test_listing_tells_names_digests_platform_and_layers(images: Layout, reposit
         found, complaints = image_list.list_images(repository)
         assert not complaints
         assert [image["names"] for image in found] == [["a", "b/c:d"], ["art"]]
-        assert found[0]["digest"] == result["digest"] and found[0]["labels"] == {"encoding": "gzip"} and found[0]["platform"].startswith("linux/")
-        assert found[1]["kind"] == "artifact" and found[1]["artifact_type"] == "application/x-test" and found[1]["platform"] is None
+        assert (
+            found[0]["digest"] == result["digest"]
+            and found[0]["labels"] == {"encoding": "gzip"}
+            and found[0]["platform"].startswith("linux/")
+        )
+        assert (
+            found[1]["kind"] == "artifact"
+            and found[1]["artifact_type"] == "application/x-test"
+            and found[1]["platform"] is None
+        )
         assert image_list.list_images(repository, name="b/c:d")[0] == [found[0]]
         assert image_list.list_images(repository, digest=result["digest"])[0] == [found[0]]
         assert image_list.list_images(repository, name="none") == ([], [])
@@ -407,7 +485,9 @@ def poison(repository_path: pathlib.Path, cfsctl: Callable[..., str], diff_id: s
     cfsctl("--repo", repository_path, "oci", "import-layer", diff_id, stdin=tar)
 
 
-def test_mistake_26_a_poisoned_layer_is_reported_and_replaced(images: Layout, repository_path: pathlib.Path, cfsctl: Callable[..., str]) -> None:
+def test_mistake_26_a_poisoned_layer_is_reported_and_replaced(
+    images: Layout, repository_path: pathlib.Path, cfsctl: Callable[..., str]
+) -> None:
     poison(repository_path, cfsctl, sha256(FIRST), small_tree(seed=99))
     reference = f"oci:{images.path}:gzip"
     predicted = pull_one(repository_path, reference, chosen=options(check=True))
@@ -432,7 +512,9 @@ def test_a_layer_of_another_tool_is_proved_once_and_then_trusted(
     assert len(proofs) == 1
 
 
-def test_a_raw_blob_under_a_diff_id_does_not_block_an_honest_pull(repository_path: pathlib.Path, place: pathlib.Path) -> None:
+def test_a_raw_blob_under_a_diff_id_does_not_block_an_honest_pull(
+    repository_path: pathlib.Path, place: pathlib.Path
+) -> None:
     layout = Layout(place / "layout")
     layout.artifact([("application/x-tar", FIRST)], "artifact")
     layout.image([FIRST], "image")
@@ -486,7 +568,9 @@ def test_cfsctl_accepts_our_repository_and_gives_back_the_tars(
         assert cfsctl("--repo", path, "oci", "layer", layer["diff_id"]).encode(errors="surrogateescape") == tar
 
 
-def test_what_cfsctl_pulled_is_read_listed_and_pulled_again_without_a_change(images: Layout, repository_path: pathlib.Path, cfsctl: Callable[..., str]) -> None:
+def test_what_cfsctl_pulled_is_read_listed_and_pulled_again_without_a_change(
+    images: Layout, repository_path: pathlib.Path, cfsctl: Callable[..., str]
+) -> None:
     reference = f"oci:{images.path}:gzip"
     cfsctl("--repo", repository_path, "oci", "pull", reference, "app")
     before = names(repository_path)
@@ -506,7 +590,9 @@ def test_a_collection_by_cfsctl_leaves_an_artifact_whose_blob_gave_its_name_away
     for name in ("artifact", "image"):
         pull_one(repository_path, f"oci:{layout.path}:{name}", name)
     assert "Objects: 0 removed" in cfsctl("--repo", repository_path, "gc")
-    assert "status: ok" in cfsctl("--repo", repository_path, "fsck") and "status: ok" in cfsctl("--repo", repository_path, "oci", "fsck")
+    assert "status: ok" in cfsctl("--repo", repository_path, "fsck") and "status: ok" in cfsctl(
+        "--repo", repository_path, "oci", "fsck"
+    )
     for name in ("artifact", "image"):
         assert not pull_one(repository_path, f"oci:{layout.path}:{name}", name)["changed"]
     # What was kept for the artifact's sake goes with it.
@@ -519,7 +605,9 @@ def test_a_collection_by_cfsctl_leaves_an_artifact_whose_blob_gave_its_name_away
     assert not pull_one(repository_path, f"oci:{layout.path}:image", "image")["changed"]
 
 
-def test_cfsctl_pulls_our_image_again_without_new_streams(images: Layout, repository_path: pathlib.Path, cfsctl: Callable[..., str]) -> None:
+def test_cfsctl_pulls_our_image_again_without_new_streams(
+    images: Layout, repository_path: pathlib.Path, cfsctl: Callable[..., str]
+) -> None:
     reference = f"oci:{images.path}:gzip"
     result = pull_one(repository_path, reference, "app")
     cfsctl("--repo", repository_path, "oci", "pull", reference, "app")
@@ -528,7 +616,9 @@ def test_cfsctl_pulls_our_image_again_without_new_streams(images: Layout, reposi
     assert not again["changed"] and again["image_id"] == result["image_id"]
 
 
-def test_layer_and_config_streams_equal_cfsctls_to_the_byte(images: Layout, place: pathlib.Path, new_repository: Any, cfsctl: Callable[..., str]) -> None:
+def test_layer_and_config_streams_equal_cfsctls_to_the_byte(
+    images: Layout, place: pathlib.Path, new_repository: Any, cfsctl: Callable[..., str]
+) -> None:
     zstandard = pytest.importorskip("zstandard")
     if zstandard.ZSTD_VERSION != (1, 5, 7):
         pytest.skip(f"libzstd here is {'.'.join(map(str, zstandard.ZSTD_VERSION))}, cfsctl 0.9.4 has 1.5.7")
@@ -544,9 +634,25 @@ def test_layer_and_config_streams_equal_cfsctls_to_the_byte(images: Layout, plac
 
 
 def boot_tree() -> bytes:
-    """A small image that can be booted: a kernel, a policy with labels, and the directories that the boot transform empties."""
-    contexts = b"/.* system_u:object_r:default_t:s0\n/usr(/.*)? system_u:object_r:usr_t:s0\n/etc(/.*)? system_u:object_r:etc_t:s0\n"
-    directories = [b"usr", b"usr/lib", b"usr/lib/modules", b"usr/lib/modules/6.1", b"boot", b"sysroot", b"run", b"etc", b"etc/selinux", b"etc/selinux/targeted"]
+    """A small image that can be booted: a kernel, a policy with labels, and the directories that the boot transform
+    empties.
+    """
+    contexts = (
+        b"/.* system_u:object_r:default_t:s0\n/usr(/.*)? system_u:object_r:usr_t:s0\n/etc(/.*)? "
+        b"system_u:object_r:etc_t:s0\n"
+    )
+    directories = [
+        b"usr",
+        b"usr/lib",
+        b"usr/lib/modules",
+        b"usr/lib/modules/6.1",
+        b"boot",
+        b"sysroot",
+        b"run",
+        b"etc",
+        b"etc/selinux",
+        b"etc/selinux/targeted",
+    ]
     directories += [b"etc/selinux/targeted/contexts", b"etc/selinux/targeted/contexts/files"]
     files = {
         b"usr/lib/modules/6.1/vmlinuz": b"kernel" * 100,
@@ -557,10 +663,15 @@ def boot_tree() -> bytes:
         b"etc/selinux/config": b"SELINUX=enforcing\nSELINUXTYPE=targeted\n",
         b"etc/selinux/targeted/contexts/files/file_contexts": contexts,
     }
-    return tarbytes.tar(*(member(name, type=DIRECTORY, mode=0o755) for name in directories), *(member(name, data) for name, data in files.items()))
+    return tarbytes.tar(
+        *(member(name, type=DIRECTORY, mode=0o755) for name in directories),
+        *(member(name, data) for name, data in files.items()),
+    )
 
 
-def test_bootable_images_equal_those_of_cfsctl(place: pathlib.Path, new_repository: Any, cfsctl: Callable[..., str]) -> None:
+def test_bootable_images_equal_those_of_cfsctl(
+    place: pathlib.Path, new_repository: Any, cfsctl: Callable[..., str]
+) -> None:
     layout = Layout(place / "layout")
     layout.image([boot_tree()])
     reference = f"oci:{layout.path}:latest"
@@ -571,8 +682,14 @@ def test_bootable_images_equal_those_of_cfsctl(place: pathlib.Path, new_reposito
     said = cfsctl("--repo", theirs, "oci", "pull", "--bootable", reference, "app")
     assert f"Boot image: {result['boot_image_id']}" in said
     assert predicted["streams"] == result["streams"]
-    assert cfsctl("--repo", ours, "oci", "compute-id", "--bootable", "app").strip() == result["boot_image_id"] != result["image_id"]
-    assert "status: ok" in cfsctl("--repo", ours, "oci", "fsck") and "0 removed" in cfsctl("--repo", ours, "gc", "--dry-run")
+    assert (
+        cfsctl("--repo", ours, "oci", "compute-id", "--bootable", "app").strip()
+        == result["boot_image_id"]
+        != result["image_id"]
+    )
+    assert "status: ok" in cfsctl("--repo", ours, "oci", "fsck") and "0 removed" in cfsctl(
+        "--repo", ours, "gc", "--dry-run"
+    )
     again = pull_one(ours, reference, "app", chosen=chosen)
     assert not again["changed"] and again["boot_image_id"] == result["boot_image_id"]
     # A later pull that does not ask for the boot image leaves it alone.

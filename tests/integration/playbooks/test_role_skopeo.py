@@ -4,7 +4,8 @@
 
 """The role skopeo on this machine: what it says, what it would do, and what it does where nothing can be installed.
 
-A host that is image-based is made in a mount namespace of its own, in which /usr is read-only or the mark of ostree is there.
+A host that is image-based is made in a mount namespace of its own, in which /usr is read-only or the mark of ostree is
+there.
 """
 
 from __future__ import annotations
@@ -68,10 +69,29 @@ class Host:
         facts = self.directory / "facts.json"
         facts.unlink(missing_ok=True)
         every = {"ansible_python_interpreter": interpreter, "test_facts": str(facts), **variables}
-        command = [str(PLAYBOOK), "--inventory", "localhost,", "--connection", "local", "--extra-vars", json.dumps(every), *arguments]
+        command = [
+            str(PLAYBOOK),
+            "--inventory",
+            "localhost,",
+            "--connection",
+            "local",
+            "--extra-vars",
+            json.dumps(every),
+            *arguments,
+        ]
         command.append(str(self.directory / "play.yml"))
         if prepare:
-            command = ["unshare", "--mount", "--propagation", "private", "sh", "-ec", prepare + '\nexec "$@"', "sh", *command]
+            command = [
+                "unshare",
+                "--mount",
+                "--propagation",
+                "private",
+                "sh",
+                "-ec",
+                prepare + '\nexec "$@"',
+                "sh",
+                *command,
+            ]
         environment = {key: value for key, value in os.environ.items() if not key.startswith("ANSIBLE_")}
         environment.update(
             ANSIBLE_COLLECTIONS_PATH=str(self.directory / "collections"),
@@ -82,7 +102,14 @@ class Host:
         )
         environment.pop("ANSIBLE_CONFIG", None)
         done = subprocess.run(
-            command, cwd=self.directory, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+            command,
+            cwd=self.directory,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
         )
         return Outcome(done.returncode, done.stdout, json.loads(facts.read_text()) if facts.exists() else {})
 
@@ -99,7 +126,10 @@ def namespaces() -> None:
 
 
 def system_has_zstandard() -> bool:
-    return subprocess.run([SYSTEM_PYTHON, "-c", "import zstandard"], stderr=subprocess.DEVNULL, check=False).returncode == 0
+    return (
+        subprocess.run([SYSTEM_PYTHON, "-c", "import zstandard"], stderr=subprocess.DEVNULL, check=False).returncode
+        == 0
+    )
 
 
 def test_check_mode_tells_what_would_be_installed_and_installs_nothing(host: Host) -> None:
@@ -151,7 +181,9 @@ def test_an_image_based_host_that_has_everything_is_fine(host: Host) -> None:
     assert outcome.facts["image"] is True
 
 
-def test_an_interpreter_that_does_not_see_the_packages_is_named_and_pip_helps_if_it_may(host: Host, tmp_path: pathlib.Path) -> None:
+def test_an_interpreter_that_does_not_see_the_packages_is_named_and_pip_helps_if_it_may(
+    host: Host, tmp_path: pathlib.Path
+) -> None:
     if not shutil.which("skopeo"):
         pytest.skip("skopeo is not installed here")
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
@@ -160,7 +192,13 @@ def test_an_interpreter_that_does_not_see_the_packages_is_named_and_pip_helps_if
     assert refused.code != 0
     assert f"This host lacks zstandard for {interpreter}" in refused.text
     assert "set skopeo_use_pip" in refused.text
-    helped = host.run(interpreter=interpreter, skopeo_library_packages=[], skopeo_accelerator_packages=[], skopeo_accelerators=False, skopeo_use_pip=True)
+    helped = host.run(
+        interpreter=interpreter,
+        skopeo_library_packages=[],
+        skopeo_accelerator_packages=[],
+        skopeo_accelerators=False,
+        skopeo_use_pip=True,
+    )
     assert helped.code == 0, helped.text
     assert {"zstandard", "jsonschema"} <= set(helped.facts["libraries"])
 

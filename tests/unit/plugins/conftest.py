@@ -21,13 +21,16 @@ MEASURE = 0xC0046686
 
 
 class VerityKernel:
-    """Stands for fcntl.ioctl. Sealing fails with ETXTBSY while this process has the file open for writing, as in the kernel."""
+    """Stands for fcntl.ioctl. Sealing fails with ETXTBSY while this process has the file open for writing, as in the
+    kernel.
+    """
 
     def __init__(self) -> None:
         self.sealed: dict[tuple[int, int], tuple[int, bytes]] = {}
         self.calls: list[int] = []
         self.supported = True
-        # How many of the next files someone else seems to have open for writing. (The number of a file that is gone may come back as busy.)
+        # How many of the next files someone else seems to have open for writing. (The number of a file that is gone may
+        # come back as busy.)
         self.busy_files = 0
         self._busy: set[tuple[int, int]] = set()
         self._free: set[tuple[int, int]] = set()

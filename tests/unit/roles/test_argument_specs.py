@@ -52,4 +52,6 @@ def test_the_readme_names_every_option(role: str) -> None:
 def test_no_task_becomes_another_user_by_itself(role: str) -> None:
     """Whether and how to become root is the operator's to say, on the play or the role."""
     for path in sorted((ROLES / role).rglob("*.yml")):
-        assert "become" not in [line.strip().split(":")[0] for line in path.read_text(encoding="utf-8").splitlines()], path
+        assert "become" not in [line.strip().split(":")[0] for line in path.read_text(encoding="utf-8").splitlines()], (
+            path
+        )

@@ -65,7 +65,11 @@ def test_the_listing_tells_the_truth(name: str, runs: list[Run], lab: dict[str, 
     for tag, image in NAMES.items():
         facts = lab["images"][image]
         found = listed[tag]
-        assert found["config_digest"] == facts["config_digest"] and found["labels"] == facts["labels"] and found["size"] == facts["size"]
+        assert (
+            found["config_digest"] == facts["config_digest"]
+            and found["labels"] == facts["labels"]
+            and found["size"] == facts["size"]
+        )
         assert [layer["diff_id"] for layer in found["layers"]] == facts["diff_ids"]
 
 
@@ -76,7 +80,12 @@ def test_the_pulls_are_in_the_system_log(host: Any, lab: dict[str, Any]) -> None
 
 
 def test_four_runs_were_recorded(runs: list[Run]) -> None:
-    assert [(run.name, run.check) for run in runs] == [("converge", True), ("converge", False), ("converge", False), ("converge", True)]
+    assert [(run.name, run.check) for run in runs] == [
+        ("converge", True),
+        ("converge", False),
+        ("converge", False),
+        ("converge", True),
+    ]
 
 
 @pytest.mark.parametrize("run", [2, 3], ids=["second run", "check mode after it"])
@@ -91,17 +100,23 @@ def test_a_further_run_changes_nothing(name: str, runs: list[Run], run: int) -> 
 
 
 def test_check_mode_after_it_tells_just_what_the_run_told(name: str, runs: list[Run]) -> None:
-    assert [(task, foretold(result)) for task, result in runs[3].modules(name)] == [(task, foretold(result)) for task, result in runs[2].modules(name)]
+    assert [(task, foretold(result)) for task, result in runs[3].modules(name)] == [
+        (task, foretold(result)) for task, result in runs[2].modules(name)
+    ]
 
 
 def test_check_mode_on_a_fresh_host_foretells_what_changes(name: str, runs: list[Run]) -> None:
     before, after = runs[0].modules(name), runs[1].modules(name)
-    assert [(task, result["changed"]) for task, result in before] == [(task, result["changed"]) for task, result in after]
+    assert [(task, result["changed"]) for task, result in before] == [
+        (task, result["changed"]) for task, result in after
+    ]
     assert [task for task, result in after if result["changed"]] == [after[0][0], *PULLS]
     assert foretold(before[0][1]) == foretold(after[0][1])
 
 
-def test_where_skopeo_is_there_check_mode_on_a_fresh_host_foretells_everything(host: Any, name: str, runs: list[Run], lab: dict[str, Any]) -> None:
+def test_where_skopeo_is_there_check_mode_on_a_fresh_host_foretells_everything(
+    host: Any, name: str, runs: list[Run], lab: dict[str, Any]
+) -> None:
     bare = name != "default-ready"
     for pull in PULLS:
         before, after = runs[0].of(name, pull), runs[1].of(name, pull)

@@ -31,9 +31,23 @@ def host_of(name: str) -> Any:
 
 def play(registry: str) -> Run:
     """Run the playbook to its end, whatever that is; what was recorded."""
-    command = ["ansible-playbook", "--inventory", os.environ["MOLECULE_INVENTORY_FILE"], "--extra-vars", f"faults_registry={registry}", str(PULL)]
+    command = [
+        "ansible-playbook",
+        "--inventory",
+        os.environ["MOLECULE_INVENTORY_FILE"],
+        "--extra-vars",
+        f"faults_registry={registry}",
+        str(PULL),
+    ]
     done = subprocess.run(
-        command, cwd=ephemeral(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, check=False
+        command,
+        cwd=ephemeral(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
     )
     print(done.stdout)
     return recorded()[-1]
@@ -56,7 +70,9 @@ def wait_for(what: str, condition: Any, seconds: float = 60) -> None:
 
 def objects_of(name: str) -> int:
     """How many objects a host has, seen from outside: without its ssh."""
-    return sum(len(files) for _directory, _directories, files in os.walk(namespace.directory_of(name) / "srv/images/objects"))
+    return sum(
+        len(files) for _directory, _directories, files in os.walk(namespace.directory_of(name) / "srv/images/objects")
+    )
 
 
 def cut_connections(name: str) -> int:
@@ -67,7 +83,10 @@ def cut_connections(name: str) -> int:
     cut = 0
     for process in (entry for entry in os.listdir("/proc") if entry.isdigit() and entry != child):
         with contextlib.suppress(OSError):
-            if os.readlink(f"/proc/{process}/ns/pid") == space and b"sshd" in pathlib.Path(f"/proc/{process}/comm").read_bytes():
+            if (
+                os.readlink(f"/proc/{process}/ns/pid") == space
+                and b"sshd" in pathlib.Path(f"/proc/{process}/comm").read_bytes()
+            ):
                 os.kill(int(process), signal.SIGKILL)
                 cut += 1
     return cut
@@ -80,7 +99,10 @@ def story(lab: dict[str, Any]) -> Iterator[dict[str, Run]]:
         # Slow enough that there is time to do harm in the middle of a pull.
         slow = proxy.add(Rule("/blobs/", rate=1_200_000))
         first = pool.submit(play, proxy.address)
-        wait_for("both victims to pull", lambda: min(objects_of("faults-killed"), objects_of("faults-cut")) >= 3 or first.done())
+        wait_for(
+            "both victims to pull",
+            lambda: min(objects_of("faults-killed"), objects_of("faults-cut")) >= 3 or first.done(),
+        )
         assert not first.done(), "the pull was over before it could be hurt"
         assert cut_connections("faults-cut") > 0
         namespace.end("faults-killed")
@@ -94,7 +116,12 @@ def story(lab: dict[str, Any]) -> Iterator[dict[str, Run]]:
 
 
 def test_the_play_reports_each_host_by_itself(story: dict[str, Run]) -> None:
-    assert kinds(story["faults"]) == {"faults-killed": "unreachable", "faults-cut": "unreachable", "faults-full": "failed", "faults-well": "ok"}
+    assert kinds(story["faults"]) == {
+        "faults-killed": "unreachable",
+        "faults-cut": "unreachable",
+        "faults-full": "failed",
+        "faults-well": "ok",
+    }
 
 
 def test_a_full_disk_is_told_as_such(story: dict[str, Run]) -> None:
@@ -111,7 +138,9 @@ def test_the_next_run_finishes_on_every_host(story: dict[str, Run]) -> None:
     assert set(kinds(story["next"]).values()) == {"ok"}
     for name in ("faults-killed", "faults-full"):
         assert result(story["next"], name)["changed"]
-    assert {entry["host"]: entry["result"]["changed"] for entry in story["after"].entries} == dict.fromkeys(HOSTS, False)
+    assert {entry["host"]: entry["result"]["changed"] for entry in story["after"].entries} == dict.fromkeys(
+        HOSTS, False
+    )
 
 
 @pytest.mark.parametrize("name", HOSTS)

@@ -18,7 +18,8 @@ from scenarios import ephemeral
 testinfra_hosts = ["ansible://hosts"]
 
 GUEST = "power-trixie"
-# The power goes at a random moment of a pull, and in some rounds as soon as the pull has said that it is done: then all of it must be there.
+# The power goes at a random moment of a pull, and in some rounds as soon as the pull has said that it is done: then all
+# of it must be there.
 ROUNDS = ["random"] * 20 + ["done"] * 4 if os.environ.get("COMPOSEFS_OCI_LONG") else ["random", "done"]
 # With fs-verity, where the kernel knows what is whole, and without, where the collection has to find out.
 PLACES = {"/srv/ext4": "required", "/srv/plain": "disabled"}
@@ -29,7 +30,10 @@ OFTEN = "; ".join(f"mount -o remount,commit=1 {place}" for place in PLACES)
 
 def command(registry: str, number: int) -> str:
     """Pull into a repository in each place at the same time; the shell fails if one of them does."""
-    pulls = [f"python3 pull_in_guest.py {place}/{number} {verity} docker://{registry}/cut:latest app" for place, verity in PLACES.items()]
+    pulls = [
+        f"python3 pull_in_guest.py {place}/{number} {verity} docker://{registry}/cut:latest app"
+        for place, verity in PLACES.items()
+    ]
     return f"cd /opt/tests; {pulls[0]} & one=$!; {pulls[1]} && wait $one"
 
 
@@ -40,7 +44,9 @@ def registry(lab: dict[str, Any]) -> str:
 
 @pytest.fixture(scope="module")
 def engine() -> None:
-    """Lay the engine into the guest. Compiled once, it starts much faster on that slow processor than within a module, many times over."""
+    """Lay the engine into the guest. Compiled once, it starts much faster on that slow processor than within a module,
+    many times over.
+    """
     collection = f"{os.environ['ANSIBLE_COLLECTIONS_PATH']}/ansible_collections/composefs/oci"
     files = ["-C", collection, "plugins/module_utils", "-C", str(guests.ground.HERE / "inside"), "pull_in_guest.py"]
     packed = subprocess.run(["tar", "--exclude=__pycache__", "-c", *files], stdout=subprocess.PIPE, check=True).stdout
@@ -50,10 +56,14 @@ def engine() -> None:
 
 
 def begin(registry: str, number: int) -> subprocess.Popen[str]:
-    """Start the pulls, and wait until the first layer of one of them is on its way: before that nothing happens on the disks."""
+    """Start the pulls, and wait until the first layer of one of them is on its way: before that nothing happens on the
+    disks.
+    """
     address = guests.address(GUEST)
     words = guests.ground.ssh_command(address["address"], address["port"], command(registry, number))
-    process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     assert process.stdout
     first = process.stdout.readline()
     assert first == "begun\n", first + process.stdout.read()
@@ -70,7 +80,9 @@ def seconds(engine: None, registry: str) -> float:
 
 
 @pytest.mark.parametrize(("number", "when"), enumerate(ROUNDS))
-def test_nothing_that_has_a_name_is_damaged_by_a_power_cut(host: Any, registry: str, seconds: float, number: int, when: str, lab: dict[str, Any]) -> None:
+def test_nothing_that_has_a_name_is_damaged_by_a_power_cut(
+    host: Any, registry: str, seconds: float, number: int, when: str, lab: dict[str, Any]
+) -> None:
     # A guest that has just booted takes longer than one from the freezer.
     moment = random.uniform(0, 1.4) * seconds
     guests.ssh(GUEST, f"{OFTEN}; sync")
@@ -88,7 +100,9 @@ def test_nothing_that_has_a_name_is_damaged_by_a_power_cut(host: Any, registry: 
         repository = Repository(host, f"{place}/{number}")
         damage = repository.damage()
         if repository.exists:
-            left[place] = f"{repository.objects} objects, {len(repository.streams)} streams, {repository.unfinished} unfinished"
+            left[place] = (
+                f"{repository.objects} objects, {len(repository.streams)} streams, {repository.unfinished} unfinished"
+            )
             assert damage == []
             if finished:
                 # The pull had said that it was done, so it must be there. (ssh told us so before the power went.)
@@ -96,7 +110,10 @@ def test_nothing_that_has_a_name_is_damaged_by_a_power_cut(host: Any, registry: 
         else:
             left[place] = "no repository"
             assert not finished
-    told = f"cut {'as soon as it was done' if when == 'done' else f'after {moment:.1f} of {seconds:.1f} s'}, {'finished' if finished else 'unfinished'}: {left}"
+    told = (
+        f"cut {'as soon as it was done' if when == 'done' else f'after {moment:.1f} of {seconds:.1f} s'}, "
+        f"{'finished' if finished else 'unfinished'}: {left}"
+    )
     print(told)
     with open(ephemeral() / "power-cuts", "a") as file:
         file.write(told + "\n")
@@ -107,6 +124,7 @@ def test_nothing_that_has_a_name_is_damaged_by_a_power_cut(host: Any, registry: 
         assert repository.damage() == []
         assert repository.protected is (verity == "required")
         assert repository.image("app").digest == lab["images"]["cut"]["digest"]
-        # A mark may be back whose removal the cut undid. It is harmless, and goes with the next pull that stores something.
+        # A mark may be back whose removal the cut undid. It is harmless, and goes with the next pull that stores
+        # something.
         assert repository.unfinished <= 1
     guests.ssh(GUEST, f"rm -r {' '.join(f'{place}/{number}' for place in PLACES)}")

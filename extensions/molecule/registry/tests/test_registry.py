@@ -30,17 +30,29 @@ def secrets(lab: dict[str, Any]) -> list[str]:
     """The password in every form in which it travels."""
     locked = lab["registries"]["locked"]
     user, password = locked["user"], locked["password"]
-    return [password, base64.b64encode(f"{user}:{password}".encode()).decode(), base64.b64encode(f"{user}:{password}-not".encode()).decode()]
+    return [
+        password,
+        base64.b64encode(f"{user}:{password}".encode()).decode(),
+        base64.b64encode(f"{user}:{password}-not".encode()).decode(),
+    ]
 
 
 def test_both_ways_to_give_the_password_work(repository: Repository, lab: dict[str, Any]) -> None:
-    assert repository.tags == {"by-file": lab["images"]["app-1"]["digest"], "by-option": lab["images"]["multi"]["digest"]}
+    assert repository.tags == {
+        "by-file": lab["images"]["app-1"]["digest"],
+        "by-option": lab["images"]["multi"]["digest"],
+    }
     assert repository.damage() == []
 
 
-def test_of_an_index_the_hosts_own_platform_is_taken_and_the_index_is_told(name: str, runs: list[Run], lab: dict[str, Any]) -> None:
+def test_of_an_index_the_hosts_own_platform_is_taken_and_the_index_is_told(
+    name: str, runs: list[Run], lab: dict[str, Any]
+) -> None:
     result = runs[0].of(name, "Pull with options")
-    assert result["index_digest"] == lab["images"]["multi"]["index_digest"] and result["digest"] == lab["images"]["multi"]["digest"]
+    assert (
+        result["index_digest"] == lab["images"]["multi"]["index_digest"]
+        and result["digest"] == lab["images"]["multi"]["digest"]
+    )
 
 
 @pytest.mark.parametrize("task", ERRORS)
@@ -72,5 +84,7 @@ def test_the_password_is_not_in_the_system_log(host: Any, secrets: list[str]) ->
 
 def test_the_password_was_left_in_no_file(host: Any, secrets: list[str]) -> None:
     patterns = " ".join(f"-e '{secret}'" for secret in secrets)
-    found = host.run(f"grep -rlF {patterns} /root /home /run /tmp /var/tmp /var/lib /srv /dev/shm /etc 2>/dev/null").stdout.split()
+    found = host.run(
+        f"grep -rlF {patterns} /root /home /run /tmp /var/tmp /var/lib /srv /dev/shm /etc 2>/dev/null"
+    ).stdout.split()
     assert found == ["/etc/tests/auth.json"]  # which the scenario put there

@@ -2,9 +2,11 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""A callback that writes every result down, one JSON document a line, so that tests can look at what the modules returned.
+"""A callback that writes every result down, one JSON document a line, so that tests can look at what the modules
+returned.
 
-Each ansible-playbook run gets a file of its own in $MOLECULE_EPHEMERAL_DIRECTORY/results, named by its number and whether it was in check mode.
+Each ansible-playbook run gets a file of its own in $MOLECULE_EPHEMERAL_DIRECTORY/results, named by its number and
+whether it was in check mode.
 """
 
 from __future__ import annotations
@@ -51,7 +53,13 @@ class CallbackModule(CallbackBase):
 
     def _write(self, kind: str, result: Any) -> None:
         if self.file:
-            entry = {"host": result._host.get_name(), "task": result._task.get_name(), "action": result._task.action, "kind": kind, "result": result._result}
+            entry = {
+                "host": result._host.get_name(),
+                "task": result._task.get_name(),
+                "action": result._task.action,
+                "kind": kind,
+                "result": result._result,
+            }
             self.file.write(json.dumps(entry, default=str) + "\n")
             self.file.flush()
 

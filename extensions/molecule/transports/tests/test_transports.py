@@ -41,10 +41,18 @@ def test_a_docker_archive_has_the_same_layers(name: str, runs: list[Run], lab: d
 @pytest.mark.parametrize("task", TASKS.values())
 def test_a_second_run_fetches_nothing(name: str, runs: list[Run], task: str) -> None:
     first, second = runs[0].of(name, task), runs[1].of(name, task)
-    assert first["changed"] and not second["changed"] and second["stats"]["bytes_fetched"] == 0 and second["digest"] == first["digest"]
+    assert (
+        first["changed"]
+        and not second["changed"]
+        and second["stats"]["bytes_fetched"] == 0
+        and second["digest"] == first["digest"]
+    )
 
 
-@pytest.mark.parametrize(("task", "error"), [("Pull from the registry", "registry_unreachable"), ("Pull from an archive that is not there", "image_not_found")])
+@pytest.mark.parametrize(
+    ("task", "error"),
+    [("Pull from the registry", "registry_unreachable"), ("Pull from an archive that is not there", "image_not_found")],
+)
 def test_what_cannot_be_reached_has_its_code(name: str, runs: list[Run], task: str, error: str) -> None:
     for run in runs:
         assert run.of(name, task)["error"] == error

@@ -32,7 +32,10 @@ def test_all_of_it_belongs_to_the_user_and_nobody_else_gets_in(host: Any, own: R
 
 def test_nothing_was_made_elsewhere(host: Any) -> None:
     assert not host.file("/sysroot/composefs").exists
-    assert host.run("find / -xdev -user puller -type f").stdout.strip() == "" or host.run(f"find / -xdev -user puller -type f ! -path '{HOME}/*'").stdout == ""
+    assert (
+        host.run("find / -xdev -user puller -type f").stdout.strip() == ""
+        or host.run(f"find / -xdev -user puller -type f ! -path '{HOME}/*'").stdout == ""
+    )
 
 
 def test_the_user_sees_both_images(name: str, runs: list[Run]) -> None:

@@ -27,7 +27,10 @@ def which(request: pytest.FixtureRequest) -> str:
 
 def test_nothing_that_was_there_is_changed_or_gone(host: Any, which: str) -> None:
     # For every file: its path, kind, mode and content, or where it leads. Times and link counts do not matter.
-    listing = "cd {} && find . -type f -exec sha256sum {{}} + -exec stat -c '%n %a %s' {{}} + | sort; cd {} && find . -type l -printf '%p -> %l\\n' | sort"
+    listing = (
+        "cd {} && find . -type f -exec sha256sum {{}} + -exec stat -c '%n %a %s' {{}} + | sort; cd {} && find . -type "
+        "l -printf '%p -> %l\\n' | sort"
+    )
     before = host.run(listing.format(f"/srv/before/{which}", f"/srv/before/{which}")).stdout.splitlines()
     after = host.run(listing.format(f"/srv/{which}", f"/srv/{which}")).stdout.splitlines()
     assert len(before) > 60

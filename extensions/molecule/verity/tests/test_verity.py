@@ -40,7 +40,9 @@ def bulk() -> list[bytes]:
 def object_of(host: Any, repository: str, content: bytes) -> str:
     """The path of the object that has just this content."""
     listing = host.run(f"find {repository}/objects -type f -size {len(content)}c -exec sha256sum {{}} +").stdout
-    (path,) = [line.split()[1] for line in listing.splitlines() if line.split()[0] == hashlib.sha256(content).hexdigest()]
+    (path,) = [
+        line.split()[1] for line in listing.splitlines() if line.split()[0] == hashlib.sha256(content).hexdigest()
+    ]
     return str(path)
 
 
@@ -54,7 +56,9 @@ def test_every_object_is_measured_by_the_kernel(host: Any, disk: str, lab: dict[
 
 def test_the_tools_of_fs_verity_agree(host: Any, disk: str) -> None:
     algorithm = REPOSITORIES[disk]
-    listing = host.run(f"cd /srv/{disk}/images && find objects -type f | head -5 | xargs fsverity measure").stdout.splitlines()
+    listing = host.run(
+        f"cd /srv/{disk}/images && find objects -type f | head -5 | xargs fsverity measure"
+    ).stdout.splitlines()
     assert len(listing) == 5
     for line in listing:
         measured, path = line.split()
@@ -75,16 +79,24 @@ if OLD_KERNEL:
     def test_without_fs_verity_an_old_kernel_mounts(host: Any) -> None:
         repository = Repository(host, "/srv/plain/open")
         assert repository.mounted("/srv/from-open") == repository.image("small").image_id
-        assert host.run("ls /srv/from-open").stdout.split() == ["data", "etc", "run", "usr"], "the directories of the objects do not show"
+        assert host.run("ls /srv/from-open").stdout.split() == ["data", "etc", "run", "usr"], (
+            "the directories of the objects do not show"
+        )
         sums = host.run("cd /srv/from-open/data/201 && sha256sum 0 1 2 3").stdout.split()[::2]
         assert sums == [hashlib.sha256(content).hexdigest() for content in bulk()]
 
     def test_where_the_kernel_is_too_old_the_mount_says_so(host: Any, disk: str, name: str, runs: list[Run]) -> None:
         result = runs[0].of(name, f"Mount from {disk}")
         assert result["error"] == "mount_failed" and "6.6" in result["msg"] and "verity" in result["msg"]
-        # Nothing of the attempt is left: no mount, no helper mount, no unit that would try again at every boot, no loop device.
+        # Nothing of the attempt is left: no mount, no helper mount, no unit that would try again at every boot, no loop
+        # device.
         assert Repository(host, f"/srv/{disk}/images").mounted(f"/srv/from-{disk}") is None
-        assert host.run(f"losetup -a | grep /srv/{disk}; find /etc/systemd/system -name '*from*'; ls -d /run/composefs-*").stdout == ""
+        assert (
+            host.run(
+                f"losetup -a | grep /srv/{disk}; find /etc/systemd/system -name '*from*'; ls -d /run/composefs-*"
+            ).stdout
+            == ""
+        )
 
 
 def test_objects_cannot_be_written(host: Any, disk: str) -> None:
@@ -99,7 +111,9 @@ def test_a_file_system_without_fs_verity_is_refused_at_preparation(host: Any, na
 
 
 def test_a_second_run_changes_nothing(name: str, runs: list[Run]) -> None:
-    assert [result["changed"] for _task, result in runs[1].modules(name)] == [False] * 3 * (len(REPOSITORIES) + OLD_KERNEL)
+    assert [result["changed"] for _task, result in runs[1].modules(name)] == [False] * 3 * (
+        len(REPOSITORIES) + OLD_KERNEL
+    )
 
 
 @mounts
@@ -136,5 +150,7 @@ os.fsync(disk)'"""
     # The other files of the image can be read, and the damage has a name.
     assert object_of(host, "/srv/ext4/images", bulk()[3])
     if not OLD_KERNEL:
-        assert host.run("sha256sum /srv/from-ext4/data/201/3").stdout.split()[0] == hashlib.sha256(bulk()[3]).hexdigest()
+        assert (
+            host.run("sha256sum /srv/from-ext4/data/201/3").stdout.split()[0] == hashlib.sha256(bulk()[3]).hexdigest()
+        )
     assert repository.fresh().damage() == [f"{path[len('/srv/ext4/images/') :]}: Input/output error"]

@@ -21,7 +21,18 @@ def _entry(name: bytes, kind: bytes, content: bytes = b"", target: bytes = b"") 
     """One entry with its padding, in GNU format; a long name goes before it."""
     before = _entry(b"././@LongLink", LONG_NAME, name + b"\0") if len(name) > 100 else b""
     mode = b"0000755\0" if kind == DIRECTORY else b"0000644\0"
-    fields = (name[:100], mode, b"0000000\0", b"0000000\0", b"%011o\0" % len(content), b"14524770400\0", b" " * 8, kind, target, b"ustar  \0")
+    fields = (
+        name[:100],
+        mode,
+        b"0000000\0",
+        b"0000000\0",
+        b"%011o\0" % len(content),
+        b"14524770400\0",
+        b" " * 8,
+        kind,
+        target,
+        b"ustar  \0",
+    )
     header = struct.pack("100s8s8s8s12s12s8s1s100s8s247x", *fields)
     header = header[:148] + b"%06o\0 " % sum(header) + header[156:]
     return before + header + content + bytes(-len(content) % 512)
@@ -33,7 +44,9 @@ def _tar(entries: list[bytes]) -> bytes:
 
 
 def layers() -> list[bytes]:
-    """The tars: sizes around the threshold, one content twice, content of several blocks, and runs of small entries longer than a zstd block."""
+    """The tars: sizes around the threshold, one content twice, content of several blocks, and runs of small entries
+    longer than a zstd block.
+    """
     first = [
         _entry(b"usr/", DIRECTORY),
         _entry(b"usr/empty", FILE),
@@ -68,7 +81,9 @@ def write_layout(path: str) -> None:
 
     tars = layers()
     rootfs = {"type": "layers", "diff_ids": [_digest(tar) for tar in tars]}
-    config = json.dumps({"architecture": "amd64", "os": "linux", "config": {"Labels": {"golden": "yes"}}, "rootfs": rootfs}).encode()
+    config = json.dumps(
+        {"architecture": "amd64", "os": "linux", "config": {"Labels": {"golden": "yes"}}, "rootfs": rootfs}
+    ).encode()
     manifest = {
         "schemaVersion": 2,
         "mediaType": "application/vnd.oci.image.manifest.v1+json",
@@ -77,7 +92,10 @@ def write_layout(path: str) -> None:
     }
     descriptor = blob(json.dumps(manifest).encode(), "manifest.v1+json")
     descriptor["annotations"] = {"org.opencontainers.image.ref.name": "golden"}
-    for name, document in (("oci-layout", {"imageLayoutVersion": "1.0.0"}), ("index.json", {"schemaVersion": 2, "manifests": [descriptor]})):
+    for name, document in (
+        ("oci-layout", {"imageLayoutVersion": "1.0.0"}),
+        ("index.json", {"schemaVersion": 2, "manifests": [descriptor]}),
+    ):
         with open(os.path.join(path, name), "w", encoding="ascii") as out:
             json.dump(document, out)
 

@@ -12,7 +12,9 @@ from typing import Any, NoReturn
 
 import pytest
 
-pytest.importorskip("ansible.plugins.action", reason="ansible-core is not installed for this Python", exc_type=ImportError)
+pytest.importorskip(
+    "ansible.plugins.action", reason="ansible-core is not installed for this Python", exc_type=ImportError
+)
 
 from ansible.errors import AnsibleConnectionFailure
 
@@ -21,13 +23,32 @@ from ansible_collections.composefs.oci.plugins.action.composefs_image import Act
 
 JOB = {"ansible_job_id": "j1", "started": 1, "finished": 0, "results_file": "/r/j1", "changed": True}
 RUNNING = {"started": 1, "finished": 0, "ansible_job_id": "j1"}
-DONE = {"started": 1, "finished": 1, "ansible_job_id": "j1", "results_file": "/r/j1", "stdout": "", "stderr": "", "changed": True, "digest": "sha256:1"}
+DONE = {
+    "started": 1,
+    "finished": 1,
+    "ansible_job_id": "j1",
+    "results_file": "/r/j1",
+    "stdout": "",
+    "stderr": "",
+    "changed": True,
+    "digest": "sha256:1",
+}
 RESULT = {"changed": True, "digest": "sha256:1"}
 
 
 def state(done: int, message: str = "", finished: bool = False) -> str:
     layers = [{"id": "sha256:a", "state": "done" if done == 100 else "bytes", "done": done, "total": 100}]
-    return json.dumps({"done": done, "total": 100, "rate": 10, "elapsed": 1.0, "message": message, "finished": finished, "layers": layers})
+    return json.dumps(
+        {
+            "done": done,
+            "total": 100,
+            "rate": 10,
+            "elapsed": 1.0,
+            "message": message,
+            "finished": finished,
+            "layers": layers,
+        }
+    )
 
 
 def give_up(error: Exception) -> NoReturn:
@@ -63,9 +84,13 @@ class Task:
 
 
 class Host(ActionModule):
-    """The action with a host that is made up: ``answers`` to async_status, one after the other, and what the progress file says meanwhile."""
+    """The action with a host that is made up: ``answers`` to async_status, one after the other, and what the progress
+    file says meanwhile.
+    """
 
-    def __init__(self, task: Task, answers: list[Any], progress: list[Any] | None = None, job: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, task: Task, answers: list[Any], progress: list[Any] | None = None, job: dict[str, Any] | None = None
+    ) -> None:
         self._task = task
         self._connection = Connection()
         self._templar = Templar()
@@ -98,7 +123,12 @@ class Host(ActionModule):
         return answer if isinstance(answer, dict) else {"rc": 0, "stdout": answer}
 
     def _execute_module(
-        self, module_name: Any = None, module_args: Any = None, task_vars: Any = None, wrap_async: bool = False, **others: Any
+        self,
+        module_name: Any = None,
+        module_args: Any = None,
+        task_vars: Any = None,
+        wrap_async: bool = False,
+        **others: Any,
     ) -> dict[str, Any]:
         self.calls.append((module_name or "", module_args or {}, wrap_async))
         if module_name is None:
@@ -131,7 +161,8 @@ def statuses(host: Host) -> list[str]:
     return [args.get("mode", "status") for name, args, _async in host.calls if name == "ansible.legacy.async_status"]
 
 
-# --- whether anybody looks -------------------------------------------------------------------------------------------------------------------
+# --- whether anybody looks
+# -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -145,7 +176,9 @@ def statuses(host: Host) -> list[str]:
         ("never", "", True, False),
     ],
 )
-def test_progress_is_for_people_at_a_terminal(monkeypatch: pytest.MonkeyPatch, wish: str, ci: str, terminal: bool, expected: bool) -> None:
+def test_progress_is_for_people_at_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, wish: str, ci: str, terminal: bool, expected: bool
+) -> None:
     monkeypatch.setenv("CI", ci)
     monkeypatch.setattr(composefs_image, "_is_terminal", lambda pid: terminal)
     assert watched(wish) is expected
@@ -171,7 +204,9 @@ def test_a_process_whose_output_is_no_terminal_or_that_is_gone_is_not_looked_at(
 
 
 @pytest.mark.parametrize("why", ["nobody", "template", "check mode", "async", "no_log", "absent"])
-def test_where_nothing_is_shown_the_module_just_runs(shown: list[str], monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+def test_where_nothing_is_shown_the_module_just_runs(
+    shown: list[str], monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
     task = Task(ref="a.b/c", **({"state": "absent"} if why == "absent" else {}))
     task.check_mode, task.no_log, task.async_val = why == "check mode", why == "no_log", 60 if why == "async" else 0
     host = Host(task, [])
@@ -181,11 +216,16 @@ def test_where_nothing_is_shown_the_module_just_runs(shown: list[str], monkeypat
     assert host.calls == [("", {}, why == "async")]
 
 
-# --- watching --------------------------------------------------------------------------------------------------------------------------------
+# --- watching
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_line_for_each_change_and_the_modules_own_result(shown: list[str]) -> None:
-    host = Host(Task(ref="a.b/c"), [RUNNING, RUNNING, RUNNING, DONE], [state(10), state(10), state(60), state(100, "Making the EROFS image of app")])
+    host = Host(
+        Task(ref="a.b/c"),
+        [RUNNING, RUNNING, RUNNING, DONE],
+        [state(10), state(10), state(60), state(100, "Making the EROFS image of app")],
+    )
     assert host.run(task_vars=ALWAYS) == RESULT
     assert len(shown) == 3 and all(line.startswith("web1: ") for line in shown)
     assert "10%" in shown[0] and "60%" in shown[1] and "EROFS" in shown[2]
@@ -233,7 +273,8 @@ def test_a_job_that_is_gone_ends_the_watch(shown: list[str]) -> None:
     assert host.run(task_vars=ALWAYS) == {"failed": True, "msg": "could not find job"}
 
 
-# --- a host that is out of reach -------------------------------------------------------------------------------------------------------------
+# --- a host that is out of reach
+# -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("way", ["raised", "returned", "while reading"])

@@ -4,8 +4,8 @@
 
 """An image proxy that fails on purpose, for what the real skopeo cannot be made to do.
 
-Arguments: a JSON object that changes what it does, then what skopeo would get. It keeps the real one's order: one request at a time, data written
-by a thread of its own, no end of file before FinishPipe, which waits for the thread.
+Arguments: a JSON object that changes what it does, then what skopeo would get. It keeps the real one's order: one
+request at a time, data written by a thread of its own, no end of file before FinishPipe, which waits for the thread.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ def self_portrait() -> bytes:
     with open("/proc/self/environ", "rb") as file:
         environment = file.read().decode("utf-8", "replace")
     fds = sorted(int(fd) for fd in os.listdir("/proc/self/fd"))[:-1]
-    return json.dumps({"argv": sys.argv[2:], "environ": environment, "auth": credentials, "mode": mode, "fds": fds}).encode()
+    return json.dumps(
+        {"argv": sys.argv[2:], "environ": environment, "auth": credentials, "mode": mode, "fds": fds}
+    ).encode()
 
 
 def serve(connection, request):
@@ -92,19 +94,38 @@ def serve(connection, request):
     elif "error" in plan:
         answer(connection, error=plan["error"], error_code=plan.get("code", ""))
     elif "fds" in plan:
-        answer(connection, plan.get("value"), plan.get("pipeid", 0), [os.open("/dev/null", os.O_RDONLY) for _each in range(plan["fds"])])
+        answer(
+            connection,
+            plan.get("value"),
+            plan.get("pipeid", 0),
+            [os.open("/dev/null", os.O_RDONLY) for _each in range(plan["fds"])],
+        )
     elif method == "Initialize":
         answer(connection, PLAN.get("version", "0.2.8"))
     elif method == "OpenImage":
         answer(connection, 1)
     elif method in ("GetManifest", "GetFullConfig", "GetLayerInfoPiped"):
         data = self_portrait() if plan.get("portrait") else (plan.get("data", "{}") * plan.get("times", 1)).encode()
-        send_data(connection, plan.get("value", digest(data)), data, plan.get("pause", 0.0), plan.get("stop", -1), plan.get("failure", ""))
+        send_data(
+            connection,
+            plan.get("value", digest(data)),
+            data,
+            plan.get("pause", 0.0),
+            plan.get("stop", -1),
+            plan.get("failure", ""),
+        )
     elif method == "GetLayerInfo":
         answer(connection, json.loads(plan.get("data", "[]")))
     elif method == "GetBlob":
         data = (plan.get("data", "x") * plan.get("times", 1)).encode()
-        send_data(connection, plan.get("value", args[2]), data, plan.get("pause", 0.0), plan.get("stop", -1), plan.get("failure", ""))
+        send_data(
+            connection,
+            plan.get("value", args[2]),
+            data,
+            plan.get("pause", 0.0),
+            plan.get("stop", -1),
+            plan.get("failure", ""),
+        )
     elif method == "FinishPipe":
         thread, verdict = PIPES.pop(args[0])
         thread.join()

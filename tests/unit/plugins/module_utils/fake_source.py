@@ -4,8 +4,8 @@
 
 """A source of images without skopeo: stands in for ImageProxy, reads an OCI layout, and fails where it is told to.
 
-It keeps the real one's habits that matter to its callers: blobs come through pipes that have no end before ``finish_pipe``, which waits for the
-transfer, and a proxy that was killed answers nothing any more.
+It keeps the real one's habits that matter to its callers: blobs come through pipes that have no end before
+``finish_pipe``, which waits for the transfer, and a proxy that was killed answers nothing any more.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ class World:
         self.starting: list[EngineError] = []
         self.opening: list[EngineError] = []
         self.index_failure: EngineError | None = None
-        # digest -> what to do with a transfer, one after the other: bytes to send instead, an error at once, or a function of the proxy
+        # digest -> what to do with a transfer, one after the other: bytes to send instead, an error at once, or a
+        # function of the proxy
         self.blobs: dict[str, list[Any]] = {}
         # digest -> the verdict on a transfer, one after the other
         self.verdicts: dict[str, list[EngineError]] = {}
@@ -76,7 +77,10 @@ class World:
         for entry in json.loads((self.layout.path / "index.json").read_text())["manifests"]:
             if entry["annotations"]["org.opencontainers.image.ref.name"] == tag:
                 return dict(entry)
-        raise ImageNotFound(f"Opening {reference.text}: skopeo says: reading manifest: manifest unknown.", "Check the name, the tag and the path.")
+        raise ImageNotFound(
+            f"Opening {reference.text}: skopeo says: reading manifest: manifest unknown.",
+            "Check the name, the tag and the path.",
+        )
 
     def fetched(self) -> list[str]:
         return [digest for method, digest in self.requests if method == "GetBlob"]
@@ -87,7 +91,8 @@ class World:
         monkeypatch.setattr(skopeosource, "top_digest", self._top_digest)
         monkeypatch.setattr(fetch, "pause", lambda attempt, error, progress: None)
         monkeypatch.setattr(skopeosource, "pause", lambda attempt, error, progress: None)
-        # What a barrier is good for is tested elsewhere; here it would wait for everything else that the machine writes.
+        # What a barrier is good for is tested elsewhere; here it would wait for everything else that the machine
+        # writes.
         monkeypatch.setattr(filesystem, "sync", lambda fd: None)
         return self
 
@@ -141,7 +146,11 @@ class FakeProxy:
         raw = self.world.layout.read(self.world.target(reference)["digest"])
         document = json.loads(raw)
         if "manifests" in document:
-            wanted = self.options.platform.architecture if self.options.platform else document["manifests"][0]["platform"]["architecture"]
+            wanted = (
+                self.options.platform.architecture
+                if self.options.platform
+                else document["manifests"][0]["platform"]["architecture"]
+            )
             entry = next(entry for entry in document["manifests"] if entry["platform"]["architecture"] == wanted)
             raw = self.world.layout.read(entry["digest"])
         return digest_of(raw), raw
@@ -203,11 +212,18 @@ class FakeProxy:
 
 
 def settings(**others: Any) -> pull.Options:
-    chosen = {"timeout": 5.0, "retries": 2, "images": Images(plain=others.pop("erofs", True), bootable=others.pop("bootable", False)), **others}
+    chosen = {
+        "timeout": 5.0,
+        "retries": 2,
+        "images": Images(plain=others.pop("erofs", True), bootable=others.pop("bootable", False)),
+        **others,
+    }
     return pull.Options(**chosen)
 
 
-def pull_all(path: pathlib.Path, *requests: pull.Request, sink: Events | None = None, **others: Any) -> list[dict[str, Any]]:
+def pull_all(
+    path: pathlib.Path, *requests: pull.Request, sink: Events | None = None, **others: Any
+) -> list[dict[str, Any]]:
     """Pull as the module does; descriptions as it returns them, with the warnings."""
     with Repository.open(str(path)) as repository:
         outcomes = pull.pull_images(repository, requests, settings(**others), Progress(sink))

@@ -46,7 +46,12 @@ def run(main: Any, base: Any = None) -> dict[str, Any]:
 
 
 def test_results_stand_over_the_base() -> None:
-    assert run(lambda module: {"changed": True, "x": 1}, {"changed": False, "y": 2}) == {"failed": False, "changed": True, "x": 1, "y": 2}
+    assert run(lambda module: {"changed": True, "x": 1}, {"changed": False, "y": 2}) == {
+        "failed": False,
+        "changed": True,
+        "x": 1,
+        "y": 2,
+    }
 
 
 def test_engine_errors_carry_their_code_and_the_base_as_it_is_by_then() -> None:
@@ -56,7 +61,12 @@ def test_engine_errors_carry_their_code_and_the_base_as_it_is_by_then() -> None:
         base["changed"] = True
         raise ImageNotFound("There is no x.", "Look.")
 
-    assert run(main, base) == {"failed": True, "msg": "There is no x. Look.", "error": "image_not_found", "changed": True}
+    assert run(main, base) == {
+        "failed": True,
+        "msg": "There is no x. Look.",
+        "error": "image_not_found",
+        "changed": True,
+    }
 
 
 def test_operating_system_errors_get_a_code() -> None:
@@ -101,7 +111,9 @@ def test_check_mode_takes_a_repository_that_is_not_there_yet_for_an_empty_one(tm
 
 
 @pytest.mark.parametrize("check", [False, True])
-def test_a_directory_with_other_things_in_it_is_no_repository_in_either_mode(tmp_path: pathlib.Path, check: bool) -> None:
+def test_a_directory_with_other_things_in_it_is_no_repository_in_either_mode(
+    tmp_path: pathlib.Path, check: bool
+) -> None:
     (tmp_path / "other").touch()
     module = Module()
     module.check_mode = check

@@ -34,7 +34,12 @@ def test_totals_leave_skipped_layers_out() -> None:
 
 def test_a_retried_layer_counts_from_zero_again() -> None:
     board = progress.Board(Clock())
-    for event in (Event(STARTED, A, 0, 1000), Event(BYTES, A, 900, 1000), Event(STARTED, A, 0, 1000), Event(BYTES, A, 10, 1000)):
+    for event in (
+        Event(STARTED, A, 0, 1000),
+        Event(BYTES, A, 900, 1000),
+        Event(STARTED, A, 0, 1000),
+        Event(BYTES, A, 10, 1000),
+    ):
         board.take(event)
     assert board.totals() == (10, 1000)
 
@@ -83,7 +88,10 @@ def test_summary_is_one_line_for_people() -> None:
 
 
 def test_summary_shows_the_message_where_nothing_is_fetched() -> None:
-    assert progress.summary({"done": 0, "total": 0, "rate": 0, "message": "Registering app", "layers": []}) == "Registering app"
+    assert (
+        progress.summary({"done": 0, "total": 0, "rate": 0, "message": "Registering app", "layers": []})
+        == "Registering app"
+    )
 
 
 def test_a_failing_sink_is_silenced_and_the_pull_goes_on() -> None:
@@ -118,4 +126,10 @@ def test_terminal_draws_a_line_a_layer_in_place() -> None:
 
 
 def test_human_units() -> None:
-    assert [progress.human(n) for n in (0, 1023, 1536, 3 << 20, 5 << 40)] == ["0 B", "1023 B", "1.50 KiB", "3.00 MiB", "5.00 TiB"]
+    assert [progress.human(n) for n in (0, 1023, 1536, 3 << 20, 5 << 40)] == [
+        "0 B",
+        "1023 B",
+        "1.50 KiB",
+        "3.00 MiB",
+        "5.00 TiB",
+    ]

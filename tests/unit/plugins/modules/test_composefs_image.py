@@ -64,17 +64,27 @@ def run(world: World, repository: str, capsys: pytest.CaptureFixture[str], monke
     monkeypatch.setattr(basic.AnsibleModule, "warn", lambda module, warning, **others: warned.append(warning))
 
     def task(*, check: bool = False, diff: bool = False, shape: bool = True, **values: Any) -> dict[str, Any]:
-        values = {"repository": repository, "_ansible_remote_tmp": "/tmp", "_ansible_check_mode": check, "_ansible_diff": diff, **values}
+        values = {
+            "repository": repository,
+            "_ansible_remote_tmp": "/tmp",
+            "_ansible_check_mode": check,
+            "_ansible_diff": diff,
+            **values,
+        }
         with arguments(values), pytest.raises(SystemExit):
             composefs_image.main()
         output = capsys.readouterr().out
-        assert PASSWORD not in output.replace(json.dumps({"password": PASSWORD})[1:-1], "") and PASSWORD not in "".join(logged)
+        assert PASSWORD not in output.replace(json.dumps({"password": PASSWORD})[1:-1], "") and PASSWORD not in "".join(
+            logged
+        )
         result: dict[str, Any] = json.loads(output)
         result["warnings"] = list(warned)
         warned.clear()
         if shape:
             extra = {"images", "changed", "repository", "skopeo_version", "protocol_version"}
-            assert set(result) - {"invocation", "diff", "warnings", "deprecations", "msg", "error", "failed"} == (extra if "images" in values else SHAPE)
+            assert set(result) - {"invocation", "diff", "warnings", "deprecations", "msg", "error", "failed"} == (
+                extra if "images" in values else SHAPE
+            )
             for image in result.get("images", []):
                 assert set(image) == IMAGE
         return result
@@ -82,16 +92,31 @@ def run(world: World, repository: str, capsys: pytest.CaptureFixture[str], monke
     return task
 
 
-# --- what is returned ------------------------------------------------------------------------------------------------------------------------
+# --- what is returned
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_an_image_is_pulled_once(run: Any, repository: str) -> None:
     first = run(ref=REGISTRY + "app", name="x")
-    assert first["changed"] and first["name"] == "x" and first["ref"] == REGISTRY + "app" and first["repository"] == repository
-    assert first["previous_digest"] is None and first["image_id"] and first["skopeo_version"] == "1.2.3" and first["protocol_version"] == "0.2.3"
+    assert (
+        first["changed"]
+        and first["name"] == "x"
+        and first["ref"] == REGISTRY + "app"
+        and first["repository"] == repository
+    )
+    assert (
+        first["previous_digest"] is None
+        and first["image_id"]
+        and first["skopeo_version"] == "1.2.3"
+        and first["protocol_version"] == "0.2.3"
+    )
     assert [layer["status"] for layer in first["layers"]] == ["new", "new"]
     second = run(ref=REGISTRY + "app", name="x")
-    assert not second["changed"] and second["streams"] == [] and second["previous_digest"] == second["digest"] == first["digest"]
+    assert (
+        not second["changed"]
+        and second["streams"] == []
+        and second["previous_digest"] == second["digest"] == first["digest"]
+    )
     assert "diff" not in second
 
 
@@ -154,11 +179,14 @@ def test_examples_are_tasks_that_the_module_accepts(world: World) -> None:
     for task in yaml.safe_load(composefs_image.EXAMPLES):
         values = dict(task["composefs.oci.composefs_image"])
         params = {**dict.fromkeys(("ref", "name", "digest", "platform", "images")), "state": "present", **values}
-        params["images"] = [{**dict.fromkeys(("ref", "name", "digest", "platform")), **image} for image in params["images"] or []] or None
+        params["images"] = [
+            {**dict.fromkeys(("ref", "name", "digest", "platform")), **image} for image in params["images"] or []
+        ] or None
         assert composefs_image.requests_of(params)
 
 
-# --- what is asked for -----------------------------------------------------------------------------------------------------------------------
+# --- what is asked for
+# --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -194,15 +222,25 @@ def test_options_that_do_not_go_together_are_refused(run: Any, world: World, wro
         ({"images": [{"ref": REGISTRY + "app"}, {"ref": REGISTRY + "app"}]}, "is asked for twice"),
     ],
 )
-def test_requests_that_cannot_be_understood_say_what_to_write(run: Any, world: World, values: dict[str, Any], words: str) -> None:
+def test_requests_that_cannot_be_understood_say_what_to_write(
+    run: Any, world: World, values: dict[str, Any], words: str
+) -> None:
     result = run(**values)
-    assert result["failed"] and result["error"] == "invalid_reference" and words in result["msg"] and world.proxies == []
+    assert (
+        result["failed"] and result["error"] == "invalid_reference" and words in result["msg"] and world.proxies == []
+    )
 
 
-@pytest.mark.parametrize(("option", "value"), [("timeout", 0), ("timeout", -1), ("retries", -1), ("parallel", 0), ("parallel", -3)])
+@pytest.mark.parametrize(
+    ("option", "value"), [("timeout", 0), ("timeout", -1), ("retries", -1), ("parallel", 0), ("parallel", -3)]
+)
 def test_numbers_out_of_range_are_refused(run: Any, world: World, option: str, value: int) -> None:
     result = run(ref=REGISTRY + "app", **{option: value})
-    assert result["failed"] and f"The option {option} is {value}. It must be at least" in result["msg"] and world.proxies == []
+    assert (
+        result["failed"]
+        and f"The option {option} is {value}. It must be at least" in result["msg"]
+        and world.proxies == []
+    )
 
 
 def test_options_reach_skopeo(run: Any, world: World) -> None:
@@ -219,8 +257,18 @@ def test_options_reach_skopeo(run: Any, world: World) -> None:
         platform="linux/" + os.uname().machine,
     )
     options = world.proxies[0].options
-    assert (options.username, options.password, options.tls_verify, options.cert_dir) == ("u", PASSWORD, False, "/certs")
-    assert (options.policy, options.unenforced_policy, options.executable, options.timeout) == ("/policy.json", "ignore", ("/opt/skopeo",), 7)
+    assert (options.username, options.password, options.tls_verify, options.cert_dir) == (
+        "u",
+        PASSWORD,
+        False,
+        "/certs",
+    )
+    assert (options.policy, options.unenforced_policy, options.executable, options.timeout) == (
+        "/policy.json",
+        "ignore",
+        ("/opt/skopeo",),
+        7,
+    )
     assert options.platform.os == "linux" and PASSWORD not in repr(options)
 
 
@@ -229,7 +277,8 @@ def test_where_certificates_are_not_spoken_of_the_host_decides(run: Any, world: 
     assert world.proxies[0].options.tls_verify is None
 
 
-# --- several images --------------------------------------------------------------------------------------------------------------------------
+# --- several images
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_several_images_in_one_task(run: Any, repository: str) -> None:
@@ -257,11 +306,14 @@ def test_a_digest_belongs_to_its_image(run: Any) -> None:
     assert result["failed"] and result["error"] == "digest_mismatch"
 
 
-# --- check mode and diff ---------------------------------------------------------------------------------------------------------------------
+# --- check mode and diff
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def tree(path: str) -> list[str]:
-    return sorted(os.path.join(directory, name) for directory, folders, files in os.walk(path) for name in [*folders, *files])
+    return sorted(
+        os.path.join(directory, name) for directory, folders, files in os.walk(path) for name in [*folders, *files]
+    )
 
 
 def test_check_mode_says_what_a_run_does_and_touches_nothing(run: Any, repository: str) -> None:
@@ -271,7 +323,11 @@ def test_check_mode_says_what_a_run_does_and_touches_nothing(run: Any, repositor
     done = run(ref=REGISTRY + "app", name="x", diff=True)
     for key in ("changed", "digest", "config_digest", "previous_digest", "streams", "layers", "diff"):
         assert predicted[key] == done[key], key
-    assert predicted["stats"]["bytes_fetched"] == done["stats"]["bytes_fetched"] == sum(layer["bytes_to_fetch"] for layer in done["layers"])
+    assert (
+        predicted["stats"]["bytes_fetched"]
+        == done["stats"]["bytes_fetched"]
+        == sum(layer["bytes_to_fetch"] for layer in done["layers"])
+    )
     after = tree(repository)
     assert run(name="x", state="absent", check=True)["changed"] and tree(repository) == after
 
@@ -279,7 +335,11 @@ def test_check_mode_says_what_a_run_does_and_touches_nothing(run: Any, repositor
 def test_diff_shows_name_digest_and_layers_before_and_after(run: Any) -> None:
     old = run(ref=REGISTRY + "base", name="x", diff=True)
     assert old["diff"]["before"] == {} and old["diff"]["before_header"] == "x"
-    assert old["diff"]["after"] == {"name": "x", "digest": old["digest"], "layers": [layer["digest"] for layer in old["layers"]]}
+    assert old["diff"]["after"] == {
+        "name": "x",
+        "digest": old["digest"],
+        "layers": [layer["digest"] for layer in old["layers"]],
+    }
     new = run(ref=REGISTRY + "app", name="x", diff=True)
     assert new["diff"]["before"] == old["diff"]["after"]
     assert len(new["diff"]["after"]["layers"]) == 2
@@ -287,7 +347,9 @@ def test_diff_shows_name_digest_and_layers_before_and_after(run: Any) -> None:
     assert gone["diff"]["before"] == new["diff"]["after"] and gone["diff"]["after"] == {}
 
 
-def test_on_a_fresh_host_check_mode_foretells(run: Any, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_fresh_host_check_mode_foretells(
+    run: Any, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     result = run(ref=REGISTRY + "app", repository=str(tmp_path / "not yet"), check=True)
     assert result["changed"] and result["digest"] and "taken for one that is empty" in result["warnings"][0]
     world.starting = [SkopeoMissing("There is no skopeo.", "Install it.")]
@@ -301,7 +363,8 @@ def test_on_a_fresh_host_check_mode_foretells(run: Any, world: World, tmp_path: 
     assert result["failed"] and result["error"] == "missing_library" and "composefs.oci.skopeo" in result["msg"]
 
 
-# --- what fails ------------------------------------------------------------------------------------------------------------------------------
+# --- what fails
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_path_without_a_repository_says_what_to_do_and_makes_none(run: Any, tmp_path: Path) -> None:
@@ -310,7 +373,13 @@ def test_a_path_without_a_repository_says_what_to_do_and_makes_none(run: Any, tm
     assert result["repository"] == str(tmp_path / "nothing") and not (tmp_path / "nothing").exists()
 
 
-@pytest.mark.parametrize("ref", [f"docker://user:{PASSWORD.replace(' ', '')}@registry.test/app", f"user:{PASSWORD.replace(' ', '')}@registry.test/app"])
+@pytest.mark.parametrize(
+    "ref",
+    [
+        f"docker://user:{PASSWORD.replace(' ', '')}@registry.test/app",
+        f"user:{PASSWORD.replace(' ', '')}@registry.test/app",
+    ],
+)
 def test_a_password_in_a_reference_does_not_come_back(run: Any, world: World, ref: str) -> None:
     for values in ({"ref": ref}, {"images": [{"ref": ref}]}):
         result = run(**values)
@@ -350,14 +419,19 @@ def test_the_lack_of_jsonschema_is_told_once(run: Any, monkeypatch: pytest.Monke
     assert len(result["warnings"]) == 1 and "jsonschema" in result["warnings"][0]
 
 
-# --- progress --------------------------------------------------------------------------------------------------------------------------------
+# --- progress
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_progress_is_written_where_it_is_asked_for(run: Any, tmp_path: Path) -> None:
     file = tmp_path / "progress.json"
     run(ref=REGISTRY + "app", progress_file=str(file))
     state = json.loads(file.read_text())
-    assert state["finished"] and state["done"] == state["total"] > 0 and {layer["state"] for layer in state["layers"]} == {"done"}
+    assert (
+        state["finished"]
+        and state["done"] == state["total"] > 0
+        and {layer["state"] for layer in state["layers"]} == {"done"}
+    )
 
 
 def test_progress_ends_when_the_task_fails(run: Any, tmp_path: Path) -> None:

@@ -34,16 +34,28 @@ def path(tmp_path: Path) -> str:
     create.prepare(found, fsverity.SHA256, create.DISABLED)
     with Repository.open(found, write=True) as repository:
         image = bytearray()
-        write_image(Directory(Stat(0o755), {b"file": Leaf(Stat(0o644), data=b"text")}), 1, fsverity.SHA256, image.extend)
+        write_image(
+            Directory(Stat(0o755), {b"file": Leaf(Stat(0o644), data=b"text")}), 1, fsverity.SHA256, image.extend
+        )
         digest = repository.objects.put(bytes(image))
         repository.link_image(digest)
         for name, refs in (("app", {imagestreams.image_ref(1): digest}), ("bare", {})):
-            raw = json.dumps({"architecture": "amd64", "os": "linux", "author": name, "rootfs": {"type": "layers", "diff_ids": []}}).encode()
-            config = {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": oci.digest_of(raw), "size": len(raw)}
-            manifest = json.dumps({"schemaVersion": 2, "mediaType": oci.OCI_MANIFEST, "config": config, "layers": []}).encode()
+            raw = json.dumps(
+                {"architecture": "amd64", "os": "linux", "author": name, "rootfs": {"type": "layers", "diff_ids": []}}
+            ).encode()
+            config = {
+                "mediaType": "application/vnd.oci.image.config.v1+json",
+                "digest": oci.digest_of(raw),
+                "size": len(raw),
+            }
+            manifest = json.dumps(
+                {"schemaVersion": 2, "mediaType": oci.OCI_MANIFEST, "config": config, "layers": []}
+            ).encode()
             stream = imagestreams.store(repository, imagestreams.CONFIG, raw, refs)
             repository.register(imagestreams.CONFIG + config["digest"], stream)
-            leading = imagestreams.store(repository, imagestreams.MANIFEST, manifest, {imagestreams.CONFIG_REF + config["digest"]: stream})
+            leading = imagestreams.store(
+                repository, imagestreams.MANIFEST, manifest, {imagestreams.CONFIG_REF + config["digest"]: stream}
+            )
             repository.register(imagestreams.MANIFEST + oci.digest_of(manifest), leading)
             repository.tag(name, oci.digest_of(manifest))
     return found
@@ -52,7 +64,10 @@ def path(tmp_path: Path) -> str:
 @pytest.fixture
 def run(path: str, capsys: pytest.CaptureFixture[str]) -> Any:
     def task(check: bool = False, **values: Any) -> dict[str, Any]:
-        with arguments({"repository": path, "_ansible_remote_tmp": "/tmp", "_ansible_check_mode": check, **values}), pytest.raises(SystemExit):
+        with (
+            arguments({"repository": path, "_ansible_remote_tmp": "/tmp", "_ansible_check_mode": check, **values}),
+            pytest.raises(SystemExit),
+        ):
             composefs_image_info.main()
         result: dict[str, Any] = json.loads(capsys.readouterr().out)
         assert set(result) >= SHAPE, "the same shape in every case"
@@ -85,7 +100,10 @@ def test_a_dumpfile_is_written_once(run: Any, tmp_path: Path) -> None:
         assert not run(check, name="app", dumpfile=str(target))["changed"]
 
 
-@pytest.mark.parametrize(("values", "error"), [({}, "invalid_reference"), ({"name": "nothing"}, "image_not_found"), ({"name": "bare"}, "image_not_found")])
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [({}, "invalid_reference"), ({"name": "nothing"}, "image_not_found"), ({"name": "bare"}, "image_not_found")],
+)
 def test_a_dumpfile_needs_one_image(run: Any, tmp_path: Path, values: dict[str, Any], error: str) -> None:
     result = run(dumpfile=str(tmp_path / "out"), **values)
     assert result["failed"] and result["error"] == error and not result["changed"]

@@ -62,7 +62,15 @@ class Host:
         if self.refuses:
             raise MountFailed("The kernel refused.")
         settings = {"ro": "", **({"verity": "require"} if request.verity else {})}
-        self.there[path] = mountinfo.Mounted(1, 0, path, "overlay", f"composefs:{request.image_id}", frozenset(("ro", "relatime", *request.options)), settings)
+        self.there[path] = mountinfo.Mounted(
+            1,
+            0,
+            path,
+            "overlay",
+            f"composefs:{request.image_id}",
+            frozenset(("ro", "relatime", *request.options)),
+            settings,
+        )
 
     def run_command(self, words: list[str], **_options: Any) -> tuple[int, str, str]:
         self.told.append(" ".join(words))
@@ -80,10 +88,15 @@ def run(host: Host, capsys: pytest.CaptureFixture[str]) -> Any:
 
     def task(check: bool = False, **values: Any) -> dict[str, Any]:
         values = {"path": host.path, "repository": host.repository, **values}
-        with arguments({"_ansible_remote_tmp": "/tmp", "_ansible_diff": True, "_ansible_check_mode": check, **values}), pytest.raises(SystemExit):
+        with (
+            arguments({"_ansible_remote_tmp": "/tmp", "_ansible_diff": True, "_ansible_check_mode": check, **values}),
+            pytest.raises(SystemExit),
+        ):
             composefs_mount.main()
         result: dict[str, Any] = json.loads(capsys.readouterr().out)
-        assert set(result) >= SHAPE or "error" not in result and result["failed"], "the same shape in every case that gets past the options"
+        assert set(result) >= SHAPE or "error" not in result and result["failed"], (
+            "the same shape in every case that gets past the options"
+        )
         return result
 
     return task
@@ -126,7 +139,12 @@ def test_unmounting_needs_neither_image_nor_repository(host: Host, run: Any, tmp
     run(image=host.images[0])
     for check in (True, False):
         result = run(check, state="unmounted", repository=str(tmp_path / "nowhere"))
-        assert (result["changed"], result["mounted"], result["image_id"], result["previous_image_id"]) == (True, False, None, host.images[0])
+        assert (result["changed"], result["mounted"], result["image_id"], result["previous_image_id"]) == (
+            True,
+            False,
+            None,
+            host.images[0],
+        )
         assert result["verity"] is None
     assert not run(state="unmounted")["changed"]
     assert os.path.isdir(host.path)
@@ -187,7 +205,9 @@ def test_verity_that_is_required_is_an_error_without_it(host: Host, run: Any) ->
     assert run(image=host.images[0], verity="required")["error"] == "incompatible_repository"
 
 
-@pytest.mark.parametrize("values", [{}, {"state": "remounted"}, {"image": "x", "upperdir": "/u"}, {"image": "x", "state": "absent"}])
+@pytest.mark.parametrize(
+    "values", [{}, {"state": "remounted"}, {"image": "x", "upperdir": "/u"}, {"image": "x", "state": "absent"}]
+)
 def test_options_that_lack_their_partners_are_refused(host: Host, run: Any, values: dict[str, Any]) -> None:
     assert run(**values)["failed"] and host.there == {}
 

@@ -80,25 +80,35 @@ def test_mode_and_owner_of_an_existing_repository(tmp_path: Path, capsys: pytest
     assert predicted["changed"] and not predicted["created"]
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o700
     assert (predicted["diff"]["before"]["mode"], predicted["diff"]["after"]["mode"]) == ("0700", "0750")
-    assert run(capsys, path=path, verity="disabled", mode="u=rwx,g=rx,o=", owner=str(os.getuid()), group=str(os.getgid()))["changed"]
+    assert run(
+        capsys, path=path, verity="disabled", mode="u=rwx,g=rx,o=", owner=str(os.getuid()), group=str(os.getgid())
+    )["changed"]
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o750
     assert not run(capsys, path=path, verity="disabled", mode="0750", owner=str(os.getuid()))["changed"]
     assert not run(capsys, path=path, verity="disabled")["changed"], "without mode an existing directory keeps its own"
 
 
-def test_an_unknown_owner_is_noticed_before_anything_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_owner_is_noticed_before_anything_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     result = run(capsys, path=str(tmp_path / "repo"), verity="disabled", owner="nobody-of-that-name")
     assert result["failed"] and "nobody-of-that-name" in result["msg"]
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("verity", "state"), [("required", "required"), ("preferred", "required"), ("disabled", "optional")])
-def test_verity_is_what_was_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str], verity_kernel: Any, verity: str, state: str) -> None:
+@pytest.mark.parametrize(
+    ("verity", "state"), [("required", "required"), ("preferred", "required"), ("disabled", "optional")]
+)
+def test_verity_is_what_was_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], verity_kernel: Any, verity: str, state: str
+) -> None:
     result = run(capsys, path=str(tmp_path / "repo"), verity=verity)
     assert (result["verity"], result["verity_supported"]) == (state, True)
 
 
-def test_missing_verity_is_said_before_anything_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str], verity_kernel: Any) -> None:
+def test_missing_verity_is_said_before_anything_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], verity_kernel: Any
+) -> None:
     verity_kernel.supported = False
     for result in (check(capsys, path=str(tmp_path / "a/b")), run(capsys, path=str(tmp_path / "a/b"))):
         assert result["failed"] and result["error"] == "verity_unsupported" and not result["changed"]
@@ -126,9 +136,13 @@ def test_a_legacy_repository_is_upgraded(tmp_path: Path, capsys: pytest.CaptureF
     assert not run(capsys, path=str(tmp_path / "repo"), algorithm="sha256", verity="preferred")["changed"]
 
 
-def test_a_groups_default_for_repository_serves_this_module_and_path_goes_before_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_groups_default_for_repository_serves_this_module_and_path_goes_before_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(capsys, repository=str(tmp_path / "one"), verity="disabled")["path"] == str(tmp_path / "one")
-    assert run(capsys, repository=str(tmp_path / "one"), path=str(tmp_path / "two"), verity="disabled")["path"] == str(tmp_path / "two")
+    assert run(capsys, repository=str(tmp_path / "one"), path=str(tmp_path / "two"), verity="disabled")["path"] == str(
+        tmp_path / "two"
+    )
 
 
 def test_documentation_and_argument_spec_say_the_same() -> None:

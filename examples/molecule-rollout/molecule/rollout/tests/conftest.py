@@ -11,7 +11,12 @@ import pathlib
 import site
 import sys
 
-places = [*os.environ.get("ANSIBLE_COLLECTIONS_PATH", "").split(":"), "~/.ansible/collections", "/usr/share/ansible/collections", *site.getsitepackages()]
+places = [
+    *os.environ.get("ANSIBLE_COLLECTIONS_PATH", "").split(":"),
+    "~/.ansible/collections",
+    "/usr/share/ansible/collections",
+    *site.getsitepackages(),
+]
 for place in filter(None, places):
     support = pathlib.Path(place).expanduser() / "ansible_collections/composefs/oci/tests/support"
     if (support / "composefs_testinfra.py").exists():

@@ -16,7 +16,12 @@ import zlib
 
 import pytest
 from ansible_collections.composefs.oci.plugins.module_utils.formats import codecs
-from ansible_collections.composefs.oci.plugins.module_utils.errors import EngineError, FormatError, InvalidLayer, MissingLibrary
+from ansible_collections.composefs.oci.plugins.module_utils.errors import (
+    EngineError,
+    FormatError,
+    InvalidLayer,
+    MissingLibrary,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -107,7 +112,11 @@ def test_the_zstd_backend_is_the_first_that_is_installed() -> None:
 def test_without_a_zstd_library_the_user_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codecs, "_module", lambda name: None)
     assert codecs.zstd_backend() is None
-    for call in (codecs.zstd_compressor, lambda: codecs.zstd_reader(io.BytesIO()), lambda: codecs.open_decoder("zstd", io.BytesIO())):
+    for call in (
+        codecs.zstd_compressor,
+        lambda: codecs.zstd_reader(io.BytesIO()),
+        lambda: codecs.open_decoder("zstd", io.BytesIO()),
+    ):
         with pytest.raises(MissingLibrary, match="zstandard"):
             call()
 
@@ -123,16 +132,22 @@ def test_an_unknown_compression_is_a_programming_error() -> None:
 
 
 @every_backend
-@pytest.mark.parametrize("data", [b"", b"x", TEXT, NOISE, bytes(1 << 20)], ids=["empty", "byte", "text", "noise", "zeros"])
+@pytest.mark.parametrize(
+    "data", [b"", b"x", TEXT, NOISE, bytes(1 << 20)], ids=["empty", "byte", "text", "noise", "zeros"]
+)
 def test_one_member_is_decoded(compression: str, backend: str, data: bytes) -> None:
     assert unpack(compression, backend, pack(compression, data)) == data
 
 
 @every_backend
 @pytest.mark.parametrize("n, step", [(1, 1 << 20), (511, 3), (1 << 20, 1), (70_000, 4097)])
-def test_neither_the_size_of_reads_nor_of_the_source_pieces_matters(compression: str, backend: str, n: int, step: int) -> None:
+def test_neither_the_size_of_reads_nor_of_the_source_pieces_matters(
+    compression: str, backend: str, n: int, step: int
+) -> None:
     data = TEXT[:9000] + NOISE[:3000]
-    assert unpack(compression, backend, pack(compression, data[:5000]) + pack(compression, data[5000:]), n, step) == data
+    assert (
+        unpack(compression, backend, pack(compression, data[:5000]) + pack(compression, data[5000:]), n, step) == data
+    )
 
 
 @every_backend
@@ -172,7 +187,10 @@ def test_zero_padding_after_the_last_member_is_forgiven(compression: str, backen
 
 
 @every_backend
-@pytest.mark.parametrize("garbage", [b"x", b"garbage after the end", b"\0\0\0garbage", bytes(300_000) + b"x", b"\x1f\x1f", b"\x28\xb5\x2f\xfc\0\0"])
+@pytest.mark.parametrize(
+    "garbage",
+    [b"x", b"garbage after the end", b"\0\0\0garbage", bytes(300_000) + b"x", b"\x1f\x1f", b"\x28\xb5\x2f\xfc\0\0"],
+)
 def test_garbage_after_the_last_member_is_an_error(compression: str, backend: str, garbage: bytes) -> None:
     with pytest.raises(InvalidLayer, match="[Gg]arbage follows the last|in the middle of a frame header"):
         unpack(compression, backend, pack(compression, TEXT) + garbage)
@@ -241,7 +259,9 @@ def gzip_member(data: bytes, flags: int, fields: bytes) -> bytes:
 
 @every_gzip
 @pytest.mark.parametrize("step", [1, 1 << 20])
-def test_optional_gzip_header_fields_are_read(backend: str, step: int) -> None:  # ISA-L by itself fails when they arrive in pieces
+def test_optional_gzip_header_fields_are_read(
+    backend: str, step: int
+) -> None:  # ISA-L by itself fails when they arrive in pieces
     extra = struct.pack("<H", 26) + b"SG\x16\0" + b"0000000000000000STARGZ"
     members = [
         gzip_member(b"one", 4, extra),
@@ -320,7 +340,9 @@ def test_runs_and_raw_blocks_are_walked_by_their_stored_size(backend: str) -> No
 
 
 @every_zstd
-@pytest.mark.parametrize("head", [bytes.fromhex("28b52ffd00a0"), bytes.fromhex("28b52ffde0") + struct.pack("<Q", 1 << 40)])
+@pytest.mark.parametrize(
+    "head", [bytes.fromhex("28b52ffd00a0"), bytes.fromhex("28b52ffde0") + struct.pack("<Q", 1 << 40)]
+)
 def test_a_frame_that_wants_too_much_memory_is_refused(backend: str, head: bytes) -> None:
     with pytest.raises(InvalidLayer, match="MiB of memory"):
         unpack("zstd", backend, head + struct.pack("<I", 1 << 3 | 1)[:3] + b"x")
@@ -388,7 +410,10 @@ def test_a_decoder_works_in_a_thread_beside_its_reader(compression: str, backend
     data = NOISE * 4
     blob = pack(compression, data)
     results: list[bytes] = []
-    threads = [threading.Thread(target=lambda: results.append(hashlib.sha256(unpack(compression, backend, blob)).digest())) for _unused in range(2)]
+    threads = [
+        threading.Thread(target=lambda: results.append(hashlib.sha256(unpack(compression, backend, blob)).digest()))
+        for _unused in range(2)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -422,7 +447,9 @@ def test_the_compressor_ignores_how_the_input_is_cut(backend: str) -> None:
 
     def compressed(step: int) -> bytes:
         compressor = codecs.zstd_compressor(backend=backend)
-        return b"".join(compressor.compress(data[at : at + step]) for at in range(0, len(data), step)) + compressor.flush()
+        return (
+            b"".join(compressor.compress(data[at : at + step]) for at in range(0, len(data), step)) + compressor.flush()
+        )
 
     assert compressed(1 << 20) == compressed(977) == compressed(8)
     assert compressed(977)[:6] == bytes.fromhex("28b52ffd0058")
@@ -445,14 +472,20 @@ def test_all_packages_with_the_same_libzstd_write_the_same_bytes() -> None:
 
 
 PARTS = st.lists(
-    st.one_of(st.binary(max_size=3000), st.integers(0, 200_000).map(bytes), st.integers(1, 3000).map(lambda size: TEXT[:size])), min_size=1, max_size=4
+    st.one_of(
+        st.binary(max_size=3000), st.integers(0, 200_000).map(bytes), st.integers(1, 3000).map(lambda size: TEXT[:size])
+    ),
+    min_size=1,
+    max_size=4,
 )
 
 
 @pytest.mark.parametrize("compression", ["gzip", "zstd"] if ZSTD else ["gzip"])
 @given(parts=PARTS, n=st.integers(1, 300_000), step=st.integers(1, 9000), padding=st.integers(0, 600))
 @settings(max_examples=20, deadline=None)
-def test_any_members_read_in_any_way_give_the_data(compression: str, parts: list[bytes], n: int, step: int, padding: int) -> None:
+def test_any_members_read_in_any_way_give_the_data(
+    compression: str, parts: list[bytes], n: int, step: int, padding: int
+) -> None:
     blob = b"".join(pack(compression, part) for part in parts) + bytes(padding)
     n = max(n, sum(map(len, parts)) // 500)
     for backend in GZIP if compression == "gzip" else ZSTD:
@@ -462,7 +495,9 @@ def test_any_members_read_in_any_way_give_the_data(compression: str, parts: list
 @pytest.mark.parametrize("compression", ["gzip", "zstd"] if ZSTD else ["gzip"])
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
-def test_hostile_bytes_only_raise_engine_errors_and_alike_in_all_backends(compression: str, data: st.DataObject) -> None:
+def test_hostile_bytes_only_raise_engine_errors_and_alike_in_all_backends(
+    compression: str, data: st.DataObject
+) -> None:
     blob = bytearray(pack(compression, TEXT[:2000]) + pack(compression, NOISE[:200]))
     for at, value in data.draw(st.lists(st.tuples(st.integers(0, len(blob) - 1), st.integers(0, 255)), max_size=4)):
         blob[at] = value

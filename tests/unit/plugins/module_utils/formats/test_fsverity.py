@@ -19,7 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
-from ansible_collections.composefs.oci.plugins.module_utils.errors import DigestMismatch, FormatError, IncompatibleRepository, VerityUnsupported
+from ansible_collections.composefs.oci.plugins.module_utils.errors import (
+    DigestMismatch,
+    FormatError,
+    IncompatibleRepository,
+    VerityUnsupported,
+)
 from ansible_collections.composefs.oci.plugins.module_utils.formats.fsverity import SHA256, SHA512, Algorithm
 
 both = pytest.mark.parametrize("algorithm", [SHA256, SHA512], ids=lambda a: a.name)
@@ -60,7 +65,10 @@ def textbook(data: bytes, algorithm: Algorithm) -> bytes:
     """The definition, level by level over the whole file, in its plainest form."""
 
     def level(blocks: bytes) -> list[bytes]:
-        return [hashlib.new(algorithm.name, blocks[i : i + 4096].ljust(4096, b"\0")).digest() for i in range(0, len(blocks), 4096)]
+        return [
+            hashlib.new(algorithm.name, blocks[i : i + 4096].ljust(4096, b"\0")).digest()
+            for i in range(0, len(blocks), 4096)
+        ]
 
     hashes = level(data)
     while len(hashes) > 1:
@@ -70,7 +78,8 @@ def textbook(data: bytes, algorithm: Algorithm) -> bytes:
     return hashlib.new(algorithm.name, descriptor).digest()
 
 
-# --- digests ---------------------------------------------------------------------------------------------------------------------------------
+# --- digests
+# --------------------------------------------------------------------------------------------------------------------
 
 
 @both
@@ -89,7 +98,9 @@ def test_pinned_digests_around_every_boundary(size: int) -> None:
     data = pattern(size)
     assert fsverity.digest(data, SHA256).hex() == PATTERN[size][0]
     assert fsverity.digest(data, SHA512).hex().startswith(PATTERN[size][1])
-    assert [streamed(data, algorithm) for algorithm in (SHA256, SHA512)] == [fsverity.digest(data, algorithm) for algorithm in (SHA256, SHA512)]
+    assert [streamed(data, algorithm) for algorithm in (SHA256, SHA512)] == [
+        fsverity.digest(data, algorithm) for algorithm in (SHA256, SHA512)
+    ]
 
 
 def test_a_third_level_begins_one_byte_after_128_times_128_blocks() -> None:
@@ -123,11 +134,15 @@ def test_any_kind_of_bytes_gives_the_same_digest(algorithm: Algorithm) -> None:
     for size in (5, 4096, 10000):
         data = pattern(size)
         padded = memoryview(b"xyz" + data + b"xyz")[3:-3]
-        assert {fsverity.digest(form, algorithm) for form in (data, bytearray(data), padded, memoryview(bytearray(data)))} == {textbook(data, algorithm)}
+        assert {
+            fsverity.digest(form, algorithm) for form in (data, bytearray(data), padded, memoryview(bytearray(data)))
+        } == {textbook(data, algorithm)}
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from([SHA256, SHA512]), st.binary(min_size=1, max_size=50), st.lists(st.integers(0, 40000), max_size=12))
+@given(
+    st.sampled_from([SHA256, SHA512]), st.binary(min_size=1, max_size=50), st.lists(st.integers(0, 40000), max_size=12)
+)
 def test_streaming_does_not_depend_on_how_the_input_is_cut(algorithm: Algorithm, seed: bytes, sizes: list[int]) -> None:
     data = (seed * (sum(sizes) // len(seed) + 1))[: sum(sizes)]
     hasher = fsverity.Hasher(algorithm)
@@ -186,10 +201,14 @@ def test_the_fsverity_program_agrees(algorithm: Algorithm, size: int, tmp_path: 
     with open(path, "wb") as file:
         file.write(pattern(size))
     command = [program, "digest", "--compact", f"--hash-alg={algorithm.name}", "--block-size=4096", path]
-    assert subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.decode().strip() == fsverity.digest(pattern(size), algorithm).hex()
+    assert (
+        subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.decode().strip()
+        == fsverity.digest(pattern(size), algorithm).hex()
+    )
 
 
-# --- names -----------------------------------------------------------------------------------------------------------------------------------
+# --- names
+# --------------------------------------------------------------------------------------------------------------------
 
 
 @both
@@ -199,14 +218,34 @@ def test_meta_json_names(algorithm: Algorithm) -> None:
     assert fsverity.algorithm_from_meta(f"fsverity-{algorithm.name}-+012") is algorithm
 
 
-@pytest.mark.parametrize("text", ["", "sha256", "sha256-12", "fsverity-sha256", "fsverity-sha256-", "fsverity-sha256-x", "fsverity-sha256-12 ", "fsverity-12"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "sha256",
+        "sha256-12",
+        "fsverity-sha256",
+        "fsverity-sha256-",
+        "fsverity-sha256-x",
+        "fsverity-sha256-12 ",
+        "fsverity-12",
+    ],
+)
 def test_a_malformed_algorithm_is_refused(text: str) -> None:
     with pytest.raises(FormatError):
         fsverity.algorithm_from_meta(text)
 
 
 @pytest.mark.parametrize(
-    "text", ["fsverity-sha384-12", "fsverity-sha256-16", "fsverity-sha256-120", "fsverity--12", "fsverity-sha256-1-12", "fsverity-SHA256-12"]
+    "text",
+    [
+        "fsverity-sha384-12",
+        "fsverity-sha256-16",
+        "fsverity-sha256-120",
+        "fsverity--12",
+        "fsverity-sha256-1-12",
+        "fsverity-SHA256-12",
+    ],
 )
 def test_an_unknown_algorithm_or_block_size_is_incompatible(text: str) -> None:
     with pytest.raises(IncompatibleRepository):
@@ -226,7 +265,18 @@ def test_object_paths_go_both_ways_and_only_their_end_counts(algorithm: Algorith
 @both
 def test_what_is_not_an_object_path_is_refused(algorithm: Algorithm) -> None:
     good = fsverity.object_path(bytes(algorithm.size))
-    bad = ["", "/", good[1:], good + "/", good.replace("/", "0"), good[:-2] + "  ", good[:-1] + "g", "0" + good[:-1], good[:-1] + "\u0661", good[:-1] + "\n"]
+    bad = [
+        "",
+        "/",
+        good[1:],
+        good + "/",
+        good.replace("/", "0"),
+        good[:-2] + "  ",
+        good[:-1] + "g",
+        "0" + good[:-1],
+        good[:-1] + "\u0661",
+        good[:-1] + "\n",
+    ]
     for text in bad:
         with pytest.raises(FormatError):
             fsverity.parse_object_path(text, algorithm)
@@ -236,16 +286,26 @@ def test_what_is_not_an_object_path_is_refused(algorithm: Algorithm) -> None:
 def test_hex_is_exactly_two_digits_a_byte(algorithm: Algorithm) -> None:
     digest = bytes(range(160, 160 + algorithm.size))
     assert fsverity.parse_hex(digest.hex(), algorithm) == fsverity.parse_hex(digest.hex().upper(), algorithm) == digest
-    for text in ("", digest.hex()[:-2], digest.hex() + "00", " " + digest.hex()[:-1], digest.hex()[:-3] + " 00", "sha256:" + digest.hex()):
+    for text in (
+        "",
+        digest.hex()[:-2],
+        digest.hex() + "00",
+        " " + digest.hex()[:-1],
+        digest.hex()[:-3] + " 00",
+        "sha256:" + digest.hex(),
+    ):
         with pytest.raises(FormatError):
             fsverity.parse_hex(text, algorithm)
 
 
-# --- the kernel, played ----------------------------------------------------------------------------------------------------------------------
+# --- the kernel, played
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 class Kernel:
-    """Stands for fcntl.ioctl: answers each call with the next of ``answers`` (an errno, or bytes to fill the buffer with) and keeps the requests."""
+    """Stands for fcntl.ioctl: answers each call with the next of ``answers`` (an errno, or bytes to fill the buffer
+    with) and keeps the requests.
+    """
 
     def __init__(self, *answers: object) -> None:
         self.answers = list(answers)
@@ -275,11 +335,19 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
 def test_enable_asks_for_4096_byte_blocks_without_salt_or_signature(kernel: Kernel, algorithm: Algorithm) -> None:
     kernel.answers = [0]
     assert fsverity.enable(7, algorithm) is True
-    assert kernel.calls == [(7, fsverity._ENABLE, struct.pack("=IIIIQIIQ88s", 1, algorithm.id, 4096, 0, 0, 0, 0, 0, b""))]
+    assert kernel.calls == [
+        (7, fsverity._ENABLE, struct.pack("=IIIIQIIQ88s", 1, algorithm.id, 4096, 0, 0, 0, 0, 0, b""))
+    ]
 
 
 def test_the_request_numbers_follow_the_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
-    for machine, enable in (("x86_64", 0x40806685), ("aarch64", 0x40806685), ("s390x", 0x40806685), ("riscv64", 0x40806685), ("ppc64le", 0x80806685)):
+    for machine, enable in (
+        ("x86_64", 0x40806685),
+        ("aarch64", 0x40806685),
+        ("s390x", 0x40806685),
+        ("riscv64", 0x40806685),
+        ("ppc64le", 0x80806685),
+    ):
         monkeypatch.setattr(os, "uname", lambda machine=machine: os.uname_result(("Linux", "", "", "", machine)))
         assert fsverity._request(False, True, 133, 128) == enable
         assert fsverity._request(True, True, 134, 4) == 0xC0046686
@@ -353,11 +421,14 @@ def test_a_sha256_file_in_a_sha512_repository_is_a_mismatch_not_missing(kernel: 
         fsverity.measure(9, SHA512)
 
 
-# --- the kernel, real ------------------------------------------------------------------------------------------------------------------------
+# --- the kernel, real
+# --------------------------------------------------------------------------------------------------------------------
 
 
 @both
-def test_the_real_kernel_seals_and_measures_or_says_that_it_cannot(algorithm: Algorithm, tmp_path: os.PathLike[str]) -> None:
+def test_the_real_kernel_seals_and_measures_or_says_that_it_cannot(
+    algorithm: Algorithm, tmp_path: os.PathLike[str]
+) -> None:
     path = os.path.join(tmp_path, "file")
     with open(path, "wb") as file:
         file.write(b"hello world")

@@ -73,7 +73,10 @@ def document(**changes: Any) -> bytes:
 def test_a_new_repository_is_described_to_the_byte_as_by_cfsctl() -> None:
     assert Metadata.new(fsverity.SHA512).to_bytes() == CFSCTL_DEFAULT.encode()
     assert Metadata.new(fsverity.SHA256, 2).to_bytes() == CFSCTL_SHA256_V2.encode()
-    assert Metadata.new(fsverity.SHA512, 0).to_bytes() == CFSCTL_SHA256_V2.replace("256", "512").replace('"default": 2', '"default": 0').encode()
+    assert (
+        Metadata.new(fsverity.SHA512, 0).to_bytes()
+        == CFSCTL_SHA256_V2.replace("256", "512").replace('"default": 2', '"default": 0').encode()
+    )
     assert Metadata.new(fsverity.SHA256, 1, (2, 0, 2)).to_bytes() == WITH_EXTRA.encode()
 
 
@@ -107,7 +110,10 @@ def test_effective_erofs_formats(formats: Any, flags: list[str], effective: tupl
 
 
 def test_unknown_fields_and_missing_features_are_accepted() -> None:
-    assert Metadata.parse(b'{"version": 0, "algorithm": "fsverity-sha256-12", "later": {"x": 1}}').algorithm is fsverity.SHA256
+    assert (
+        Metadata.parse(b'{"version": 0, "algorithm": "fsverity-sha256-12", "later": {"x": 1}}').algorithm
+        is fsverity.SHA256
+    )
 
 
 def test_unknown_incompatible_features_refuse_everything() -> None:
@@ -119,14 +125,23 @@ def test_unknown_incompatible_features_refuse_everything() -> None:
 
 
 def test_unknown_read_only_compatible_features_refuse_writing_only() -> None:
-    metadata = Metadata.parse(document(features={"read-only-compatible": ["v1_erofs", "index"], "compatible": ["anything"]}))
+    metadata = Metadata.parse(
+        document(features={"read-only-compatible": ["v1_erofs", "index"], "compatible": ["anything"]})
+    )
     metadata.check_readable()
     with pytest.raises(IncompatibleRepository, match=r"can be read but not written.*'index'"):
         metadata.check_writable()
 
 
 @pytest.mark.parametrize(
-    "changes", [{"version": 2}, {"algorithm": "fsverity-sha256-16"}, {"algorithm": "fsverity-sha3-12"}, {"erofs_formats": {"default": 3}}], ids=str
+    "changes",
+    [
+        {"version": 2},
+        {"algorithm": "fsverity-sha256-16"},
+        {"algorithm": "fsverity-sha3-12"},
+        {"erofs_formats": {"default": 3}},
+    ],
+    ids=str,
 )
 def test_what_a_newer_program_made_is_incompatible(changes: dict[str, Any]) -> None:
     with pytest.raises(IncompatibleRepository):

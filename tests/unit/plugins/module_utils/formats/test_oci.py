@@ -177,7 +177,12 @@ def test_a_password_in_a_reference_is_refused_and_not_repeated(text):
 
 def test_a_reference_knows_its_registry_and_its_path():
     reference = oci.parse_reference("quay.example:443/x/y:z")
-    assert (reference.registry, reference.repository, reference.tag, reference.is_remote) == ("quay.example:443", "x/y", "z", True)
+    assert (reference.registry, reference.repository, reference.tag, reference.is_remote) == (
+        "quay.example:443",
+        "x/y",
+        "z",
+        True,
+    )
     assert oci.parse_reference("oci:/a/b:c").path == "/a/b"
     assert oci.parse_reference("dir:/a:b").path == "/a:b"
     assert oci.parse_reference("quay.example/x").path == ""
@@ -227,7 +232,20 @@ def test_platforms(text, result):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "linux", "amd64", "linux/", "/amd64", "linux/amd64/", "linux/amd64/v1/x", "linux/--x", "Linux/amd64", "linux/a b", "linux/amd64\n"]
+    "text",
+    [
+        "",
+        "linux",
+        "amd64",
+        "linux/",
+        "/amd64",
+        "linux/amd64/",
+        "linux/amd64/v1/x",
+        "linux/--x",
+        "Linux/amd64",
+        "linux/a b",
+        "linux/amd64\n",
+    ],
 )
 def test_what_is_no_platform_is_refused(text):
     with pytest.raises(PlatformNotFound, match="os/architecture"):
@@ -247,7 +265,10 @@ def test_a_single_manifest_of_another_platform_is_noticed():
 
 
 def test_a_manifest_keeps_its_bytes_and_their_digest():
-    data = json.dumps(manifest(annotations={"k": "v"}, artifactType="a/b", subject=descriptor()), indent=3).encode() + b"\n"
+    data = (
+        json.dumps(manifest(annotations={"k": "v"}, artifactType="a/b", subject=descriptor()), indent=3).encode()
+        + b"\n"
+    )
     parsed = oci.parse_manifest(data)
     assert parsed.raw is data
     assert parsed.digest == "sha256:" + hashlib.sha256(data).hexdigest()
@@ -263,13 +284,17 @@ def test_a_manifest_without_media_type_is_an_oci_manifest():
 
 def test_docker_schema_2_is_taken():
     layer = descriptor(mediaType="application/vnd.docker.image.rootfs.diff.tar.gzip")
-    parsed = oci.parse_manifest(raw(manifest(mediaType=oci.DOCKER_MANIFEST, config=descriptor(mediaType=oci.DOCKER_CONFIG), layers=[layer])))
+    parsed = oci.parse_manifest(
+        raw(manifest(mediaType=oci.DOCKER_MANIFEST, config=descriptor(mediaType=oci.DOCKER_CONFIG), layers=[layer]))
+    )
     assert oci.is_container(parsed)
     assert oci.layer_compression(parsed.layers[0].media_type) == "gzip"
 
 
 def test_an_artifact_is_no_container_and_has_the_empty_config():
-    parsed = oci.parse_manifest(raw(manifest(config={"mediaType": oci.OCI_EMPTY, "digest": oci.EMPTY_DIGEST, "size": 2}, layers=[])))
+    parsed = oci.parse_manifest(
+        raw(manifest(config={"mediaType": oci.OCI_EMPTY, "digest": oci.EMPTY_DIGEST, "size": 2}, layers=[]))
+    )
     assert not oci.is_container(parsed)
     assert oci.digest_of(b"{}") == oci.EMPTY_DIGEST
 
@@ -363,9 +388,16 @@ def test_huge_numbers_cost_no_time():
 
 
 def test_a_config_knows_its_layers_and_labels():
-    data = raw(config(created="2024-01-01T00:00:00Z", config={"Labels": {"a": "b", "c": None}, "Env": None}, variant="v1"))
+    data = raw(
+        config(created="2024-01-01T00:00:00Z", config={"Labels": {"a": "b", "c": None}, "Env": None}, variant="v1")
+    )
     parsed = oci.parse_config(data)
-    assert (parsed.diff_ids, parsed.labels, parsed.created, str(parsed.platform)) == ((D, E), {"a": "b", "c": ""}, "2024-01-01T00:00:00Z", "linux/amd64/v1")
+    assert (parsed.diff_ids, parsed.labels, parsed.created, str(parsed.platform)) == (
+        (D, E),
+        {"a": "b", "c": ""},
+        "2024-01-01T00:00:00Z",
+        "linux/amd64/v1",
+    )
     assert parsed.digest == oci.digest_of(data)
 
 
@@ -414,7 +446,10 @@ def test_mistake_26_a_raw_blob_never_stands_where_a_diff_id_can():
 
 
 def test_an_index_lists_platforms():
-    entry = descriptor(mediaType=oci.OCI_MANIFEST, platform={"os": "linux", "architecture": "arm64", "variant": "v8", "os.version": "1"})
+    entry = descriptor(
+        mediaType=oci.OCI_MANIFEST,
+        platform={"os": "linux", "architecture": "arm64", "variant": "v8", "os.version": "1"},
+    )
     data = raw({"schemaVersion": 2, "mediaType": oci.OCI_INDEX, "manifests": [entry, descriptor()]})
     index = oci.parse_index(data)
     assert oci.is_index(data) and not oci.is_index(raw(manifest()))
@@ -448,18 +483,42 @@ def test_compression_by_media_type(media_type, compression):
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8) | st.sampled_from([D, GZIP, oci.OCI_MANIFEST, "layers"]),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(max_size=8)
+    | st.sampled_from([D, GZIP, oci.OCI_MANIFEST, "layers"]),
     lambda inner: (
         st.lists(inner, max_size=4)
-        | st.dictionaries(st.sampled_from(["mediaType", "digest", "size", "platform", "os", "type", "diff_ids", "Labels", "x"]), inner)
+        | st.dictionaries(
+            st.sampled_from(["mediaType", "digest", "size", "platform", "os", "type", "diff_ids", "Labels", "x"]), inner
+        )
     ),
     max_leaves=12,
 )
-members = ["schemaVersion", "mediaType", "config", "layers", "manifests", "annotations", "subject", "rootfs", "os", "created", "artifactType"]
+members = [
+    "schemaVersion",
+    "mediaType",
+    "config",
+    "layers",
+    "manifests",
+    "annotations",
+    "subject",
+    "rootfs",
+    "os",
+    "created",
+    "artifactType",
+]
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from([manifest, config]), st.dictionaries(st.sampled_from(members), json_values, max_size=3), st.binary(max_size=3), st.integers(0, 400))
+@given(
+    st.sampled_from([manifest, config]),
+    st.dictionaries(st.sampled_from(members), json_values, max_size=3),
+    st.binary(max_size=3),
+    st.integers(0, 400),
+)
 def test_hostile_documents_raise_engine_errors_only(make, changes, noise, place):
     data = raw(make(**changes))
     for document in (data, data[:place] + noise + data[place:]):

@@ -22,12 +22,22 @@ LAYER = {"mediaType": "application/vnd.oci.image.layer.v1.tar+gzip", "digest": D
 # As umoci, buildah, docker, ko and oras write them: absent and null members, additional members, Docker's names.
 MANIFESTS = [
     {"schemaVersion": 2, "config": {"mediaType": oci.OCI_CONFIG, "digest": D, "size": 2}, "layers": [LAYER]},
-    {"schemaVersion": 2, "mediaType": oci.OCI_MANIFEST, "config": {"mediaType": oci.OCI_CONFIG, "digest": D, "size": 2}, "layers": [], "annotations": None},
+    {
+        "schemaVersion": 2,
+        "mediaType": oci.OCI_MANIFEST,
+        "config": {"mediaType": oci.OCI_CONFIG, "digest": D, "size": 2},
+        "layers": [],
+        "annotations": None,
+    },
     {
         "schemaVersion": 2,
         "mediaType": oci.DOCKER_MANIFEST,
         "config": {"mediaType": oci.DOCKER_CONFIG, "digest": D, "size": 2},
-        "layers": [dict(LAYER, mediaType="application/vnd.docker.image.rootfs.foreign.diff.tar.gzip", urls=["https://x.example"])],
+        "layers": [
+            dict(
+                LAYER, mediaType="application/vnd.docker.image.rootfs.foreign.diff.tar.gzip", urls=["https://x.example"]
+            )
+        ],
     },
     {
         "schemaVersion": 2,
@@ -65,10 +75,17 @@ CONFIGS = [
     },
 ]
 INDEXES = [
-    {"schemaVersion": 2, "manifests": [dict(LAYER, platform={"os": "linux", "architecture": "arm", "variant": "v7"}), LAYER]},
+    {
+        "schemaVersion": 2,
+        "manifests": [dict(LAYER, platform={"os": "linux", "architecture": "arm", "variant": "v7"}), LAYER],
+    },
     {"schemaVersion": 2, "mediaType": oci.DOCKER_LIST, "manifests": []},
 ]
-EVERY = [("manifest", item) for item in MANIFESTS] + [("config", item) for item in CONFIGS] + [("index", item) for item in INDEXES]
+EVERY = (
+    [("manifest", item) for item in MANIFESTS]
+    + [("config", item) for item in CONFIGS]
+    + [("index", item) for item in INDEXES]
+)
 
 
 @pytest.mark.parametrize("kind", sorted(ocischemas.SCHEMAS))

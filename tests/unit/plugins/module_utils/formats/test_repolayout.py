@@ -31,7 +31,16 @@ def test_tags_are_encoded_percent_first(name: str, encoded: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "name"),
-    [("%252F", "%2F"), ("%2f", "%2f"), ("a%2fb%2Fc", "a%2fb/c"), ("%", "%"), ("%2", "%2"), ("%%2F", "%/"), ("%41", "%41"), ("%25%2F25", "%/25")],
+    [
+        ("%252F", "%2F"),
+        ("%2f", "%2f"),
+        ("a%2fb%2Fc", "a%2fb/c"),
+        ("%", "%"),
+        ("%2", "%2"),
+        ("%%2F", "%/"),
+        ("%41", "%41"),
+        ("%25%2F25", "%/25"),
+    ],
 )
 def test_tags_are_decoded_in_one_pass_and_upper_case_only(text: str, name: str) -> None:
     assert repolayout.decode_tag(text) == name
@@ -72,5 +81,11 @@ def test_only_the_last_component_of_a_tags_target_counts() -> None:
     digest = "sha256:" + "a" * 64
     assert repolayout.manifest_of_target(f"../../oci-manifest-{digest}") == digest
     assert repolayout.manifest_of_target(f"oci-manifest-{digest}") == digest
-    for target in ("", "../../oci-manifest-sha256:x", f"../../oci-config-{digest}", f"../{digest}", f"oci-manifest-{digest}/"):
+    for target in (
+        "",
+        "../../oci-manifest-sha256:x",
+        f"../../oci-config-{digest}",
+        f"../{digest}",
+        f"oci-manifest-{digest}/",
+    ):
         assert repolayout.manifest_of_target(target) is None

@@ -20,16 +20,33 @@ from hypothesis import strategies as st
 
 from ansible_collections.composefs.oci.plugins.module_utils.formats import splitstream
 from ansible_collections.composefs.oci.plugins.module_utils.errors import EngineError, FormatError
-from ansible_collections.composefs.oci.plugins.module_utils.formats.fsverity import ALGORITHMS, SHA256, SHA512, Algorithm, digest
-from ansible_collections.composefs.oci.plugins.module_utils.formats.splitstream import BLOB, CONFIG, LAYER, MANIFEST, ExternalRef, Splitstream, Writer
+from ansible_collections.composefs.oci.plugins.module_utils.formats.fsverity import (
+    ALGORITHMS,
+    SHA256,
+    SHA512,
+    Algorithm,
+    digest,
+)
+from ansible_collections.composefs.oci.plugins.module_utils.formats.splitstream import (
+    BLOB,
+    CONFIG,
+    LAYER,
+    MANIFEST,
+    ExternalRef,
+    Splitstream,
+    Writer,
+)
 
-zstandard = pytest.importorskip("zstandard", reason="splitstreams are zstd inside, and the tests make damaged ones with the package zstandard")
+zstandard = pytest.importorskip(
+    "zstandard", reason="splitstreams are zstd inside, and the tests make damaged ones with the package zstandard"
+)
 
 DATA = pathlib.Path(__file__).resolve().parents[3] / "data" / "cfsctl"
 HELLO = digest(b"hello world", SHA256)
 EMPTY_FRAME = bytes.fromhex("28b52ffd2000010000")
 same_libzstd = pytest.mark.skipif(
-    zstandard.ZSTD_VERSION != (1, 5, 7), reason="the compressed bytes are those of libzstd 1.5.7, which cfsctl 0.9.4 is built with; here it is another version"
+    zstandard.ZSTD_VERSION != (1, 5, 7),
+    reason="the compressed bytes are those of libzstd 1.5.7, which cfsctl 0.9.4 is built with; here it is another version",
 )
 
 Chunk = Union[bytes, ExternalRef]
@@ -69,7 +86,10 @@ def merged(chunks: Iterator[Chunk]) -> list[Chunk]:
 
 def sections(data: bytes) -> dict[str, bytes]:
     numbers = struct.unpack_from("<8Q", data, 32)
-    return {name: data[numbers[2 * i] : numbers[2 * i + 1]] for i, name in enumerate(("streams", "objects", "chunks", "names"))}
+    return {
+        name: data[numbers[2 * i] : numbers[2 * i + 1]]
+        for i, name in enumerate(("streams", "objects", "chunks", "names"))
+    }
 
 
 def build(
@@ -89,7 +109,12 @@ def build(
     gap: bytes = b"",
 ) -> bytes:
     """A splitstream put together without any of the checks: by default the blob ``hello world``."""
-    parts = {"s": streams, "o": objects, "n": frame(b"") if names is None else names, "c": frame(bytes(8)) if chunks is None else chunks}
+    parts = {
+        "s": streams,
+        "o": objects,
+        "n": frame(b"") if names is None else names,
+        "c": frame(bytes(8)) if chunks is None else chunks,
+    }
     info_end = 112 + len(info_extra)
     ranges = {}
     body = b""
@@ -97,7 +122,12 @@ def build(
         body += gap
         ranges[name] = (info_end + len(body), info_end + len(body) + len(parts[name]))
         body += parts[name]
-    info = struct.pack("<8Q", *[number for name in "socn" for number in ranges[name]]) + content_type + struct.pack("<Q", size) + info_extra
+    info = (
+        struct.pack("<8Q", *[number for name in "socn" for number in ranges[name]])
+        + content_type
+        + struct.pack("<Q", size)
+        + info_extra
+    )
     if old_header:
         header = struct.pack("<QQH", 32, info_end, 0) + b"SplitStream" + bytes((version, algorithm, block))
     else:
@@ -110,7 +140,8 @@ def poked(data: bytes, at: int, value: int) -> bytes:
     return data[:at] + struct.pack("<Q", value) + data[at + 8 :]
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------------------------------
+# --- writing
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_blob_stream_is_written_to_the_byte() -> None:
@@ -141,16 +172,32 @@ def test_a_stream_with_names_and_inline_data_is_written_to_the_byte() -> None:
     assert writer.object_count == 1
     data = written(writer)
     assert len(data) == 235
-    assert unframe(sections(data)["chunks"]) == struct.pack("<q", -6) + b"abcdef" + bytes(8) + struct.pack("<q", -4) + b"tail"
+    assert (
+        unframe(sections(data)["chunks"])
+        == struct.pack("<q", -6) + b"abcdef" + bytes(8) + struct.pack("<q", -4) + b"tail"
+    )
     assert unframe(sections(data)["names"]) == b"0:sha256:" + b"a" * 64 + b"\0"
     assert digest(data, SHA256).hex() == "32eb3d072b6ef0380a3283f1b3aeea36133d80b890f522f885755a860d2c3883"
 
 
-@pytest.mark.skipif(zstandard.ZSTD_VERSION < (1, 5, 5), reason="older versions of libzstd compress these streams to other bytes")
+@pytest.mark.skipif(
+    zstandard.ZSTD_VERSION < (1, 5, 5), reason="older versions of libzstd compress these streams to other bytes"
+)
 def test_the_config_stream_that_cfsctl_pins_has_its_digest() -> None:
     diff_ids, layers = [], []
     for name, size in ((b"alpha", 1000), (b"beta", 2000), (b"gamma", 3000)):
-        fields = (name, b"0000700\0", b"0000000\0", b"0000000\0", b"%011o\0" % size, b"00000000000\0", b" " * 8, b"0", b"", b"ustar\00000")
+        fields = (
+            name,
+            b"0000700\0",
+            b"0000000\0",
+            b"0000000\0",
+            b"%011o\0" % size,
+            b"00000000000\0",
+            b" " * 8,
+            b"0",
+            b"",
+            b"ustar\00000",
+        )
         header = struct.pack("100s8s8s8s12s12s8s1s100s8s247x", *fields)
         header = header[:148] + b"%07o\0" % sum(header) + header[156:]
         rest = bytes(-size % 512)
@@ -216,16 +263,29 @@ def test_each_object_is_listed_once_in_order_of_first_appearance() -> None:
     assert writer.object_count == 5000
     stream = opened(written(writer))
     assert list(stream.object_refs) == digests
-    assert [chunk.digest for chunk in stream.chunks() if isinstance(chunk, ExternalRef)] == digests + digests[::-7] + digests[:3]
+    assert [chunk.digest for chunk in stream.chunks() if isinstance(chunk, ExternalRef)] == digests + digests[
+        ::-7
+    ] + digests[:3]
 
 
 def test_names_are_sorted_by_bytes_and_may_share_a_stream() -> None:
     writer = Writer(SHA256, MANIFEST)
     one, two = b"\1" * 32, b"\2" * 32
-    for name, value in (("z", two), ("a", one), ("config:sha256:x", two), ("\U0001f600", one), ("\uffff", one), ("Z", two), ("a", two)):
+    for name, value in (
+        ("z", two),
+        ("a", one),
+        ("config:sha256:x", two),
+        ("\U0001f600", one),
+        ("\uffff", one),
+        ("Z", two),
+        ("a", two),
+    ):
         writer.named_ref(name, value)
     data = written(writer)
-    assert unframe(sections(data)["names"]) == "0:Z\x000:a\x000:config:sha256:x\x000:z\x001:\uffff\x001:\U0001f600\x00".encode()
+    assert (
+        unframe(sections(data)["names"])
+        == "0:Z\x000:a\x000:config:sha256:x\x000:z\x001:\uffff\x001:\U0001f600\x00".encode()
+    )
     stream = opened(data)
     assert stream.stream_refs == [two, one]
     assert stream.named_refs == {"z": two, "a": two, "config:sha256:x": two, "\U0001f600": one, "\uffff": one, "Z": two}
@@ -368,7 +428,8 @@ def test_memory_grows_by_little_more_than_a_digest_an_object() -> None:
     assert held < 33 * count and peak < 33 * count + 1_000_000
 
 
-# --- reading -----------------------------------------------------------------------------------------------------------------------------------
+# --- reading
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_built_by_hand_is_read() -> None:
@@ -439,7 +500,18 @@ def test_an_empty_table_may_begin_anywhere() -> None:
         build(block=16),
         build()[:100],
     ],
-    ids=["empty", "short", "zeros", "magic", "version", "old version", "algorithm", "old algorithm", "block size", "cut"],
+    ids=[
+        "empty",
+        "short",
+        "zeros",
+        "magic",
+        "version",
+        "old version",
+        "algorithm",
+        "old algorithm",
+        "block size",
+        "cut",
+    ],
 )
 def test_bad_headers_are_refused(data: bytes) -> None:
     with pytest.raises(FormatError):
@@ -516,7 +588,22 @@ def test_names_that_are_accepted(text: bytes, names: dict[str, int]) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    [b"0:a", b"0:a\0x", b"\0", b"a\0", b":a\0", b"x:a\0", b"-0:a\0", b" 0:a\0", b"++0:a\0", b"+:a\0", b"2:a\0", b"1_0:a\0", b"9" * 5000 + b":a\0", b"0:\xff\0"]
+    [
+        b"0:a",
+        b"0:a\0x",
+        b"\0",
+        b"a\0",
+        b":a\0",
+        b"x:a\0",
+        b"-0:a\0",
+        b" 0:a\0",
+        b"++0:a\0",
+        b"+:a\0",
+        b"2:a\0",
+        b"1_0:a\0",
+        b"9" * 5000 + b":a\0",
+        b"0:\xff\0",
+    ]
     + [b"18446744073709551616:a\0", "\u0660:a\0".encode()],
 )
 def test_names_that_are_refused(text: bytes) -> None:
@@ -543,7 +630,9 @@ def test_names_that_expand_without_end_are_refused() -> None:
 @pytest.mark.parametrize("section", ["chunks", "names"])
 @pytest.mark.parametrize("damage", ["not zstd", "cut", "garbage after"])
 def test_damaged_zstd_is_refused(section: str, damage: str) -> None:
-    good = frame(b"0:x\0" * 100 if section == "names" else struct.pack("<q", -800) + bytes(range(100)) * 8, write_checksum=True)
+    good = frame(
+        b"0:x\0" * 100 if section == "names" else struct.pack("<q", -800) + bytes(range(100)) * 8, write_checksum=True
+    )
     bad = {"not zstd": b"0:x\0", "cut": good[:-3], "garbage after": good + b"x"}[damage]
     with pytest.raises(FormatError):
         list(opened(build(streams=bytes(32), size=800, **{section: bad})).chunks())  # type: ignore[arg-type]
@@ -560,7 +649,18 @@ def test_a_reference_out_of_range_is_refused(value: int) -> None:
         read_chunks(struct.pack("<q", value), 11)
 
 
-@pytest.mark.parametrize("chunks", [b"\0", bytes(7), bytes(15), b"\xff" * 7, struct.pack("<q", -5) + b"abcd", struct.pack("<q", -5), bytes(8) + b"\xff" * 8])
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        b"\0",
+        bytes(7),
+        bytes(15),
+        b"\xff" * 7,
+        struct.pack("<q", -5) + b"abcd",
+        struct.pack("<q", -5),
+        bytes(8) + b"\xff" * 8,
+    ],
+)
 def test_a_chunk_cut_short_is_refused(chunks: bytes) -> None:
     with pytest.raises(FormatError, match="cut short"):
         read_chunks(chunks, 11)
@@ -661,7 +761,8 @@ def test_the_table_of_objects_is_a_sequence() -> None:
             table[index]
 
 
-# --- golden files of cfsctl (tests/unit/data/cfsctl/make.sh) -----------------------------------------------------------------------------------
+# --- golden files of cfsctl (tests/unit/data/cfsctl/make.sh)
+# -----------------------------------------------------------------------------------
 
 LAYERS: list[bytes] = runpy.run_path(str(DATA / "make_image.py"))["layers"]()
 
@@ -697,7 +798,10 @@ def test_layers_that_cfsctl_stored_are_read_back_whole(name: str, number: int) -
     tar = LAYERS[number - 1]
     objects = split(tar, ALGORITHMS[name], Writer(ALGORITHMS[name], LAYER))
     assert sorted(stream.object_refs) == sorted(objects)
-    assert b"".join(c if isinstance(c, bytes) else objects[c.digest] for c in stream.chunks(lambda d: len(objects[d]))) == tar
+    assert (
+        b"".join(c if isinstance(c, bytes) else objects[c.digest] for c in stream.chunks(lambda d: len(objects[d])))
+        == tar
+    )
     assert (stream.size, stream.named_refs) == (len(tar), {})
 
 
@@ -744,16 +848,21 @@ def test_documents_are_written_as_cfsctl_writes_them(name: str, kind: str) -> No
     assert written(writer) == data
 
 
-# --- properties --------------------------------------------------------------------------------------------------------------------------------
+# --- properties
+# --------------------------------------------------------------------------------------------------------------------
 
 DIGESTS = st.integers(0, 300).map(lambda number: hashlib.sha512(b"%d" % number).digest())
 PIECES = st.lists(st.one_of(st.binary(max_size=200), st.tuples(DIGESTS, st.integers(1, 1 << 40))), max_size=60)
-NAMES = st.dictionaries(st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\0"), max_size=20), DIGESTS, max_size=8)
+NAMES = st.dictionaries(
+    st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\0"), max_size=20), DIGESTS, max_size=8
+)
 
 
 @settings(max_examples=80, deadline=None)
 @given(PIECES, NAMES, st.sampled_from([SHA256, SHA512]))
-def test_what_is_written_is_read_back(pieces: list[bytes | tuple[bytes, int]], names: dict[str, bytes], algorithm: Algorithm) -> None:
+def test_what_is_written_is_read_back(
+    pieces: list[bytes | tuple[bytes, int]], names: dict[str, bytes], algorithm: Algorithm
+) -> None:
     writer = Writer(algorithm, LAYER)
     expected: list[Chunk] = []
     indexes: dict[bytes, int] = {}
@@ -791,7 +900,10 @@ def consume(data: bytes, algorithm: Algorithm = SHA256) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.binary(max_size=300), st.sampled_from([b"", b"SplitStream\0\0\0\1\x0c", b"SplitStream\0\0\0\1\x0c\x20" + bytes(7) + b"\x70" + bytes(7)]))
+@given(
+    st.binary(max_size=300),
+    st.sampled_from([b"", b"SplitStream\0\0\0\1\x0c", b"SplitStream\0\0\0\1\x0c\x20" + bytes(7) + b"\x70" + bytes(7)]),
+)
 def test_random_bytes_raise_engine_errors_only(data: bytes, start: bytes) -> None:
     consume(start + data)
 
@@ -811,7 +923,9 @@ def test_mutated_streams_raise_engine_errors_only(draw: st.DataObject) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(
-    st.lists(st.integers(-300, 3) | st.integers(-(1 << 63), (1 << 63) - 1) | st.binary(max_size=300), max_size=10), st.binary(max_size=60), st.integers(0, 2000)
+    st.lists(st.integers(-300, 3) | st.integers(-(1 << 63), (1 << 63) - 1) | st.binary(max_size=300), max_size=10),
+    st.binary(max_size=60),
+    st.integers(0, 2000),
 )
 def test_random_chunks_and_names_raise_engine_errors_only(chunks: list[int | bytes], names: bytes, size: int) -> None:
     encoded = b"".join(chunk if isinstance(chunk, bytes) else struct.pack("<q", chunk) for chunk in chunks)

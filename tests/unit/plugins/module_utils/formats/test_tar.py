@@ -136,7 +136,9 @@ def refused(data: bytes, pattern: str) -> str:
 
 
 def as_stored(data: bytes) -> list[Any]:
-    """How a lenient tool stores an archive that ``Splitter`` refuses (good enough for archives without external contents)."""
+    """How a lenient tool stores an archive that ``Splitter`` refuses (good enough for archives without external
+    contents).
+    """
     return [data[at : at + 700] for at in range(0, len(data), 700)]
 
 
@@ -162,7 +164,17 @@ def header(
 ) -> bytes:
     block = bytearray(512)
     octal = b"%011o\0" % size if isinstance(size, int) else size
-    for at, field in [(0, name), (100, mode), (108, uid), (116, gid), (124, octal), (136, mtime), (148, b" " * 8), (156, kind), (157, link)]:
+    for at, field in [
+        (0, name),
+        (100, mode),
+        (108, uid),
+        (116, gid),
+        (124, octal),
+        (136, mtime),
+        (148, b" " * 8),
+        (156, kind),
+        (157, link),
+    ]:
         block[at : at + len(field)] = field
     for at, field in [(257, magic), (329, major), (337, minor), (345, prefix)]:
         block[at : at + len(field)] = field
@@ -188,7 +200,8 @@ def gnu_long(data: bytes, kind: bytes = b"L", magic: bytes = GNU) -> bytes:
     return header(b"././@LongLink", len(data), kind, magic=magic) + padded(data)
 
 
-# ------------------------------------------------------------------------------------------------------------ the split rule
+# ------------------------------------------------------------------------------------------------------------ the split
+# rule
 
 
 @pytest.mark.parametrize("size, external", [(0, False), (1, False), (64, False), (65, True), (512, True), (700, True)])
@@ -217,7 +230,13 @@ def test_padding_is_inline_and_kept_as_it_is() -> None:
 
 
 def test_adjacent_inline_bytes_come_as_one_run_within_a_buffer() -> None:
-    data = b"".join(header(b"d%d" % n, kind=b"5") for n in range(50)) + header(size=600) + padded(b"c" * 600) + header(b"e") + END
+    data = (
+        b"".join(header(b"d%d" % n, kind=b"5") for n in range(50))
+        + header(size=600)
+        + padded(b"c" * 600)
+        + header(b"e")
+        + END
+    )
     assert split(data).sink.calls == [("inline", 51 * 512), ("external", 600), ("inline", 424 + 512 + 1024)]
 
 
@@ -257,7 +276,8 @@ def test_other_buffers_than_bytes_are_accepted() -> None:
     assert sink.archive == data
 
 
-# ---------------------------------------------------------------------------------------------------------------- the end
+# ---------------------------------------------------------------------------------------------------------------- the
+# end
 
 
 def test_everything_after_the_end_marker_is_kept_inline() -> None:
@@ -286,7 +306,9 @@ def test_restored_padding_may_be_fed_after_the_end() -> None:
     assert splitter.ended_with_zeros
 
 
-@pytest.mark.parametrize("data", [b"", header(), header(size=70) + padded(b"c" * 70)], ids=["nothing", "empty file", "file"])
+@pytest.mark.parametrize(
+    "data", [b"", header(), header(size=70) + padded(b"c" * 70)], ids=["nothing", "empty file", "file"]
+)
 def test_an_archive_may_end_between_two_entries_without_a_marker(data: bytes) -> None:
     result = split(data)
     assert not result.splitter.ended
@@ -324,7 +346,8 @@ def test_the_end_within_an_extension_is_an_error() -> None:
     refused(extension + END, "extension header without its entry")
 
 
-# -------------------------------------------------------------------------------------------------------------- the header
+# -------------------------------------------------------------------------------------------------------------- the
+# header
 
 
 def test_a_wrong_checksum_is_an_error_that_says_where() -> None:
@@ -342,7 +365,9 @@ def test_signed_checksums_are_not_accepted() -> None:
     refused(bytes(block), "checksum")
 
 
-@pytest.mark.parametrize("form", [b"%06o\0 ", b"%06o \0", b"%07o\0", b"%07o ", b" %05o \0", b"+%06o\0", b"%08o", b"%o\0junk"])
+@pytest.mark.parametrize(
+    "form", [b"%06o\0 ", b"%06o \0", b"%07o\0", b"%07o ", b" %05o \0", b"+%06o\0", b"%08o", b"%o\0junk"]
+)
 def test_the_checksum_may_be_written_in_many_ways(form: bytes) -> None:
     plain = bytearray(header())
     plain[148:156] = b" " * 8
@@ -373,7 +398,19 @@ def test_numbers_are_octal_or_base_256(field: bytes, size: int) -> None:
     assert [entry.size for entry in split(data).entries] == [size, 0]
 
 
-@pytest.mark.parametrize("field", [b"00000000008\0", b"-0000000005\0", b"0x00000005\0", b"00000_00005\0", b"++000000005\0", b"+\0", b"0 5\0", b"\x7f\0"])
+@pytest.mark.parametrize(
+    "field",
+    [
+        b"00000000008\0",
+        b"-0000000005\0",
+        b"0x00000005\0",
+        b"00000_00005\0",
+        b"++000000005\0",
+        b"+\0",
+        b"0 5\0",
+        b"\x7f\0",
+    ],
+)
 def test_other_numbers_are_errors(field: bytes) -> None:
     assert "'file'" in refused(header(size=field.ljust(12, b"\0")) + END, "size is .*, not an octal number")
 
@@ -446,7 +483,8 @@ def test_an_entry_without_a_name_is_refused() -> None:
     refused(gnu_long(b"\0") + header() + END, "no name")
 
 
-# -------------------------------------------------------------------------------------------------------------- extensions
+# --------------------------------------------------------------------------------------------------------------
+# extensions
 
 
 def test_gnu_long_names_lose_one_nul() -> None:
@@ -456,7 +494,10 @@ def test_gnu_long_names_lose_one_nul() -> None:
 
 
 def test_gnu_long_links_apply_to_links() -> None:
-    assert only(gnu_long(b"t" * 300 + b"\0", b"K") + header(kind=b"2", link=b"short", magic=GNU) + END).linkname == b"t" * 300
+    assert (
+        only(gnu_long(b"t" * 300 + b"\0", b"K") + header(kind=b"2", link=b"short", magic=GNU) + END).linkname
+        == b"t" * 300
+    )
     assert only(gnu_long(b"", b"K") + header(kind=b"2", link=b"short", magic=GNU) + END).linkname == b""
 
 
@@ -510,10 +551,20 @@ def test_global_headers_change_nothing() -> None:
 
 
 def test_a_global_header_drops_what_is_pending() -> None:
-    data = pax((b"path", b"lost"), (b"size", b"70")) + gnu_long(b"lost\0") + pax(raw=b"", kind=b"g") + header(size=3) + padded(b"abc") + END
+    data = (
+        pax((b"path", b"lost"), (b"size", b"70"))
+        + gnu_long(b"lost\0")
+        + pax(raw=b"", kind=b"g")
+        + header(size=3)
+        + padded(b"abc")
+        + END
+    )
     assert only(data)[0:8:7] == (b"file", 3)
     assert only(pax(raw=b"9 damaged") + pax(raw=b"", kind=b"g") + header() + END).path == b"file"
-    assert only(pax((b"path", b"lost")) + pax(raw=b"", kind=b"g") + pax((b"path", b"kept")) + header() + END).path == b"kept"
+    assert (
+        only(pax((b"path", b"lost")) + pax(raw=b"", kind=b"g") + pax((b"path", b"kept")) + header() + END).path
+        == b"kept"
+    )
 
 
 @pytest.mark.parametrize("kind", [b"0", b"7", b"1", b"2", b"5", b"6", b"Q"])
@@ -534,17 +585,34 @@ def test_an_impossible_size_is_refused() -> None:
     refused(header(size=b"\xff" * 12) + END, "impossible")
 
 
-@pytest.mark.parametrize("raw", [b"", b"hello", b"zz path=b\n", b"-9 path=b\n", bytes(20), b"99999999999999999999999 path=b\n", b"9\tpath=b\n"])
+@pytest.mark.parametrize(
+    "raw",
+    [b"", b"hello", b"zz path=b\n", b"-9 path=b\n", bytes(20), b"99999999999999999999999 path=b\n", b"9\tpath=b\n"],
+)
 def test_pax_records_end_silently_where_no_length_is(raw: bytes) -> None:
     assert only(pax(raw=raw) + header() + END).path == b"file"
     assert only(pax(raw=record(b"path", b"p") + raw) + header() + END).path == b"p"
 
 
 @pytest.mark.parametrize(
-    "raw", [b"0 path=b\n", b"3 path=b\n", b"2 path=b\n", b"30 path=b\n", b"8 path=b", b"9 path=bX", b"9 pathxb\n", b"2 \n", b"10 path\xff=b\n"]
+    "raw",
+    [
+        b"0 path=b\n",
+        b"3 path=b\n",
+        b"2 path=b\n",
+        b"30 path=b\n",
+        b"8 path=b",
+        b"9 path=bX",
+        b"9 pathxb\n",
+        b"2 \n",
+        b"10 path\xff=b\n",
+    ],
 )
 def test_damaged_pax_records_are_errors(raw: bytes) -> None:
-    refused(pax(raw=record(b"comment", b"c") + raw) + header() + END, "PAX header (is damaged at record 2|has a key that is not UTF-8)")
+    refused(
+        pax(raw=record(b"comment", b"c") + raw) + header() + END,
+        "PAX header (is damaged at record 2|has a key that is not UTF-8)",
+    )
 
 
 def test_pax_lengths_may_have_a_plus_and_zeros() -> None:
@@ -560,18 +628,30 @@ def test_pax_values_are_bytes_and_may_hold_anything() -> None:
 
 
 def test_only_schily_xattrs_count_and_the_last_of_a_name() -> None:
-    records = [(b"SCHILY.xattr.security.capability", b"1"), (b"LIBARCHIVE.xattr.user.b", b"Yg"), (b"RHT.security.selinux", b"x"), (b"SCHILY.acl.access", b"y")]
-    entry = only(pax(*records, (b"SCHILY.xattr.user.c", b""), (b"SCHILY.xattr.security.capability", b"2")) + header() + END)
+    records = [
+        (b"SCHILY.xattr.security.capability", b"1"),
+        (b"LIBARCHIVE.xattr.user.b", b"Yg"),
+        (b"RHT.security.selinux", b"x"),
+        (b"SCHILY.acl.access", b"y"),
+    ]
+    entry = only(
+        pax(*records, (b"SCHILY.xattr.user.c", b""), (b"SCHILY.xattr.security.capability", b"2")) + header() + END
+    )
     assert entry.xattrs == {b"security.capability": b"2", b"user.c": b""}
 
 
 def test_pax_ids_and_names_the_last_counts() -> None:
-    entry = only(pax((b"uid", b"1"), (b"uid", b"4294967298"), (b"gid", b"+3"), (b"path", b"a"), (b"path", b"b")) + header() + END)
+    entry = only(
+        pax((b"uid", b"1"), (b"uid", b"4294967298"), (b"gid", b"+3"), (b"path", b"a"), (b"path", b"b")) + header() + END
+    )
     assert (entry.uid, entry.gid, entry.path) == (2, 3, b"b")
 
 
 @pytest.mark.parametrize("key", [b"uid", b"gid", b"size", b"mtime"])
-@pytest.mark.parametrize("value", [b"", b"x", b"-", b"+", b"--1", b"-+1", b" 5", b"5 ", b"1_0", b"18446744073709551616", b"\xff", b"9" * 5000])
+@pytest.mark.parametrize(
+    "value",
+    [b"", b"x", b"-", b"+", b"--1", b"-+1", b" 5", b"5 ", b"1_0", b"18446744073709551616", b"\xff", b"9" * 5000],
+)
 def test_pax_numbers_must_be_numbers(key: bytes, value: bytes) -> None:
     refused(pax((key, value)) + header() + END, key.decode())
     refused(pax((key, value), (key, b"0")) + header() + END, key.decode())  # overridden, and yet wrong
@@ -617,7 +697,9 @@ def test_pax_times(values: list[bytes], expected: tuple[int, int]) -> None:
     assert (entry.mtime, entry.mtime_nsec) == expected
 
 
-@pytest.mark.parametrize("value", [b".5", b"-.5", b"-9223372036854775809", b"-9223372036854775808.5", b"0x5", b"1.\xff"])
+@pytest.mark.parametrize(
+    "value", [b".5", b"-.5", b"-9223372036854775809", b"-9223372036854775808.5", b"0x5", b"1.\xff"]
+)
 def test_other_pax_times_are_errors(value: bytes) -> None:
     refused(pax((b"mtime", value)) + header() + END, "mtime")
 
@@ -626,7 +708,8 @@ def test_header_times_have_no_fraction() -> None:
     assert only(pax((b"atime", b"1.5")) + header() + END)[5:7] == (10, 0)
 
 
-# ---------------------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------------------------------
+# refusals
 
 
 def test_names_longer_than_255_bytes_are_refused() -> None:
@@ -683,7 +766,12 @@ def test_gnu_sparse_members_are_refused() -> None:
         [(b"GNU.sparse.map", b"")],
         [(b"GNU.sparse.offset", b"0"), (b"GNU.sparse.numbytes", b"5")],
         [(b"GNU.sparse.major", b"+01"), (b"GNU.sparse.minor", b"00")],
-        [(b"GNU.sparse.major", b"1"), (b"GNU.sparse.minor", b"0"), (b"GNU.sparse.name", b"real"), (b"GNU.sparse.realsize", b"9")],
+        [
+            (b"GNU.sparse.major", b"1"),
+            (b"GNU.sparse.minor", b"0"),
+            (b"GNU.sparse.name", b"real"),
+            (b"GNU.sparse.realsize", b"9"),
+        ],
     ],
 )
 def test_pax_sparse_members_are_refused(records: list[tuple[bytes, bytes]]) -> None:
@@ -728,7 +816,8 @@ def test_messages_escape_what_an_archive_says() -> None:
     assert message.isprintable()
 
 
-# ------------------------------------------------------------------------------------------------------------ reading back
+# ------------------------------------------------------------------------------------------------------------ reading
+# back
 
 
 def stored(data: bytes) -> list[Any]:
@@ -758,7 +847,9 @@ def test_an_external_content_within_a_header_or_extension_is_damage(cut: int) ->
 
 
 def test_a_layer_that_ends_within_an_entry_is_damage() -> None:
-    chunks = stored(header(b"first", 5) + padded(b"12345") + pax((b"path", b"next")) + header(size=100) + padded(b"c" * 100))
+    chunks = stored(
+        header(b"first", 5) + padded(b"12345") + pax((b"path", b"next")) + header(size=100) + padded(b"c" * 100)
+    )
     assert isinstance(chunks[0], bytes)
     for cut in (511, 512, 600, 1024 + 511, 1536, 1700, 2048, 2300):
         with pytest.raises(FormatError):
@@ -803,7 +894,8 @@ def test_the_same_reader_can_read_several_layers() -> None:
         assert len(list(reader.entries([header() + END]))) == 1
 
 
-# --------------------------------------------------------------------------------------------------- tarfile as the oracle
+# --------------------------------------------------------------------------------------------------- tarfile as the
+# oracle
 
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0/\ud800"), min_size=1, max_size=120).filter(
     lambda name: len(name.encode()) <= 200 and name.strip("/") and not name.endswith((" ", "\t"))
@@ -815,7 +907,10 @@ SIZES = st.one_of(st.integers(0, 70), st.integers(0, 3000), st.sampled_from([64,
 def members(draw: st.DrawFn) -> tuple[tarfile.TarInfo, bytes]:
     info = tarfile.TarInfo("/".join(draw(st.lists(NAMES, min_size=1, max_size=3))))
     info.type = draw(
-        st.sampled_from([tarfile.REGTYPE] * 4 + [tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE])
+        st.sampled_from(
+            [tarfile.REGTYPE] * 4
+            + [tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE]
+        )
     )
     info.mode = draw(st.integers(0, 0o7777))
     info.uid = draw(st.sampled_from([0, 1000, 2097151, 2097152, 4294967294]))
@@ -848,10 +943,14 @@ def archive(entries: list[tuple[tarfile.TarInfo, bytes]], form: int) -> bytes:
     return out.getvalue()
 
 
-@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT], ids=["ustar", "gnu", "pax"])
+@pytest.mark.parametrize(
+    "form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT], ids=["ustar", "gnu", "pax"]
+)
 @given(entries=st.lists(members(), max_size=6), steps=st.lists(st.integers(1, 5000), min_size=1, max_size=5))
 @settings(max_examples=20, deadline=None)
-def test_whatever_tarfile_writes_is_split_and_read_back(form: int, entries: list[tuple[tarfile.TarInfo, bytes]], steps: list[int]) -> None:
+def test_whatever_tarfile_writes_is_split_and_read_back(
+    form: int, entries: list[tuple[tarfile.TarInfo, bytes]], steps: list[int]
+) -> None:
     data = archive(entries, form)
     whole = split(data, 1 << 24)
     assert whole.splitter.ended_with_zeros
@@ -870,7 +969,13 @@ def test_whatever_tarfile_writes_is_split_and_read_back(form: int, entries: list
     for entry, info in zip(whole.entries, expected):
         # The tarfile of Python 3.9 leaves the slash on a directory with a long GNU name, later ones take it away.
         assert entry.path.rstrip(b"/") == info.name.encode("utf-8", "surrogateescape").rstrip(b"/")
-        assert (entry.type, entry.mode, entry.uid, entry.gid, entry.size) == (info.type, info.mode, info.uid, info.gid, info.size)
+        assert (entry.type, entry.mode, entry.uid, entry.gid, entry.size) == (
+            info.type,
+            info.mode,
+            info.uid,
+            info.gid,
+            info.size,
+        )
         assert entry.mtime + entry.mtime_nsec / 1e9 == info.mtime
         assert entry.linkname == info.linkname.encode("utf-8", "surrogateescape")
         if info.type in (tarfile.CHRTYPE, tarfile.BLKTYPE):
@@ -889,7 +994,9 @@ BLOCKS = st.one_of(
     ),
     st.builds(lambda raw: pax(raw=raw), st.binary(max_size=100)),
     st.builds(
-        lambda key, value: pax((key, value)), st.sampled_from([b"size", b"mtime", b"path", b"GNU.sparse.map"]), st.sampled_from([b"", b"5", b"70", b"-1", b"x"])
+        lambda key, value: pax((key, value)),
+        st.sampled_from([b"size", b"mtime", b"path", b"GNU.sparse.map"]),
+        st.sampled_from([b"", b"5", b"70", b"-1", b"x"]),
     ),
     st.sampled_from([bytes(512), END, b"c" * 512, b"12 path=ab\n\0".ljust(512, b"\0")]),
     st.binary(max_size=600),
@@ -920,9 +1027,16 @@ def test_hostile_bytes_only_raise_engine_errors_and_cuts_make_no_difference(bloc
 @settings(max_examples=40, deadline=None)
 def test_mutated_archives_only_raise_engine_errors(data: st.DataObject) -> None:
     image = bytearray(
-        pax((b"path", b"some/long/name"), (b"mtime", b"5.5")) + header(size=600) + padded(b"c" * 600) + gnu_long(b"ln\0") + header(kind=b"2", magic=GNU) + END
+        pax((b"path", b"some/long/name"), (b"mtime", b"5.5"))
+        + header(size=600)
+        + padded(b"c" * 600)
+        + gnu_long(b"ln\0")
+        + header(kind=b"2", magic=GNU)
+        + END
     )
-    for at, value in data.draw(st.lists(st.tuples(st.integers(0, len(image) - 1), st.integers(0, 255)), min_size=1, max_size=4)):
+    for at, value in data.draw(
+        st.lists(st.tuples(st.integers(0, len(image) - 1), st.integers(0, 255)), min_size=1, max_size=4)
+    ):
         image[at] = value
     try:
         chunks = split(bytes(image), data.draw(st.integers(1, 4000)), entries=False).sink.chunks

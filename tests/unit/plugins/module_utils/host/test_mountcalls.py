@@ -2,7 +2,9 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What older and newer kernels are asked, in which order, played by a stand-in; real mounts are the integration tests' business."""
+"""What older and newer kernels are asked, in which order, played by a stand-in; real mounts are the integration tests'
+business.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,12 @@ from typing import Any
 
 import pytest
 from ansible_collections.composefs.oci.plugins.module_utils.host import mountcalls
-from ansible_collections.composefs.oci.plugins.module_utils.errors import Busy, EngineError, MountFailed, PermissionDenied
+from ansible_collections.composefs.oci.plugins.module_utils.errors import (
+    Busy,
+    EngineError,
+    MountFailed,
+    PermissionDenied,
+)
 
 ID = "ab" * 32
 FSOPEN, FSCONFIG, FSMOUNT, MOVE_MOUNT = 430, 431, 432, 429
@@ -66,7 +73,13 @@ class Kernel:
         if self.version < (6, 5):
             # Any string is taken and looked at when the overlay is made; a descriptor is not.
             self.given = {**({} if key == "source" else self.given), key: value}
-            plain = set(self.given) <= {"source", "metacopy", "redirect_dir", "lowerdir", ""} and "::" not in self.given.get("lowerdir", "::")
+            plain = set(self.given) <= {
+                "source",
+                "metacopy",
+                "redirect_dir",
+                "lowerdir",
+                "",
+            } and "::" not in self.given.get("lowerdir", "::")
             return errno.EOPNOTSUPP if command == 5 else errno.EINVAL if command == 6 and not plain else 0
         if key in ("lowerdir+", "datadir+"):
             if value == "fd":
@@ -131,7 +144,9 @@ def plain(calls: list[str], fd: int) -> list[str]:
     return [call.replace(f"/proc/self/fd/{fd}", "/proc/self/fd/IMAGE") for call in calls]
 
 
-def test_a_new_kernel_gets_descriptors_and_nothing_is_attached_but_the_overlay(kernel: type[Kernel], image: int, tmp_path: pathlib.Path) -> None:
+def test_a_new_kernel_gets_descriptors_and_nothing_is_attached_but_the_overlay(
+    kernel: type[Kernel], image: int, tmp_path: pathlib.Path
+) -> None:
     mountcalls.mount(request(image, verity=True), str(tmp_path))
     assert plain(kernel.calls, image) == [
         *["fsopen erofs", "ro", "source=/proc/self/fd/IMAGE", "create erofs", "fsmount erofs 0x1"],
@@ -142,7 +157,9 @@ def test_a_new_kernel_gets_descriptors_and_nothing_is_attached_but_the_overlay(k
 
 
 @pytest.mark.parametrize("version", [(6, 12), (6, 13)])
-def test_before_6_15_the_image_is_attached_for_a_while(kernel: type[Kernel], image: int, tmp_path: pathlib.Path, version: tuple[int, int]) -> None:
+def test_before_6_15_the_image_is_attached_for_a_while(
+    kernel: type[Kernel], image: int, tmp_path: pathlib.Path, version: tuple[int, int]
+) -> None:
     kernel.version = version
     mountcalls.mount(request(image), str(tmp_path))
     calls = plain(kernel.calls, image)
@@ -150,23 +167,39 @@ def test_before_6_15_the_image_is_attached_for_a_while(kernel: type[Kernel], ima
     attach = next(number for number, call in enumerate(calls) if call.startswith(f"attach {tmp_path}/helpers/"))
     rest = calls[attach + 1 :]
     assert calls[attach - 1] == "lowerdir+=fd", "tried with descriptors first"
-    assert rest[:4] == HEAD and rest[4].startswith("lowerdir+=/proc/self/fd/") and rest[5] == "datadir+=/proc/self/fd/IMAGE"
+    assert (
+        rest[:4] == HEAD
+        and rest[4].startswith("lowerdir+=/proc/self/fd/")
+        and rest[5] == "datadir+=/proc/self/fd/IMAGE"
+    )
     assert rest[6:8] == ["create overlay", "fsmount overlay 0x1"]
-    assert rest[8].startswith(f"umount {tmp_path}/helpers/") and rest[8].endswith(" 10"), "detached again, not following links"
+    assert rest[8].startswith(f"umount {tmp_path}/helpers/") and rest[8].endswith(" 10"), (
+        "detached again, not following links"
+    )
     assert rest[9:] == [f"attach {tmp_path} 0x4"]
 
 
 def test_before_6_12_the_image_takes_a_loop_device(kernel: type[Kernel], image: int, tmp_path: pathlib.Path) -> None:
     kernel.version = (6, 7)
     mountcalls.mount(request(image), str(tmp_path))
-    assert plain(kernel.calls, image)[:5] == ["fsopen erofs", "ro", "source=/proc/self/fd/IMAGE", "create erofs", "loop device"]
+    assert plain(kernel.calls, image)[:5] == [
+        "fsopen erofs",
+        "ro",
+        "source=/proc/self/fd/IMAGE",
+        "create erofs",
+        "loop device",
+    ]
 
 
 def test_before_6_7_layers_are_one_string(kernel: type[Kernel], image: int, tmp_path: pathlib.Path) -> None:
     kernel.version = (6, 6)
     mountcalls.mount(request(image, verity=True), str(tmp_path))
     joined = [call for call in plain(kernel.calls, image) if call.startswith("lowerdir=")]
-    assert len(joined) == 1 and joined[0].startswith("lowerdir=/proc/self/fd/") and joined[0].endswith("::/proc/self/fd/IMAGE")
+    assert (
+        len(joined) == 1
+        and joined[0].startswith("lowerdir=/proc/self/fd/")
+        and joined[0].endswith("::/proc/self/fd/IMAGE")
+    )
 
 
 def test_each_attempt_gets_a_context_of_its_own(kernel: type[Kernel], image: int, tmp_path: pathlib.Path) -> None:
@@ -175,7 +208,9 @@ def test_each_attempt_gets_a_context_of_its_own(kernel: type[Kernel], image: int
     assert kernel.calls.count("fsopen overlay") == 3
 
 
-def test_einval_everywhere_is_explained_with_the_kernels_words(kernel: type[Kernel], image: int, tmp_path: pathlib.Path) -> None:
+def test_einval_everywhere_is_explained_with_the_kernels_words(
+    kernel: type[Kernel], image: int, tmp_path: pathlib.Path
+) -> None:
     kernel.version = (6, 1)
     kernel.words = "overlay: no data-only layers here"
     with pytest.raises(MountFailed, match="The kernel says: overlay: no data-only layers here.*before 6.5"):
@@ -185,7 +220,9 @@ def test_einval_everywhere_is_explained_with_the_kernels_words(kernel: type[Kern
 
 @pytest.fixture
 def stubs(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """Names in the root of the attached image that are whiteouts; as an image of format V1 has them, unless a test takes some away."""
+    """Names in the root of the attached image that are whiteouts; as an image of format V1 has them, unless a test
+    takes some away.
+    """
     names = {f"{first:02x}" for first in range(256)}
 
     def lstat(path: str) -> Any:
@@ -203,25 +240,36 @@ def test_before_6_5_the_objects_are_an_ordinary_layer_under_an_image_that_hides_
     kernel.version = (6, 1)
     mountcalls.mount(request(image), str(tmp_path))
     joined = [call for call in plain(kernel.calls, image) if call.startswith("lowerdir=")]
-    assert [call.endswith("::/proc/self/fd/IMAGE") for call in joined] == [True, False] and joined[1].endswith(":/proc/self/fd/IMAGE")
+    assert [call.endswith("::/proc/self/fd/IMAGE") for call in joined] == [True, False] and joined[1].endswith(
+        ":/proc/self/fd/IMAGE"
+    )
     assert kernel.calls[-1] == f"attach {tmp_path} 0x4"
 
 
-def test_before_6_5_an_image_that_would_show_the_objects_is_not_mounted(kernel: type[Kernel], image: int, tmp_path: pathlib.Path, stubs: set[str]) -> None:
+def test_before_6_5_an_image_that_would_show_the_objects_is_not_mounted(
+    kernel: type[Kernel], image: int, tmp_path: pathlib.Path, stubs: set[str]
+) -> None:
     kernel.version = (6, 1)
     stubs.discard("7f")
     with pytest.raises(MountFailed, match="before 6.5 only images of format V1"):
         mountcalls.mount(request(image), str(tmp_path))
 
 
-def test_before_6_5_replacing_a_mount_says_what_to_do_instead(kernel: type[Kernel], image: int, tmp_path: pathlib.Path, stubs: set[str]) -> None:
+def test_before_6_5_replacing_a_mount_says_what_to_do_instead(
+    kernel: type[Kernel], image: int, tmp_path: pathlib.Path, stubs: set[str]
+) -> None:
     kernel.version = (6, 1)
-    with pytest.raises(MountFailed, match="attaching under the mount at .*before 6.5 cannot put a mount under another: unmount the old image first"):
+    with pytest.raises(
+        MountFailed,
+        match="attaching under the mount at .*before 6.5 cannot put a mount under another: unmount the old image first",
+    ):
         mountcalls.replace(request(image), str(tmp_path))
     assert not any(call.startswith(f"umount {tmp_path} ") for call in kernel.calls), "the old mount stays"
 
 
-def test_before_6_5_nothing_is_mounted_that_should_insist_on_verity(kernel: type[Kernel], image: int, tmp_path: pathlib.Path, stubs: set[str]) -> None:
+def test_before_6_5_nothing_is_mounted_that_should_insist_on_verity(
+    kernel: type[Kernel], image: int, tmp_path: pathlib.Path, stubs: set[str]
+) -> None:
     kernel.version = (6, 1)
     with pytest.raises(MountFailed, match="before 6.6 cannot mount with verity"):
         mountcalls.mount(request(image, verity=True), str(tmp_path))
@@ -243,26 +291,37 @@ def test_verity_before_6_6_is_not_dropped_silently(kernel: type[Kernel], image: 
         (errno.EIO, MountFailed, "Input/output error"),
     ],
 )
-def test_refusals_have_a_class_and_words(kernel: type[Kernel], image: int, tmp_path: pathlib.Path, number: int, kind: type[EngineError], words: str) -> None:
+def test_refusals_have_a_class_and_words(
+    kernel: type[Kernel], image: int, tmp_path: pathlib.Path, number: int, kind: type[EngineError], words: str
+) -> None:
     kernel.deny = number
     with pytest.raises(kind, match=words):
         mountcalls.mount(request(image), str(tmp_path))
 
 
-def test_writable_mounts_name_their_directories_with_backslashes_doubled(kernel: type[Kernel], image: int, tmp_path: pathlib.Path) -> None:
-    mountcalls.mount(request(image, upperdir="/u\\p", workdir="/w,k:", options=["nodev", "strictatime", "volatile", "context=a:b"]), str(tmp_path))
+def test_writable_mounts_name_their_directories_with_backslashes_doubled(
+    kernel: type[Kernel], image: int, tmp_path: pathlib.Path
+) -> None:
+    mountcalls.mount(
+        request(image, upperdir="/u\\p", workdir="/w,k:", options=["nodev", "strictatime", "volatile", "context=a:b"]),
+        str(tmp_path),
+    )
     assert [call for call in kernel.calls if "dir=/" in call] == ["upperdir=/u\\\\p", "workdir=/w,k:"]
     assert "volatile" in kernel.calls and "context=a:b" in kernel.calls
     assert "fsmount overlay 0x24" in kernel.calls
     assert "nodev" not in kernel.calls, "an attribute of the mount is no setting of the overlay"
 
 
-def test_ro_makes_a_mount_with_an_upper_directory_read_only(kernel: type[Kernel], image: int, tmp_path: pathlib.Path) -> None:
+def test_ro_makes_a_mount_with_an_upper_directory_read_only(
+    kernel: type[Kernel], image: int, tmp_path: pathlib.Path
+) -> None:
     mountcalls.mount(request(image, upperdir="/u", workdir="/w", options=["ro"]), str(tmp_path))
     assert "fsmount overlay 0x1" in kernel.calls
 
 
-def test_a_replacement_goes_beneath_and_then_the_old_one_is_detached(kernel: type[Kernel], image: int, tmp_path: pathlib.Path) -> None:
+def test_a_replacement_goes_beneath_and_then_the_old_one_is_detached(
+    kernel: type[Kernel], image: int, tmp_path: pathlib.Path
+) -> None:
     mountcalls.replace(request(image), str(tmp_path))
     assert kernel.calls[-2:] == [f"attach {tmp_path} 0x204", f"umount {tmp_path} 10"]
 
@@ -275,9 +334,16 @@ def test_links_in_the_path_are_followed(kernel: type[Kernel], image: int, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("number", "kind", "words"), [(errno.EBUSY, Busy, "in use"), (errno.EPERM, PermissionDenied, "CAP_SYS_ADMIN"), (errno.EINVAL, MountFailed, "Invalid")]
+    ("number", "kind", "words"),
+    [
+        (errno.EBUSY, Busy, "in use"),
+        (errno.EPERM, PermissionDenied, "CAP_SYS_ADMIN"),
+        (errno.EINVAL, MountFailed, "Invalid"),
+    ],
 )
-def test_unmounting_that_fails_is_explained(kernel: type[Kernel], number: int, kind: type[EngineError], words: str) -> None:
+def test_unmounting_that_fails_is_explained(
+    kernel: type[Kernel], number: int, kind: type[EngineError], words: str
+) -> None:
     kernel.deny = number
     with pytest.raises(kind, match=words):
         mountcalls.unmount("/srv/app")
@@ -319,20 +385,30 @@ def loops(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[int]], LoopDevices]
         really = os.open
         monkeypatch.setattr(fcntl, "ioctl", devices)
         monkeypatch.setattr(
-            os, "open", lambda path, flags, *rest, **named: really(os.devnull if str(path).startswith("/dev/loop") else path, flags, *rest, **named)
+            os,
+            "open",
+            lambda path, flags, *rest, **named: really(
+                os.devnull if str(path).startswith("/dev/loop") else path, flags, *rest, **named
+            ),
         )
         return devices
 
     return choose
 
 
-def test_a_loop_device_that_another_process_took_is_tried_again(loops: Callable[[list[int]], LoopDevices], image: int) -> None:
+def test_a_loop_device_that_another_process_took_is_tried_again(
+    loops: Callable[[list[int]], LoopDevices], image: int
+) -> None:
     devices = loops([errno.EBUSY, errno.EBUSY, 0])
     os.close(mountcalls._loop_device(image))
-    assert len(devices.flags) == 3 and all(flags & 5 == 5 for flags in devices.flags), "read-only, and gone with the mount"
+    assert len(devices.flags) == 3 and all(flags & 5 == 5 for flags in devices.flags), (
+        "read-only, and gone with the mount"
+    )
 
 
-def test_direct_input_is_given_up_where_the_file_system_cannot_do_it(loops: Callable[[list[int]], LoopDevices], image: int) -> None:
+def test_direct_input_is_given_up_where_the_file_system_cannot_do_it(
+    loops: Callable[[list[int]], LoopDevices], image: int
+) -> None:
     devices = loops([errno.EINVAL, 0])
     os.close(mountcalls._loop_device(image))
     assert [flags & 16 for flags in devices.flags] == [16, 0]

@@ -27,7 +27,10 @@ def test_a_composefs_mount_is_known_by_its_source() -> None:
     assert mountinfo.parse(f"{LINE},verity=require").verity
 
 
-@pytest.mark.parametrize("source", ["overlay", "composefs", "composefs:app", f"composefs:{IMAGE}0", f"composefs:{IMAGE.upper()}", f"x{IMAGE}"])
+@pytest.mark.parametrize(
+    "source",
+    ["overlay", "composefs", "composefs:app", f"composefs:{IMAGE}0", f"composefs:{IMAGE.upper()}", f"x{IMAGE}"],
+)
 def test_other_overlays_are_foreign(source: str) -> None:
     assert mountinfo.parse(LINE.replace(f"composefs:{IMAGE}", source)).image_id is None
 
@@ -37,10 +40,16 @@ def test_another_kind_of_file_system_is_foreign_whatever_its_source() -> None:
 
 
 def test_octal_escapes_stand_for_bytes() -> None:
-    line = LINE.replace("/srv/app", r"/a\040b\011c\012d\134e\043").replace("datadir+=/r/objects", r"upperdir=/u\054p\134\134x,workdir=/w=\040k")
+    line = LINE.replace("/srv/app", r"/a\040b\011c\012d\134e\043").replace(
+        "datadir+=/r/objects", r"upperdir=/u\054p\134\134x,workdir=/w=\040k"
+    )
     mounted = mountinfo.parse(line)
     assert mounted.path == "/a b\tc\nd\\e#"
-    assert (mounted.directory("upperdir"), mounted.directory("workdir"), mounted.directory("lower")) == ("/u,p\\x", "/w= k", None)
+    assert (mounted.directory("upperdir"), mounted.directory("workdir"), mounted.directory("lower")) == (
+        "/u,p\\x",
+        "/w= k",
+        None,
+    )
 
 
 def test_bytes_that_are_no_text_survive() -> None:
@@ -49,7 +58,9 @@ def test_bytes_that_are_no_text_survive() -> None:
 
 
 def test_a_context_with_commas_is_one_setting() -> None:
-    mounted = mountinfo.parse(LINE.replace(" ro,lowerdir+", ' ro,context="system_u:object_r:container_file_t:s0:c1,c2",lowerdir+'))
+    mounted = mountinfo.parse(
+        LINE.replace(" ro,lowerdir+", ' ro,context="system_u:object_r:container_file_t:s0:c1,c2",lowerdir+')
+    )
     assert mounted.settings["context"] == "system_u:object_r:container_file_t:s0:c1,c2"
     assert mounted.settings["metacopy"] == "on"
 

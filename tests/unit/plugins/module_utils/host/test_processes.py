@@ -95,7 +95,11 @@ def test_a_message_of_any_length_gets_through_shortened() -> None:
     assert 1000 < len(str(caught.value)) < processes.MAX_MESSAGE // 2
 
 
-@pytest.mark.parametrize("kind", [kind for kind in errors.EngineError.__subclasses__() if kind.__module__ == errors.__name__], ids=lambda kind: kind.code)
+@pytest.mark.parametrize(
+    "kind",
+    [kind for kind in errors.EngineError.__subclasses__() if kind.__module__ == errors.__name__],
+    ids=lambda kind: kind.code,
+)
 def test_every_class_survives_the_way(kind: type[EngineError]) -> None:
     back = processes.revive(processes.failure(kind("message", "hint")))
     assert (type(back), back.message, back.hint) == (kind, "message", "hint")
@@ -123,7 +127,11 @@ def script(body: str) -> list[str]:
     places = [str(pathlib.Path(__file__).resolve().parents[3]), *(path for path in sys.path if path)]
     engine = "ansible_collections.composefs.oci.plugins.module_utils"
     imports = f"from {engine} import module\nfrom {engine}.host import processes"
-    return [sys.executable, "-c", f"import os, sys, time\nsys.path[:0] = {places!r}\nimport conftest\n{imports}\n" + textwrap.dedent(body)]
+    return [
+        sys.executable,
+        "-c",
+        f"import os, sys, time\nsys.path[:0] = {places!r}\nimport conftest\n{imports}\n" + textwrap.dedent(body),
+    ]
 
 
 def test_a_child_dies_with_its_parent(tmp_path: pathlib.Path) -> None:

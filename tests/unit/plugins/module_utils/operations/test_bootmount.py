@@ -79,10 +79,13 @@ def test_a_path_that_is_too_long_for_a_unit_is_refused() -> None:
 
 
 def test_the_unit_pins_the_image_and_what_was_decided(places: Places) -> None:
-    text = bootmount.unit_text(target(upperdir="/var/u", workdir="/var/w", options=("nodev",)), "/srv/repo", places, "/usr/bin/python3")
+    text = bootmount.unit_text(
+        target(upperdir="/var/u", workdir="/var/w", options=("nodev",)), "/srv/repo", places, "/usr/bin/python3"
+    )
     found = fields(text)
     assert found["ExecStart"] == (
-        f'"/usr/bin/python3" "-I" "{places.application}" "mount" "--repository" "/srv/repo" "--image" "{IMAGE}" "--verity" "required" '
+        f'"/usr/bin/python3" "-I" "{places.application}" "mount" "--repository" "/srv/repo" "--image" "{IMAGE}" '
+        f'"--verity" "required" '
         '"--upperdir" "/var/u" "--workdir" "/var/w" "--option" "nodev" "--" "/srv/app"'
     )
     assert found["ExecStop"] == f'"/usr/bin/python3" "-I" "{places.application}" "unmount" "--" "/srv/app"'
@@ -105,7 +108,9 @@ def test_what_no_unit_can_hold_is_refused(places: Places, path: str) -> None:
 
 def test_a_repository_on_the_network_waits_for_it(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
     def shown(*mounts: tuple[str, str]) -> None:
-        rows = [mountinfo.Mounted(number, 0, path, kind, "x", frozenset(), {}) for number, (path, kind) in enumerate(mounts)]
+        rows = [
+            mountinfo.Mounted(number, 0, path, kind, "x", frozenset(), {}) for number, (path, kind) in enumerate(mounts)
+        ]
         monkeypatch.setattr(mountinfo, "mounts", lambda: rows)
 
     shown(("/", "ext4"), ("/srv/repo", "nfs4"))
@@ -116,7 +121,11 @@ def test_a_repository_on_the_network_waits_for_it(places: Places, monkeypatch: p
     shown(("/", "ext4"), ("/", "nfs"))
     assert bootmount.is_remote("/srv"), "of two mounts at one place the last counts"
     shown(("/", "ext4"), ("/srv", "ext4"))
-    monkeypatch.setattr(bootmount, "_text", lambda path: "# x\nUUID=1 /srv ext4 defaults,_netdev 0 2\n" if path == "/etc/fstab" else None)
+    monkeypatch.setattr(
+        bootmount,
+        "_text",
+        lambda path: "# x\nUUID=1 /srv ext4 defaults,_netdev 0 2\n" if path == "/etc/fstab" else None,
+    )
     assert bootmount.is_remote("/srv/repo") and not bootmount.is_remote("/var")
 
 
@@ -177,7 +186,9 @@ def test_the_last_unit_takes_the_program_along(places: Places) -> None:
 def test_where_systemd_does_not_run_files_are_enough(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     places = Places(str(tmp_path / "units"), str(tmp_path / "library"), str(tmp_path / "not running"))
     systemd = Systemd()
-    monkeypatch.setattr(os.path, "exists", lambda path, really=os.path.exists: path == "/usr/lib/systemd/systemd" or really(path))
+    monkeypatch.setattr(
+        os.path, "exists", lambda path, really=os.path.exists: path == "/usr/lib/systemd/systemd" or really(path)
+    )
     assert bootmount.ensure(target(), "/srv/repo", systemd, places=places)
     assert bootmount.remove("/srv/app", systemd, stop=True, places=places)
     assert systemd.told == []
@@ -215,14 +226,27 @@ def test_the_program_has_every_part_that_its_parts_import_at_once() -> None:
             for node in ast.parse(archive.read(name)).body:
                 if isinstance(node, ast.ImportFrom) and node.level:
                     base = "/".join([*name.split("/")[: -node.level], *(node.module or "").split(".")]).rstrip("/")
-                    wanted = {f"{base}.py"} if f"{base}.py" in names else {f"{base}/{alias.name}.py" for alias in node.names}
+                    wanted = (
+                        {f"{base}.py"} if f"{base}.py" in names else {f"{base}/{alias.name}.py" for alias in node.names}
+                    )
                     assert wanted <= names, name
 
 
 def test_the_program_runs_in_an_isolated_interpreter(tmp_path: pathlib.Path) -> None:
     program = tmp_path / "mount.pyz"
     program.write_bytes(bootmount.application())
-    command = [sys.executable, "-I", str(program), "mount", "--repository", str(tmp_path), "--image", IMAGE, "--", "/srv/app"]
+    command = [
+        sys.executable,
+        "-I",
+        str(program),
+        "mount",
+        "--repository",
+        str(tmp_path),
+        "--image",
+        IMAGE,
+        "--",
+        "/srv/app",
+    ]
     done = subprocess.run(command, env={}, cwd="/", capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "") and done.stderr.startswith("not_a_repository: ")
     bare = subprocess.run(command[:3], env={}, capture_output=True, text=True, check=False)

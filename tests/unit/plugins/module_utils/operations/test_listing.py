@@ -44,7 +44,10 @@ def path(tmp_path: pathlib.Path, world: World) -> pathlib.Path:
     """``app`` has two names, and there is an artifact."""
     found = tmp_path / "repo"
     create.prepare(str(found), fsverity.SHA256, "disabled")
-    pull_all(found, *(pull.Request(REGISTRY + tag, name) for tag, name in (("app", "z/app:1"), ("app", "b"), ("artifact", "m"))))
+    pull_all(
+        found,
+        *(pull.Request(REGISTRY + tag, name) for tag, name in (("app", "z/app:1"), ("app", "b"), ("artifact", "m"))),
+    )
     return found
 
 
@@ -62,9 +65,16 @@ def test_a_container_is_described(path: pathlib.Path, world: World) -> None:
     ((image,), _complaints) = listed(path, name="b")
     raw = world.layout.read(image["digest"])
     manifest = json.loads(raw)
-    assert image["kind"] == "container" and image["artifact_type"] is None and image["media_type"] == manifest["mediaType"]
+    assert (
+        image["kind"] == "container" and image["artifact_type"] is None and image["media_type"] == manifest["mediaType"]
+    )
     assert image["config_digest"] == manifest["config"]["digest"]
-    assert image["labels"] == {"a": "1"} and image["platform"].count("/") == 2 and image["platform"].startswith("linux/") and image["platform"].endswith("/v8")
+    assert (
+        image["labels"] == {"a": "1"}
+        and image["platform"].count("/") == 2
+        and image["platform"].startswith("linux/")
+        and image["platform"].endswith("/v8")
+    )
     assert image["created"] and image["size"] == manifest["layers"][0]["size"] == image["layers"][0]["size"]
     assert image["image_ids"] == {"composefs.image.v1": image["image_id"]} and image["boot_image_id"] is None
     assert os.path.exists(path / "images" / image["image_id"])
@@ -74,7 +84,9 @@ def test_an_artifact_is_described(path: pathlib.Path) -> None:
     ((image,), _complaints) = listed(path, name="m")
     assert image["kind"] == "artifact" and image["artifact_type"] == "application/x-test"
     assert image["layers"][0]["diff_id"] is None and image["layers"][0]["media_type"] == "text/plain"
-    assert [image[key] for key in ("platform", "os", "architecture", "created", "image_id")] == [None] * 5 and image["labels"] == {}
+    assert [image[key] for key in ("platform", "os", "architecture", "created", "image_id")] == [None] * 5 and image[
+        "labels"
+    ] == {}
 
 
 def test_by_name_and_by_digest(path: pathlib.Path) -> None:
@@ -99,14 +111,23 @@ def test_an_image_that_cannot_be_read_is_a_complaint_and_the_others_are_told(pat
         if gone == "manifest":
             victim = path / "streams" / (imagestreams.MANIFEST + image["digest"])
         else:
-            kind, digest = (imagestreams.MANIFEST, image["digest"]) if "manifest" in gone else (imagestreams.CONFIG, image["config_digest"])
+            kind, digest = (
+                (imagestreams.MANIFEST, image["digest"])
+                if "manifest" in gone
+                else (imagestreams.CONFIG, image["config_digest"])
+            )
             document = imagestreams.read(repository, kind, digest)
             assert document
             victim = path / "objects" / fsverity.object_path(fsverity.digest(document.raw, repository.algorithm))
     victim.unlink()
     found, complaints = listed(path)
     assert [one["names"] for one in found] == [["m"]]
-    assert len(complaints) == 1 and complaints[0].startswith("b, z/app:1: ") and "Pull the image" in complaints[0] or "pull the image" in complaints[0]
+    assert (
+        len(complaints) == 1
+        and complaints[0].startswith("b, z/app:1: ")
+        and "Pull the image" in complaints[0]
+        or "pull the image" in complaints[0]
+    )
 
 
 def test_one_image_that_is_not_there_is_an_error_of_its_own(path: pathlib.Path) -> None:
@@ -117,7 +138,9 @@ def test_one_image_that_is_not_there_is_an_error_of_its_own(path: pathlib.Path) 
         raw = imagestreams.read(repository, imagestreams.MANIFEST, image["digest"])
     assert raw
     with Repository.open(str(path), write=True) as repository:
-        repository.register(imagestreams.MANIFEST + image["digest"], imagestreams.store(repository, imagestreams.MANIFEST, raw.raw, {}))
+        repository.register(
+            imagestreams.MANIFEST + image["digest"], imagestreams.store(repository, imagestreams.MANIFEST, raw.raw, {})
+        )
         with pytest.raises(FormatError, match="does not lead to its configuration"):
             listing.describe_image(repository, image["digest"])
 

@@ -44,7 +44,14 @@ def repository(tmp_path: pathlib.Path) -> Iterator[Repository]:
         yield opened
 
 
-def put_image(repository: Repository, name: str, content: bytes = b"", versions: tuple[int, ...] = (1,), boot: bool = False, linked: bool = True) -> str:
+def put_image(
+    repository: Repository,
+    name: str,
+    content: bytes = b"",
+    versions: tuple[int, ...] = (1,),
+    boot: bool = False,
+    linked: bool = True,
+) -> str:
     """A container without layers whose configuration has EROFS images; the hex of the first one."""
     refs = {}
     for version in versions:
@@ -52,17 +59,28 @@ def put_image(repository: Repository, name: str, content: bytes = b"", versions:
         image = bytearray()
         write_image(root, version, ALGORITHM, image.extend)
         refs[imagestreams.image_ref(version, boot)] = repository.objects.put(bytes(image))
-    config = {"architecture": "amd64", "os": "linux", "config": {"Labels": {"name": name}}, "rootfs": {"type": "layers", "diff_ids": []}}
+    config = {
+        "architecture": "amd64",
+        "os": "linux",
+        "config": {"Labels": {"name": name}},
+        "rootfs": {"type": "layers", "diff_ids": []},
+    }
     raw = json.dumps(config).encode()
     config_stream = imagestreams.store(repository, imagestreams.CONFIG, raw, refs)
     manifest = {
         "schemaVersion": 2,
         "mediaType": oci.OCI_MANIFEST,
-        "config": {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": oci.digest_of(raw), "size": len(raw)},
+        "config": {
+            "mediaType": "application/vnd.oci.image.config.v1+json",
+            "digest": oci.digest_of(raw),
+            "size": len(raw),
+        },
         "layers": [],
     }
     raw_manifest = json.dumps(manifest).encode()
-    stream = imagestreams.store(repository, imagestreams.MANIFEST, raw_manifest, {imagestreams.CONFIG_REF + oci.digest_of(raw): config_stream})
+    stream = imagestreams.store(
+        repository, imagestreams.MANIFEST, raw_manifest, {imagestreams.CONFIG_REF + oci.digest_of(raw): config_stream}
+    )
     repository.register(imagestreams.CONFIG + oci.digest_of(raw), config_stream)
     repository.register(imagestreams.MANIFEST + oci.digest_of(raw_manifest), stream)
     repository.tag(name, oci.digest_of(raw_manifest))
@@ -73,9 +91,24 @@ def put_image(repository: Repository, name: str, content: bytes = b"", versions:
 
 def there(image_id: str, **changes: Any) -> Mounted:
     """A plain mount of the image, as the kernel would show it."""
-    settings = {"ro": "", "lowerdir+": "/", "datadir+": "/r/objects", "redirect_dir": "on", "metacopy": "on", **changes.pop("settings", {})}
+    settings = {
+        "ro": "",
+        "lowerdir+": "/",
+        "datadir+": "/r/objects",
+        "redirect_dir": "on",
+        "metacopy": "on",
+        **changes.pop("settings", {}),
+    }
     options = frozenset(changes.pop("options", ("ro", "relatime")))
-    return Mounted(46, 27, "/srv/app", changes.pop("kind", "overlay"), changes.pop("source", f"composefs:{image_id}"), options, settings)
+    return Mounted(
+        46,
+        27,
+        "/srv/app",
+        changes.pop("kind", "overlay"),
+        changes.pop("source", f"composefs:{image_id}"),
+        options,
+        settings,
+    )
 
 
 # ---- which image -----------------------------------------------------------------------------------------------------
@@ -91,7 +124,10 @@ def test_names_manifests_and_ids_lead_to_the_image(repository: Repository) -> No
 def test_the_repositorys_own_format_is_taken(repository: Repository) -> None:
     put_image(repository, "app", versions=(2, 1))
     assert repository.metadata.erofs_formats == (1,)
-    with mounting.open_image(repository, mounting.resolve(repository, "app")) as fd, dump.ErofsImage.open(fd, ALGORITHM) as image:
+    with (
+        mounting.open_image(repository, mounting.resolve(repository, "app")) as fd,
+        dump.ErofsImage.open(fd, ALGORITHM) as image,
+    ):
         assert image.version == 1
 
 
@@ -122,7 +158,9 @@ def test_an_id_is_an_id_even_if_an_image_has_such_a_name(repository: Repository)
     image = put_image(repository, "app")
     other = put_image(repository, image, b"other")
     assert other != image and mounting.resolve(repository, image).hex() == image
-    assert mounting.resolve(repository, put_image(repository, "ab" * 32)) == mounting.resolve(repository, "ab" * 32), "a name that only looks like one"
+    assert mounting.resolve(repository, put_image(repository, "ab" * 32)) == mounting.resolve(repository, "ab" * 32), (
+        "a name that only looks like one"
+    )
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -142,7 +180,9 @@ def test_an_image_is_hashed_where_the_kernel_did_not_measure_it(repository: Repo
     assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
-def test_a_sealed_image_is_not_read(tmp_path: pathlib.Path, verity_kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sealed_image_is_not_read(
+    tmp_path: pathlib.Path, verity_kernel: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "secure"
     create.prepare(str(path), ALGORITHM, create.REQUIRED)
     with Repository.open(str(path), write=True) as repository:
@@ -152,7 +192,10 @@ def test_a_sealed_image_is_not_read(tmp_path: pathlib.Path, verity_kernel: Any, 
         with mounting.open_image(repository, bytes.fromhex(image)):
             pass
         wish = Wish("app", "/srv/app")
-        assert [mounting.decide(repository, Wish("app", "/srv", verity=verity)).verity for verity in ("required", "preferred", "disabled")] == [
+        assert [
+            mounting.decide(repository, Wish("app", "/srv", verity=verity)).verity
+            for verity in ("required", "preferred", "disabled")
+        ] == [
             True,
             True,
             False,
@@ -198,9 +241,14 @@ def test_an_upper_directory_needs_a_work_directory(repository: Repository) -> No
 
 def test_options_have_one_form(repository: Repository) -> None:
     put_image(repository, "app")
-    assert mounting.decide(repository, Wish("app", "/srv", options=["nosuid", "ro", "nodev", "nodev"])).options == ("nodev", "nosuid")
+    assert mounting.decide(repository, Wish("app", "/srv", options=["nosuid", "ro", "nodev", "nodev"])).options == (
+        "nodev",
+        "nosuid",
+    )
     assert mounting.decide(repository, Wish("app", "/srv", upperdir="/u", workdir="/w", options=["rw"])).options == ()
-    assert mounting.decide(repository, Wish("app", "/srv", upperdir="/u", workdir="/w", options=["ro"])).options == ("ro",)
+    assert mounting.decide(repository, Wish("app", "/srv", upperdir="/u", workdir="/w", options=["ro"])).options == (
+        "ro",
+    )
 
 
 # ---- what is there already -------------------------------------------------------------------------------------------
@@ -217,12 +265,24 @@ IMAGE = "ab" * 32
         (there(IMAGE, settings={"verity": "require"}), Target(IMAGE, "/srv/app", False), "verity on instead of off"),
         (there(IMAGE), Target(IMAGE, "/srv/app", True), "verity off instead of on"),
         (there(IMAGE, options=("ro", "nodev", "relatime")), Target(IMAGE, "/srv/app", False, options=("nodev",)), ""),
-        (there(IMAGE, options=("ro", "nodev", "relatime")), Target(IMAGE, "/srv/app", False), "nodev on instead of off"),
+        (
+            there(IMAGE, options=("ro", "nodev", "relatime")),
+            Target(IMAGE, "/srv/app", False),
+            "nodev on instead of off",
+        ),
         (there(IMAGE, options=("ro",)), Target(IMAGE, "/srv/app", False, options=("strictatime",)), ""),
         (there(IMAGE, options=("ro", "noatime")), Target(IMAGE, "/srv/app", False, options=("noatime",)), ""),
         (there(IMAGE), Target(IMAGE, "/srv/app", False, "/u", "/w"), "upperdir none instead of /u"),
-        (there(IMAGE, settings={"context": "a:b:c:d"}), Target(IMAGE, "/srv/app", False, options=("context=a:b:c:d",)), ""),
-        (there(IMAGE, settings={"context": "a:b:c:d"}), Target(IMAGE, "/srv/app", False), "context a:b:c:d instead of none"),
+        (
+            there(IMAGE, settings={"context": "a:b:c:d"}),
+            Target(IMAGE, "/srv/app", False, options=("context=a:b:c:d",)),
+            "",
+        ),
+        (
+            there(IMAGE, settings={"context": "a:b:c:d"}),
+            Target(IMAGE, "/srv/app", False),
+            "context a:b:c:d instead of none",
+        ),
     ],
 )
 def test_a_mount_is_compared_in_all_that_matters(mounted: Mounted, target: Target, word: str) -> None:
@@ -258,7 +318,9 @@ class Host:
         self.shown = None
 
 
-def test_the_mount_point_is_made_and_check_mode_makes_none(repository: Repository, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mount_point_is_made_and_check_mode_makes_none(
+    repository: Repository, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     put_image(repository, "app")
     host = Host(monkeypatch)
     point = tmp_path / "a/b"
@@ -272,7 +334,9 @@ def test_the_mount_point_is_made_and_check_mode_makes_none(repository: Repositor
     assert host.calls == [f"mount {point}"] and point.stat().st_mode & 0o777 == 0o755
 
 
-def test_a_file_is_no_mount_point(repository: Repository, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_no_mount_point(
+    repository: Repository, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     put_image(repository, "app")
     Host(monkeypatch)
     (tmp_path / "file").touch()
@@ -280,7 +344,9 @@ def test_a_file_is_no_mount_point(repository: Repository, tmp_path: pathlib.Path
         mounting.ensure_mounted(repository, Wish("app", str(tmp_path / "file")))
 
 
-def test_only_remounted_replaces(repository: Repository, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_remounted_replaces(
+    repository: Repository, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     image = put_image(repository, "app")
     host = Host(monkeypatch, there("cd" * 32))
     with pytest.raises(Busy, match="(?s)the image cdcd.*remounted"):
@@ -291,7 +357,9 @@ def test_only_remounted_replaces(repository: Repository, tmp_path: pathlib.Path,
     assert not mounting.ensure_mounted(repository, Wish("app", str(tmp_path / "m"), replace=True)).changed
 
 
-def test_a_mount_with_others_inside_is_not_replaced(repository: Repository, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mount_with_others_inside_is_not_replaced(
+    repository: Repository, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     put_image(repository, "app")
     host = Host(monkeypatch, there("cd" * 32))
     host.inside = [there("ef" * 32)._replace(path="/srv/app/inner")]
@@ -302,14 +370,20 @@ def test_a_mount_with_others_inside_is_not_replaced(repository: Repository, tmp_
     assert host.calls == []
 
 
-def test_the_upper_directory_of_the_old_mount_is_not_taken_over(repository: Repository, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_upper_directory_of_the_old_mount_is_not_taken_over(
+    repository: Repository, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     put_image(repository, "app")
     Host(monkeypatch, there("cd" * 32, settings={"upperdir": "/u", "workdir": "/w"}))
     with pytest.raises(Busy, match="in use by the old one"):
-        mounting.ensure_mounted(repository, Wish("app", str(tmp_path / "m"), upperdir="/u", workdir="/other", replace=True))
+        mounting.ensure_mounted(
+            repository, Wish("app", str(tmp_path / "m"), upperdir="/u", workdir="/other", replace=True)
+        )
 
 
-def test_foreign_mounts_are_named_and_left(repository: Repository, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_foreign_mounts_are_named_and_left(
+    repository: Repository, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     put_image(repository, "app")
     host = Host(monkeypatch, there(IMAGE, kind="tmpfs", source="cache"))
     for replace in (False, True):
@@ -337,10 +411,15 @@ def test_the_repository_must_stay_visible(repository: Repository, monkeypatch: p
     assert host.calls == []
 
 
-def test_a_missing_capability_is_said_before_anything_is_made(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_capability_is_said_before_anything_is_made(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     status = tmp_path / "status"
     really = open
-    monkeypatch.setattr("builtins.open", lambda path, *rest, **named: really(status if path == "/proc/self/status" else path, *rest, **named))
+    monkeypatch.setattr(
+        "builtins.open",
+        lambda path, *rest, **named: really(status if path == "/proc/self/status" else path, *rest, **named),
+    )
     status.write_text("Name:\tx\nCapEff:\t000001ffffdfffff\n")
     with pytest.raises(PermissionDenied, match="CAP_SYS_ADMIN"):
         mounting.require_capability("Mounting")
@@ -356,7 +435,11 @@ def test_a_missing_capability_is_said_before_anything_is_made(tmp_path: pathlib.
 def test_a_dumpfile_is_written_once(repository: Repository, tmp_path: pathlib.Path) -> None:
     image = put_image(repository, "app", b"small")
     text = dump.dump(repository, image)
-    assert text.splitlines()[0].startswith(b"/ 0 40755 2 ") and text.splitlines()[1].startswith(b"/app 5 100644 1 ") and b" small - " not in text[:20]
+    assert (
+        text.splitlines()[0].startswith(b"/ 0 40755 2 ")
+        and text.splitlines()[1].startswith(b"/app 5 100644 1 ")
+        and b" small - " not in text[:20]
+    )
     path = tmp_path / "out.dump"
     assert dump.write(text, str(path), check=True) and not path.exists()
     assert dump.write(text, str(path)) and path.read_bytes() == text
@@ -389,7 +472,9 @@ def test_what_two_images_share_is_counted_as_shared(repository: Repository) -> N
     put_image(repository, "two", b"2")
     digests = repository.tags()
     use = disk_use(repository, digests.values())
-    everything = sum(path.stat().st_size for path in pathlib.Path(repository.path, "objects").rglob("*") if path.is_file())
+    everything = sum(
+        path.stat().st_size for path in pathlib.Path(repository.path, "objects").rglob("*") if path.is_file()
+    )
     assert [used.shared for used in use.values()] == [0, 0]
     assert sum(used.own for used in use.values()) == everything
     assert [used.own_objects for used in use.values()] == [5, 5], "manifest, configuration, their streams and the image"
@@ -397,7 +482,10 @@ def test_what_two_images_share_is_counted_as_shared(repository: Repository) -> N
     document = imagestreams.read(repository, imagestreams.MANIFEST, digests["one"])
     assert document is not None
     raw = json.dumps({**json.loads(document.raw), "annotations": {"again": "yes"}}).encode()
-    repository.register(imagestreams.MANIFEST + oci.digest_of(raw), imagestreams.store(repository, imagestreams.MANIFEST, raw, document.refs))
+    repository.register(
+        imagestreams.MANIFEST + oci.digest_of(raw),
+        imagestreams.store(repository, imagestreams.MANIFEST, raw, document.refs),
+    )
     again = disk_use(repository, [digests["one"], digests["two"]])
     assert again[digests["two"]] == use[digests["two"]]
     assert (again[digests["one"]].own_objects, again[digests["one"]].shared_objects) == (2, 3)

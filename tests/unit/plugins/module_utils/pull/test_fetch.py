@@ -70,7 +70,16 @@ def world(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> World:
 class Fetch:
     """One fetch of the first layers of the image."""
 
-    def __init__(self, world: World, repo: Repository, count: int = 4, *, parallel: int = 1, timeout: float = 5.0, retries: int = 2) -> None:
+    def __init__(
+        self,
+        world: World,
+        repo: Repository,
+        count: int = 4,
+        *,
+        parallel: int = 1,
+        timeout: float = 5.0,
+        retries: int = 2,
+    ) -> None:
         self.world = world
         self.repo = repo
         self.events = Events()
@@ -103,7 +112,8 @@ def children() -> list[str]:
     return [child for task in pathlib.Path("/proc/self/task").glob("*/children") for child in task.read_text().split()]
 
 
-# --- what goes well --------------------------------------------------------------------------------------------------------------------------
+# --- what goes well
+# --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("parallel", [1, 2, 9])
@@ -115,7 +125,11 @@ def test_layers_are_fetched_largest_first_named_and_trusted(world: World, repo: 
         assert world.fetched() == [run.digest(number) for number in range(4)]
     for one in run.layers:
         stream = repo.stream(f"oci-layer-{one.diff_id}")
-        assert stream and stream.hex() == results[f"oci-layer-{one.diff_id}"].stream and repo.trusted(one.diff_id) == stream
+        assert (
+            stream
+            and stream.hex() == results[f"oci-layer-{one.diff_id}"].stream
+            and repo.trusted(one.diff_id) == stream
+        )
     assert {event.layer for event in run.events.of(DONE)} == {one.diff_id for one in run.layers}
     assert len(world.proxies) == 1, "one skopeo serves all lanes"
 
@@ -138,12 +152,18 @@ def test_descriptors_are_as_before(world: World, repo: Repository) -> None:
     assert sorted(os.listdir("/proc/self/fd")) == before
 
 
-# --- what passes and what does not -----------------------------------------------------------------------------------------------------------
+# --- what passes and what does not
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "fault",
-    [RegistryUnreachable("skopeo says: 503."), Stalled("No answer."), passing(ProxyFailed("skopeo was killed.")), "short"],
+    [
+        RegistryUnreachable("skopeo says: 503."),
+        Stalled("No answer."),
+        passing(ProxyFailed("skopeo was killed.")),
+        "short",
+    ],
     ids=["unreachable", "stalled", "killed", "silent"],
 )
 def test_a_passing_fault_is_tried_again_with_another_proxy(world: World, repo: Repository, fault: Any) -> None:
@@ -151,13 +171,17 @@ def test_a_passing_fault_is_tried_again_with_another_proxy(world: World, repo: R
     world.blobs[run.digest(0)] = [b"short" if fault == "short" else fault]
     assert len(run.run()) == 2
     assert run.fetcher.retried == 1 and len(world.proxies) == 2
-    assert len([event for event in run.events.of(STARTED) if event.layer == run.layers[0].diff_id]) == (2 if fault == "short" else 1)
+    assert len([event for event in run.events.of(STARTED) if event.layer == run.layers[0].diff_id]) == (
+        2 if fault == "short" else 1
+    )
 
 
 def test_retries_come_to_an_end_and_what_is_whole_stays(world: World, repo: Repository) -> None:
     run = Fetch(world, repo, 3, retries=2)
     world.blobs[run.digest(1)] = [RegistryUnreachable("skopeo says: 503.")] * 3
-    with pytest.raises(RegistryUnreachable, match=f"importing layer {run.layers[1].diff_id} of {APP.text}: skopeo says: 503"):
+    with pytest.raises(
+        RegistryUnreachable, match=f"importing layer {run.layers[1].diff_id} of {APP.text}: skopeo says: 503"
+    ):
         run.run()
     assert run.fetcher.retried == 2 and run.named() == [0], "and no new layer was begun"
 
@@ -214,12 +238,15 @@ def test_the_first_of_several_errors_is_the_one_that_is_told(world: World, repo:
     assert run.fetcher._failure is caught.value
 
 
-# --- two verdicts ----------------------------------------------------------------------------------------------------------------------------
+# --- two verdicts
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_skopeos_no_counts_although_we_find_nothing_wrong(world: World, repo: Repository) -> None:
     run = Fetch(world, repo, 1)
-    world.verdicts[run.digest(0)] = [DigestMismatch("Fetching from docker://x: skopeo says: corrupted blob.", "Try again.")]
+    world.verdicts[run.digest(0)] = [
+        DigestMismatch("Fetching from docker://x: skopeo says: corrupted blob.", "Try again.")
+    ]
     with pytest.raises(DigestMismatch, match=r": skopeo refuses the blob: skopeo says: corrupted blob\. Try again\.$"):
         run.run()
     assert run.named() == []
@@ -227,23 +254,34 @@ def test_skopeos_no_counts_although_we_find_nothing_wrong(world: World, repo: Re
 
 def test_a_skopeo_that_dies_before_its_verdict_is_not_a_verdict(world: World, repo: Repository) -> None:
     run = Fetch(world, repo, 1)
-    world.verdicts[run.digest(0)] = [passing(ProxyFailed("Fetching: skopeo was killed by signal 9.", "Run the task again."))]
+    world.verdicts[run.digest(0)] = [
+        passing(ProxyFailed("Fetching: skopeo was killed by signal 9.", "Run the task again."))
+    ]
     assert len(run.run()) == 1 and run.fetcher.retried == 1
 
 
-def test_a_transfer_that_breaks_off_is_explained_by_skopeo(world: World, repo: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_transfer_that_breaks_off_is_explained_by_skopeo(
+    world: World, repo: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It goes silent; skopeo is asked, tells why and lets go of the pipe."""
     monkeypatch.setattr(layer, "PROBE_AFTER", 0.0)
     run = Fetch(world, repo, 1, timeout=20.0, retries=0)
     world.blobs[run.digest(0)] = [world.layout.read(run.digest(0))[:500]]
-    world.verdicts[run.digest(0)] = [DigestMismatch("Fetching from docker://x: skopeo says: expected 9 bytes in blob, got 500.", "Try again.")]
+    world.verdicts[run.digest(0)] = [
+        DigestMismatch("Fetching from docker://x: skopeo says: expected 9 bytes in blob, got 500.", "Try again.")
+    ]
     start = time.monotonic()
-    with pytest.raises(DigestMismatch, match=r"ended after 500 of \d+ bytes\. skopeo says: expected 9 bytes in blob, got 500\. Try again\.$"):
+    with pytest.raises(
+        DigestMismatch,
+        match=r"ended after 500 of \d+ bytes\. skopeo says: expected 9 bytes in blob, got 500\. Try again\.$",
+    ):
         run.run()
     assert time.monotonic() - start < 10
 
 
-def test_what_broke_a_transfer_may_be_gone_at_the_next_try(world: World, repo: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_broke_a_transfer_may_be_gone_at_the_next_try(
+    world: World, repo: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(layer, "PROBE_AFTER", 0.0)
     run = Fetch(world, repo, 1)
     world.blobs[run.digest(0)] = [world.layout.read(run.digest(0))[:500]]
@@ -251,8 +289,12 @@ def test_what_broke_a_transfer_may_be_gone_at_the_next_try(world: World, repo: R
     assert len(run.run()) == 1 and run.fetcher.retried == 1
 
 
-def test_a_verdict_that_queues_behind_a_moving_transfer_is_waited_for(world: World, repo: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
-    """FinishPipe of a slow blob occupies skopeo; the verdict on another comes later than the timeout, and nobody is to blame."""
+def test_a_verdict_that_queues_behind_a_moving_transfer_is_waited_for(
+    world: World, repo: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FinishPipe of a slow blob occupies skopeo; the verdict on another comes later than the timeout, and nobody is to
+    blame.
+    """
     run = Fetch(world, repo, 2, parallel=2, timeout=0.6, retries=0)
     real = FakeProxy.finish_pipe
 
@@ -278,7 +320,9 @@ def test_a_verdict_that_never_comes_is_a_stall(world: World, repo: Repository, m
         let_go.set()
 
 
-def test_who_lost_his_proxy_on_anothers_account_is_not_charged(world: World, repo: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_lost_his_proxy_on_anothers_account_is_not_charged(
+    world: World, repo: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Layer 0 is silent and has skopeo replaced; that costs layer 1, under way at the same time, no retry."""
     run = Fetch(world, repo, 2, parallel=2, timeout=1.0, retries=1)
 
@@ -303,7 +347,8 @@ def test_who_lost_his_proxy_on_anothers_account_is_not_charged(world: World, rep
     assert len(run.run()) == 2 and not turns, "its one retry was left for its own fault"
 
 
-# --- workers ---------------------------------------------------------------------------------------------------------------------------------
+# --- workers
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_worker_that_is_killed_is_a_clear_error(world: World, repo: Repository) -> None:
@@ -320,7 +365,9 @@ def test_a_worker_that_is_killed_is_a_clear_error(world: World, repo: Repository
     assert run.named() == []
 
 
-def test_an_error_of_the_store_comes_through_with_its_class(world: World, repo: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_store_comes_through_with_its_class(
+    world: World, repo: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*arguments: Any) -> Any:
         raise OSError(28, "No space left on device")
 
@@ -330,7 +377,9 @@ def test_an_error_of_the_store_comes_through_with_its_class(world: World, repo: 
         Fetch(world, repo, 1).run()
 
 
-def test_a_bug_in_a_worker_is_told_without_secrets(world: World, repo: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_in_a_worker_is_told_without_secrets(
+    world: World, repo: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def bug(*arguments: Any) -> Any:
         raise KeyError("hunter2")
 
@@ -346,7 +395,9 @@ def test_a_worker_goes_on_after_a_layer_that_failed(world: World, repo: Reposito
     assert len(run.run()) == 2 and run.fetcher.retried == 2
 
 
-def test_an_interrupted_pull_leaves_no_process_and_does_not_hang(world: World, repo: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_pull_leaves_no_process_and_does_not_hang(
+    world: World, repo: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The user presses Ctrl-C while a lane waits for the main thread to start skopeo."""
     run = Fetch(world, repo, 1)
 
@@ -361,12 +412,15 @@ def test_an_interrupted_pull_leaves_no_process_and_does_not_hang(world: World, r
     assert time.monotonic() - start < 5
 
 
-# --- processors ------------------------------------------------------------------------------------------------------------------------------
+# --- processors
+# --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def groups(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """``groups(lines, {path: text})``: what /proc/self/cgroup says, and the files below /sys/fs/cgroup. Eight processors in all."""
+    """``groups(lines, {path: text})``: what /proc/self/cgroup says, and the files below /sys/fs/cgroup. Eight
+    processors in all.
+    """
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     root = tmp_path / "cgroup"
     monkeypatch.setattr(fetch, "CGROUPS", str(root))
@@ -377,7 +431,10 @@ def groups(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_text(text)
         (tmp_path / "self").write_text(lines)
-        monkeypatch.setattr("builtins.open", lambda path, *args, **kw: real(tmp_path / "self" if path == "/proc/self/cgroup" else path, *args, **kw))
+        monkeypatch.setattr(
+            "builtins.open",
+            lambda path, *args, **kw: real(tmp_path / "self" if path == "/proc/self/cgroup" else path, *args, **kw),
+        )
         return fetch.usable_processors()
 
     return make
@@ -394,7 +451,11 @@ def groups(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         ("0::/\n", {"cpu.max": "10000 100000\n"}, 1),
         ("0::/host/path\n", {"cpu.max": "200000 100000\n"}, 2),
         ("0::/../sibling\n", {"cpu.max": "200000 100000\n"}, 2),
-        ("4:cpu,cpuacct:/a\n1:memory:/a\n", {"cpu/a/cpu.cfs_quota_us": "400000\n", "cpu/a/cpu.cfs_period_us": "100000\n"}, 4),
+        (
+            "4:cpu,cpuacct:/a\n1:memory:/a\n",
+            {"cpu/a/cpu.cfs_quota_us": "400000\n", "cpu/a/cpu.cfs_period_us": "100000\n"},
+            4,
+        ),
         ("4:cpuacct,cpu:/a\n0::/a\n", {"cpu/a/cpu.cfs_quota_us": "-1\n", "cpu/a/cpu.cfs_period_us": "100000\n"}, 8),
         ("4:cpu:/docker/0123\n", {"cpu/cpu.cfs_quota_us": "100000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1),
         ("0::/\n", {"cpu.max": "garbage\n"}, 8),

@@ -65,7 +65,13 @@ class Told:
 
 
 def run(
-    repo: Repository, pieces: bytes | Iterable[bytes], spec: LayerSpec, *, timeout: float = 5.0, stay_open: bool = True, told: Told | None = None
+    repo: Repository,
+    pieces: bytes | Iterable[bytes],
+    spec: LayerSpec,
+    *,
+    timeout: float = 5.0,
+    stay_open: bool = True,
+    told: Told | None = None,
 ) -> LayerResult:
     """Import what a writer sends; as from skopeo, the pipe stays open after the last byte unless told otherwise."""
     readable, writable = os.pipe()
@@ -103,15 +109,20 @@ def run(
         thread.join()
         with pytest.raises(OSError):
             os.fstat(readable)  # closed, whatever happened
-        assert not [thread for thread in threading.enumerate() if thread.name == "decoder"], "no decoder is left running"
+        assert not [thread for thread in threading.enumerate() if thread.name == "decoder"], (
+            "no decoder is left running"
+        )
 
 
 def stored(repo: Repository, result: LayerResult, expect: bytes = splitstream.LAYER) -> bytes:
     with repo.open_object_stream(bytes.fromhex(result.stream), expect) as stream:
-        return b"".join(chunk if isinstance(chunk, bytes) else repo.objects.read(chunk.digest, 1 << 30) for chunk in stream.chunks())
+        return b"".join(
+            chunk if isinstance(chunk, bytes) else repo.objects.read(chunk.digest, 1 << 30) for chunk in stream.chunks()
+        )
 
 
-# --- what is right ---------------------------------------------------------------------------------------------------------------------------
+# --- what is right
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def encoded(archive: bytes, compression: str) -> bytes:
@@ -191,7 +202,8 @@ def test_a_secure_repository_seals_every_object_of_a_layer(tmp_path: pathlib.Pat
     assert objects and all(verity_kernel.is_sealed(str(path)) for path in objects)
 
 
-# --- what is wrong, and who is blamed --------------------------------------------------------------------------------------------------------
+# --- what is wrong, and who is blamed
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_a_wrong_blob_digest_is_named(repo: Repository) -> None:
@@ -287,7 +299,8 @@ def test_no_object_is_left_open_after_an_error(repo: Repository) -> None:
     assert sorted(os.listdir("/proc/self/fd")) == before
 
 
-# --- silence ---------------------------------------------------------------------------------------------------------------------------------
+# --- silence
+# --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sent", [0.0, 0.5])
@@ -314,7 +327,8 @@ def test_a_silence_is_told_once_so_that_skopeo_can_be_asked(repo: Repository, mo
     assert told.calls == ["silent", "drained"]
 
 
-# --- zeros that were lost --------------------------------------------------------------------------------------------------------------------
+# --- zeros that were lost
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_mistake_27_padding_that_a_recompression_lost_is_restored(repo: Repository) -> None:
@@ -341,7 +355,8 @@ def test_padding_is_not_tried_where_the_archive_did_not_end_with_zeros(repo: Rep
         run(repo, blob, spec_of(blob, archive + bytes(512)))
 
 
-# --- proofs of what is stored ----------------------------------------------------------------------------------------------------------------
+# --- proofs of what is stored
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def test_the_digest_of_a_stored_layer_is_that_of_its_tar(repo: Repository) -> None:
@@ -371,7 +386,8 @@ def test_a_damaged_stream_object_is_written_anew_by_an_import(repo: Repository, 
     assert stored(repo, result) == TREE
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------------------------------
+# --- memory
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_memory_stays_flat_whatever_the_size_of_a_file(repo: Repository) -> None:
@@ -436,7 +452,12 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     places = [str(pathlib.Path(__file__).resolve().parents[3]), *(path for path in sys.path if path)]
 
     def growth(files: int) -> int:
-        done = subprocess.run([sys.executable, "-c", script % places, str(tmp_path / "repo"), str(files)], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", script % places, str(tmp_path / "repo"), str(files)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
         return int(done.stdout)
 

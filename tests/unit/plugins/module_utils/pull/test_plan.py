@@ -24,7 +24,12 @@ from ansible_collections.composefs.oci.plugins.module_utils.formats import fsver
 from ansible_collections.composefs.oci.plugins.module_utils.host import processes
 from ansible_collections.composefs.oci.plugins.module_utils.pull import layer, plan, pull
 from ansible_collections.composefs.oci.plugins.module_utils.store import create
-from ansible_collections.composefs.oci.plugins.module_utils.errors import DigestMismatch, InvalidDocument, PlatformNotFound, UnsupportedMediaType
+from ansible_collections.composefs.oci.plugins.module_utils.errors import (
+    DigestMismatch,
+    InvalidDocument,
+    PlatformNotFound,
+    UnsupportedMediaType,
+)
 from ansible_collections.composefs.oci.plugins.module_utils.formats.oci import Descriptor
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ansible_collections.composefs.oci.tests.support.tarbytes import DIRECTORY, member, tar
@@ -40,7 +45,9 @@ def world(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> World:
     layout.image([FIRST, SECOND], "app")
     layout.image([FIRST], "first")
     layout.artifact([("application/x-tar", FIRST)], "artifact")
-    layout.multi_platform({name: [tar(member("c", name.encode() * 20))] for name in ("linux/amd64", "linux/arm64")}, "index")
+    layout.multi_platform(
+        {name: [tar(member("c", name.encode() * 20))] for name in ("linux/amd64", "linux/arm64")}, "index"
+    )
     monkeypatch.setattr(processes, "call", lambda what, function: function())
     return World(layout).install(monkeypatch)
 
@@ -51,7 +58,9 @@ def path(tmp_path: pathlib.Path) -> pathlib.Path:
     return tmp_path / "repo"
 
 
-def put_layer(path: pathlib.Path, content: bytes, content_type: bytes = splitstream.LAYER, name: str = DIFF_ID) -> bytes:
+def put_layer(
+    path: pathlib.Path, content: bytes, content_type: bytes = splitstream.LAYER, name: str = DIFF_ID
+) -> bytes:
     """Register a layer stream as another tool would: without any proof."""
     with Repository.open(str(path), write=True) as repository:
         writer = splitstream.Writer(repository.algorithm, content_type)
@@ -67,7 +76,11 @@ def put_layer(path: pathlib.Path, content: bytes, content_type: bytes = splitstr
 def layer_of_another_tool(path: pathlib.Path) -> None:
     """The first layer in a repository with nothing else: right, but nobody ever proved it here."""
     pull_all(path, app("first"))
-    for name in (*(path / "streams").glob("oci-[cm]*"), *(path / "streams/refs/oci").iterdir(), *(path / "images").iterdir()):
+    for name in (
+        *(path / "streams").glob("oci-[cm]*"),
+        *(path / "streams/refs/oci").iterdir(),
+        *(path / "images").iterdir(),
+    ):
         name.unlink()
     shutil.rmtree(path / ".composefs-oci")
 
@@ -89,10 +102,13 @@ def app(tag: str = "app", name: str = "", **others: str) -> pull.Request:
     return pull.Request(REGISTRY + tag, name or tag, **others)
 
 
-# --- whom a layer stream is believed ---------------------------------------------------------------------------------------------------------
+# --- whom a layer stream is believed
+# ---------------------------------------------------------------------------------------------------------
 
 
-def test_mistake_26_a_layer_of_another_tool_is_hashed_once_and_then_trusted(path: pathlib.Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistake_26_a_layer_of_another_tool_is_hashed_once_and_then_trusted(
+    path: pathlib.Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hashed = proofs(monkeypatch)
     layer_of_another_tool(path)
     (done,) = pull_all(path, app())
@@ -121,7 +137,9 @@ def test_check_mode_remembers_no_proof(path: pathlib.Path, world: World, monkeyp
     assert len(hashed) == 2 and not (path / ".composefs-oci").exists()
 
 
-def test_a_trusted_layer_that_was_replaced_since_is_hashed_again(path: pathlib.Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trusted_layer_that_was_replaced_since_is_hashed_again(
+    path: pathlib.Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pull_all(path, app())
     hashed = proofs(monkeypatch)
     put_layer(path, SECOND)
@@ -140,7 +158,9 @@ def test_an_artifact_takes_a_stored_layer_for_its_blob(path: pathlib.Path, world
     assert done["layers"][0]["status"] == "present" and not done["warnings"]
 
 
-def test_a_layer_that_another_user_may_read_but_not_trust_is_no_error(path: pathlib.Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_that_another_user_may_read_but_not_trust_is_no_error(
+    path: pathlib.Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     put_layer(path, FIRST)
     put_layer(path, SECOND, name=sha256(SECOND))
 
@@ -175,7 +195,8 @@ def test_a_damaged_layer_is_told_and_fetched_again(path: pathlib.Path, world: Wo
     assert not pull_all(path, app("first"))[0]["changed"]
 
 
-# --- without asking anybody ------------------------------------------------------------------------------------------------------------------
+# --- without asking anybody
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def test_missing_is_content_with_what_has_the_name(path: pathlib.Path, world: World) -> None:
@@ -200,7 +221,11 @@ def test_missing_asks_when_what_has_the_name_is_not_whole(path: pathlib.Path, wo
     if damage == "poison":
         put_layer(path, SECOND)
     else:
-        name = {"manifest": "oci-manifest-" + done["digest"], "config": "oci-config-" + done["config_digest"], "layer": f"oci-layer-{DIFF_ID}"}[damage]
+        name = {
+            "manifest": "oci-manifest-" + done["digest"],
+            "config": "oci-config-" + done["config_digest"],
+            "layer": f"oci-layer-{DIFF_ID}",
+        }[damage]
         (path / "streams" / name).unlink()
     (again,) = pull_all(path, app("first"), policy=pull.MISSING)
     assert again["changed"] and again["digest"] == done["digest"]
@@ -219,12 +244,17 @@ def test_missing_with_a_digest_that_differs_asks(path: pathlib.Path, world: Worl
 def test_missing_with_another_platform_asks(path: pathlib.Path, world: World) -> None:
     (arm,) = pull_all(path, app("index", platform="linux/arm64"))
     world.requests.clear()
-    assert not pull_all(path, app("index", platform="linux/arm64"), policy=pull.MISSING)[0]["changed"] and world.requests == []
+    assert (
+        not pull_all(path, app("index", platform="linux/arm64"), policy=pull.MISSING)[0]["changed"]
+        and world.requests == []
+    )
     (amd,) = pull_all(path, app("index", platform="linux/amd64"), policy=pull.MISSING)
     assert amd["digest"] != arm["digest"] and amd["previous_digest"] == arm["digest"]
 
 
-def test_missing_proves_what_another_tool_pulled_and_remembers(path: pathlib.Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_proves_what_another_tool_pulled_and_remembers(
+    path: pathlib.Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pull_all(path, app("first"))
     for proof in (path / ".composefs-oci/trusted").iterdir():
         proof.unlink()
@@ -241,7 +271,8 @@ def test_an_artifact_whose_blob_gave_its_name_away_is_whole_for_every_policy(pat
         assert not pull_all(path, app("artifact"), policy=policy)[0]["changed"]
 
 
-# --- what the source says --------------------------------------------------------------------------------------------------------------------
+# --- what the source says
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_digests_that_are_accepted(path: pathlib.Path, world: World) -> None:
@@ -258,7 +289,9 @@ def test_an_image_for_another_platform_is_refused(path: pathlib.Path, world: Wor
         pull_all(path, app(platform="linux/s390x"))
 
 
-def test_documents_are_held_against_their_schemas_only_when_they_are_new(path: pathlib.Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documents_are_held_against_their_schemas_only_when_they_are_new(
+    path: pathlib.Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     validated: list[str] = []
     monkeypatch.setattr(ocischemas, "validate", lambda kind, raw: validated.append(kind) or True)
     for _time in range(2):
@@ -266,7 +299,9 @@ def test_documents_are_held_against_their_schemas_only_when_they_are_new(path: p
     assert validated == ["manifest", "config"]
 
 
-def test_without_jsonschema_there_is_a_warning_where_something_is_new(path: pathlib.Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_jsonschema_there_is_a_warning_where_something_is_new(
+    path: pathlib.Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ocischemas, "available", lambda: False)
     (done,) = pull_all(path, app())
     assert len(set(done["warnings"])) == 1 and "jsonschema" in done["warnings"][0]
@@ -294,7 +329,9 @@ def test_the_number_of_layers_is_bounded(path: pathlib.Path, world: World, count
             pull_all(path, app("many"), check=True)
 
 
-def test_a_layer_of_an_unknown_type_in_a_container_is_refused_before_anything_is_fetched(path: pathlib.Path, world: World) -> None:
+def test_a_layer_of_an_unknown_type_in_a_container_is_refused_before_anything_is_fetched(
+    path: pathlib.Path, world: World
+) -> None:
     world.layout.image([world.layout.layer(FIRST, media_type="application/x-unknown")], "odd")
     with pytest.raises(UnsupportedMediaType):
         pull_all(path, app("odd"))

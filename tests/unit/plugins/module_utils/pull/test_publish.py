@@ -65,7 +65,8 @@ def request(tag: str = "app", name: str = "") -> pull.Request:
     return pull.Request(REGISTRY + tag, name or tag)
 
 
-# --- the state of a repository, changed piece by piece ---------------------------------------------------------------------------------------
+# --- the state of a repository, changed piece by piece
+# ---------------------------------------------------------------------------------------
 
 
 class State(NamedTuple):
@@ -75,7 +76,13 @@ class State(NamedTuple):
 
     def digest(self) -> str:
         index = json.loads((self.layout.path / "index.json").read_text())["manifests"]
-        return str(next(entry["digest"] for entry in index if entry["annotations"]["org.opencontainers.image.ref.name"] == self.tag))
+        return str(
+            next(
+                entry["digest"]
+                for entry in index
+                if entry["annotations"]["org.opencontainers.image.ref.name"] == self.tag
+            )
+        )
 
     def config(self) -> str:
         return str(json.loads(self.layout.read(self.digest()))["config"]["digest"])
@@ -148,7 +155,8 @@ def config_with_other_layers(state: State) -> None:
         with state.open() as repository:
             changed = {name: bytes(32) if name == sha256(FIRST) else digest for name, digest in refs.items()}
             repository.register(
-                imagestreams.CONFIG + state.config(), imagestreams.store(repository, imagestreams.CONFIG, state.layout.read(state.config()), changed)
+                imagestreams.CONFIG + state.config(),
+                imagestreams.store(repository, imagestreams.CONFIG, state.layout.read(state.config()), changed),
             )
 
 
@@ -162,9 +170,12 @@ def manifest_stale(state: State) -> None:
     refs = state.refs(imagestreams.MANIFEST, state.digest())
     if refs:
         with state.open() as repository:
-            changed = {name: bytes(32) if name.startswith(imagestreams.CONFIG_REF) else digest for name, digest in refs.items()}
+            changed = {
+                name: bytes(32) if name.startswith(imagestreams.CONFIG_REF) else digest for name, digest in refs.items()
+            }
             repository.register(
-                imagestreams.MANIFEST + state.digest(), imagestreams.store(repository, imagestreams.MANIFEST, state.layout.read(state.digest()), changed)
+                imagestreams.MANIFEST + state.digest(),
+                imagestreams.store(repository, imagestreams.MANIFEST, state.layout.read(state.digest()), changed),
             )
 
 
@@ -191,11 +202,16 @@ def image_link_gone(state: State) -> None:
 
 
 def image_never_made(state: State) -> None:
-    refs = {name: digest for name, digest in state.refs(imagestreams.CONFIG, state.config()).items() if not imagestreams.is_image_ref(name)}
+    refs = {
+        name: digest
+        for name, digest in state.refs(imagestreams.CONFIG, state.config()).items()
+        if not imagestreams.is_image_ref(name)
+    }
     if refs:
         with state.open() as repository:
             repository.register(
-                imagestreams.CONFIG + state.config(), imagestreams.store(repository, imagestreams.CONFIG, state.layout.read(state.config()), refs)
+                imagestreams.CONFIG + state.config(),
+                imagestreams.store(repository, imagestreams.CONFIG, state.layout.read(state.config()), refs),
             )
 
 
@@ -233,7 +249,9 @@ def everything(path: pathlib.Path) -> dict[str, Any]:
     for directory, _directories, files in os.walk(path):
         for name in files:
             place = pathlib.Path(directory, name)
-            found[str(place.relative_to(path))] = os.readlink(place) if place.is_symlink() else (place.stat().st_ino, place.stat().st_mtime_ns)
+            found[str(place.relative_to(path))] = (
+                os.readlink(place) if place.is_symlink() else (place.stat().st_ino, place.stat().st_mtime_ns)
+            )
     return found
 
 
@@ -241,7 +259,9 @@ COMPARED = ("changed", "streams", "digest", "config_digest", "previous_digest", 
 
 
 def hold_to_its_word(state: State, **how: Any) -> dict[str, Any]:
-    """Check mode touches nothing and says what a run then does; after that run nothing is left to do and all is whole."""
+    """Check mode touches nothing and says what a run then does; after that run nothing is left to do and all
+    is whole.
+    """
     before = everything(state.path)
     (predicted,) = pull_all(state.path, request(state.tag), check=True, **how)
     assert everything(state.path) == before, "check mode has touched something"
@@ -274,7 +294,9 @@ def whole(state: State, done: dict[str, Any], erofs: bool = True, bootable: bool
 
 @pytest.mark.parametrize("damage", [*DAMAGES, *ROT], ids=lambda damage: damage.__name__)
 @pytest.mark.parametrize("tag", ["app", "artifact"])
-def test_prediction_equals_what_is_done_after_one_damage(tmp_path: pathlib.Path, world: World, tag: str, damage: Damage) -> None:
+def test_prediction_equals_what_is_done_after_one_damage(
+    tmp_path: pathlib.Path, world: World, tag: str, damage: Damage
+) -> None:
     state = State(new_repository(tmp_path / "repo"), world.layout, tag)
     pull_all(state.path, request(tag))
     damage(state)
@@ -297,7 +319,9 @@ def test_prediction_equals_what_is_done_after_two_damages(tmp_path: pathlib.Path
             raise AssertionError(f"after {one.__name__} and {other.__name__}: {error}") from error
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     earlier=hs.lists(hs.sampled_from(["app", "twin", "artifact", "artifact2"]), unique=True),
     damages=hs.lists(hs.sampled_from([*DAMAGES, *ROT]), max_size=4),
@@ -306,7 +330,13 @@ def test_prediction_equals_what_is_done_after_two_damages(tmp_path: pathlib.Path
     before=hs.booleans(),
 )
 def test_prediction_equals_what_is_done_in_any_state(
-    tmp_path_factory: pytest.TempPathFactory, world: World, earlier: list[str], damages: list[Damage], tag: str, erofs: bool, before: bool
+    tmp_path_factory: pytest.TempPathFactory,
+    world: World,
+    earlier: list[str],
+    damages: list[Damage],
+    tag: str,
+    erofs: bool,
+    before: bool,
 ) -> None:
     state = State(new_repository(tmp_path_factory.mktemp("any") / "repo"), world.layout, tag)
     for one in earlier:
@@ -316,13 +346,19 @@ def test_prediction_equals_what_is_done_in_any_state(
     hold_to_its_word(state, erofs=erofs)
 
 
-# --- what is made, and what is not -----------------------------------------------------------------------------------------------------------
+# --- what is made, and what is not
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_fresh_pull_registers_layers_then_configuration_then_manifest(tmp_path: pathlib.Path, world: World) -> None:
     state = State(new_repository(tmp_path / "repo"), world.layout, "app")
     done = hold_to_its_word(state)
-    assert done["streams"] == [f"oci-layer-{sha256(FIRST)}", f"oci-layer-{sha256(SECOND)}", f"oci-config-{state.config()}", f"oci-manifest-{state.digest()}"]
+    assert done["streams"] == [
+        f"oci-layer-{sha256(FIRST)}",
+        f"oci-layer-{sha256(SECOND)}",
+        f"oci-config-{state.config()}",
+        f"oci-manifest-{state.digest()}",
+    ]
 
 
 def test_an_image_that_vanished_comes_back_without_being_a_change(tmp_path: pathlib.Path, world: World) -> None:
@@ -355,7 +391,11 @@ def test_images_of_a_layer_that_changed_are_made_anew(tmp_path: pathlib.Path, wo
     with state.open() as repository:
         poison = repository.stream(f"oci-layer-{sha256(FIRST)}")
         assert poison
-        refs = {sha256(FIRST): poison, sha256(SECOND): bytes(32), "composefs.image.v1": repository.objects.put(b"an image of the poison" * 9)}
+        refs = {
+            sha256(FIRST): poison,
+            sha256(SECOND): bytes(32),
+            "composefs.image.v1": repository.objects.put(b"an image of the poison" * 9),
+        }
         stream = imagestreams.store(repository, imagestreams.CONFIG, state.layout.read(state.config()), refs)
         repository.register(imagestreams.CONFIG + state.config(), stream)
     done = hold_to_its_word(state)
@@ -367,15 +407,26 @@ def test_what_other_tools_wrote_into_the_configuration_stays(tmp_path: pathlib.P
     pull_all(state.path, request(), erofs=False)
     with state.open() as repository:
         boot = repository.objects.put(b"a boot image" * 20)
-        refs = {**state.refs(imagestreams.CONFIG, state.config()), "composefs.image.boot.v1.xattrs=keep-user-xattrs": boot}
-        repository.register(imagestreams.CONFIG + state.config(), imagestreams.store(repository, imagestreams.CONFIG, state.layout.read(state.config()), refs))
+        refs = {
+            **state.refs(imagestreams.CONFIG, state.config()),
+            "composefs.image.boot.v1.xattrs=keep-user-xattrs": boot,
+        }
+        repository.register(
+            imagestreams.CONFIG + state.config(),
+            imagestreams.store(repository, imagestreams.CONFIG, state.layout.read(state.config()), refs),
+        )
     hold_to_its_word(state)
     assert state.refs(imagestreams.CONFIG, state.config())["composefs.image.boot.v1.xattrs=keep-user-xattrs"] == boot
 
 
 @pytest.mark.parametrize(
     ("formats", "keys"),
-    [((1,), {"composefs.image.v1"}), ((2,), {"composefs.image"}), ((1, 2), {"composefs.image.v1", "composefs.image"}), ((0,), {"composefs.image.v1"})],
+    [
+        ((1,), {"composefs.image.v1"}),
+        ((2,), {"composefs.image"}),
+        ((1, 2), {"composefs.image.v1", "composefs.image"}),
+        ((0,), {"composefs.image.v1"}),
+    ],
 )
 def test_every_format_of_the_repository_is_made(
     tmp_path: pathlib.Path, world: World, monkeypatch: pytest.MonkeyPatch, formats: tuple[int, ...], keys: set[str]
@@ -391,13 +442,19 @@ def test_every_format_of_the_repository_is_made(
     assert not pull_all(state.path, request())[0]["changed"]
 
 
-def test_manifests_that_share_a_configuration_follow_it_and_are_named_in_the_result(tmp_path: pathlib.Path, world: World) -> None:
+def test_manifests_that_share_a_configuration_follow_it_and_are_named_in_the_result(
+    tmp_path: pathlib.Path, world: World
+) -> None:
     state = State(new_repository(tmp_path / "repo"), world.layout, "app")
     twin = State(state.path, world.layout, "twin")
     pull_all(state.path, request(), erofs=False)
     pull_all(state.path, request("twin"), erofs=False)
     done = hold_to_its_word(state)
-    assert done["streams"] == [f"oci-config-{state.config()}", f"oci-manifest-{state.digest()}", f"oci-manifest-{twin.digest()}"]
+    assert done["streams"] == [
+        f"oci-config-{state.config()}",
+        f"oci-manifest-{state.digest()}",
+        f"oci-manifest-{twin.digest()}",
+    ]
     assert not hold_to_its_word(twin)["changed"]
 
 

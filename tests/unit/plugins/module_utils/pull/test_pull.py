@@ -72,7 +72,9 @@ class ThreadWorker(fetch.Worker):
 
     def __init__(self, objects: Any, algorithm: Any, timeout: float, siblings: Any, sessions: Any) -> None:
         self._socket, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._thread = threading.Thread(target=fetch._serve, args=(self._theirs, objects, algorithm, timeout), daemon=True)
+        self._thread = threading.Thread(
+            target=fetch._serve, args=(self._theirs, objects, algorithm, timeout), daemon=True
+        )
         self._thread.start()
 
     def close(self) -> None:
@@ -96,13 +98,18 @@ def size(world: World, archive: bytes) -> int:
     return int(world.layout.layer(archive).descriptor["size"])
 
 
-# --- accounts --------------------------------------------------------------------------------------------------------------------------------
+# --- accounts
+# --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("check", [True, False])
-def test_a_layer_that_several_images_lack_is_fetched_and_counted_with_the_first(path: pathlib.Path, world: World, check: bool) -> None:
+def test_a_layer_that_several_images_lack_is_fetched_and_counted_with_the_first(
+    path: pathlib.Path, world: World, check: bool
+) -> None:
     one, other = pull_all(path, app(), app("web"), check=check)
-    assert one["stats"]["bytes_fetched"] == size(world, FIRST) + size(world, SECOND) and other["stats"]["bytes_fetched"] == size(world, THIRD)
+    assert one["stats"]["bytes_fetched"] == size(world, FIRST) + size(world, SECOND) and other["stats"][
+        "bytes_fetched"
+    ] == size(world, THIRD)
     assert [layer["bytes_to_fetch"] for layer in one["layers"]] == [size(world, FIRST), size(world, SECOND)]
     assert [layer["bytes_to_fetch"] for layer in other["layers"]] == [0, size(world, THIRD)]
     assert f"oci-layer-{sha256(FIRST)}" in one["streams"] and f"oci-layer-{sha256(FIRST)}" not in other["streams"]
@@ -111,10 +118,14 @@ def test_a_layer_that_several_images_lack_is_fetched_and_counted_with_the_first(
 
 
 @pytest.mark.parametrize("check", [True, False])
-def test_a_layer_that_occurs_twice_is_fetched_once_and_counted_once(path: pathlib.Path, world: World, check: bool) -> None:
+def test_a_layer_that_occurs_twice_is_fetched_once_and_counted_once(
+    path: pathlib.Path, world: World, check: bool
+) -> None:
     (done,) = pull_all(path, app("twice"), check=check)
     assert [layer["bytes_to_fetch"] for layer in done["layers"]] == [size(world, FIRST), size(world, SECOND), 0]
-    assert done["stats"]["layers"] == 3 and done["stats"]["bytes_fetched"] == sum(layer["bytes_to_fetch"] for layer in done["layers"])
+    assert done["stats"]["layers"] == 3 and done["stats"]["bytes_fetched"] == sum(
+        layer["bytes_to_fetch"] for layer in done["layers"]
+    )
     assert done["stats"]["layers_already_present"] == 0 and len(set(done["streams"])) == len(done["streams"]) == 4
     again = pull_all(path, app("twice"), check=check)[0]
     assert again["changed"] == check and again["stats"]["layers_already_present"] == (0 if check else 2)
@@ -142,7 +153,12 @@ def test_retries_are_counted(path: pathlib.Path, world: World) -> None:
 
 
 def test_every_result_has_the_same_shape(path: pathlib.Path, world: World) -> None:
-    results = [pull_all(path, app(), check=True)[0], pull_all(path, app())[0], pull_all(path, app())[0], pull_all(path, app(), policy=pull.MISSING)[0]]
+    results = [
+        pull_all(path, app(), check=True)[0],
+        pull_all(path, app())[0],
+        pull_all(path, app())[0],
+        pull_all(path, app(), policy=pull.MISSING)[0],
+    ]
     with Repository.open(str(path)) as repository:
         results += [pull.forget(repository, app(), check=True), pull.forget(repository, app(), check=False)]
     shapes = [(set(result) - {"warnings"}, set(result["stats"])) for result in results]
@@ -152,7 +168,8 @@ def test_every_result_has_the_same_shape(path: pathlib.Path, world: World) -> No
     json.dumps(results)
 
 
-# --- images of all kinds ---------------------------------------------------------------------------------------------------------------------
+# --- images of all kinds
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tag", ["scratch", "empty", "twice"])
@@ -163,7 +180,9 @@ def test_odd_images_are_pulled_and_come_to_rest(path: pathlib.Path, world: World
     assert not pull_all(path, app(tag))[0]["changed"]
 
 
-def test_secure_repositories_seal_everything(tmp_path: pathlib.Path, world: World, verity_kernel: Any, without_forks: None) -> None:
+def test_secure_repositories_seal_everything(
+    tmp_path: pathlib.Path, world: World, verity_kernel: Any, without_forks: None
+) -> None:
     path = tmp_path / "secure"
     create.prepare(str(path), fsverity.SHA256, "required")
     (done,) = pull_all(path, app())
@@ -173,11 +192,15 @@ def test_secure_repositories_seal_everything(tmp_path: pathlib.Path, world: Worl
     assert not (path / ".composefs-oci/imports").exists(), "what is sealed needs no marks of unfinished imports"
 
 
-def test_an_unsealed_object_in_a_secure_repository_is_replaced(tmp_path: pathlib.Path, world: World, verity_kernel: Any, without_forks: None) -> None:
+def test_an_unsealed_object_in_a_secure_repository_is_replaced(
+    tmp_path: pathlib.Path, world: World, verity_kernel: Any, without_forks: None
+) -> None:
     path = tmp_path / "secure"
     create.prepare(str(path), fsverity.SHA256, "required")
     (first,) = pull_all(path, app())
-    victim = next(one for one in (path / "objects").glob("*/*") if one.read_bytes() == world.layout.read(first["digest"]))
+    victim = next(
+        one for one in (path / "objects").glob("*/*") if one.read_bytes() == world.layout.read(first["digest"])
+    )
     verity_kernel.sealed.pop((victim.stat().st_dev, victim.stat().st_ino))
     (done,) = pull_all(path, app())
     assert verity_kernel.is_sealed(str(victim)) and done["streams"] == ["oci-manifest-" + first["digest"]]
@@ -193,10 +216,13 @@ def test_a_repository_whose_objects_are_gone_is_filled_again(path: pathlib.Path,
     assert predicted["streams"] == done["streams"] == first["streams"] and done["image_id"] == first["image_id"]
 
 
-# --- what is refused, and in which words -----------------------------------------------------------------------------------------------------
+# --- what is refused, and in which words
+# -----------------------------------------------------------------------------------------------------
 
 
-def test_a_missing_zstd_library_is_named_before_anything_is_asked(path: pathlib.Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_zstd_library_is_named_before_anything_is_asked(
+    path: pathlib.Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = codecs._module
     monkeypatch.setattr(codecs, "_module", lambda name: None if name in codecs.ZSTD_BACKENDS.values() else real(name))
     for check in (True, False):
@@ -205,7 +231,9 @@ def test_a_missing_zstd_library_is_named_before_anything_is_asked(path: pathlib.
     assert world.proxies == [] and sorted(os.listdir(path)) == ["meta.json"]
 
 
-def test_a_name_can_go_without_a_zstd_library(path: pathlib.Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_can_go_without_a_zstd_library(
+    path: pathlib.Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (done,) = pull_all(path, app())
     real = codecs._module
     monkeypatch.setattr(codecs, "_module", lambda name: None if name in codecs.ZSTD_BACKENDS.values() else real(name))
@@ -214,7 +242,14 @@ def test_a_name_can_go_without_a_zstd_library(path: pathlib.Path, world: World, 
         assert repository.tags() == {}
 
 
-@pytest.mark.parametrize("reference", ["docker://user:hunter2@registry.test/app", "user:hunter2@registry.test/app:1", "https://user:hunter2@registry.test/app"])
+@pytest.mark.parametrize(
+    "reference",
+    [
+        "docker://user:hunter2@registry.test/app",
+        "user:hunter2@registry.test/app:1",
+        "https://user:hunter2@registry.test/app",
+    ],
+)
 def test_a_password_in_a_reference_is_not_repeated(path: pathlib.Path, world: World, reference: str) -> None:
     with pytest.raises(InvalidReference) as caught:
         pull_all(path, pull.Request(reference, "x"))
@@ -224,7 +259,10 @@ def test_a_password_in_a_reference_is_not_repeated(path: pathlib.Path, world: Wo
 def test_a_reference_is_named_once_in_an_error(path: pathlib.Path, world: World) -> None:
     with pytest.raises(ImageNotFound) as caught:
         pull_all(path, app("nowhere"))
-    assert str(caught.value) == f"Opening {REGISTRY}nowhere: skopeo says: reading manifest: manifest unknown. Check the name, the tag and the path."
+    assert (
+        str(caught.value)
+        == f"Opening {REGISTRY}nowhere: skopeo says: reading manifest: manifest unknown. Check the name, the tag and the path."
+    )
 
 
 def test_an_error_that_does_not_name_the_reference_gets_it(path: pathlib.Path, world: World) -> None:
@@ -234,7 +272,9 @@ def test_an_error_that_does_not_name_the_reference_gets_it(path: pathlib.Path, w
     assert str(caught.value) == f"Looking up {REGISTRY}app: The user name is empty. Give both."
 
 
-def test_an_operating_system_error_while_looking_up_is_an_engine_error(path: pathlib.Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_operating_system_error_while_looking_up_is_an_engine_error(
+    path: pathlib.Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*arguments: Any) -> Any:
         raise OSError(24, "Too many open files")
 
@@ -256,7 +296,9 @@ def test_names_that_cannot_be_are_refused_before_anything_is_asked(path: pathlib
     assert world.proxies == []
 
 
-def test_too_little_space_is_seen_before_anything_is_fetched(path: pathlib.Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space_is_seen_before_anything_is_fetched(
+    path: pathlib.Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     needs = size(world, FIRST) + size(world, SECOND)
     monkeypatch.setattr(Repository, "free_space", lambda repository: (needs - 1, 10))
     with pytest.raises(NoSpace, match=rf"need at least {needs} bytes .*has {needs - 1} bytes"):
@@ -269,7 +311,9 @@ def test_too_little_space_is_seen_before_anything_is_fetched(path: pathlib.Path,
     assert pull_all(path, app())[0]["changed"]
 
 
-def test_a_repository_that_cannot_be_written_is_refused_before_anything_is_fetched(path: pathlib.Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repository_that_cannot_be_written_is_refused_before_anything_is_fetched(
+    path: pathlib.Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*arguments: Any) -> None:
         raise ReadOnly("The repository is on a read-only file system.")
 
@@ -280,10 +324,13 @@ def test_a_repository_that_cannot_be_written_is_refused_before_anything_is_fetch
     assert world.fetched() == []
 
 
-# --- a registry that is gone -----------------------------------------------------------------------------------------------------------------
+# --- a registry that is gone
+# -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [GONE, Stalled(f"Opening {REGISTRY}app: no answer for 60 seconds.", "Raise the timeout.")])
+@pytest.mark.parametrize(
+    "error", [GONE, Stalled(f"Opening {REGISTRY}app: no answer for 60 seconds.", "Raise the timeout.")]
+)
 def test_newer_leaves_what_is_there_with_a_warning(path: pathlib.Path, world: World, error: EngineError) -> None:
     (first,) = pull_all(path, app(name="x"))
     world.opening = [error] * 3
@@ -315,7 +362,8 @@ def test_newer_does_not_hide_that_an_image_is_gone_or_forbidden(path: pathlib.Pa
             pull_all(path, app(), policy=pull.NEWER)
 
 
-# --- order and remains -----------------------------------------------------------------------------------------------------------------------
+# --- order and remains
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_no_name_is_given_unless_every_image_is_stored(path: pathlib.Path, world: World) -> None:
@@ -350,7 +398,9 @@ def test_nothing_of_the_process_is_left_after_a_pull_or_a_failure(path: pathlib.
     with pytest.raises(ImageNotFound):
         pull_all(path, app("nowhere"))
     assert sorted(os.listdir("/proc/self/fd")) == descriptors and threading.active_count() <= threads + 1
-    assert not [child for task in pathlib.Path("/proc/self/task").glob("*/children") for child in task.read_text().split()]
+    assert not [
+        child for task in pathlib.Path("/proc/self/task").glob("*/children") for child in task.read_text().split()
+    ]
 
 
 def test_an_import_leaves_no_mark_behind_whatever_its_end(path: pathlib.Path, world: World) -> None:
@@ -367,7 +417,9 @@ def test_no_warning_of_python_reaches_the_user(path: pathlib.Path, world: World)
         warnings.resetwarnings()
         warnings.simplefilter("default")
         pull_all(path, app())
-    assert [str(one.message) for one in caught if not issubclass(one.category, (DeprecationWarning, ResourceWarning))] == []
+    assert [
+        str(one.message) for one in caught if not issubclass(one.category, (DeprecationWarning, ResourceWarning))
+    ] == []
 
 
 def test_a_sink_that_fails_does_not_fail_the_pull(path: pathlib.Path, world: World) -> None:
@@ -384,7 +436,8 @@ def test_pulling_nothing_is_nothing(path: pathlib.Path, world: World) -> None:
     assert world.proxies == []
 
 
-# --- names that go ---------------------------------------------------------------------------------------------------------------------------
+# --- names that go
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_forgetting_takes_the_name_only_and_once(path: pathlib.Path, world: World) -> None:
@@ -396,7 +449,9 @@ def test_forgetting_takes_the_name_only_and_once(path: pathlib.Path, world: Worl
         removed = pull.forget(repository, pull.Request("", "app"), check=False)
         again = pull.forget(repository, pull.Request("", "app"), check=False)
     assert predicted == removed and removed["changed"] and not again["changed"]
-    assert removed["previous_digest"] == done["digest"] and removed["previous_layers"] == [layer["digest"] for layer in done["layers"]]
+    assert removed["previous_digest"] == done["digest"] and removed["previous_layers"] == [
+        layer["digest"] for layer in done["layers"]
+    ]
     assert removed["digest"] is None and removed["ref"] is None
     assert sorted((path / "streams").iterdir()) == before
     (back,) = pull_all(path, app())

@@ -39,7 +39,9 @@ def contents(count: int) -> list[bytes]:
     return [source.randbytes(source.choice((65, 100, 4096, 4097, 70_000))) for _unused in range(count)]
 
 
-def test_everything_is_stored_and_counted_when_finish_returns(objects: ObjectStore, process: smallobjects.Storer) -> None:
+def test_everything_is_stored_and_counted_when_finish_returns(
+    objects: ObjectStore, process: smallobjects.Storer
+) -> None:
     data = contents(700)
     digests = [process.put(memoryview(one)) for one in [*data, *data[:50]]]
     process.finish()
@@ -65,7 +67,9 @@ def test_layers_one_after_the_other_are_counted_each(objects: ObjectStore, proce
         assert objects.stats.new == number
 
 
-def test_an_error_reaches_the_caller_and_the_next_layer_starts_clean(objects: ObjectStore, process: smallobjects.Storer, tmp_path: pathlib.Path) -> None:
+def test_an_error_reaches_the_caller_and_the_next_layer_starts_clean(
+    objects: ObjectStore, process: smallobjects.Storer, tmp_path: pathlib.Path
+) -> None:
     (tmp_path / "objects").rename(tmp_path / "away")
     broken = contents(3)
     wrong = fsverity.object_path(fsverity.digest(broken[0], fsverity.SHA256))
@@ -82,7 +86,9 @@ def test_an_error_reaches_the_caller_and_the_next_layer_starts_clean(objects: Ob
     assert objects.read(digest, 1 << 20) == broken[0]
 
 
-def test_an_error_is_told_before_the_end(objects: ObjectStore, process: smallobjects.Storer, tmp_path: pathlib.Path) -> None:
+def test_an_error_is_told_before_the_end(
+    objects: ObjectStore, process: smallobjects.Storer, tmp_path: pathlib.Path
+) -> None:
     for first in range(256):
         (tmp_path / f"objects/{first:02x}").write_bytes(b"")
     with pytest.raises(errors.EngineError):
@@ -90,7 +96,9 @@ def test_an_error_is_told_before_the_end(objects: ObjectStore, process: smallobj
             process.put(one)
 
 
-def test_reset_forgets_what_was_not_handed_over_and_the_error(objects: ObjectStore, process: smallobjects.Storer) -> None:
+def test_reset_forgets_what_was_not_handed_over_and_the_error(
+    objects: ObjectStore, process: smallobjects.Storer
+) -> None:
     process.put(b"never handed over" * 10)
     process.reset()
     process.finish()

@@ -25,7 +25,11 @@ MODULES = "usr/lib/modules/6.1"
 
 def image(*members: tuple[Any, ...], without: str = "") -> bytes:
     """A layer of (name, data or type [, link]) with all parents, apart from ``without``."""
-    made: dict[bytes, bytes] = {name: member(name + b"/", type=DIRECTORY, mtime=77) for name in (b"usr", b"boot", b"sysroot") if name.decode() != without}
+    made: dict[bytes, bytes] = {
+        name: member(name + b"/", type=DIRECTORY, mtime=77)
+        for name in (b"usr", b"boot", b"sysroot")
+        if name.decode() != without
+    }
     for name, what, *link in members:
         raw = name if isinstance(name, bytes) else name.encode()
         parts = raw.split(b"/")
@@ -45,7 +49,9 @@ def entry(text: bytes, *others: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     return [("boot/loader/entries/a.conf", text), *others]
 
 
-def android(version: int = 2, header: int = 1660, page: int = 4096, size: int = 4096, magic: bytes = b"ANDROID!") -> bytes:
+def android(
+    version: int = 2, header: int = 1660, page: int = 4096, size: int = 4096, magic: bytes = b"ANDROID!"
+) -> bytes:
     data = bytearray(size)
     data[:8] = magic
     struct.pack_into("<II", data, 36, page, version)
@@ -54,7 +60,9 @@ def android(version: int = 2, header: int = 1660, page: int = 4096, size: int = 
     return bytes(data)
 
 
-def executable(sections: tuple[bytes, ...] = (b".linux", b".initrd"), optional: int = 240, end: int | None = None) -> bytes:
+def executable(
+    sections: tuple[bytes, ...] = (b".linux", b".initrd"), optional: int = 240, end: int | None = None
+) -> bytes:
     """A PE file with 512 bytes a section."""
     head = b"MZ".ljust(60, b"\0") + struct.pack("<I", 64)
     coff = b"PE\0\0" + struct.pack("<HHIIIHH", 0x8664, len(sections), 0, 0, 0, optional, 0x22)
@@ -63,7 +71,8 @@ def executable(sections: tuple[bytes, ...] = (b".linux", b".initrd"), optional: 
         struct.pack_into("<H", fields, 0, 0x20B)
         struct.pack_into("<I", fields, 108, 16)
     table = b"".join(
-        struct.pack("<8sIIIIIIHHI", name, 512, 4096 * (number + 1), 512, 1024 + 512 * number, 0, 0, 0, 0, 0x40000040) for number, name in enumerate(sections)
+        struct.pack("<8sIIIIIIHHI", name, 512, 4096 * (number + 1), 512, 1024 + 512 * number, 0, 0, 0, 0, 0x40000040)
+        for number, name in enumerate(sections)
     )
     return (head + coff + bytes(fields) + table).ljust(1024 + 512 * len(sections), b"\0")[:end]
 
@@ -87,15 +96,27 @@ GOOD: dict[str, list[tuple[Any, ...]]] = {
     "entry with a space": entry(b"linux /boot/v m\n", ("boot/v m", KERNEL)),
     "entry with tabs": entry(b"efi\t \t/boot/vm\n", ("boot/vm", KERNEL)),
     "entry in an object": entry(b"#" * 100 + b"\nlinux /boot/vm\n", ("boot/vm", KERNEL)),
-    "other keys": entry(b"devicetree /gone\nlinuxx /gone\nLINUX /gone\n#linux /gone\nlinux\n  linux /gone\nlinux\v/gone\n"),
-    "other names": [("boot/loader/entries/a.txt", b"linux /gone\n"), ("boot/loader/entries/d/a.conf", b"linux /gone\n")],
-    "unified kernel": [("boot/EFI/Linux/a.efi", KERNEL), ("boot/EFI/Linux/d/b.efi", KERNEL), ("boot/EFI/Linux/a.addon.efi", KERNEL)],
+    "other keys": entry(
+        b"devicetree /gone\nlinuxx /gone\nLINUX /gone\n#linux /gone\nlinux\n  linux /gone\nlinux\v/gone\n"
+    ),
+    "other names": [
+        ("boot/loader/entries/a.txt", b"linux /gone\n"),
+        ("boot/loader/entries/d/a.conf", b"linux /gone\n"),
+    ],
+    "unified kernel": [
+        ("boot/EFI/Linux/a.efi", KERNEL),
+        ("boot/EFI/Linux/d/b.efi", KERNEL),
+        ("boot/EFI/Linux/a.addon.efi", KERNEL),
+    ],
     "directory with the name of a kernel": [("boot/EFI/Linux/a.efi/x", b"")],
     "other files beside kernels": [link("boot/EFI/Linux/a.EFI"), link("boot/EFI/Linux/x")],
     "kernel": [(MODULES + "/vmlinuz", KERNEL), (MODULES + "/initramfs.img", KERNEL)],
     "odd kernels": [link(MODULES + "/vmlinuz"), (MODULES + "/initramfs.img", DIRECTORY), ("usr/lib/modules/file", b"")],
     "kernel linked": [link("usr/lib/modules/6.1")],
-    "other version without kernel": [(b"usr/lib/modules/\xff/initramfs.img", KERNEL), (b"usr/lib/modules/\xff/a.efi", KERNEL)],
+    "other version without kernel": [
+        (b"usr/lib/modules/\xff/initramfs.img", KERNEL),
+        (b"usr/lib/modules/\xff/a.efi", KERNEL),
+    ],
     "aboot": [aboot(android())],
     "aboot with vbmeta": [aboot(android()), vbmeta()],
     "aboot of the smallest size": [aboot(android(size=1660))],
@@ -103,13 +124,24 @@ GOOD: dict[str, list[tuple[Any, ...]]] = {
     "aboot with odd pages": [aboot(android(page=3000))],
     "aboot in PE": [aboot(executable())],
     "aboot in PE with more": [aboot(executable((b".text", b".linux", b".osrel", b".initrd"), optional=0))],
-    "aboot with an addon": [aboot(android()), ("boot/EFI/Linux/a.addon.efi", KERNEL), ("boot/loader/addons/b.addon.efi", KERNEL)],
+    "aboot with an addon": [
+        aboot(android()),
+        ("boot/EFI/Linux/a.addon.efi", KERNEL),
+        ("boot/loader/addons/b.addon.efi", KERNEL),
+    ],
     "aboot with an initramfs": [aboot(android()), (MODULES + "/initramfs.img", KERNEL), link(MODULES + "/vmlinuz")],
-    "names like aboot": [("boot/aboot.img", b"x"), ("boot/aboot-1.imgx", b"x"), ("boot/vbmeta.img", b"x"), (MODULES + "/aboot.img", b"x")],
+    "names like aboot": [
+        ("boot/aboot.img", b"x"),
+        ("boot/aboot-1.imgx", b"x"),
+        ("boot/vbmeta.img", b"x"),
+        (MODULES + "/aboot.img", b"x"),
+    ],
 }
 BAD: dict[str, list[tuple[Any, ...]]] = {
     "entry names a missing file": entry(b"linux /boot/gone\n"),
-    "entry names two kernels of which one is missing": entry(b"linux /boot/vm\nlinux /boot/gone\n", ("boot/vm", KERNEL)),
+    "entry names two kernels of which one is missing": entry(
+        b"linux /boot/vm\nlinux /boot/gone\n", ("boot/vm", KERNEL)
+    ),
     "entry names a missing initrd": entry(b"linux /boot/vm\ninitrd /boot/gone\n", ("boot/vm", KERNEL)),
     "entry names two initrds in one line": entry(b"initrd /boot/i /boot/j\n", ("boot/i", KERNEL), ("boot/j", KERNEL)),
     "entry names a path from its file system": entry(b"linux /vm\n", ("boot/vm", KERNEL)),
@@ -179,7 +211,9 @@ def test_damaged_or_contradictory_boot_files_are_refused(name: str) -> None:
 
 @pytest.mark.skipif(not layers.Cfsctl.available(), reason="cfsctl is not on the PATH")
 @pytest.mark.parametrize(("names", "good"), [(GOOD, True), (BAD, False)])
-def test_cfsctl_agrees_on_boot_files(names: dict[str, list[tuple[Any, ...]]], good: bool, tmp_path: pathlib.Path) -> None:
+def test_cfsctl_agrees_on_boot_files(
+    names: dict[str, list[tuple[Any, ...]]], good: bool, tmp_path: pathlib.Path
+) -> None:
     cfsctl = layers.Cfsctl(tmp_path)
     for name, members in names.items():
         layer = image(*members)
@@ -239,7 +273,12 @@ def test_files_too_long_for_what_they_are_called_are_not_read() -> None:
 @settings(max_examples=100, deadline=None)
 def test_altered_executables_are_taken_or_refused_but_never_crash(tail: bytes, at: int, patch: bytes) -> None:
     data = executable()
-    for payload in (data[:at] + patch + data[at + len(patch) :], b"MZ" + tail, data[:at], android()[:at] + patch + android()[at + len(patch) :]):
+    for payload in (
+        data[:at] + patch + data[at + len(patch) :],
+        b"MZ" + tail,
+        data[:at],
+        android()[:at] + patch + android()[at + len(patch) :],
+    ):
         root = Directory(Stat(), {b"boot": Directory(Stat(), {b"aboot-1.img": Leaf(Stat(), data=payload)})})
         with contextlib.suppress(InvalidLayer):
             bootable.check_boot_resources(root, lambda digest, limit: b"")
@@ -248,11 +287,26 @@ def test_altered_executables_are_taken_or_refused_but_never_crash(tail: bytes, a
 @pytest.mark.skipif(not layers.Cfsctl.available(), reason="cfsctl is not on the PATH")
 @pytest.mark.parametrize("algorithm", [fsverity.SHA256, fsverity.SHA512], ids=lambda algorithm: algorithm.name)
 def test_cfsctl_gives_the_boot_image_the_same_digest(algorithm: fsverity.Algorithm, tmp_path: pathlib.Path) -> None:
-    policy = b"/.* system_u:object_r:default_t:s0\n/usr(/.*)? system_u:object_r:usr_t:s0\n/usr/s?bin/.* -- system_u:object_r:bin_t:s0\n/run <<none>>\n"
+    policy = (
+        b"/.* system_u:object_r:default_t:s0\n/usr(/.*)? system_u:object_r:usr_t:s0\n/usr/s?bin/.* -- "
+        b"system_u:object_r:bin_t:s0\n/run <<none>>\n"
+    )
     files = "etc/selinux/targeted/contexts/files/file_contexts"
     layer = image(
-        *(("etc/selinux/config", b"SELINUXTYPE=targeted\n"), (files, policy), (files + ".subs", b"/opt /usr\n"), ("run/x", b""), ("opt/bin/x", KERNEL)),
-        *((MODULES + "/vmlinuz", KERNEL), (MODULES + "/initramfs.img", b"I" * 5000), ("usr/bin/a", b"a"), ("etc/a", HARDLINK, "usr/bin/a"), link("usr/bin/l")),
+        *(
+            ("etc/selinux/config", b"SELINUXTYPE=targeted\n"),
+            (files, policy),
+            (files + ".subs", b"/opt /usr\n"),
+            ("run/x", b""),
+            ("opt/bin/x", KERNEL),
+        ),
+        *(
+            (MODULES + "/vmlinuz", KERNEL),
+            (MODULES + "/initramfs.img", b"I" * 5000),
+            ("usr/bin/a", b"a"),
+            ("etc/a", HARDLINK, "usr/bin/a"),
+            link("usr/bin/l"),
+        ),
     )
     cfsctl = layers.Cfsctl(tmp_path, algorithm.name)
     cfsctl.pull([layer])

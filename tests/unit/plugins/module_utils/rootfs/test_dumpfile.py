@@ -48,7 +48,10 @@ def test_dumpfiles_of_cfsctl_come_out_as_they_were(name: str) -> None:
 def test_every_kind_of_inode_has_its_line() -> None:
     stat = Stat(0o4755, 1, 2, 3, 4)
     digest = bytes(range(32))
-    assert lines(Directory(Stat(0o755, mtime=-5), {b"d": Directory(Stat()), b"f": Leaf(Stat())}))[0] == b"/ 0 40755 3 0 0 0 -5.0 - - -"
+    assert (
+        lines(Directory(Stat(0o755, mtime=-5), {b"d": Directory(Stat()), b"f": Leaf(Stat())}))[0]
+        == b"/ 0 40755 3 0 0 0 -5.0 - - -"
+    )
     assert one(Leaf(stat, st.S_IFREG, b"hi\n")) == b"/f 3 104755 1 1 2 0 3.4 - hi\\n -"
     assert one(Leaf(stat, st.S_IFREG, digest=digest, size=99)) == b"/f 99 104755 1 1 2 0 3.4 %b/%b - %b" % (
         b"00",
@@ -71,8 +74,15 @@ def test_a_lone_dash_is_told_from_nothing() -> None:
 
 
 def test_odd_bytes_are_escaped_and_equal_signs_in_xattrs_only() -> None:
-    assert one(Leaf(Stat(xattrs={b"user.a=b": b"=", b"user.-": b"-", b"user.": b""})), b"a=\\ \xff").split(b" ")[0] == b"/a=\\\\\\x20\\xff"
-    assert one(Leaf(Stat(xattrs={b"user.a=b": b"=", b"user.-": b"-", b"user.": b""}))).split(b" ")[11:] == [b"user.=", b"user.-=-", b"user.a\\x3db=\\x3d"]
+    assert (
+        one(Leaf(Stat(xattrs={b"user.a=b": b"=", b"user.-": b"-", b"user.": b""})), b"a=\\ \xff").split(b" ")[0]
+        == b"/a=\\\\\\x20\\xff"
+    )
+    assert one(Leaf(Stat(xattrs={b"user.a=b": b"=", b"user.-": b"-", b"user.": b""}))).split(b" ")[11:] == [
+        b"user.=",
+        b"user.-=-",
+        b"user.a\\x3db=\\x3d",
+    ]
     assert one(Leaf(Stat(), st.S_IFREG, b"\r\t\n\\\0")).split(b" ")[9] == b"\\r\\t\\n\\\\\\x00"
 
 
@@ -95,7 +105,11 @@ def test_it_is_written_in_pieces_and_counted() -> None:
     assert len(pieces) > 2
 
 
-odd_names = some.binary(min_size=1, max_size=6).map(lambda name: name.replace(b"/", b"-").replace(b"\0", b"~")).filter(lambda name: name not in (b".", b".."))
+odd_names = (
+    some.binary(min_size=1, max_size=6)
+    .map(lambda name: name.replace(b"/", b"-").replace(b"\0", b"~"))
+    .filter(lambda name: name not in (b".", b".."))
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -104,7 +118,9 @@ odd_names = some.binary(min_size=1, max_size=6).map(lambda name: name.replace(b"
     some.dictionaries(some.binary(min_size=1, max_size=6), some.binary(max_size=6), max_size=3),
 )
 def test_what_is_written_can_be_read(files: dict[bytes, bytes], xattrs: dict[bytes, bytes]) -> None:
-    root = Directory(Stat(0o711, xattrs=xattrs or None), {name: Leaf(Stat(), st.S_IFREG, data) for name, data in files.items()})
+    root = Directory(
+        Stat(0o711, xattrs=xattrs or None), {name: Leaf(Stat(), st.S_IFREG, data) for name, data in files.items()}
+    )
     text = dumpfile.dumpfile_bytes(root)
     again = read_dump(text)
     assert again.stat == root.stat
@@ -114,7 +130,15 @@ def test_what_is_written_can_be_read(files: dict[bytes, bytes], xattrs: dict[byt
 @pytest.mark.skipif(not shutil.which("cfsctl"), reason="cfsctl is not on PATH")
 def test_random_directories_have_the_dumpfile_that_cfsctl_writes(tmp_path: pathlib.Path) -> None:
     randomtree.build(tmp_path / "tree", 77, 150)
-    command = ["cfsctl", "--no-repo", "--hash", "sha256", "create-dumpfile", "--no-propagate-usr-to-root", str(tmp_path / "tree")]
+    command = [
+        "cfsctl",
+        "--no-repo",
+        "--hash",
+        "sha256",
+        "create-dumpfile",
+        "--no-propagate-usr-to-root",
+        str(tmp_path / "tree"),
+    ]
     expected = subprocess.run(command, check=True, capture_output=True).stdout
     assert dumpfile.dumpfile_bytes(read_tree(str(tmp_path / "tree"), fsverity.SHA256)) == expected
 
@@ -123,6 +147,8 @@ def test_random_directories_have_the_dumpfile_that_cfsctl_writes(tmp_path: pathl
 def test_composefs_info_tells_the_same_objects(tmp_path: pathlib.Path) -> None:
     tree = read_dump(gzip.decompress((DATA / "contents.dump.gz").read_bytes()))
     (tmp_path / "image").write_bytes(erofswriter.image_bytes(tree, 1, fsverity.SHA256))
-    output = subprocess.run(["composefs-info", "objects", str(tmp_path / "image")], check=True, capture_output=True, text=True).stdout
+    output = subprocess.run(
+        ["composefs-info", "objects", str(tmp_path / "image")], check=True, capture_output=True, text=True
+    ).stdout
     digests = {leaf.digest.hex() for leaf in tree.entries.values() if isinstance(leaf, Leaf) and leaf.digest}
     assert {line.replace("/", "") for line in output.split()} == digests

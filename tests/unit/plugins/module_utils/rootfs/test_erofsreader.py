@@ -71,10 +71,21 @@ def flat(root: Directory) -> list[tuple[object, ...]]:
 
 names = some.one_of(
     some.sampled_from((b"+", b"-", b".a", b"...", b"00", b"ab", b"ff", b"zz", b"n" * 255)),
-    some.binary(min_size=1, max_size=9).map(lambda name: name.replace(b"/", b"-").replace(b"\0", b"~")).filter(lambda name: name not in (b".", b"..")),
+    some.binary(min_size=1, max_size=9)
+    .map(lambda name: name.replace(b"/", b"-").replace(b"\0", b"~"))
+    .filter(lambda name: name not in (b".", b"..")),
 )
 xattr_names = some.sampled_from(
-    (b"user.a", b"user.b", b"trusted.x", b"trusted.overlay.redirect", b"security.selinux", b"system.posix_acl_access", b"lustre.l", b"odd")
+    (
+        b"user.a",
+        b"user.b",
+        b"trusted.x",
+        b"trusted.overlay.redirect",
+        b"security.selinux",
+        b"system.posix_acl_access",
+        b"lustre.l",
+        b"odd",
+    )
 )
 stats = some.builds(
     Stat,
@@ -86,11 +97,27 @@ stats = some.builds(
     xattrs=some.one_of(some.none(), some.dictionaries(xattr_names, some.binary(max_size=5), min_size=1, max_size=3)),
 )
 leaves = some.one_of(
-    some.builds(lambda stat, data: Leaf(stat, st.S_IFREG, data), stats, some.one_of(some.binary(max_size=70), some.just(b"big" * 1500))),
-    some.builds(lambda stat, number, size: Leaf(stat, digest=bytes((number,)) * 32, size=size), stats, some.integers(0, 3), some.integers(0, 2**44)),
+    some.builds(
+        lambda stat, data: Leaf(stat, st.S_IFREG, data),
+        stats,
+        some.one_of(some.binary(max_size=70), some.just(b"big" * 1500)),
+    ),
+    some.builds(
+        lambda stat, number, size: Leaf(stat, digest=bytes((number,)) * 32, size=size),
+        stats,
+        some.integers(0, 3),
+        some.integers(0, 2**44),
+    ),
     some.builds(lambda stat, size: Leaf(stat, size=size), stats, some.integers(1, 2**40)),
-    some.builds(lambda stat, length: Leaf(stat, st.S_IFLNK, b"t" * length), stats, some.sampled_from((1, 60, 3900, 4060))),
-    some.builds(lambda stat, kind, rdev: Leaf(stat, kind, rdev=rdev), stats, some.sampled_from((st.S_IFCHR, st.S_IFBLK)), some.sampled_from((1, 2**32 - 1))),
+    some.builds(
+        lambda stat, length: Leaf(stat, st.S_IFLNK, b"t" * length), stats, some.sampled_from((1, 60, 3900, 4060))
+    ),
+    some.builds(
+        lambda stat, kind, rdev: Leaf(stat, kind, rdev=rdev),
+        stats,
+        some.sampled_from((st.S_IFCHR, st.S_IFBLK)),
+        some.sampled_from((1, 2**32 - 1)),
+    ),
     some.builds(Leaf, stats, some.sampled_from((st.S_IFIFO, st.S_IFSOCK))),
     some.builds(lambda stat: Leaf(stat, st.S_IFCHR), stats),
 )
@@ -112,7 +139,12 @@ def trees(draw: some.DrawFn) -> Directory:
         elif what == 1 and plain:
             entries[name] = draw(some.sampled_from(plain))
         elif what == 2:
-            entries.update({b"%s%d" % (name[:100], number): Leaf(Stat(), st.S_IFIFO) for number in range(draw(some.sampled_from((20, 200))))})
+            entries.update(
+                {
+                    b"%s%d" % (name[:100], number): Leaf(Stat(), st.S_IFIFO)
+                    for number in range(draw(some.sampled_from((20, 200))))
+                }
+            )
         else:
             entries[name] = leaf = draw(leaves)
             if leaf.kind != st.S_IFCHR:
@@ -151,7 +183,13 @@ def test_golden_trees_make_the_same_image_again(name: str, version: int) -> None
 
 
 def test_marks_of_the_format_are_taken_away_in_epoch_1_and_are_the_users_own_in_format_2() -> None:
-    own = {b"trusted.overlay.opaque": b"y", b"user.overlay.opaque": b"y", b"user.overlay.whiteout": b"", b"trusted.overlay.metacopy": b"m", b"user.a": b"1"}
+    own = {
+        b"trusted.overlay.opaque": b"y",
+        b"user.overlay.opaque": b"y",
+        b"user.overlay.whiteout": b"",
+        b"trusted.overlay.metacopy": b"m",
+        b"user.a": b"1",
+    }
     root = Directory(Stat(xattrs=own))
     assert erofsreader.ErofsImage(erofswriter.image_bytes(root, 2, SHA256)).tree().stat.xattrs == own
     kept = {b"trusted.overlay.metacopy": b"m", b"user.a": b"1"}
@@ -159,14 +197,19 @@ def test_marks_of_the_format_are_taken_away_in_epoch_1_and_are_the_users_own_in_
 
 
 def test_whiteouts_come_back_as_devices() -> None:
-    root = Directory(Stat(0o755, mtime=9), {b"d": Directory(Stat(), {b"gone": Leaf(Stat(0o600), st.S_IFCHR)}), b"cd": Leaf(Stat(0o600), st.S_IFCHR)})
+    root = Directory(
+        Stat(0o755, mtime=9),
+        {b"d": Directory(Stat(), {b"gone": Leaf(Stat(0o600), st.S_IFCHR)}), b"cd": Leaf(Stat(0o600), st.S_IFCHR)},
+    )
     for version in erofs.VERSIONS:
         again = erofsreader.ErofsImage(erofswriter.image_bytes(root, version, SHA256)).tree()
         assert flat(again) == flat(root)
 
 
 def test_times_before_1970_come_back() -> None:
-    root = Directory(Stat(mtime=-1, mtime_nsec=5), {b"f": Leaf(Stat(mtime=-1, mtime_nsec=5)), b"g": Leaf(Stat(mtime=-7))})
+    root = Directory(
+        Stat(mtime=-1, mtime_nsec=5), {b"f": Leaf(Stat(mtime=-1, mtime_nsec=5)), b"g": Leaf(Stat(mtime=-7))}
+    )
     for version in (0, 1):
         assert flat(erofsreader.ErofsImage(erofswriter.image_bytes(root, version, SHA256)).tree()) == flat(root)
 
@@ -185,7 +228,10 @@ def test_it_maps_files_and_descriptors(tmp_path: pathlib.Path) -> None:
         assert b"d" in image.tree().entries
     descriptor = os.open(tmp_path / "image", os.O_RDONLY)
     try:
-        with erofsreader.ErofsImage(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)) as image, erofsreader.ErofsImage.open(descriptor) as other:
+        with (
+            erofsreader.ErofsImage(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)) as image,
+            erofsreader.ErofsImage.open(descriptor) as other,
+        ):
             assert image.objects() == other.objects() == {OBJECT}
     finally:
         os.close(descriptor)
@@ -324,7 +370,9 @@ def test_names_that_no_file_can_have_are_refused() -> None:
 def test_link_counts_must_be_true() -> None:
     leaf = Leaf(Stat(0o123), st.S_IFIFO)
     image = bytearray(erofswriter.image_bytes(Directory(Stat(), {b"a": leaf, b"b": leaf}), 2, SHA256))
-    at = next(at for at in range(ROOT, len(image), 32) if image[at + 4 : at + 6] == struct.pack("<H", st.S_IFIFO | 0o123))
+    at = next(
+        at for at in range(ROOT, len(image), 32) if image[at + 4 : at + 6] == struct.pack("<H", st.S_IFIFO | 0o123)
+    )
     for wrong in (0, 1, 3, 2**32 - 1):
         struct.pack_into("<I", image, at + 44, wrong)
         with pytest.raises(FormatError):
@@ -342,7 +390,9 @@ def test_directories_have_one_name() -> None:
 def test_a_loop_of_directories_ends() -> None:
     root = Directory(Stat(), {b"a": Directory(Stat(0o111), {b"b": Directory(Stat(0o222))})})
     image = bytearray(erofswriter.image_bytes(root, 2, SHA256))
-    at = next(at for at in range(ROOT, len(image), 32) if image[at + 4 : at + 6] == struct.pack("<H", st.S_IFDIR | 0o111))
+    at = next(
+        at for at in range(ROOT, len(image), 32) if image[at + 4 : at + 6] == struct.pack("<H", st.S_IFDIR | 0o111)
+    )
     struct.pack_into("<Q", image, at + 64 + 24, 36)  # a/b is the root
     reader = erofsreader.ErofsImage(bytes(image))
     with pytest.raises(FormatError):
@@ -357,7 +407,9 @@ def hostile_directories(blocks: int) -> bytes:
     start = len(image)
     image += bytes(4096 * 2 * blocks)
     names = b"".join(b"%04d" % number for number in range(200))
-    block = b"".join(struct.pack("<QHBx", start // 32 + 2 * number, 2400 + 4 * number, 2) for number in range(200)) + names
+    block = (
+        b"".join(struct.pack("<QHBx", start // 32 + 2 * number, 2400 + 4 * number, 2) for number in range(200)) + names
+    )
     for number in range(blocks):
         image[start + 4096 * (blocks + number) : start + 4096 * (blocks + number) + len(block)] = block
     for number in range(count):

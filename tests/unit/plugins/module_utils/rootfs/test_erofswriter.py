@@ -50,7 +50,9 @@ def agree(name: str) -> None:
     assert {str(version): digest(tree, version, algorithm) for version in erofs.VERSIONS} == GOLDENS[name]
 
 
-def folder(entries: dict[bytes, Directory | Leaf] | None = None, xattrs: dict[bytes, bytes] | None = None, mtime: int = 0) -> Directory:
+def folder(
+    entries: dict[bytes, Directory | Leaf] | None = None, xattrs: dict[bytes, bytes] | None = None, mtime: int = 0
+) -> Directory:
     return Directory(Stat(0o755, 0, 0, mtime, 0, xattrs), entries or {})
 
 
@@ -84,7 +86,9 @@ def special() -> Directory:
     """A tree that composefs implementations test each other with."""
 
     def stat(mode: int, **xattrs: bytes) -> Stat:
-        return Stat(mode, 0, 0, 1633950376, 0, {name.replace("_", ".").encode(): value for name, value in xattrs.items()})
+        return Stat(
+            mode, 0, 0, 1633950376, 0, {name.replace("_", ".").encode(): value for name, value in xattrs.items()}
+        )
 
     value = b"bar-2"
     return Directory(
@@ -92,7 +96,9 @@ def special() -> Directory:
         {
             b"blockdev": Leaf(stat(0o777, trusted_bar=value), st.S_IFBLK, rdev=107690),
             b"chardev": Leaf(stat(0o777, trusted_foo=value), st.S_IFCHR, rdev=10769),
-            b"escaped-xattr": Leaf(stat(0o777, trusted_overlay_redirect=b"/foo\n", user_overlay_redirect=b"/foo\n", user_foo=value)),
+            b"escaped-xattr": Leaf(
+                stat(0o777, trusted_overlay_redirect=b"/foo\n", user_overlay_redirect=b"/foo\n", user_foo=value)
+            ),
             b"fifo": Leaf(stat(0o777, trusted_bar=value), st.S_IFIFO),
             b"inline": Leaf(stat(0o777, user_foo=value), st.S_IFREG, b"FOOBAR\nINAFILE\n"),
             b"whiteout": Leaf(stat(0o777, trusted_foo=value), st.S_IFCHR),
@@ -126,9 +132,9 @@ def test_an_empty_root_is_laid_out_as_the_format_says() -> None:
     assert len(image) == 16384
     assert image[:16].hex(" ", 4) == "9a6278d0 01000000 00000000 01000000"
     assert image[0x400:0x412].hex(" ", 2) == "e2e1 f5e0 0000 0000 0600 0000 0c00 2400 0101"
-    assert image[0x480:0x4C0] == bytes.fromhex("00000600ed4102000010000000000000 03000000000000000000000000000000 ffffefff00000000000000000e040100") + (
-        b"overlay.opaquey\0"
-    )
+    assert image[0x480:0x4C0] == bytes.fromhex(
+        "00000600ed4102000010000000000000 03000000000000000000000000000000 ffffefff00000000000000000e040100"
+    ) + (b"overlay.opaquey\0")
     image = erofswriter.image_bytes(folder(), 2, SHA256)
     assert len(image) == 4096
     assert image[0x480:0x490] == bytes.fromhex("05000000ed4100001b00000000000000")
@@ -168,10 +174,13 @@ def test_trap_sharing_is_decided_before_symlinks_move_to_a_block() -> None:
 
     def blocks(*values: bytes) -> int:
         stats = [Stat(0o777, xattrs={b"trusted.x": value}) for value in values]
-        links: dict[bytes, Directory | Leaf] = {b"l%d" % number: Leaf(stat, st.S_IFLNK, b"t" * 3900) for number, stat in enumerate(stats)}
+        links: dict[bytes, Directory | Leaf] = {
+            b"l%d" % number: Leaf(stat, st.S_IFLNK, b"t" * 3900) for number, stat in enumerate(stats)
+        }
         return superblock(erofswriter.image_bytes(folder(links), 1, SHA256))[9]
 
-    # With the xattr inside the inode the target has no room behind it and takes a block; with the same xattr shared it has.
+    # With the xattr inside the inode the target has no room behind it and takes a block; with the same xattr shared it
+    # has.
     assert blocks(b"v" * 200, b"w" * 200) > blocks(b"v" * 200, b"v" * 200)
 
 
@@ -181,7 +190,11 @@ def test_trap_the_short_header_depends_on_the_smallest_time_of_all_inodes() -> N
     image = erofswriter.image_bytes(folder({b"early": early, b"late": late}, mtime=2), 1, SHA256)
     assert superblock(image)[7] == 1
     # One inode (early) is short, the 256 stubs, late and the root are long.
-    short = [at for at in range(1152, 4096 * 5, 32) if image[at : at + 2] in (b"\0\0", b"\x04\0") and image[at + 4 : at + 6] == b"\xa4\x81"]
+    short = [
+        at
+        for at in range(1152, 4096 * 5, 32)
+        if image[at : at + 2] in (b"\0\0", b"\x04\0") and image[at + 4 : at + 6] == b"\xa4\x81"
+    ]
     assert len(short) == 1
 
 
@@ -205,7 +218,11 @@ def test_trap_a_rest_of_more_than_half_a_block_becomes_a_block(version: int) -> 
         sizes = []
         for at in range(1152, len(image) - 64, 32):
             if image[at + 4 : at + 6] == b"\xc9\x41":
-                sizes.append(struct.unpack_from("<Q", image, at + 8)[0] if image[at] & 1 else struct.unpack_from("<I", image, at + 8)[0])
+                sizes.append(
+                    struct.unpack_from("<Q", image, at + 8)[0]
+                    if image[at] & 1
+                    else struct.unpack_from("<I", image, at + 8)[0]
+                )
         return int(sizes[0])
 
     assert size(2048) == 2048
@@ -217,31 +234,41 @@ def test_trap_the_name_filter_hashes_the_suffix_and_covers_shared_xattrs() -> No
     assert erofs.xxh32(b"", 0) == 0x02CC5D05
     assert erofs.xxh32(b"abc", 0) == 0x32D153FF
     assert erofs.xxh32(b"Nobody inspects the spammish repetition", 0) == 0xE2293B2F
-    image = erofswriter.image_bytes(folder({b"a": regular(xattrs={b"user.same": b"1"}), b"b": regular(xattrs={b"user.same": b"1"})}), 2, SHA256)
+    image = erofswriter.image_bytes(
+        folder({b"a": regular(xattrs={b"user.same": b"1"}), b"b": regular(xattrs={b"user.same": b"1"})}), 2, SHA256
+    )
     bit = erofs.filter_bit(1, b"same")
     assert image.count(struct.pack("<IB", ~bit & 0xFFFFFFFF, 1)) == 2
 
 
 def test_trap_ties_of_shared_xattrs_are_broken_otherwise_in_each_epoch() -> None:
     agree("xattrs")
-    entries = {b"%s%d" % (value, n): regular(xattrs={b"user.s": value}) for value in (b"bbbb", b"aaaaa") for n in range(2)}
+    entries = {
+        b"%s%d" % (value, n): regular(xattrs={b"user.s": value}) for value in (b"bbbb", b"aaaaa") for n in range(2)
+    }
     first, second = (erofswriter.image_bytes(folder(dict(entries)), version, SHA256) for version in (1, 2))
     table = [image.rindex(b"saaaaa") < image.rindex(b"sbbbb") for image in (first, second)]
     assert table == [True, True]  # V1 puts the longer value first because its order is descending, V2 because a < b
-    entries = {b"%s%d" % (value, n): regular(xattrs={b"user.s": value}) for value in (b"b", b"aa", b"ab") for n in range(2)}
+    entries = {
+        b"%s%d" % (value, n): regular(xattrs={b"user.s": value}) for value in (b"b", b"aa", b"ab") for n in range(2)
+    }
     first, second = (erofswriter.image_bytes(folder(dict(entries)), version, SHA256) for version in (1, 2))
     assert first.rindex(b"sab") < first.rindex(b"saa") < first.rindex(b"sb")
     assert second.rindex(b"saa") < second.rindex(b"sab") < second.rindex(b"sb")
 
 
 def test_trap_references_count_from_the_block_that_the_table_begins_in() -> None:
-    image = erofswriter.image_bytes(folder({b"a": regular(xattrs={b"user.same": b"1"}), b"b": regular(xattrs={b"user.same": b"1"})}), 1, SHA256)
+    image = erofswriter.image_bytes(
+        folder({b"a": regular(xattrs={b"user.same": b"1"}), b"b": regular(xattrs={b"user.same": b"1"})}), 1, SHA256
+    )
     base = superblock(image)[11] * 4096
     reference = image.index(struct.pack("<IB7x", ~erofs.filter_bit(1, b"same") & 0xFFFFFFFF, 1)) + 12
     place = base + 4 * struct.unpack_from("<I", image, reference)[0]
     assert image[place : place + 9] == b"\x04\x01\x01\x00same1"
     assert place % 4096  # or the test would not tell the two bases apart
-    image = erofswriter.image_bytes(folder({b"a": regular(xattrs={b"user.same": b"1"}), b"b": regular(xattrs={b"user.same": b"1"})}), 2, SHA256)
+    image = erofswriter.image_bytes(
+        folder({b"a": regular(xattrs={b"user.same": b"1"}), b"b": regular(xattrs={b"user.same": b"1"})}), 2, SHA256
+    )
     reference = image.index(struct.pack("<IB7x", ~erofs.filter_bit(1, b"same") & 0xFFFFFFFF, 1)) + 12
     assert superblock(image)[11] == 0
     assert image[4 * struct.unpack_from("<I", image, reference)[0] + 4 :].startswith(b"same1")
@@ -250,8 +277,11 @@ def test_trap_references_count_from_the_block_that_the_table_begins_in() -> None
 @pytest.mark.parametrize("version", erofs.VERSIONS)
 def test_trap_external_files_get_no_gap(version: int) -> None:
     agree("contents")
-    image = erofswriter.image_bytes(folder({b"f%d" % number: external(number) for number in range(100)}), version, SHA256)
-    # Inode, xattrs and the null address are 192 or 224 bytes, a multiple of 32: the inodes stand next to each other over block boundaries.
+    image = erofswriter.image_bytes(
+        folder({b"f%d" % number: external(number) for number in range(100)}), version, SHA256
+    )
+    # Inode, xattrs and the null address are 192 or 224 bytes, a multiple of 32: the inodes stand next to each other
+    # over block boundaries.
     places = [at for at in range(1152, len(image) - 64, 32) if image[at + 4 : at + 6] == b"\0\x80"]
     assert len(places) == 100
     step = 224 if version == 2 else 192
@@ -290,7 +320,11 @@ def test_whiteouts_of_the_user_are_escaped_in_epoch_1_only() -> None:
     agree("whiteouts")
     tree = folder({b"d": folder({b"gone": Leaf(ZERO, st.S_IFCHR), b"also": Leaf(ZERO, st.S_IFCHR)})})
     images = [erofswriter.image_bytes(tree, version, SHA256) for version in erofs.VERSIONS]
-    assert [image.count(b"overlay.overlay.whiteout") for image in images] == [2, 2, 0]  # shared by the files; once on the directory
+    assert [image.count(b"overlay.overlay.whiteout") for image in images] == [
+        2,
+        2,
+        0,
+    ]  # shared by the files; once on the directory
     assert [image.count(b"overlay.overlay.whiteouts") for image in images] == [1, 1, 0]
     assert [image.count(b"overlay.overlay.opaquex") for image in images] == [0, 1, 0]
 
@@ -299,8 +333,15 @@ def test_a_whiteout_that_looks_like_a_stub_is_left_alone() -> None:
     stub = Leaf(Stat(0o644, 1, 2, 3, 4), st.S_IFCHR)
     root = Directory(Stat(0o755, 1, 2, 3, 4), {b"ab": stub})
     assert digest(root, 1) == digest(Directory(root.stat), 1)
-    for other in (Stat(0o600, 1, 2, 3, 4), Stat(0o644, 1, 2, 3, 5), Stat(0o644, 1, 2, 3, 4, {b"user.a": b""}), Stat(0o100644, 1, 2, 3, 4)):
-        assert b"overlay.overlay.whiteout" in erofswriter.image_bytes(Directory(root.stat, {b"ab": Leaf(other, st.S_IFCHR)}), 1, SHA256)
+    for other in (
+        Stat(0o600, 1, 2, 3, 4),
+        Stat(0o644, 1, 2, 3, 5),
+        Stat(0o644, 1, 2, 3, 4, {b"user.a": b""}),
+        Stat(0o100644, 1, 2, 3, 4),
+    ):
+        assert b"overlay.overlay.whiteout" in erofswriter.image_bytes(
+            Directory(root.stat, {b"ab": Leaf(other, st.S_IFCHR)}), 1, SHA256
+        )
 
 
 def test_access_control_lists_raise_the_flag_of_epoch_1() -> None:
@@ -368,7 +409,9 @@ def test_ten_thousand_nested_directories_are_written(version: int) -> None:
     at.entries[b"f"] = leaf = regular(b"deep")
     root.entries[b"z"] = leaf
     assert superblock(erofswriter.image_bytes(root, version, SHA256))[6] == 10002 + (0 if version == 2 else 256)
-    while root.entries.pop(b"z", None) or b"d" in root.entries:  # a deep tree is taken apart by hand: freeing it recurses
+    while (
+        root.entries.pop(b"z", None) or b"d" in root.entries
+    ):  # a deep tree is taken apart by hand: freeing it recurses
         root = root.entries.pop(b"d")  # type: ignore[assignment]
 
 
@@ -389,7 +432,10 @@ def test_ten_thousand_nested_directories_are_written(version: int) -> None:
         ({b"x": regular(xattrs={b"user." + b"n" * 256: b""})}, "name 261 bytes"),
         ({b"x": regular(xattrs={b"": b""})}, "name 0 bytes"),
         ({b"x": regular(xattrs={b"user.%d" % n: b"v" * 65000 for n in range(5)})}, "more extended attributes"),
-        ({name: regular(xattrs={b"user.%d" % n: b"" for n in range(256)}) for name in (b"x", b"y")}, "more extended attributes"),
+        (
+            {name: regular(xattrs={b"user.%d" % n: b"" for n in range(256)}) for name in (b"x", b"y")},
+            "more extended attributes",
+        ),
         ({b"s": Leaf(ZERO, size=-1)}, "impossible size"),
         ({b"s": Leaf(ZERO, size=1 << 60)}, "impossible size"),
         ({b"s": Leaf(ZERO, st.S_IFREG, b"abc", size=5)}, "3 bytes and a size of 5"),
@@ -398,7 +444,9 @@ def test_ten_thousand_nested_directories_are_written(version: int) -> None:
         ({b"u": Leaf(Stat(0, 0, -1))}, "out of range"),
     ],
 )
-def test_what_an_image_cannot_hold_is_refused_before_anything_is_written(entries: dict[bytes, Directory | Leaf], message: str, version: int) -> None:
+def test_what_an_image_cannot_hold_is_refused_before_anything_is_written(
+    entries: dict[bytes, Directory | Leaf], message: str, version: int
+) -> None:
     written: list[bytes] = []
     with pytest.raises(InvalidLayer, match=message):
         erofswriter.write_image(folder({b"sub": folder(), **entries}), version, SHA256, written.append)
@@ -407,7 +455,9 @@ def test_what_an_image_cannot_hold_is_refused_before_anything_is_written(entries
 
 def test_an_error_tells_the_whole_path() -> None:
     with pytest.raises(InvalidLayer, match="/usr/share/l has a target"):
-        erofswriter.image_bytes(folder({b"usr": folder({b"share": folder({b"l": Leaf(ZERO, st.S_IFLNK, b"t" * 5000)})})}), 1, SHA256)
+        erofswriter.image_bytes(
+            folder({b"usr": folder({b"share": folder({b"l": Leaf(ZERO, st.S_IFLNK, b"t" * 5000)})})}), 1, SHA256
+        )
 
 
 @pytest.mark.parametrize("version", erofs.VERSIONS)
@@ -420,7 +470,9 @@ def test_a_whiteout_of_several_names_is_refused(version: int) -> None:
 def test_the_largest_values_fit() -> None:
     tree = folder(
         {
-            b"n" * 255: Leaf(Stat(0, 0xFFFFFFFF, 0xFFFFFFFF, 2**63 - 1, 999_999_999, {b"user." + b"n" * 255: b"v" * 65535})),
+            b"n" * 255: Leaf(
+                Stat(0, 0xFFFFFFFF, 0xFFFFFFFF, 2**63 - 1, 999_999_999, {b"user." + b"n" * 255: b"v" * 65535})
+            ),
             b"l": Leaf(ZERO, st.S_IFLNK, b"t" * 4095),
             b"d": Leaf(ZERO, st.S_IFBLK, rdev=os.makedev(4095, (1 << 20) - 1)),
             b"e": Leaf(ZERO, digest=bytes(32), size=1 << 43),
@@ -439,7 +491,12 @@ def test_memory_stays_below_a_kilobyte_an_inode() -> None:
     rng = random.Random(3)
     tree = folder(
         {
-            b"dir%d" % d: folder({b"some-file-%d" % f: Leaf(ZERO, digest=rng.getrandbits(256).to_bytes(32, "little"), size=99) for f in range(100)})
+            b"dir%d" % d: folder(
+                {
+                    b"some-file-%d" % f: Leaf(ZERO, digest=rng.getrandbits(256).to_bytes(32, "little"), size=99)
+                    for f in range(100)
+                }
+            )
             for d in range(50)
         }
     )
@@ -458,7 +515,16 @@ def test_memory_stays_below_a_kilobyte_an_inode() -> None:
 def test_random_directories_have_the_image_that_cfsctl_makes(version: int, tmp_path: pathlib.Path) -> None:
     seed = random.SystemRandom().getrandbits(32)
     randomtree.build(tmp_path / "tree", seed, 150)
-    command = ["cfsctl", "--no-repo", "--hash", "sha256", "--erofs-version", str(version), "compute-id", "--no-propagate-usr-to-root"]
+    command = [
+        "cfsctl",
+        "--no-repo",
+        "--hash",
+        "sha256",
+        "--erofs-version",
+        str(version),
+        "compute-id",
+        "--no-propagate-usr-to-root",
+    ]
     output = subprocess.run([*command, str(tmp_path / "tree")], check=True, capture_output=True, text=True).stdout
     assert output.strip().split(":")[-1] == digest(read_tree(str(tmp_path / "tree"), SHA256), version), f"seed {seed}"
 
@@ -471,6 +537,12 @@ def test_golden_trees_have_the_image_that_mkcomposefs_makes(name: str, version: 
     if name == "whiteouts":
         del tree.entries[b"ab"]  # composefs-rs and C differ on what looks like a stub
     (tmp_path / "dump").write_bytes(dumpfile.dumpfile_bytes(tree))
-    command = ["mkcomposefs", "--from-file", f"--min-version={version}", f"--max-version={version}", "--print-digest-only"]
+    command = [
+        "mkcomposefs",
+        "--from-file",
+        f"--min-version={version}",
+        f"--max-version={version}",
+        "--print-digest-only",
+    ]
     output = subprocess.run([*command, str(tmp_path / "dump")], check=True, capture_output=True, text=True).stdout
     assert output.strip() == digest(tree, version)

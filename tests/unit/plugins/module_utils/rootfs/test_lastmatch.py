@@ -93,8 +93,34 @@ def test_atomic_groups() -> None:
 @pytest.mark.parametrize(
     "regex",
     [
-        *(rb"/x(", rb"/x)", rb"*/x", rb"/x(*y)", rb"/x|*", rb"/(?i)*", rb"/x{2,1}", rb"/[z-a]", rb"/[a", rb"/[", rb"/x\q", b"/x\\", rb"/x(?#y", rb"/[a\q]"),
-        *(rb"/[a-c&&[^b]]", rb"/[a--b]", rb"/[a~~b]", rb"/[[a]]", rb"/[a-\d]", rb"/[\z]", rb"/(?!x", rb"/(?z)x", rb"/x{100000}", b"(" * 300 + b")" * 300),
+        *(
+            rb"/x(",
+            rb"/x)",
+            rb"*/x",
+            rb"/x(*y)",
+            rb"/x|*",
+            rb"/(?i)*",
+            rb"/x{2,1}",
+            rb"/[z-a]",
+            rb"/[a",
+            rb"/[",
+            rb"/x\q",
+            b"/x\\",
+            rb"/x(?#y",
+            rb"/[a\q]",
+        ),
+        *(
+            rb"/[a-c&&[^b]]",
+            rb"/[a--b]",
+            rb"/[a~~b]",
+            rb"/[[a]]",
+            rb"/[a-\d]",
+            rb"/[\z]",
+            rb"/(?!x",
+            rb"/(?z)x",
+            rb"/x{100000}",
+            b"(" * 300 + b")" * 300,
+        ),
         *(rb"/(.x)\1", rb"/(?!a)(x*)*", rb"/(?!a)((x|y+)z){3}"),
     ],
 )
@@ -134,7 +160,13 @@ def test_no_expression_of_the_automaton_runs_away() -> None:
 
 
 @pytest.mark.parametrize(
-    "regex", [rb"/((a{1000}){1000}){1000}", rb"/(a?{1000}){1000}", b"/" + b"(a|b|c)*" * 5000 + b"d", rb"/((((.{1,99}){1,99}){1,99}){1,99})"]
+    "regex",
+    [
+        rb"/((a{1000}){1000}){1000}",
+        rb"/(a?{1000}){1000}",
+        b"/" + b"(a|b|c)*" * 5000 + b"d",
+        rb"/((((.{1,99}){1,99}){1,99}){1,99})",
+    ],
 )
 def test_expressions_that_need_much_room_are_refused_in_time(regex: bytes) -> None:
     started = time.monotonic()
@@ -158,29 +190,57 @@ def test_work_and_memory_of_matching_are_bounded(monkeypatch: pytest.MonkeyPatch
         machine.feed(machine.start, path)
 
 
-# --- against one expression after the other -----------------------------------------------------------------------------------------------------------
+# --- against one expression after the other
+# -----------------------------------------------------------------------------------------------------------
 
-ATOMS = [b"a", b"b", b"/", b"ab", rb"\.", b".", b"[^/]", b"[ab]", rb"[^a]", b"(a|b/)", b"((/.*)?)", b"(?:ab)", b"(a|)", b"(b(a)?)"]
+ATOMS = [
+    b"a",
+    b"b",
+    b"/",
+    b"ab",
+    rb"\.",
+    b".",
+    b"[^/]",
+    b"[ab]",
+    rb"[^a]",
+    b"(a|b/)",
+    b"((/.*)?)",
+    b"(?:ab)",
+    b"(a|)",
+    b"(b(a)?)",
+]
 QUANTIFIERS = [b""] * 6 + [b"*", b"+", b"?", b"*?", b"{2}", b"{0,2}", b"{1,}"]
-SEQUENCES = st.lists(st.tuples(st.sampled_from(ATOMS), st.sampled_from(QUANTIFIERS)), max_size=6).map(lambda parts: b"".join(map(b"".join, parts)))
+SEQUENCES = st.lists(st.tuples(st.sampled_from(ATOMS), st.sampled_from(QUANTIFIERS)), max_size=6).map(
+    lambda parts: b"".join(map(b"".join, parts))
+)
 # A quantifier behind a sequence of two would belong to the second alone, for both engines; groups make longer ones.
 EXPRESSIONS = st.one_of(
     SEQUENCES,
     SEQUENCES,
     st.tuples(SEQUENCES, SEQUENCES).map(b"|".join),
-    st.tuples(SEQUENCES, SEQUENCES, st.sampled_from(QUANTIFIERS)).map(lambda parts: b"/(" + parts[0] + b"|" + parts[1] + b")" + parts[2]),
+    st.tuples(SEQUENCES, SEQUENCES, st.sampled_from(QUANTIFIERS)).map(
+        lambda parts: b"/(" + parts[0] + b"|" + parts[1] + b")" + parts[2]
+    ),
     SEQUENCES.map(lambda sequence: sequence + b"(?!x)"),
 )
 STRINGS = st.lists(st.sampled_from([b"a", b"b", b"/", b"ab", b".", b"\n", b"/a"]), max_size=7).map(b"".join)
 
 
 @given(
-    st.lists(st.tuples(EXPRESSIONS.map(lambda regex: b"/" + regex if b"|" not in regex else regex), st.sampled_from([b"", b"", b"-", b"d"])), max_size=12),
+    st.lists(
+        st.tuples(
+            EXPRESSIONS.map(lambda regex: b"/" + regex if b"|" not in regex else regex),
+            st.sampled_from([b"", b"", b"-", b"d"]),
+        ),
+        max_size=12,
+    ),
     st.lists(STRINGS.map(lambda path: b"/" + path), min_size=1, max_size=6),
     st.sampled_from([b"-", b"d"]),
 )
 @settings(max_examples=150, deadline=None)
-def test_any_patterns_match_as_one_after_the_other_would(lines: list[tuple[bytes, bytes]], paths: list[bytes], kind: bytes) -> None:
+def test_any_patterns_match_as_one_after_the_other_would(
+    lines: list[tuple[bytes, bytes]], paths: list[bytes], kind: bytes
+) -> None:
     patterns = [Pattern(*line) for line in lines]
     try:
         machine = LastMatch(patterns)

@@ -19,7 +19,16 @@ from ansible_collections.composefs.oci.plugins.module_utils.errors import Invali
 from ansible_collections.composefs.oci.plugins.module_utils.rootfs.filetree import Directory, Leaf, Stat
 from ansible_collections.composefs.oci.plugins.module_utils.formats.tarheader import Entry
 from ansible_collections.composefs.oci.tests.support import layers
-from ansible_collections.composefs.oci.tests.support.tarbytes import BLOCKDEV, CHARDEV, DIRECTORY, FIFO, HARDLINK, SYMLINK, member, tar
+from ansible_collections.composefs.oci.tests.support.tarbytes import (
+    BLOCKDEV,
+    CHARDEV,
+    DIRECTORY,
+    FIFO,
+    HARDLINK,
+    SYMLINK,
+    member,
+    tar,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as hs
 
@@ -30,9 +39,25 @@ class External(NamedTuple):
     digest: bytes
 
 
-def item(path: str | bytes, kind: bytes = b"0", content: Any = b"", link: str | bytes = b"", size: int | None = None, **fields: Any) -> Item:
+def item(
+    path: str | bytes,
+    kind: bytes = b"0",
+    content: Any = b"",
+    link: str | bytes = b"",
+    size: int | None = None,
+    **fields: Any,
+) -> Item:
     raw, target = (text if isinstance(text, bytes) else text.encode() for text in (path, link))
-    known = {"mode": 0o755 if kind == DIRECTORY else 0o644, "uid": 0, "gid": 0, "mtime": 0, "mtime_nsec": 0, "devmajor": 0, "devminor": 0, "xattrs": {}}
+    known = {
+        "mode": 0o755 if kind == DIRECTORY else 0o644,
+        "uid": 0,
+        "gid": 0,
+        "mtime": 0,
+        "mtime_nsec": 0,
+        "devmajor": 0,
+        "devminor": 0,
+        "xattrs": {},
+    }
     known.update(fields)
     length = len(content or b"") if size is None else size
     return Entry(path=raw, type=kind, size=length, linkname=target, **known), content
@@ -63,7 +88,8 @@ def refused(*layer_items: Iterable[Item]) -> str:
     return str(error.value)
 
 
-# --- entries --------------------------------------------------------------------------------------------------------------------------------------
+# --- entries
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_every_kind_of_entry_becomes_its_inode() -> None:
@@ -82,7 +108,11 @@ def test_every_kind_of_entry_becomes_its_inode() -> None:
     )
     found = paths(root)
     assert found["/a"].stat == Stat(0o104755, 1, 2, -5, 7)
-    kinds = {name: (node.kind, node.data, node.digest, node.size, node.rdev) for name, node in found.items() if isinstance(node, Leaf)}
+    kinds = {
+        name: (node.kind, node.data, node.digest, node.size, node.rdev)
+        for name, node in found.items()
+        if isinstance(node, Leaf)
+    }
     assert kinds == {
         "/a": (st.S_IFREG, b"hi", None, 2, 0),
         "/big": (st.S_IFREG, b"", b"d" * 32, 1000, 0),
@@ -119,7 +149,8 @@ def test_content_on_the_wrong_side_of_the_split_is_refused() -> None:
     assert "has none" in refused([USR, item("a", content=None, size=5)])
 
 
-# --- paths ----------------------------------------------------------------------------------------------------------------------------------------
+# --- paths
+# --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -137,7 +168,14 @@ def test_content_on_the_wrong_side_of_the_split_is_refused() -> None:
             ("a/./.", "/a"),
             ("a//./", "/a"),
         ),
-        *(("usr//b", "/usr/b"), ("usr/./b", "/usr/b"), ("usr/b/.", "/usr/b"), ("./usr/b/", "/usr/b"), ("...", "/..."), ("usr/..b", "/usr/..b")),
+        *(
+            ("usr//b", "/usr/b"),
+            ("usr/./b", "/usr/b"),
+            ("usr/b/.", "/usr/b"),
+            ("./usr/b/", "/usr/b"),
+            ("...", "/..."),
+            ("usr/..b", "/usr/..b"),
+        ),
     ],
 )
 def test_paths_are_normalised(path: str, name: str) -> None:
@@ -164,7 +202,13 @@ def test_nothing_is_below_anything_but_a_directory(kind: bytes) -> None:
 
 def test_missing_parents_are_made_alike_for_every_kind_of_entry() -> None:
     expected = Stat(0o755)
-    for last in (item("a/b/c/x"), folder("a/b/c/x"), item("a/b/c/x", b"2", None, "y"), item("a/b/c/.wh.x"), item("a/b/c/.wh..wh..opq")):
+    for last in (
+        item("a/b/c/x"),
+        folder("a/b/c/x"),
+        item("a/b/c/x", b"2", None, "y"),
+        item("a/b/c/.wh.x"),
+        item("a/b/c/.wh..wh..opq"),
+    ):
         found = paths(build([USR, last]))
         assert [found[path].stat for path in ("/a", "/a/b", "/a/b/c")] == [expected] * 3
         assert names(build([USR, last])) <= {"/a", "/a/b", "/a/b/c", "/a/b/c/x"}
@@ -181,12 +225,17 @@ def test_made_parents_share_nothing_that_changes() -> None:
     assert (found["/a"].stat.uid, found["/a/b"].stat.uid) == (0, 9)
 
 
-# --- merging --------------------------------------------------------------------------------------------------------------------------------------
+# --- merging
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_directory_over_a_directory_replaces_all_metadata_and_keeps_children() -> None:
     capability = {b"security.capability": b"c"}
-    found = paths(build([USR, folder("d", mode=0o700, uid=5, mtime=9, xattrs=capability), item("d/x")], [folder("d", mode=0o1777)]))
+    found = paths(
+        build(
+            [USR, folder("d", mode=0o700, uid=5, mtime=9, xattrs=capability), item("d/x")], [folder("d", mode=0o1777)]
+        )
+    )
     assert found["/d"].stat == Stat(0o1777)
     assert "/d/x" in found
 
@@ -208,7 +257,9 @@ def test_whiteouts_remove_and_are_never_stored() -> None:
 
 
 def test_whiteouts_of_nothing_do_nothing() -> None:
-    assert names(build([USR, item("a"), item(".wh."), item(".wh..wh.plnk"), item(".wh..wh.aufs"), item(".wh..wh..opq2")])) == {"/a"}
+    assert names(
+        build([USR, item("a"), item(".wh."), item(".wh..wh.plnk"), item(".wh..wh.aufs"), item(".wh..wh..opq2")])
+    ) == {"/a"}
 
 
 def test_an_entry_after_the_whiteout_of_its_directory_starts_afresh() -> None:
@@ -219,7 +270,12 @@ def test_an_entry_after_the_whiteout_of_its_directory_starts_afresh() -> None:
 
 def test_an_opaque_marker_removes_what_is_there_at_that_moment_even_of_its_own_layer() -> None:
     lower = [USR, folder("d"), item("d/old"), folder("d/sub"), item("d/sub/x")]
-    assert names(build(lower, [item("d/before"), item("d/.wh..wh..opq"), item("d/after"), item("d/sub/y")])) == {"/d", "/d/after", "/d/sub", "/d/sub/y"}
+    assert names(build(lower, [item("d/before"), item("d/.wh..wh..opq"), item("d/after"), item("d/sub/y")])) == {
+        "/d",
+        "/d/after",
+        "/d/sub",
+        "/d/sub/y",
+    }
 
 
 def test_a_whiteout_cannot_be_a_directory() -> None:
@@ -231,11 +287,14 @@ def test_char_devices_0_0_of_an_archive_are_devices() -> None:
     assert isinstance(found, Leaf) and (found.kind, found.rdev) == (st.S_IFCHR, 0)
 
 
-# --- hardlinks ------------------------------------------------------------------------------------------------------------------------------------
+# --- hardlinks
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_hardlink_shares_the_inode_whatever_its_header_says() -> None:
-    found = paths(build([USR, item("a", content=b"A", mode=0o755, uid=1)], [item("usr/b", b"1", None, "./a", mode=0o600, uid=9)]))
+    found = paths(
+        build([USR, item("a", content=b"A", mode=0o755, uid=1)], [item("usr/b", b"1", None, "./a", mode=0o600, uid=9)])
+    )
     assert found["/a"] is found["/usr/b"]
     assert (found["/a"].stat.uid, found["/a"].nlink) == (1, 2)
 
@@ -248,7 +307,12 @@ def test_links_are_counted_by_names_that_remain() -> None:
 
 
 def test_a_hardlink_finds_its_target_in_the_tree_as_it_is_now() -> None:
-    found = paths(build([USR, item("a", content=b"1")], [item("a", content=b"2"), item("b", b"1", None, "/a/"), item("a", content=b"3")]))
+    found = paths(
+        build(
+            [USR, item("a", content=b"1")],
+            [item("a", content=b"2"), item("b", b"1", None, "/a/"), item("a", content=b"3")],
+        )
+    )
     assert (found["/b"].data, found["/a"].data) == (b"2", b"3")
 
 
@@ -262,14 +326,17 @@ def test_a_hardlink_to_a_symlink_links_the_symlink() -> None:
     assert found["/t"] is found["/s"] and found["/t"].nlink == 2
 
 
-@pytest.mark.parametrize("target", ["gone", "no/where", "", "/", ".", "..", "usr/..", "usr", "usr/", "usr/../a", "a/b", "l/x"])
+@pytest.mark.parametrize(
+    "target", ["gone", "no/where", "", "/", ".", "..", "usr/..", "usr", "usr/", "usr/../a", "a/b", "l/x"]
+)
 def test_hardlinks_without_a_file_at_the_other_end_are_refused(target: str) -> None:
     first = [USR, item("a"), item("l", b"2", None, "usr"), item("usr/x")]
     assert "'h'" in refused([*first, item("h", b"1", None, target)])
     assert "'.wh.h'" in refused([*first, item(".wh.h", b"1", None, target)])
 
 
-# --- limits ---------------------------------------------------------------------------------------------------------------------------------------
+# --- limits
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_names_longer_than_a_file_system_holds_are_refused() -> None:
@@ -289,7 +356,9 @@ def test_symlink_targets_longer_than_an_image_holds_are_refused() -> None:
 
 
 def test_device_numbers_out_of_range_are_refused() -> None:
-    assert paths(build([USR, item("c", b"3", None, devmajor=4095, devminor=1048575)]))["/c"].rdev == os.makedev(4095, 1048575)
+    assert paths(build([USR, item("c", b"3", None, devmajor=4095, devminor=1048575)]))["/c"].rdev == os.makedev(
+        4095, 1048575
+    )
     for major, minor in ((4096, 0), (0, 1048576), (-1, 0)):
         assert "4095:1048575" in refused([USR, item("c", b"3", None, devmajor=major, devminor=minor)])
     build([USR, item("a", devmajor=4096), item("p", b"6", None, devmajor=5000)])
@@ -297,7 +366,11 @@ def test_device_numbers_out_of_range_are_refused() -> None:
 
 def test_extended_attributes_that_do_not_fit_an_image_are_refused() -> None:
     build([USR, item("a", xattrs={b"security.capability": b"x" * 65535, b"user." + b"n" * 250: b""})])
-    for bad in ({b"security.capability": b"x" * 65536}, {b"user." + b"n" * 251: b""}, {b"user.%d" % number: b"" for number in range(200)}):
+    for bad in (
+        {b"security.capability": b"x" * 65536},
+        {b"user." + b"n" * 251: b""},
+        {b"user.%d" % number: b"" for number in range(200)},
+    ):
         assert "attributes" in refused([USR, item("a", xattrs=bad)])
     assert "attributes" in refused([USR, item("a", xattrs={b"user.%d" % number: b"x" * 60000 for number in range(3)})])
     # What every image goes without may be as large as it likes.
@@ -324,7 +397,9 @@ def test_what_lies_deeper_than_the_bound_is_refused_without_making_it() -> None:
 
 def test_long_runs_of_dots_and_slashes_cost_no_more_than_their_length() -> None:
     started = time.monotonic()
-    assert names(build([USR, item(b"a" + b"/." * 500_000), item(b"b" + b"/" * 1_000_000), item(b"/." * 300_000 + b"/c")])) == {"/a", "/b", "/c"}
+    assert names(
+        build([USR, item(b"a" + b"/." * 500_000), item(b"b" + b"/" * 1_000_000), item(b"/." * 300_000 + b"/c")])
+    ) == {"/a", "/b", "/c"}
     assert time.monotonic() - started < 2
 
 
@@ -352,7 +427,9 @@ def test_an_inode_needs_less_than_500_bytes() -> None:
         for number in range(5000):
             if number % 20 == 0:
                 yield folder(f"usr/d{number // 20}", mtime=number)
-            yield item(f"usr/d{number // 20}/f{number}", content=External(number.to_bytes(32, "big")), size=100 + number)
+            yield item(
+                f"usr/d{number // 20}/f{number}", content=External(number.to_bytes(32, "big")), size=100 + number
+            )
 
     tracemalloc.start()
     kept = build([USR], entries())
@@ -361,16 +438,29 @@ def test_an_inode_needs_less_than_500_bytes() -> None:
     assert size < 5000 * 500 and len(kept.entries) == 1
 
 
-# --- what every image gets ------------------------------------------------------------------------------------------------------------------------
+# --- what every image gets
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_root_takes_the_metadata_of_usr_and_nothing_of_its_own_entry() -> None:
-    root = build([folder("./", mode=0o700, uid=8), folder("usr/", mode=0o750, uid=3, mtime=77, mtime_nsec=5, xattrs={b"security.capability": b"c"})])
+    root = build(
+        [
+            folder("./", mode=0o700, uid=8),
+            folder("usr/", mode=0o750, uid=3, mtime=77, mtime_nsec=5, xattrs={b"security.capability": b"c"}),
+        ]
+    )
     assert root.stat == Stat(0o750, 3, 0, 77, 5, {b"security.capability": b"c"})
 
 
 def test_an_image_without_usr_gets_a_plain_root_and_a_plain_time_for_run() -> None:
-    root = build([folder("./", mode=0o700, uid=8, mtime=5), folder("run", mode=0o711, mtime=6, mtime_nsec=1), item("run/x"), item("hello")])
+    root = build(
+        [
+            folder("./", mode=0o700, uid=8, mtime=5),
+            folder("run", mode=0o711, mtime=6, mtime_nsec=1),
+            item("run/x"),
+            item("hello"),
+        ]
+    )
     assert root.stat == Stat(0o755)
     assert root.entries[b"run"].stat == Stat(0o711)
     assert names(root) == {"/run", "/hello"}
@@ -384,7 +474,14 @@ def test_usr_and_run_must_be_directories(name: str) -> None:
 
 
 def test_run_is_emptied_and_takes_the_time_of_usr_only() -> None:
-    root = build([USR, folder("run", mode=0o711, uid=6, mtime=5, xattrs={b"security.capability": b"c"}), folder("run/d"), item("run/d/x")])
+    root = build(
+        [
+            USR,
+            folder("run", mode=0o711, uid=6, mtime=5, xattrs={b"security.capability": b"c"}),
+            folder("run/d"),
+            item("run/d/x"),
+        ]
+    )
     assert root.entries[b"run"].stat == Stat(0o711, 6, 0, 77, 123456789, {b"security.capability": b"c"})
     assert names(root) == {"/run"}
 
@@ -398,7 +495,12 @@ def test_extended_attributes_are_filtered() -> None:
     capability = {b"security.capability": b"\1\0=\n"}
     others = {b"security.selinux": b"s", b"trusted.x": b"t", b"system.posix_acl_access": b"a", b"userx": b""}
     everything = {**capability, **others, b"user.k": b"v"}
-    items = [folder("usr", xattrs=everything), item("a", xattrs=everything), item("b", b"1", None, "a"), item("c", xattrs={b"user.only": b""})]
+    items = [
+        folder("usr", xattrs=everything),
+        item("a", xattrs=everything),
+        item("b", b"1", None, "a"),
+        item("c", xattrs={b"user.only": b""}),
+    ]
     found = paths(build(items))
     assert {path: node.stat.xattrs for path, node in found.items()} == {
         **dict.fromkeys(("/", "/usr", "/a", "/b"), capability),
@@ -419,13 +521,16 @@ def test_an_unknown_filter_is_a_mistake_of_the_caller() -> None:
         build([USR], xattrs="all")
 
 
-# --- against a naive model ------------------------------------------------------------------------------------------------------------------------
+# --- against a naive model
+# --------------------------------------------------------------------------------------------------------------------
 
 Model = dict[tuple[bytes, ...], list[Any]]
 
 
 def naive(layer_items: list[list[Item]]) -> dict[bytes, tuple[Any, ...]] | None:
-    """The same rules on a dictionary from path to [kind, value, metadata], where hardlinks share the list; None for a refused image."""
+    """The same rules on a dictionary from path to [kind, value, metadata], where hardlinks share the list; None for a
+    refused image.
+    """
     model: Model = {}
 
     def below(path: tuple[bytes, ...]) -> list[tuple[bytes, ...]]:
@@ -476,7 +581,10 @@ def naive(layer_items: list[list[Item]]) -> dict[bytes, tuple[Any, ...]] | None:
             else:
                 remove(path)
                 model[path] = value
-    return {b"/" + b"/".join(path): (*value, sum(other is value for other in model.values())) for path, value in model.items()}
+    return {
+        b"/" + b"/".join(path): (*value, sum(other is value for other in model.values()))
+        for path, value in model.items()
+    }
 
 
 WORDS = [b"a", b"b", b"c", b".", b"..", b".wh.a", b".wh.b", b".wh..wh..opq"]
@@ -514,19 +622,48 @@ def test_any_layers_give_what_the_naive_model_gives(layer_items: list[list[Item]
     assert found == expected
 
 
-# --- against cfsctl -------------------------------------------------------------------------------------------------------------------------------
+# --- against cfsctl
+# --------------------------------------------------------------------------------------------------------------------
 
 CAPABILITY = {"security.capability": b"\1\0=\n", "user.k": b"v \n\\", "security.selinux": b"s"}
 IMAGES: dict[str, list[list[bytes]]] = {
     "merge": [
-        [member("d/", type=DIRECTORY, mode=0o700, uid=5), member("d/x", b"1"), member("e/", type=DIRECTORY), member("e/f"), member("f")],
-        [member("d/", type=DIRECTORY, mode=0o1777), member("d/y"), member("e", b"now a file"), member("f/", type=DIRECTORY), member("f/g")],
+        [
+            member("d/", type=DIRECTORY, mode=0o700, uid=5),
+            member("d/x", b"1"),
+            member("e/", type=DIRECTORY),
+            member("e/f"),
+            member("f"),
+        ],
+        [
+            member("d/", type=DIRECTORY, mode=0o1777),
+            member("d/y"),
+            member("e", b"now a file"),
+            member("f/", type=DIRECTORY),
+            member("f/g"),
+        ],
     ],
     "whiteouts": [
-        [member("d/", type=DIRECTORY), member("d/x"), member("d/z/", type=DIRECTORY), member("d/z/q"), member("w", type=CHARDEV)],
-        [member("d/.wh.x"), member("d/.wh.z"), member("d/.wh.gone"), member("d/.wh."), member("d/.wh..wh.plnk"), member("d/v", type=CHARDEV, device=(1, 3))],
+        [
+            member("d/", type=DIRECTORY),
+            member("d/x"),
+            member("d/z/", type=DIRECTORY),
+            member("d/z/q"),
+            member("w", type=CHARDEV),
+        ],
+        [
+            member("d/.wh.x"),
+            member("d/.wh.z"),
+            member("d/.wh.gone"),
+            member("d/.wh."),
+            member("d/.wh..wh.plnk"),
+            member("d/v", type=CHARDEV, device=(1, 3)),
+        ],
     ],
-    "opaque": [[member("d/", type=DIRECTORY), member("d/x")], [member("d/before"), member("d/.wh..wh..opq"), member("d/after")]],
+    "opaque": [
+        [member("d/", type=DIRECTORY), member("d/x")],
+        [member("d/before"), member("d/.wh..wh..opq"), member("d/after")],
+    ],
     "hardlinks": [
         [
             member("usr/a", b"A" * 200),
@@ -553,8 +690,20 @@ IMAGES: dict[str, list[list[bytes]]] = {
     ],
     "names": [
         [
-            *(member("/usr/./q"), member("usr//w"), member("usr/t/."), member("usr/k///", type=DIRECTORY), member("usr/..", type=DIRECTORY), member("//lead")),
-            *(member(b"a\n\t\xff =\\b"), member("-"), member("usr/" + "n" * 255), member("l", type=SYMLINK, linkname="t" * 900)),
+            *(
+                member("/usr/./q"),
+                member("usr//w"),
+                member("usr/t/."),
+                member("usr/k///", type=DIRECTORY),
+                member("usr/..", type=DIRECTORY),
+                member("//lead"),
+            ),
+            *(
+                member(b"a\n\t\xff =\\b"),
+                member("-"),
+                member("usr/" + "n" * 255),
+                member("l", type=SYMLINK, linkname="t" * 900),
+            ),
             *(member("f", type=FIFO), member("b", type=BLOCKDEV, device=(259, 300_000))),
         ]
     ],
@@ -588,4 +737,7 @@ def test_cfsctl_makes_the_same_tree_and_image(name: str, tmp_path: pathlib.Path)
         assert dumpfile.dumpfile_bytes(ours.root) == theirs
         for version in (1, 2):
             image_id = (cfsctl.ask("compute-id", "--xattrs", mode, version=version) or b"").split()[-1].decode()
-            assert fsverity.digest(erofswriter.image_bytes(ours.root, version, fsverity.SHA256), fsverity.SHA256).hex() == image_id
+            assert (
+                fsverity.digest(erofswriter.image_bytes(ours.root, version, fsverity.SHA256), fsverity.SHA256).hex()
+                == image_id
+            )

@@ -17,7 +17,15 @@ from ansible_collections.composefs.oci.plugins.module_utils.errors import Invali
 from ansible_collections.composefs.oci.plugins.module_utils.rootfs.filetree import Directory, Leaf, Stat
 from ansible_collections.composefs.oci.plugins.module_utils.rootfs.selinux import LABEL, Policy, Rule
 from ansible_collections.composefs.oci.tests.support import layers
-from ansible_collections.composefs.oci.tests.support.tarbytes import CHARDEV, DIRECTORY, FIFO, HARDLINK, SYMLINK, member, tar
+from ansible_collections.composefs.oci.tests.support.tarbytes import (
+    CHARDEV,
+    DIRECTORY,
+    FIFO,
+    HARDLINK,
+    SYMLINK,
+    member,
+    tar,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as hs
 
@@ -40,10 +48,14 @@ def archive(contexts: bytes | None, *members: bytes, config: bytes | None = CONF
     return tar(*layers.base(), *policy_files(contexts, config, **others), *members)
 
 
-def labels(contexts: bytes | None, *members: bytes, config: bytes | None = CONFIG, **others: bytes) -> dict[str, str | None]:
+def labels(
+    contexts: bytes | None, *members: bytes, config: bytes | None = CONFIG, **others: bytes
+) -> dict[str, str | None]:
     """The labels of what ``members`` added, and of the root."""
     root = layers.tree(archive(contexts, *members, config=config, **others), bootable=True).root
-    ours = [path for path, _unused in filetree.walk(root) if not path.startswith((b"/usr", b"/boot", b"/sysroot", b"/etc"))]
+    ours = [
+        path for path, _unused in filetree.walk(root) if not path.startswith((b"/usr", b"/boot", b"/sysroot", b"/etc"))
+    ]
     found = dict(filetree.walk(root))
     return {path.decode(): label(found[path]) for path in ours}
 
@@ -59,7 +71,8 @@ def refused(*arguments: Any, **others: Any) -> str:
     return str(error.value)
 
 
-# --- the policy -----------------------------------------------------------------------------------------------------------------------------------
+# --- the policy
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_an_image_without_a_policy_gets_no_labels() -> None:
@@ -74,8 +87,19 @@ def test_an_image_without_a_policy_gets_no_labels() -> None:
 @pytest.mark.parametrize(
     ("config", "kind"),
     [
-        *((b"SELINUXTYPE=a\n", b"a"), (b"  selinuxtype =  a \r\n", b"a"), (b"#SELINUXTYPE=b\nSELINUXTYPE=a", b"a"), (b"SELINUXTYPE=a\nSELINUXTYPE=b\n", b"a")),
-        *((b"SELINUX=disabled\nSELINUXTYPE=a\n", b"a"), (b"", None), (b"SELINUXTYPE\n", None), (b"XSELINUXTYPE=a\n", None), (b"SELINUXTYPE=a\n\xff\n", b"a")),
+        *(
+            (b"SELINUXTYPE=a\n", b"a"),
+            (b"  selinuxtype =  a \r\n", b"a"),
+            (b"#SELINUXTYPE=b\nSELINUXTYPE=a", b"a"),
+            (b"SELINUXTYPE=a\nSELINUXTYPE=b\n", b"a"),
+        ),
+        *(
+            (b"SELINUX=disabled\nSELINUXTYPE=a\n", b"a"),
+            (b"", None),
+            (b"SELINUXTYPE\n", None),
+            (b"XSELINUXTYPE=a\n", None),
+            (b"SELINUXTYPE=a\n\xff\n", b"a"),
+        ),
         *((b"SELINUXTYPE=\n", b""), (b'SELINUXTYPE="a"\n', b'"a"'), (b"SELINUXTYPE=a # b\n", b"a # b")),
     ],
 )
@@ -90,7 +114,9 @@ def test_a_policy_that_is_named_must_be_there() -> None:
     assert "'..'" in refused(b"/.* all\n", config=b"SELINUXTYPE=../selinux/targeted\n")
 
 
-@pytest.mark.parametrize("name", ["etc/selinux/config", FILES.decode() + "file_contexts", FILES.decode() + "file_contexts.local"])
+@pytest.mark.parametrize(
+    "name", ["etc/selinux/config", FILES.decode() + "file_contexts", FILES.decode() + "file_contexts.local"]
+)
 def test_files_of_a_policy_must_be_regular(name: str) -> None:
     for odd in (member(name, type=SYMLINK, linkname="x"), member(name, type=DIRECTORY)):
         assert "regular" in refused(b"/.* all\n", odd)
@@ -107,8 +133,14 @@ def test_a_policy_file_that_is_too_long_is_not_read(monkeypatch: pytest.MonkeyPa
 
 
 def test_lines_have_a_type_or_none() -> None:
-    parsed = list(selinux.parse_rules(b"# c o m m e n t\n\n  /a\t--  x:y:z \r\n  # c\n/b <<none>>\n/c -d l", b"file_contexts"))
-    assert parsed == [Rule(Pattern(b"/a", b"-"), b"x:y:z"), Rule(Pattern(b"/b"), None), Rule(Pattern(b"/c", b"d"), b"l")]
+    parsed = list(
+        selinux.parse_rules(b"# c o m m e n t\n\n  /a\t--  x:y:z \r\n  # c\n/b <<none>>\n/c -d l", b"file_contexts")
+    )
+    assert parsed == [
+        Rule(Pattern(b"/a", b"-"), b"x:y:z"),
+        Rule(Pattern(b"/b"), None),
+        Rule(Pattern(b"/c", b"d"), b"l"),
+    ]
 
 
 @pytest.mark.parametrize("line", [b"/x", b"/x -- a b", b"/x -q a", b"/x a b", b"/x \xff", b"/x " + b"l" * 65536])
@@ -126,11 +158,19 @@ def test_a_policy_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "more than 10" in refused(b"/.* all\n" * 11)
 
 
-# --- labels ---------------------------------------------------------------------------------------------------------------------------------------
+# --- labels
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_last_line_over_all_files_wins_not_the_most_specific() -> None:
-    found = labels(b"/x literal\n/.* all\n", member("x"), member("y"), member("z"), local=b"/y local\n/z local\n", homedirs=b"/z home\n")
+    found = labels(
+        b"/x literal\n/.* all\n",
+        member("x"),
+        member("y"),
+        member("z"),
+        local=b"/y local\n/z local\n",
+        homedirs=b"/z home\n",
+    )
     assert found == {"/": "all", "/x": "all", "/y": "local", "/z": "home"}
 
 
@@ -138,7 +178,13 @@ def test_types_of_files() -> None:
     kinds = b"".join(b"/x.* -%c %c\n" % (char, char) for char in b"-dlcbps")
     found = labels(
         b"/.* all\n" + kinds,
-        *(member("x-"), member("xd/", type=DIRECTORY), member("xl", type=SYMLINK, linkname="x"), member("xp", type=FIFO), member("xc", type=CHARDEV)),
+        *(
+            member("x-"),
+            member("xd/", type=DIRECTORY),
+            member("xl", type=SYMLINK, linkname="x"),
+            member("xp", type=FIFO),
+            member("xc", type=CHARDEV),
+        ),
     )
     assert found == {"/": "all", **{"/x" + char: char for char in "-dlpc"}}
 
@@ -154,19 +200,41 @@ def test_the_root_is_a_slash() -> None:
 
 
 def test_labels_are_stored_without_a_final_nul_beside_other_attributes() -> None:
-    root = layers.tree(archive(b"/.* all\n", member("x", xattrs={"security.capability": b"c", "security.selinux": b"old"})), bootable=True).root
+    root = layers.tree(
+        archive(b"/.* all\n", member("x", xattrs={"security.capability": b"c", "security.selinux": b"old"})),
+        bootable=True,
+    ).root
     assert root.entries[b"x"].stat.xattrs == {b"security.capability": b"c", LABEL: b"all"}
 
 
 def test_aliases_replace_a_whole_path_once_and_what_is_below() -> None:
     contexts = b"/.* all\n/x X\n/x/y XY\n/q/y QY\n"
-    members = [part for name in ("x1", "x2", "x3", "x4") for part in (member(name + "/", type=DIRECTORY), member(name + "/y"))]
-    found = labels(contexts, *members, subs=b"/x1 /x\n# a comment line\n/x2 /x1\n/x3 /q\n/x4/y /q/y\n", subs_dist=b"/x3 /x\n")
-    assert found == {"/": "all", "/x1": "X", "/x1/y": "XY", "/x2": "all", "/x2/y": "all", "/x3": "X", "/x3/y": "XY", "/x4": "all", "/x4/y": "QY"}
+    members = [
+        part for name in ("x1", "x2", "x3", "x4") for part in (member(name + "/", type=DIRECTORY), member(name + "/y"))
+    ]
+    found = labels(
+        contexts, *members, subs=b"/x1 /x\n# a comment line\n/x2 /x1\n/x3 /q\n/x4/y /q/y\n", subs_dist=b"/x3 /x\n"
+    )
+    assert found == {
+        "/": "all",
+        "/x1": "X",
+        "/x1/y": "XY",
+        "/x2": "all",
+        "/x2/y": "all",
+        "/x3": "X",
+        "/x3/y": "XY",
+        "/x4": "all",
+        "/x4/y": "QY",
+    }
 
 
 def test_an_alias_below_an_alias() -> None:
-    assert labels(b"/.* all\n/q/y Q\n/z Z\n", member("x/", type=DIRECTORY), member("x/y"), subs=b"/x /q\n/q/y /z\n")["/x/y"] == "Z"
+    assert (
+        labels(b"/.* all\n/q/y Q\n/z Z\n", member("x/", type=DIRECTORY), member("x/y"), subs=b"/x /q\n/q/y /z\n")[
+            "/x/y"
+        ]
+        == "Z"
+    )
 
 
 def test_an_alias_for_the_root_or_with_a_final_slash() -> None:
@@ -188,9 +256,14 @@ def test_removing_labels_reaches_every_inode_once() -> None:
     assert stat.xattrs == {LABEL: b"l", b"user.x": b"1"}
 
 
-# --- hardlinks ------------------------------------------------------------------------------------------------------------------------------------
+# --- hardlinks
+# --------------------------------------------------------------------------------------------------------------------
 
-LINKS = [member("x1", b"d"), *(member(name, type=HARDLINK, linkname="x1") for name in ("x2", "x3", "x4")), member("xa/", type=DIRECTORY)]
+LINKS = [
+    member("x1", b"d"),
+    *(member(name, type=HARDLINK, linkname="x1") for name in ("x2", "x3", "x4")),
+    member("xa/", type=DIRECTORY),
+]
 LINKS.append(member("xa/5", type=HARDLINK, linkname="x1"))
 
 
@@ -210,7 +283,13 @@ def test_equal_labels_keep_hardlinks_together() -> None:
 
 def test_a_name_with_another_label_becomes_an_inode_of_its_own() -> None:
     assert groups(b"/.* all\n/x2 B\n") == [("1345", "all", 4), ("2", "B", 1)]
-    assert groups(b"/.* all\n/x2 B\n/x[34] C\n/xa/5 C\n") == [("1", "all", 1), ("2", "B", 1), ("3", "C", 1), ("4", "C", 1), ("5", "C", 1)]
+    assert groups(b"/.* all\n/x2 B\n/x[34] C\n/xa/5 C\n") == [
+        ("1", "all", 1),
+        ("2", "B", 1),
+        ("3", "C", 1),
+        ("4", "C", 1),
+        ("5", "C", 1),
+    ]
 
 
 def test_no_label_is_another_label() -> None:
@@ -225,15 +304,23 @@ def test_the_first_name_depth_first_decides() -> None:
     assert (label(found[b"/xa/5"]), label(found[b"/xb"])) == ("A", "B")
 
 
-# --- size -----------------------------------------------------------------------------------------------------------------------------------------
+# --- size
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_thousands_of_lines_and_ten_thousands_of_paths_take_moments() -> None:
     rules = [Rule(Pattern(b"/.*"), b"all")]
-    rules += [Rule(Pattern(rb"/usr/(.*/)?d%d/.*\.so(\.[^/]*)*" % number, b"-"), b"so%d" % number) for number in range(40)]
-    rules += [Rule(Pattern(rb"/usr/s?bin/tool%d(-[0-9]+)?" % number, b"-"), b"tool%d" % number) for number in range(3000)]
+    rules += [
+        Rule(Pattern(rb"/usr/(.*/)?d%d/.*\.so(\.[^/]*)*" % number, b"-"), b"so%d" % number) for number in range(40)
+    ]
+    rules += [
+        Rule(Pattern(rb"/usr/s?bin/tool%d(-[0-9]+)?" % number, b"-"), b"tool%d" % number) for number in range(3000)
+    ]
     leaf = Stat(0o644)
-    folders = {b"d%d" % number: Directory(leaf, {b"lib%d.so.%d" % (one, one): Leaf(leaf) for one in range(100)}) for number in range(100)}
+    folders = {
+        b"d%d" % number: Directory(leaf, {b"lib%d.so.%d" % (one, one): Leaf(leaf) for one in range(100)})
+        for number in range(100)
+    }
     tools = Directory(leaf, {b"tool%d-%d" % (number, number): Leaf(leaf) for number in range(3000)})
     root = Directory(leaf, {b"usr": Directory(leaf, {**folders, b"bin": tools})})
     filetree.count_links(root)
@@ -241,7 +328,11 @@ def test_thousands_of_lines_and_ten_thousands_of_paths_take_moments() -> None:
     selinux.apply_policy(root, Policy(rules, {b"/usr/d7": b"/usr/d8"}))
     assert time.monotonic() - started < 5
     found = dict(filetree.walk(root))
-    assert label(found[b"/usr/d5/lib9.so.9"]) == "so5" and label(found[b"/usr/d7/lib9.so.9"]) == "so8" and label(found[b"/usr/bin/tool77-77"]) == "tool77"
+    assert (
+        label(found[b"/usr/d5/lib9.so.9"]) == "so5"
+        and label(found[b"/usr/d7/lib9.so.9"]) == "so8"
+        and label(found[b"/usr/bin/tool77-77"]) == "tool77"
+    )
 
 
 def test_deep_trees_need_neither_recursion_nor_much_memory() -> None:
@@ -256,15 +347,33 @@ def test_deep_trees_need_neither_recursion_nor_much_memory() -> None:
         selinux.apply_policy(root, Policy([Rule(Pattern(b"/(?!x).*"), b"D")], {}))
 
 
-# --- against a naive model ------------------------------------------------------------------------------------------------------------------------
+# --- against a naive model
+# --------------------------------------------------------------------------------------------------------------------
 
-REGEXES = [b"/.*", b"/a(/.*)?", b"/a/b", b"/[ab]/c", b"/.*/c", b"(/.*)?b", b"/b/[^/]*", b"/a/(b|c)/.*", b"/(?!a).*", b"/a/b/.*", b"/", b"/c+"]
+REGEXES = [
+    b"/.*",
+    b"/a(/.*)?",
+    b"/a/b",
+    b"/[ab]/c",
+    b"/.*/c",
+    b"(/.*)?b",
+    b"/b/[^/]*",
+    b"/a/(b|c)/.*",
+    b"/(?!a).*",
+    b"/a/b/.*",
+    b"/",
+    b"/c+",
+]
 RULES = hs.lists(
     hs.builds(lambda regex, kind, text: Rule(Pattern(regex, kind), text), hs.sampled_from(REGEXES), hs.sampled_from([b"", b"", b"-", b"d", b"l"]),
               hs.sampled_from([b"l1", b"l2", b"l3", None])),
     max_size=10,
 )  # fmt: skip
-ALIASES = hs.dictionaries(hs.sampled_from([b"/a", b"/b", b"/a/b", b"/c", b"/b/a"]), hs.sampled_from([b"/", b"/a", b"/b", b"/a/c", b"/zz"]), max_size=3)
+ALIASES = hs.dictionaries(
+    hs.sampled_from([b"/a", b"/b", b"/a/b", b"/c", b"/b/a"]),
+    hs.sampled_from([b"/", b"/a", b"/b", b"/a/c", b"/zz"]),
+    max_size=3,
+)
 NAMES = hs.sampled_from([b"a", b"b", b"c", b"cc"])
 
 
@@ -285,7 +394,13 @@ def trees(draw: Any) -> Directory:
 
 def expected_labels(root: Directory, policy: Policy) -> dict[bytes, tuple[bytes | None, int]]:
     """Path to label and a number for the inode, by trying every line on every path."""
-    compiled = [(re.compile(rb"\A(?:" + rule.pattern.regex + b")" + (rule.pattern.kind or b".") + rb"\Z", re.DOTALL), rule.label) for rule in policy.rules]
+    compiled = [
+        (
+            re.compile(rb"\A(?:" + rule.pattern.regex + b")" + (rule.pattern.kind or b".") + rb"\Z", re.DOTALL),
+            rule.label,
+        )
+        for rule in policy.rules
+    ]
     found: dict[bytes, tuple[bytes | None, int]] = {}
     first: dict[int, bytes | None] = {}
 
@@ -310,13 +425,20 @@ def test_any_tree_is_labelled_as_the_naive_model_does(root: Directory, policy: P
     expected = expected_labels(root, policy)
     selinux.apply_policy(root, policy)
     found = dict(filetree.walk(root))
-    assert {path: (node.stat.xattrs or {}).get(LABEL) for path, node in found.items()} == {path: text for path, (text, _unused) in expected.items()}
+    assert {path: (node.stat.xattrs or {}).get(LABEL) for path, node in found.items()} == {
+        path: text for path, (text, _unused) in expected.items()
+    }
     numbers = [number for _unused, number in expected.values()]
-    assert [list(map(id, found.values())).count(id(node)) for node in found.values()] == [numbers.count(number) for number in numbers]
-    assert all(node.nlink == list(map(id, found.values())).count(id(node)) for node in found.values() if isinstance(node, Leaf))
+    assert [list(map(id, found.values())).count(id(node)) for node in found.values()] == [
+        numbers.count(number) for number in numbers
+    ]
+    assert all(
+        node.nlink == list(map(id, found.values())).count(id(node)) for node in found.values() if isinstance(node, Leaf)
+    )
 
 
-# --- against cfsctl -------------------------------------------------------------------------------------------------------------------------------
+# --- against cfsctl
+# --------------------------------------------------------------------------------------------------------------------
 
 X = [member(name) for name in ("xa", "xb", "x1", "x.", "x{", b"x\ny")]
 POLICIES: dict[str, tuple[bytes, dict[str, Any]]] = {

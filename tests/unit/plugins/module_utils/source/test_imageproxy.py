@@ -167,7 +167,13 @@ def test_a_small_blob_is_verified(plan):
 
 
 @pytest.mark.parametrize(
-    ("version", "method"), [("0.2.5", "GetLayerInfo"), ("0.2.6", "GetLayerInfo"), ("0.2.7", "GetLayerInfoPiped"), ("0.2.8", "GetLayerInfoPiped")]
+    ("version", "method"),
+    [
+        ("0.2.5", "GetLayerInfo"),
+        ("0.2.6", "GetLayerInfo"),
+        ("0.2.7", "GetLayerInfoPiped"),
+        ("0.2.8", "GetLayerInfoPiped"),
+    ],
 )
 def test_layers_are_listed_by_the_method_that_the_version_has(version, method):
     layers = [{"digest": D, "size": 5, "media_type": "application/vnd.oci.image.layer.v1.tar"}] * 200
@@ -177,10 +183,21 @@ def test_layers_are_listed_by_the_method_that_the_version_has(version, method):
 
 
 @pytest.mark.parametrize(
-    "item", [5, None, {}, {"digest": "x", "size": 1, "media_type": "x"}, {"digest": D, "size": -1, "media_type": "x"}, {"digest": D, "size": 1}]
+    "item",
+    [
+        5,
+        None,
+        {},
+        {"digest": "x", "size": 1, "media_type": "x"},
+        {"digest": D, "size": -1, "media_type": "x"},
+        {"digest": D, "size": 1},
+    ],
 )
 def test_a_nonsensical_list_of_layers_is_refused(item):
-    with fake({"GetLayerInfoPiped": {"data": json.dumps([item])}}) as proxy, pytest.raises(ProxyFailed, match="GetLayerInfo"):
+    with (
+        fake({"GetLayerInfoPiped": {"data": json.dumps([item])}}) as proxy,
+        pytest.raises(ProxyFailed, match="GetLayerInfo"),
+    ):
         proxy.layer_infos(1)
 
 
@@ -203,9 +220,15 @@ def test_a_version_that_is_none_is_refused(version):
 
 
 def test_error_codes_of_0_2_8_tell_what_may_pass():
-    with fake({"OpenImage": {"error": "something odd", "code": "retryable"}}) as proxy, pytest.raises(RegistryUnreachable, match="something odd"):
+    with (
+        fake({"OpenImage": {"error": "something odd", "code": "retryable"}}) as proxy,
+        pytest.raises(RegistryUnreachable, match="something odd"),
+    ):
         proxy.open_image()
-    with fake({"OpenImage": {"error": "something odd", "code": "other"}}) as proxy, pytest.raises(ProxyFailed, match="something odd"):
+    with (
+        fake({"OpenImage": {"error": "something odd", "code": "other"}}) as proxy,
+        pytest.raises(ProxyFailed, match="something odd"),
+    ):
         proxy.open_image()
 
 
@@ -239,7 +262,10 @@ def test_a_garbled_reply_ends_the_proxy(packet):
 
 @pytest.mark.parametrize("value", [0, -1, True, "1", None, 1.5, 2**60])
 def test_a_nonsensical_image_number_ends_the_proxy(value):
-    with fake({"OpenImage": {"raw": json.dumps({"success": True, "value": value, "pipeid": 0, "error": ""})}}) as proxy, pytest.raises(ProxyFailed):
+    with (
+        fake({"OpenImage": {"raw": json.dumps({"success": True, "value": value, "pipeid": 0, "error": ""})}}) as proxy,
+        pytest.raises(ProxyFailed),
+    ):
         proxy.open_image()
 
 
@@ -250,7 +276,15 @@ def test_a_nonsensical_manifest_digest_is_refused(value):
 
 
 @pytest.mark.parametrize(
-    ("method", "fds", "pipeid"), [("OpenImage", 1, 0), ("OpenImage", 3, 7), ("GetBlob", 0, 7), ("GetBlob", 1, 0), ("GetBlob", 2, 7), ("GetBlob", 40, 7)]
+    ("method", "fds", "pipeid"),
+    [
+        ("OpenImage", 1, 0),
+        ("OpenImage", 3, 7),
+        ("GetBlob", 0, 7),
+        ("GetBlob", 1, 0),
+        ("GetBlob", 2, 7),
+        ("GetBlob", 40, 7),
+    ],
 )
 def test_unexpected_descriptors_are_closed_and_end_the_proxy(method, fds, pipeid):
     with fake({method: {"fds": fds, "pipeid": pipeid, "value": 1}}) as proxy, pytest.raises(ProxyFailed, match=method):
@@ -349,7 +383,9 @@ def test_kill_from_another_thread_ends_a_request_at_once():
 
 
 def test_kill_does_not_depend_on_reaching_every_process():
-    wrapper = "import os, sys\nif os.fork() == 0:\n    os.setsid()\n    os.execv(sys.argv[1], sys.argv[1:])\nos.wait()\n"
+    wrapper = (
+        "import os, sys\nif os.fork() == 0:\n    os.setsid()\n    os.execv(sys.argv[1], sys.argv[1:])\nos.wait()\n"
+    )
     executable = (sys.executable, "-I", "-S", "-c", wrapper, *options({"OpenImage": {"sleep": 3}}).executable)
     with ImageProxy(ProxyOptions(executable=executable, timeout=10), REMOTE) as proxy:
         timer = threading.Timer(0.2, proxy.kill)
@@ -388,7 +424,8 @@ def test_skopeo_dies_with_the_process_that_started_it(tmp_path):
         "spec.loader.exec_module(importlib.util.module_from_spec(spec))\n"
         "from ansible_collections.composefs.oci.plugins.module_utils.source import imageproxy\n"
         "from ansible_collections.composefs.oci.plugins.module_utils.formats import oci\n"
-        "proxy = imageproxy.ImageProxy(imageproxy.ProxyOptions(executable=tuple(json.loads(sys.argv[2]))), oci.parse_reference('a.example/b'))\n"
+        "proxy = imageproxy.ImageProxy(imageproxy.ProxyOptions(executable=tuple(json.loads(sys.argv[2]))), "
+        "oci.parse_reference('a.example/b'))\n"
         "proxy.start()\n"
         "os.dup2(os.dup(proxy.fileno()), 200)\n"
         "if os.fork() == 0:\n"  # somebody else keeps the connection open
@@ -399,7 +436,9 @@ def test_skopeo_dies_with_the_process_that_started_it(tmp_path):
     shim = str(pathlib.Path(__file__).resolve().parents[3] / "conftest.py")
     executable = list(options({"linger": 60}).executable)
     process = subprocess.Popen(
-        [sys.executable, "-c", script, json.dumps(sys.path), json.dumps(executable), shim], stdout=subprocess.PIPE, start_new_session=True
+        [sys.executable, "-c", script, json.dumps(sys.path), json.dumps(executable), shim],
+        stdout=subprocess.PIPE,
+        start_new_session=True,
     )
     try:
         assert process.stdout is not None
@@ -460,7 +499,9 @@ def test_credentials_are_in_a_private_file_for_one_registry_only():
 
 
 def test_credentials_for_docker_io_are_under_its_name():
-    assert list(json.loads(portrait(oci.parse_reference("docker://fedora"), username="me", password="x")["auth"])["auths"]) == ["docker.io"]
+    assert list(
+        json.loads(portrait(oci.parse_reference("docker://fedora"), username="me", password="x")["auth"])["auths"]
+    ) == ["docker.io"]
 
 
 def test_local_transports_get_no_credentials():
@@ -513,13 +554,22 @@ def test_options_that_cannot_be_are_refused_before_anything_is_started(more, err
 
 
 def test_secrets_never_reach_a_message():
-    words = f"bad {SECRET} s3cret%2Fpass%20word s3cret%2Fpass+word https://me:{SECRET[:6]}@h.example/x?X-Sig=abc123 Authorization: Basic bWU6czNjcmV0"
-    with fake({"OpenImage": {"error": words}}, username="me", password=SECRET) as proxy, pytest.raises(ProxyFailed) as caught:
+    words = (
+        f"bad {SECRET} s3cret%2Fpass%20word s3cret%2Fpass+word https://me:{SECRET[:6]}@h.example/x?X-Sig=abc123 "
+        f"Authorization: Basic bWU6czNjcmV0"
+    )
+    with (
+        fake({"OpenImage": {"error": words}}, username="me", password=SECRET) as proxy,
+        pytest.raises(ProxyFailed) as caught,
+    ):
         proxy.open_image()
     for secret in (SECRET, "s3cret%2F", "abc123", "bWU6", "s3cret@"):
         assert secret not in str(caught.value)
     assert SECRET not in repr(ProxyOptions(username="me", password=SECRET))
-    with fake({"OpenImage": {"raw": SECRET}}, username="me", password=SECRET) as proxy, pytest.raises(ProxyFailed) as caught:
+    with (
+        fake({"OpenImage": {"raw": SECRET}}, username="me", password=SECRET) as proxy,
+        pytest.raises(ProxyFailed) as caught,
+    ):
         proxy.open_image()
     assert SECRET not in str(caught.value)
 
@@ -571,14 +621,22 @@ replies = st.fixed_dictionaries(
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.lists(st.tuples(st.binary(min_size=1, max_size=60) | replies.map(lambda item: json.dumps(item).encode()), st.integers(0, 3)), min_size=1, max_size=3),
+    st.lists(
+        st.tuples(
+            st.binary(min_size=1, max_size=60) | replies.map(lambda item: json.dumps(item).encode()), st.integers(0, 3)
+        ),
+        min_size=1,
+        max_size=3,
+    ),
     st.integers(0, 4),
 )
 def test_any_replies_raise_engine_errors_only(packets, method):
     with Wire() as wire:
         for packet, fds in packets:
             rights = [os.open(os.devnull, os.O_RDONLY) for _each in range(fds)]
-            wire.theirs.sendmsg([packet], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", rights))] if rights else [])
+            wire.theirs.sendmsg(
+                [packet], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", rights))] if rights else []
+            )
             for fd in rights:
                 os.close(fd)
         wire.theirs.shutdown(socket.SHUT_WR)

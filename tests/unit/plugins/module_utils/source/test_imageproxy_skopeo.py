@@ -35,7 +35,10 @@ from ansible_collections.composefs.oci.plugins.module_utils.source.imageproxy im
 # The host's skopeo, and a newer one where the tests' cache has it.
 PROGRAMS = [
     program
-    for program in (shutil.which("skopeo"), str(pathlib.Path(__file__).resolve().parents[5] / ".cache/foreign/trixie-skopeo/skopeo"))
+    for program in (
+        shutil.which("skopeo"),
+        str(pathlib.Path(__file__).resolve().parents[5] / ".cache/foreign/trixie-skopeo/skopeo"),
+    )
     if program and os.access(program, os.X_OK)
 ]
 
@@ -79,13 +82,23 @@ class Layout:
         diff_id = "sha256:" + hashlib.sha256(tar).hexdigest()
         layer = self.put(gzip.compress(tar), "application/vnd.oci.image.layer.v1.tar+gzip")
         document = {"architecture": architecture, "os": "linux", "rootfs": {"type": "layers", "diff_ids": [diff_id]}}
-        manifest = {"schemaVersion": 2, "mediaType": oci.OCI_MANIFEST, "config": self.put(json.dumps(document).encode(), oci.OCI_CONFIG), "layers": [layer]}
+        manifest = {
+            "schemaVersion": 2,
+            "mediaType": oci.OCI_MANIFEST,
+            "config": self.put(json.dumps(document).encode(), oci.OCI_CONFIG),
+            "layers": [layer],
+        }
         if annotations:
             manifest["annotations"] = annotations
         return self.put(json.dumps(manifest, indent=1).encode(), oci.OCI_MANIFEST)
 
     def index(self, entries, **more):
-        document = {"schemaVersion": 2, "mediaType": oci.OCI_INDEX, "manifests": [dict(entry, platform=platform) for entry, platform in entries], **more}
+        document = {
+            "schemaVersion": 2,
+            "mediaType": oci.OCI_INDEX,
+            "manifests": [dict(entry, platform=platform) for entry, platform in entries],
+            **more,
+        }
         return self.put(json.dumps(document).encode(), oci.OCI_INDEX)
 
     def publish(self, *descriptors):
@@ -116,7 +129,9 @@ def test_an_image_comes_through_byte_for_byte(layout, accept):
         ((layer, diff_id),) = oci.pairs(manifest, config)
         pipe = proxy.get_blob(image, layer.digest, layer.size)
         blob = drain(pipe.fd, pipe.size)
-        assert not skopeo.readable(pipe.fd, time.monotonic() + 0.05), "mistake 25: there is no end of file before FinishPipe"
+        assert not skopeo.readable(pipe.fd, time.monotonic() + 0.05), (
+            "mistake 25: there is no end of file before FinishPipe"
+        )
         proxy.finish_pipe(pipe.pipeid)
         assert os.read(pipe.fd, 1) == b""
         os.close(pipe.fd)
@@ -174,7 +189,9 @@ def test_a_skopeo_that_is_killed_within_a_blob(layout, accept):
 
 
 def test_skopeo_chooses_the_platform_of_an_index(layout, accept):
-    entries = [(layout.image(name, name.encode()), {"os": "linux", "architecture": name}) for name in ("amd64", "arm64")]
+    entries = [
+        (layout.image(name, name.encode()), {"os": "linux", "architecture": name}) for name in ("amd64", "arm64")
+    ]
     top = layout.index(entries)
     reference = layout.publish(top)
     for (entry, platform), name in zip(entries, ("linux/amd64", "linux/arm64")):
@@ -193,10 +210,16 @@ def test_skopeo_chooses_the_platform_of_an_index(layout, accept):
 
 
 @pytest.mark.parametrize("transport", ["dir", "docker-archive"])
-def test_section_13_docker_images_come_converted_with_a_config_that_only_skopeo_has(layout, accept, tmp_path, transport):
+def test_section_13_docker_images_come_converted_with_a_config_that_only_skopeo_has(
+    layout, accept, tmp_path, transport
+):
     source = layout.publish(layout.image())
     target = f"dir:{tmp_path}/docker" if transport == "dir" else f"docker-archive:{tmp_path}/docker.tar:x/y:z"
-    subprocess.run([*accept.executable, "--policy", accept.policy, "copy", "-q", "--format", "v2s2", source.text, target], check=True, timeout=60)
+    subprocess.run(
+        [*accept.executable, "--policy", accept.policy, "copy", "-q", "--format", "v2s2", source.text, target],
+        check=True,
+        timeout=60,
+    )
     with ImageProxy(accept, oci.parse_reference(target)) as proxy:
         image = proxy.open_image()
         digest, data = proxy.get_manifest(image)
@@ -218,7 +241,10 @@ def test_an_archive_is_read(layout, accept, tmp_path):
         assert proxy.get_manifest(proxy.open_image())[0] == top["digest"]
 
 
-@pytest.mark.parametrize("text", ["oci:{}/none", "oci:{}/layout:none", "dir:{}/none", "oci-archive:{}/none.tar", "docker-archive:{}/none.tar"])
+@pytest.mark.parametrize(
+    "text",
+    ["oci:{}/none", "oci:{}/layout:none", "dir:{}/none", "oci-archive:{}/none.tar", "docker-archive:{}/none.tar"],
+)
 def test_what_is_not_there_is_not_found(layout, accept, tmp_path, text):
     layout.publish(layout.image())
     reference = oci.parse_reference(text.format(tmp_path))

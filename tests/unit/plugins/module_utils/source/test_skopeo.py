@@ -43,15 +43,33 @@ HEARD = [
     ("creating temp directory: open /a/nope.tar: no such file or directory", ImageNotFound),
     ('creating temp directory: archive file not found: "/a/nope.tar"', ImageNotFound),
     ('Tag "docker.io/x/one:v2" not found', ImageNotFound),
-    ('reference "[overlay@/a+/b]localhost/x:y" does not resolve to an image ID: identifier is not an image', ImageNotFound),
+    (
+        'reference "[overlay@/a+/b]localhost/x:y" does not resolve to an image ID: identifier is not an image',
+        ImageNotFound,
+    ),
     ("reading manifest v1 in r.example/x: unauthorized: authentication required", AuthFailed),
     ("reading manifest v1 in r.example/x: authentication required", AuthFailed),
     ("reading manifest x in r.example/x: denied: something", AuthFailed),
     ("reading manifest x in r.example/x: StatusCode: 403, oops", AuthFailed),
-    ('getting username and password: 1 error occurred:\n\t* reading JSON file "/a": unmarshaling JSON at "/a": invalid character', AuthFailed),
-    ('pinging container registry r.example: Get "https://r.example/v2/": http: server gave HTTP response to HTTPS client', TlsFailed),
-    ('pinging container registry r.example: Get "https://r.example/v2/": x509: certificate signed by unknown authority', TlsFailed),
-    ('Get "https://r.example/v2/": tls: failed to verify certificate: x509: certificate signed by unknown authority', TlsFailed),
+    (
+        'getting username and password: 1 error occurred:\n\t* reading JSON file "/a": unmarshaling JSON at "/a": '
+        "invalid character",
+        AuthFailed,
+    ),
+    (
+        'pinging container registry r.example: Get "https://r.example/v2/": http: server gave HTTP response to HTTPS '
+        "client",
+        TlsFailed,
+    ),
+    (
+        'pinging container registry r.example: Get "https://r.example/v2/": x509: certificate signed by unknown '
+        "authority",
+        TlsFailed,
+    ),
+    (
+        'Get "https://r.example/v2/": tls: failed to verify certificate: x509: certificate signed by unknown authority',
+        TlsFailed,
+    ),
     ('Get "https://r.example/v2/": net/http: TLS handshake timeout', RegistryUnreachable),
     ('Get "http://r.example/v2/": dial tcp 127.0.0.1:1: connect: connection refused', RegistryUnreachable),
     ("dial tcp: lookup r.example on 127.0.0.1:53: no such host", RegistryUnreachable),
@@ -61,12 +79,21 @@ HEARD = [
     ("read tcp 127.0.0.1:1->127.0.0.1:2: read: connection reset by peer", RegistryUnreachable),
     ('Get "http://r.example/v2/x/manifests/x": EOF', RegistryUnreachable),
     ("unexpected EOF", RegistryUnreachable),
-    ("reading manifest x in r.example/x: received unexpected HTTP status: 500 Internal Server Error", RegistryUnreachable),
-    ("reading manifest x in r.example/x: received unexpected HTTP status: 503 Service Unavailable", RegistryUnreachable),
+    (
+        "reading manifest x in r.example/x: received unexpected HTTP status: 500 Internal Server Error",
+        RegistryUnreachable,
+    ),
+    (
+        "reading manifest x in r.example/x: received unexpected HTTP status: 503 Service Unavailable",
+        RegistryUnreachable,
+    ),
     ("reading manifest x in r.example/x: StatusCode: 429, oops", RegistryUnreachable),
     ("reading manifest x in r.example/x: toomanyrequests: slow down", RegistryUnreachable),
     ("context deadline exceeded", RegistryUnreachable),
-    ("loading image from docker engine: Cannot connect to the Docker daemon at unix:///var/run/docker.sock.", RegistryUnreachable),
+    (
+        "loading image from docker engine: Cannot connect to the Docker daemon at unix:///var/run/docker.sock.",
+        RegistryUnreachable,
+    ),
     ('no image found in image index for architecture s390x, variant "", OS linux', PlatformNotFound),
     ('no image found in manifest list for architecture "arm64", variant "v7", OS "linux"', PlatformNotFound),
     ("Running image docker://r.example/x:y is rejected by policy.", PolicyRejected),
@@ -78,7 +105,10 @@ HEARD = [
     ("expected 94 bytes in blob, got 99", DigestMismatch),
     ("write /var/tmp/x: no space left on device", NoSpace),
     ("open /a/manifest.json: permission denied", PermissionDenied),
-    ("unsupported legacy manifest MIME type application/vnd.docker.distribution.manifest.v1+json", UnsupportedMediaType),
+    (
+        "unsupported legacy manifest MIME type application/vnd.docker.distribution.manifest.v1+json",
+        UnsupportedMediaType,
+    ),
     ("no FSLayers in manifest", UnsupportedMediaType),
     ("exceeded maximum allowed size of 4194304 bytes", InvalidDocument),
     ("unknown flag: --nope", SkopeoMissing),
@@ -105,7 +135,10 @@ def test_what_may_pass_is_tried_again_and_nothing_else():
 def test_the_name_of_an_image_is_not_taken_for_words(name):
     words = f"reading manifest {name} in r.example/{name}/{name}: manifest unknown"
     assert skopeo.classify(OPTIONS, "x", words).__class__ is ImageNotFound
-    assert skopeo.classify(OPTIONS, "x", f"open /srv/{name}/index.json: no such file or directory").__class__ is ImageNotFound
+    assert (
+        skopeo.classify(OPTIONS, "x", f"open /srv/{name}/index.json: no such file or directory").__class__
+        is ImageNotFound
+    )
 
 
 def test_the_error_code_of_new_proxies_helps_where_the_words_do_not():
@@ -224,7 +257,9 @@ def test_a_policy_that_asks_for_more_is_refused_where_it_is_not_enforced(tmp_pat
     skopeo.check_unenforced_policy(ProxyOptions(policy=str(path), insecure_policy=True))
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"default":[{"type":"insecureAcceptAnything"}],"default":[{"type":"reject"}]}', "\0"])
+@pytest.mark.parametrize(
+    "content", ["", "{", '{"default":[{"type":"insecureAcceptAnything"}],"default":[{"type":"reject"}]}', "\0"]
+)
 def test_a_policy_that_cannot_be_read_does_not_accept_anything(tmp_path, content):
     path = tmp_path / "policy.json"
     path.write_text(content)

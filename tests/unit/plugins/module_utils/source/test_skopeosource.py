@@ -45,7 +45,9 @@ def world(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> World:
     layout = Layout(tmp_path / "layout")
     layout.image([tar(member("a", b"a" * 100))], "app")
     layout.image([tar(member("b", b"b" * 100))], "other")
-    layout.multi_platform({name: [tar(member("c", name.encode() * 20))] for name in ("linux/amd64", "linux/arm64")}, "index")
+    layout.multi_platform(
+        {name: [tar(member("c", name.encode() * 20))] for name in ("linux/amd64", "linux/arm64")}, "index"
+    )
     return World(layout).install(monkeypatch)
 
 
@@ -60,7 +62,10 @@ def test_skopeo_is_started_when_it_is_needed_and_once(world: World) -> None:
     conversation.manifest(APP)
     conversation.manifest(parse_reference(REGISTRY + "other"))
     assert len(world.proxies) == 1
-    assert [what for method, what in world.requests if method == "OpenImage"] == [REGISTRY + "app", REGISTRY + "other"], "each image is opened once"
+    assert [what for method, what in world.requests if method == "OpenImage"] == [
+        REGISTRY + "app",
+        REGISTRY + "other",
+    ], "each image is opened once"
     assert (conversation.skopeo_version, conversation.protocol_version) == ("1.2.3", "0.2.3")
     conversation.close()
     assert world.proxies[0].closed
@@ -153,7 +158,8 @@ def test_layers_come_from_the_manifest_except_from_a_container_storage(world: Wo
         conversation.layer_sources(storage, manifest)
 
 
-# --- the digest of the index -----------------------------------------------------------------------------------------------------------------
+# --- the digest of the index
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def test_the_index_is_told_apart_from_the_manifest(world: World) -> None:
@@ -213,7 +219,14 @@ def test_closing_waits_for_open_questions_but_not_for_long(world: World, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("error", "passes"), [(GONE, True), (Stalled("x"), True), (passing(ProxyFailed("x")), True), (ProxyFailed("x"), False), (DigestMismatch("x"), False)]
+    ("error", "passes"),
+    [
+        (GONE, True),
+        (Stalled("x"), True),
+        (passing(ProxyFailed("x")), True),
+        (ProxyFailed("x"), False),
+        (DigestMismatch("x"), False),
+    ],
 )
 def test_what_may_pass(error: EngineError, passes: bool) -> None:
     assert is_passing(error) is passes

@@ -78,7 +78,9 @@ def test_verity_where_it_works(tmp_path: Path, verity_kernel: Any, verity: str, 
 
 
 @pytest.mark.parametrize("check", [False, True])
-def test_required_verity_that_is_missing_is_said_before_anything_is_made(tmp_path: Path, verity_kernel: Any, check: bool) -> None:
+def test_required_verity_that_is_missing_is_said_before_anything_is_made(
+    tmp_path: Path, verity_kernel: Any, check: bool
+) -> None:
     verity_kernel.supported = False
     with pytest.raises(VerityUnsupported, match=r"does not support fs-verity with sha256"):
         create.prepare(str(tmp_path / "a/b"), SHA256, "required", check=check)
@@ -190,11 +192,14 @@ def test_a_file_system_without_links_is_refused(tmp_path: Path, monkeypatch: pyt
     os.close(fd)
 
 
-# --- repositories older than meta.json -------------------------------------------------------------------------------------------------------
+# --- repositories older than meta.json
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("algorithm", [SHA256, SHA512], ids=lambda a: a.name)
-def test_a_legacy_repository_is_upgraded_to_what_cfsctl_would_write(tmp_path: Path, algorithm: fsverity.Algorithm) -> None:
+def test_a_legacy_repository_is_upgraded_to_what_cfsctl_would_write(
+    tmp_path: Path, algorithm: fsverity.Algorithm
+) -> None:
     legacy(tmp_path, algorithm, b"x" * 100)
     (tmp_path / "streams").mkdir()
     predicted = create.prepare(str(tmp_path), algorithm, "preferred", check=True)

@@ -42,7 +42,8 @@ def repo(tmp_path: pathlib.Path) -> Iterator[Repository]:
         yield found
 
 
-# --- one document ----------------------------------------------------------------------------------------------------------------------------
+# --- one document
+# --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [imagestreams.MANIFEST, imagestreams.CONFIG])
@@ -52,7 +53,9 @@ def test_a_document_is_one_external_object_with_its_exact_bytes(repo: Repository
     assert imagestreams.read(repo, kind, DIGEST) is None, "storing names nothing"
     repo.register(kind + DIGEST, stream)
     assert imagestreams.read(repo, kind, DIGEST) == (RAW, refs, stream)
-    with repo.open_object_stream(stream, splitstream.MANIFEST if kind == imagestreams.MANIFEST else splitstream.CONFIG) as opened:
+    with repo.open_object_stream(
+        stream, splitstream.MANIFEST if kind == imagestreams.MANIFEST else splitstream.CONFIG
+    ) as opened:
         (chunk,) = opened.chunks()
         assert not isinstance(chunk, bytes) and repo.objects.read(chunk.digest, 100) == RAW
 
@@ -138,7 +141,8 @@ def test_layers_and_unknown_keys_are_no_images() -> None:
     assert imagestreams.is_image_ref("composefs.image.boot.v1.xattrs=keep-user-xattrs")
 
 
-# --- a layer that gives its name away --------------------------------------------------------------------------------------------------------
+# --- a layer that gives its name away
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_a_layer_stream_that_gives_its_name_away_keeps_one(repo: Repository) -> None:
@@ -157,14 +161,15 @@ def test_a_layer_stream_that_is_gone_needs_no_other_name(repo: Repository) -> No
     assert repo.streams() == ["oci-layer-x"]
 
 
-# --- the crash window ------------------------------------------------------------------------------------------------------------------------
+# --- the crash window
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def collected(path: pathlib.Path) -> set[bytes]:
     """The objects that a collector would remove: those that cannot be reached from a tag.
 
-    A model of its own: roots are what the links below streams/refs lead to; a stream keeps its objects and everything it names, and walks on
-    where that is itself a stream with a name. It looks at no code that writes.
+    A model of its own: roots are what the links below streams/refs lead to; a stream keeps its objects and everything
+    it names, and walks on where that is itself a stream with a name. It looks at no code that writes.
     """
     streams = {entry.name: os.readlink(entry.path) for entry in os.scandir(path / "streams") if entry.is_symlink()}
 
@@ -196,7 +201,9 @@ def collected(path: pathlib.Path) -> set[bytes]:
 
 
 def needed(path: pathlib.Path) -> dict[str, set[bytes]]:
-    """What each tagged image consists of: its documents, its layers with all their files, and its EROFS images with all of theirs."""
+    """What each tagged image consists of: its documents, its layers with all their files, and its EROFS images with all
+    of theirs.
+    """
     found: dict[str, set[bytes]] = {}
     with Repository.open(str(path)) as repository:
 
@@ -210,7 +217,9 @@ def needed(path: pathlib.Path) -> dict[str, set[bytes]]:
             parts = of_stream(manifest.stream)
             for name, ref in manifest.refs.items():
                 if name.startswith(imagestreams.CONFIG_REF):
-                    config = imagestreams.read_object(repository, imagestreams.CONFIG, name[len(imagestreams.CONFIG_REF) :], ref)
+                    config = imagestreams.read_object(
+                        repository, imagestreams.CONFIG, name[len(imagestreams.CONFIG_REF) :], ref
+                    )
                     parts |= of_stream(ref)
                     for key, image in config.refs.items():
                         if imagestreams.is_image_ref(key):
@@ -242,7 +251,9 @@ OPERATIONS = ("symlink", "rename", "unlink", "link", "mkdir")
 
 
 def killed_after(monkeypatch: pytest.MonkeyPatch, number: int, action: Any) -> bool:
-    """Whether ``action`` was killed right after its ``number``-th change of a name in the repository, all in this process."""
+    """Whether ``action`` was killed right after its ``number``-th change of a name in the repository, all in this
+    process.
+    """
     left = [number]
 
     def deadly(real: Any) -> Any:
@@ -268,7 +279,9 @@ def killed_after(monkeypatch: pytest.MonkeyPatch, number: int, action: Any) -> b
     return False
 
 
-@pytest.mark.parametrize("situation", ["gains an image", "shares its configuration", "replaces an artifact's blob", "moves a tag"])
+@pytest.mark.parametrize(
+    "situation", ["gains an image", "shares its configuration", "replaces an artifact's blob", "moves a tag"]
+)
 def test_no_instant_of_a_pull_loses_a_tagged_image_to_a_collector(
     tmp_path: pathlib.Path, world: World, monkeypatch: pytest.MonkeyPatch, situation: str
 ) -> None:
@@ -295,11 +308,14 @@ def test_no_instant_of_a_pull_loses_a_tagged_image_to_a_collector(
         assert set(found) >= images
         lost = collected(path)
         for image, parts in found.items():
-            assert not parts & lost, f"killed after step {number}, a collector would take {len(parts & lost)} objects of {image}"
+            assert not parts & lost, (
+                f"killed after step {number}, a collector would take {len(parts & lost)} objects of {image}"
+            )
         if not dead:
             assert not list((path / "streams").glob(imagestreams.PENDING + "*"))
             break
-        # Whatever is left behind, the next run completes it, also after a collection, and nothing is lost by then either.
+        # Whatever is left behind, the next run completes it, also after a collection, and nothing is lost by then
+        # either.
         for digest in lost:
             (path / "objects" / fsverity.object_path(digest)).unlink()
         for link in (path / "streams").iterdir():
@@ -325,7 +341,10 @@ def test_the_collector_of_this_test_finds_the_window_that_it_is_about(tmp_path: 
         config = imagestreams.read(repository, imagestreams.CONFIG, done["config_digest"])
         assert config
         refs = {**config.refs, "composefs.image.boot.v1": bytes(32)}
-        repository.register(imagestreams.CONFIG + done["config_digest"], imagestreams.store(repository, imagestreams.CONFIG, config.raw, refs))
+        repository.register(
+            imagestreams.CONFIG + done["config_digest"],
+            imagestreams.store(repository, imagestreams.CONFIG, config.raw, refs),
+        )
     assert needed(path)["app"] & collected(path)
 
 

@@ -57,10 +57,19 @@ def test_an_import_is_marked_while_it_lasts(repository: Repository) -> None:
     assert marks_in(repository) == []
 
 
-def test_the_mark_is_durable_before_the_import_begins_and_goes_after_the_barrier(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mark_is_durable_before_the_import_begins_and_goes_after_the_barrier(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
     story: list[str] = []
     real_fsync, real_unlink = os.fsync, os.unlink
-    monkeypatch.setattr(os, "fsync", lambda fd: (story.append("fsync " + os.readlink(f"/proc/self/fd/{fd}").partition(repository.path)[2]), real_fsync(fd))[1])
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda fd: (
+            story.append("fsync " + os.readlink(f"/proc/self/fd/{fd}").partition(repository.path)[2]),
+            real_fsync(fd),
+        )[1],
+    )
     monkeypatch.setattr(filesystem, "sync", lambda fd: story.append("barrier"))
     monkeypatch.setattr(os, "unlink", lambda name, **kw: (story.append("unlink"), real_unlink(name, **kw))[1])
     with repository.importing():
@@ -71,7 +80,9 @@ def test_the_mark_is_durable_before_the_import_begins_and_goes_after_the_barrier
     assert story[story.index("work") :] == ["work", "barrier", "unlink"]
 
 
-def test_an_import_that_fails_ends_its_mark_after_a_barrier(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_import_that_fails_ends_its_mark_after_a_barrier(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(KeyError), repository.importing():
         raise KeyError
     assert marks_in(repository) == []
@@ -126,7 +137,9 @@ def test_a_failed_recovery_keeps_the_mark(repository: Repository, monkeypatch: p
     assert marks_in(repository) == ["forged"]
 
 
-def test_objects_up_to_a_day_older_than_the_mark_are_hashed(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_objects_up_to_a_day_older_than_the_mark_are_hashed(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
     repository.objects.put(b"old" * 100)
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 30 * HOUR)
@@ -142,14 +155,20 @@ def test_objects_older_than_that_are_not_read(repository: Repository, monkeypatc
     assert marks.recover(repository.fd, repository.objects) == marks.Recovery(marks=1, checked=0, removed=0)
 
 
-def test_a_mark_from_the_future_means_that_everything_is_hashed(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mark_from_the_future_means_that_everything_is_hashed(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
     digest = repository.objects.put(b"a" * 5000)
     tear(repository, digest)
     forge(repository, OTHER_BOOT, time.time() + 1e9)
     assert marks.recover(repository.fd, repository.objects) == marks.Recovery(1, 1, 1)
 
 
-@pytest.mark.parametrize("content", ["", "{}", "null", '{"boot_id": 1, "started": "x"}', "\x00" * 50], ids=["empty", "object", "null", "types", "zeros"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{}", "null", '{"boot_id": 1, "started": "x"}', "\x00" * 50],
+    ids=["empty", "object", "null", "types", "zeros"],
+)
 def test_a_damaged_mark_means_that_everything_is_hashed(repository: Repository, content: str) -> None:
     digest = repository.objects.put(b"a" * 5000)
     tear(repository, digest)
@@ -158,7 +177,9 @@ def test_a_damaged_mark_means_that_everything_is_hashed(repository: Repository, 
     assert marks.recover(repository.fd, repository.objects) == marks.Recovery(1, 1, 1)
 
 
-def test_a_killed_import_of_this_boot_needs_a_barrier_and_no_hashing(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_import_of_this_boot_needs_a_barrier_and_no_hashing(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pid = os.fork()
     if pid == 0:
         with Repository.open(repository.path, write=True) as child:
@@ -246,8 +267,12 @@ def test_a_secure_repository_needs_no_marks(tmp_path: Path, verity_kernel: objec
         assert marks_in(repository) == []
 
 
-def test_what_a_secure_repository_was_given_outlives_a_power_cut_too(tmp_path: Path, verity_kernel: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Found by cutting the power of a guest as soon as a pull was done: objects and streams were there, the name of the image was not."""
+def test_what_a_secure_repository_was_given_outlives_a_power_cut_too(
+    tmp_path: Path, verity_kernel: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by cutting the power of a guest as soon as a pull was done: objects and streams were there, the name of the
+    image was not.
+    """
     with create.create(str(tmp_path / "secure"), fsverity.SHA256, "required") as repository:
         synced: list[bool] = []
         with repository.importing():

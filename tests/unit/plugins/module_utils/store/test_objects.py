@@ -17,7 +17,13 @@ from typing import Any
 import pytest
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
 from ansible_collections.composefs.oci.plugins.module_utils.store import objects
-from ansible_collections.composefs.oci.plugins.module_utils.errors import Busy, DigestMismatch, FormatError, NoSpace, VerityUnsupported
+from ansible_collections.composefs.oci.plugins.module_utils.errors import (
+    Busy,
+    DigestMismatch,
+    FormatError,
+    NoSpace,
+    VerityUnsupported,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -93,7 +99,11 @@ def test_a_right_object_is_never_written_again(place: Place) -> None:
     writer.write(b"x" * 100)
     assert writer.commit() == (digest, 100)
     after = place.file(digest).stat()
-    assert (before.st_ino, before.st_mtime_ns, before.st_ctime_ns) == (after.st_ino, after.st_mtime_ns, after.st_ctime_ns)
+    assert (before.st_ino, before.st_mtime_ns, before.st_ctime_ns) == (
+        after.st_ino,
+        after.st_mtime_ns,
+        after.st_ctime_ns,
+    )
     assert (store.stats.new, store.stats.present, store.stats.replaced) == (1, 2, 0)
 
 
@@ -189,7 +199,9 @@ def no_tmpfile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "open", refuse)
 
 
-def test_file_systems_without_unnamed_files_get_a_temporary_name_that_goes_away(place: Place, no_tmpfile: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_systems_without_unnamed_files_get_a_temporary_name_that_goes_away(
+    place: Place, no_tmpfile: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = place.store()
     first = store.put(b"x" * 100)
     writer = store.writer()
@@ -236,7 +248,9 @@ def test_processes_that_store_the_same_objects_do_not_disturb_each_other(place: 
     assert place.files() == sorted(fsverity.object_path(fsverity.digest(item, SHA256)) for item in data)
 
 
-def test_an_object_that_appears_between_the_look_and_the_link_is_someone_elses(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_object_that_appears_between_the_look_and_the_link_is_someone_elses(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = b"x" * 100
     digest = fsverity.digest(data, SHA256)
     real = os.link
@@ -283,7 +297,8 @@ def test_abort_leaves_nothing_and_commit_closes(place: Place) -> None:
     assert len(place.files()) == 1
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------------------------------
+# --- reading
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_contains_looks_at_existence_and_size(place: Place) -> None:
@@ -338,7 +353,8 @@ def test_names_lists_objects_and_strays(place: Place) -> None:
     assert dict(store.names()) == {fsverity.object_path(digest): digest, f"{digest.hex()[:2]}/stray": None}
 
 
-# --- fs-verity -------------------------------------------------------------------------------------------------------------------------------
+# --- fs-verity
+# --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("hash_first", [False, True])
@@ -368,7 +384,9 @@ def test_hashing_first_spares_sealing_what_is_there(place: Place, verity_kernel:
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["put", "writer"])
 @pytest.mark.parametrize("damage", ["unsealed", "other content", "other algorithm", "short"])
-def test_a_secure_store_replaces_a_wrong_object_by_a_fresh_sealed_one(place: Place, verity_kernel: Any, damage: str, streamed: bool) -> None:
+def test_a_secure_store_replaces_a_wrong_object_by_a_fresh_sealed_one(
+    place: Place, verity_kernel: Any, damage: str, streamed: bool
+) -> None:
     data = b"x" * 100
     digest = fsverity.digest(data, SHA256)
     path = place.plant(digest, {"other content": b"y" * 100, "short": b"x"}.get(damage, data))
@@ -433,7 +451,9 @@ def test_preferred_verity_seals_where_it_works_and_accepts_unsealed_objects(plac
     os.close(store.open(old))
 
 
-def test_etxtbsy_because_another_process_keeps_the_file_open_is_cured_by_a_copy(place: Place, verity_kernel: Any) -> None:
+def test_etxtbsy_because_another_process_keeps_the_file_open_is_cured_by_a_copy(
+    place: Place, verity_kernel: Any
+) -> None:
     store = place.store(verity=True)
     before = open_files()
     verity_kernel.busy_files = 1

@@ -50,7 +50,8 @@ def tree(path: Path) -> list[str]:
     return sorted(str(p.relative_to(path)) for p in path.rglob("*"))
 
 
-# --- opening ---------------------------------------------------------------------------------------------------------------------------------
+# --- opening
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_opening_creates_nothing_and_reading_needs_no_directories(path: Path) -> None:
@@ -130,7 +131,8 @@ def test_all_descriptors_are_closed_on_exec_and_by_close(path: Path) -> None:
     assert set(os.listdir("/proc/self/fd")) == before
 
 
-# --- the lock --------------------------------------------------------------------------------------------------------------------------------
+# --- the lock
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_readers_and_writers_share_the_lock_and_only_a_collection_excludes(path: Path) -> None:
@@ -156,7 +158,8 @@ def test_exclusive_goes_back_to_shared(repo: Repository) -> None:
         pass
 
 
-# --- links -----------------------------------------------------------------------------------------------------------------------------------
+# --- links
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_register_writes_the_exact_link_and_tells_whether_it_changed(repo: Repository) -> None:
@@ -181,12 +184,16 @@ def test_an_unchanged_link_is_not_written_again(repo: Repository) -> None:
     assert os.lstat(f"{repo.path}/streams/s").st_ino == inode
 
 
-def test_a_link_is_replaced_by_renaming_so_that_the_name_is_never_missing(repo: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_link_is_replaced_by_renaming_so_that_the_name_is_never_missing(
+    repo: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, second = repo.objects.put(b"x" * 100), repo.objects.put(b"y" * 100)
     repo.register("s", first)
 
     def crash(source: str, target: str, **options: Any) -> None:
-        assert "/" not in source and source.startswith(".symlink-"), "the temporary link lies in the repository's own directory"
+        assert "/" not in source and source.startswith(".symlink-"), (
+            "the temporary link lies in the repository's own directory"
+        )
         raise OSError(errno.EIO, "broken")
 
     with monkeypatch.context() as patch:
@@ -226,7 +233,8 @@ def test_images_link_to_their_objects(repo: Repository) -> None:
     assert os.readlink(f"{repo.path}/images/{digest.hex()}") == f"../objects/{fsverity.object_path(digest)}"
 
 
-# --- tags ------------------------------------------------------------------------------------------------------------------------------------
+# --- tags
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_tags_are_links_to_manifest_streams_under_encoded_names(repo: Repository) -> None:
@@ -274,7 +282,8 @@ def test_listing_tolerates_dangling_refs_strange_targets_and_other_files(repo: R
     assert repo.tag_digest("old") is None
 
 
-# --- proofs, place, barrier ------------------------------------------------------------------------------------------------------------------
+# --- proofs, place, barrier
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def test_proofs_name_the_object_they_are_about(repo: Repository) -> None:
@@ -325,7 +334,9 @@ def test_a_barrier_that_fails_is_an_error(repo: Repository, monkeypatch: pytest.
         repo.sync()
 
 
-def test_the_barrier_covers_objects_on_a_file_system_of_their_own(repo: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_barrier_covers_objects_on_a_file_system_of_their_own(
+    repo: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
     repo.objects.put(b"x" * 100)
     synced: list[str] = []
     monkeypatch.setattr(filesystem, "sync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
