@@ -36,6 +36,24 @@ class InvalidReference(EngineError):
     code = "invalid_reference"
 
 
+class InvalidPlatform(EngineError):
+    """The platform asked for cannot be parsed."""
+
+    code = "invalid_platform"
+
+
+class InvalidOption(EngineError):
+    """An option has a value that is out of range, or that does not fit the others."""
+
+    code = "invalid_option"
+
+
+class InvalidMountOption(EngineError):
+    """A mount option that nobody knows, or that contradicts another option."""
+
+    code = "invalid_mount_option"
+
+
 class ImageNotFound(EngineError):
     """No such image, tag or blob."""
 
@@ -84,6 +102,12 @@ class SkopeoMissing(EngineError):
     code = "skopeo_missing"
 
 
+class SkopeoTooOld(EngineError):
+    """skopeo is there, but older than what is asked for needs."""
+
+    code = "skopeo_too_old"
+
+
 class Stalled(EngineError):
     """A transfer stayed silent for longer than the timeout."""
 
@@ -91,9 +115,15 @@ class Stalled(EngineError):
 
 
 class DigestMismatch(EngineError):
-    """Bytes do not have the digest (or size) they were announced with."""
+    """Bytes do not have the digest (or size) they were announced with: they are damaged."""
 
     code = "digest_mismatch"
+
+
+class UnexpectedDigest(EngineError):
+    """The reference means another image than the digest that was asked for; nothing is damaged."""
+
+    code = "unexpected_digest"
 
 
 class InvalidDocument(EngineError):
@@ -106,6 +136,12 @@ class InvalidLayer(EngineError):
     """A layer is not a tar archive that can be stored, or is damaged."""
 
     code = "invalid_layer"
+
+
+class NotBootable(EngineError):
+    """The image is no bootable one: it has no ``/sysroot``."""
+
+    code = "not_bootable"
 
 
 class UnsupportedMediaType(EngineError):
@@ -132,6 +168,12 @@ class IncompatibleRepository(EngineError):
     code = "incompatible_repository"
 
 
+class UnsafeRepository(EngineError):
+    """Somebody who is not trusted could change the repository, or the path to it."""
+
+    code = "unsafe_repository"
+
+
 class FormatError(EngineError):
     """A repository file (splitstream, image, link, meta.json) is damaged."""
 
@@ -148,6 +190,18 @@ class NoSpace(EngineError):
     """Not enough free bytes or inodes."""
 
     code = "no_space"
+
+
+class TooLarge(EngineError):
+    """The image is larger, or has more entries, than the task allows."""
+
+    code = "too_large"
+
+
+class LimitReached(EngineError):
+    """The process may have no more threads, processes, descriptors or memory."""
+
+    code = "limit_reached"
 
 
 class ReadOnly(EngineError):
@@ -178,6 +232,18 @@ class MountFailed(EngineError):
     """The kernel refused a mount."""
 
     code = "mount_failed"
+
+
+class Reverted(EngineError):
+    """A deployment was not confirmed in time, or did not hold, and what was there before is back."""
+
+    code = "reverted"
+
+
+class IncompatibleJournal(EngineError):
+    """The journal of a mount was written by a newer version, or cannot be read."""
+
+    code = "incompatible_journal"
 
 
 _BY_ERRNO: dict[int, tuple[type[EngineError], str]] = {
