@@ -66,14 +66,34 @@ options:
       - V(required) fails with RV(error=incompatible_repository) if the repository is not protected by fs-verity.
       - V(preferred) insists on it if the repository is protected, as C(cfsctl) does.
       - V(disabled) never insists. The image itself is measured nevertheless.
+      - Without this option it is as with V(preferred).
+      - Without fs-verity whoever can write to the objects can change what is mounted, and nobody notices. So a warning
+        says so when such a mount is made, and O(persistent=true) fails with RV(error=verity_unsupported) unless this
+        option is written in the task.
     type: str
     choices: [required, preferred, disabled]
-    default: preferred
   bootable:
     description:
       - Mount the variant of the image that was made to boot from. It has no meaning if O(image) is an image id.
     type: bool
     default: false
+  dev:
+    description:
+      - Whether device nodes of the image take effect. With V(true) whoever made the image decides to which devices of
+        the host its users get access.
+      - Every mount is V(nodev) otherwise. A mount that lacks only this, for example one that C(cfsctl) made, gets it in
+        place, whatever O(state) says.
+    type: bool
+    default: false
+    version_added: 1.0.0
+  suid:
+    description:
+      - Whether setuid and setgid bits and the capabilities of files take effect. With V(true) whoever made the image
+        decides which programs run as root for local users.
+      - Every mount is V(nosuid) otherwise, also with O(bootable). A mount that lacks only this gets it in place.
+    type: bool
+    default: false
+    version_added: 1.0.0
   upperdir:
     description:
       - A directory that takes all changes, so that the mount can be written. It is made if it does not exist. Requires
@@ -89,7 +109,7 @@ options:
   opts:
     description:
       - Mount options. V(nodev), V(noexec), V(nosuid), V(nosymfollow), V(noatime), V(nodiratime), V(strictatime) and
-        V(ro) as in C(mount(8)).
+        V(ro) as in C(mount(8)). V(nodev) and V(nosuid) are set without being asked for; see O(dev) and O(suid).
       - V(volatile) makes a writable mount that is faster and does not survive a crash.
       - V(context=), V(fscontext=), V(defcontext=) and V(rootcontext=) with an SELinux context.
     type: list
@@ -127,7 +147,6 @@ EXAMPLES = r"""
   composefs.oci.composefs_mount:
     image: app
     path: /srv/app
-    opts: [nodev, nosuid]
     persistent: true
 
 - name: Put the newest version in the place of the old one without a gap
@@ -135,7 +154,6 @@ EXAMPLES = r"""
   composefs.oci.composefs_mount:
     image: app
     path: /srv/app
-    opts: [nodev, nosuid]
     persistent: true
     state: remounted
   register: mounted
@@ -213,6 +231,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
+from ansible_collections.composefs.oci.plugins.module_utils.errors import VerityUnsupported
 from ansible_collections.composefs.oci.plugins.module_utils.host import mountinfo
 from ansible_collections.composefs.oci.plugins.module_utils.operations import bootmount, mounting
 from ansible_collections.composefs.oci.plugins.module_utils.module import repository_path, run_module
@@ -223,8 +242,10 @@ ARGUMENT_SPEC = {
     "path": {"type": "path", "required": True},
     "repository": {"type": "path"},
     "state": {"type": "str", "choices": ["mounted", "remounted", "unmounted"], "default": "mounted"},
-    "verity": {"type": "str", "choices": ["required", "preferred", "disabled"], "default": "preferred"},
+    "verity": {"type": "str", "choices": ["required", "preferred", "disabled"]},
     "bootable": {"type": "bool", "default": False},
+    "dev": {"type": "bool", "default": False},
+    "suid": {"type": "bool", "default": False},
     "upperdir": {"type": "path"},
     "workdir": {"type": "path"},
     "opts": {"type": "list", "elements": "str", "default": []},
@@ -274,14 +295,22 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
         wish = mounting.Wish(
             image=params["image"],
             path=real,
-            verity=params["verity"],
+            verity=params["verity"] or mounting.PREFERRED,
             upperdir=params["upperdir"],
             workdir=params["workdir"],
             options=params["opts"],
             bootable=params["bootable"],
             replace=params["state"] == "remounted",
+            dev=params["dev"],
+            suid=params["suid"],
         )
         with Repository.open(base["repository"]) as repository:
+            if params["persistent"] and params["verity"] is None and not repository.secure:
+                raise VerityUnsupported(
+                    f"The repository {repository.path} is not protected by fs-verity, so nobody would notice if what "
+                    f"is mounted at {path} at every boot were changed.",
+                    "Use a repository that was made with fs-verity, or write 'verity: disabled' in the task.",
+                )
             if params["persistent"]:
                 # What no unit can hold is refused before anything is mounted.
                 new_unit = bootmount.unit_text(mounting.decide(repository, wish), os.path.realpath(repository.path))
@@ -289,6 +318,11 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
     target = outcome.target
     tell(base, target)
     base["changed"] = outcome.changed
+    if outcome.changed and target and not target.verity:
+        module.warn(
+            f"What is mounted at {path} is not protected by fs-verity: whoever can write to the objects of the "
+            f"repository {base['repository']} can change it unnoticed."
+        )
     if outcome.changed and not check:
         module.log(f"At {path} the image {base['image_id']} is mounted now (was {base['previous_image_id']})")
     if target and params["persistent"]:

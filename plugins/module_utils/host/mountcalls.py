@@ -29,14 +29,15 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from ..errors import Busy, EngineError, MountFailed, PermissionDenied, from_os_error
-from .mountinfo import SOURCE
+from .mountinfo import SOURCE, Mounted, mount_id
 
-_FSOPEN, _FSCONFIG, _FSMOUNT, _MOVE_MOUNT = 430, 431, 432, 429
+_FSOPEN, _FSCONFIG, _FSMOUNT, _MOVE_MOUNT, _MOUNT_SETATTR = 430, 431, 432, 429, 442
 _SET_FLAG, _SET_STRING, _SET_FD, _CMD_CREATE = 0, 1, 5, 6
 _CLOEXEC = 1
 _MOVE_EMPTY_PATH = 0x4
 _MOVE_BENEATH = 0x200
 _AT_FDCWD = -100
+_AT_EMPTY_PATH = 0x1000
 _MNT_DETACH = 2
 _UMOUNT_NOFOLLOW = 8
 _RDONLY = 0x1
@@ -51,6 +52,20 @@ ATTRIBUTES = {
     "nodiratime": 0x80,
     "nosymfollow": 0x200000,
 }
+
+# The same for mount(2), which knows other numbers. A remount states all of them anew.
+_MS_REMOUNT, _MS_BIND = 32, 4096
+_MS_FLAGS = {
+    "ro": 1,
+    "nosuid": 2,
+    "nodev": 4,
+    "noexec": 8,
+    "nosymfollow": 256,
+    "noatime": 1024,
+    "nodiratime": 2048,
+    "relatime": 1 << 21,
+}
+_MS_STRICTATIME = 1 << 24
 
 # How kernels say that they do not take a layer in this form. Before 6.5 overlay's options are strings only, and a
 # descriptor is "not supported".
@@ -100,6 +115,11 @@ class _Kernel:
         if result < 0:
             raise _KernelRefused(step, ctypes.get_errno(), _kernel_words(context))
         return result
+
+    def remount(self, path: str, flags: int) -> None:
+        if self._libc.mount(None, ctypes.c_char_p(os.fsencode(path)), None, ctypes.c_ulong(flags), None) < 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), path)
 
     def umount(self, path: str, flags: int) -> None:
         if self._libc.umount2(ctypes.c_char_p(os.fsencode(path)), ctypes.c_int(flags)) < 0:
@@ -190,6 +210,50 @@ def replace(request: Request, path: str) -> None:
     """
     mount(request, path, beneath=True)
     detach(path)
+
+
+def tighten(there: Mounted, options: Sequence[str]) -> None:
+    """Add protections (names of ATTRIBUTES) to the mount ``there``, which stays as it is otherwise and in use.
+
+    Before 5.12 there is no mount_setattr(2), and a remount of the mount point does it. Raises Busy if another mount is
+    at the path by now, MountFailed and PermissionDenied.
+    """
+    kernel = _Kernel()
+    path = there.path
+    try:
+        fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise from_os_error(error, f"Opening {path}") from error
+    try:
+        if mount_id(fd) != there.mount_id:
+            raise Busy(f"Something else was mounted at {path} meanwhile.", "Run again.")
+        flags = sum(ATTRIBUTES[option] for option in options)
+        try:
+            kernel.call(
+                f"setting {', '.join(options)} at {path}",
+                _MOUNT_SETATTR,
+                fd,
+                b"",
+                _AT_EMPTY_PATH,
+                struct.pack("=4Q", flags, 0, 0, 0),
+                32,
+            )
+        except _KernelRefused as refusal:
+            if refusal.errno not in (errno.ENOSYS, errno.EPERM):
+                raise
+            # A sandbox may refuse a call that it does not know; if mounting is not allowed at all, so is this.
+            wanted = there.options.union(options)
+            old = sum(number for name, number in _MS_FLAGS.items() if name in wanted)
+            if not {"noatime", "relatime"} & wanted:
+                old |= _MS_STRICTATIME
+            kernel.remount(f"/proc/self/fd/{fd}", _MS_REMOUNT | _MS_BIND | old)
+    except (_KernelRefused, OSError) as refusal:
+        text = f"Setting {', '.join(options)} at {path} failed: {os.strerror(refusal.errno or 0)}."
+        if refusal.errno in (errno.EPERM, errno.EACCES):
+            raise PermissionDenied(text, "Run as root, for example with become.") from refusal
+        raise MountFailed(text, "Unmount it, then mount it again.") from refusal
+    finally:
+        os.close(fd)
 
 
 def detach(path: str) -> None:

@@ -101,14 +101,20 @@ def at(path: str) -> Mounted | None:
     except OSError as error:
         raise from_os_error(error, f"Looking at {path}") from error
     try:
-        with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as info:
-            number = next(int(line.split()[1]) for line in info if line.startswith("mnt_id:"))
-    except OSError as error:
-        raise from_os_error(error, f"Looking at {path}") from error
+        number = mount_id(fd)
     finally:
         os.close(fd)
     target = os.path.realpath(path)
     return next((mounted for mounted in mounts() if mounted.mount_id == number and mounted.path == target), None)
+
+
+def mount_id(fd: int) -> int:
+    """The number of the mount that the open file lies on, as ``Mounted.mount_id``."""
+    try:
+        with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as info:
+            return next(int(line.split()[1]) for line in info if line.startswith("mnt_id:"))
+    except OSError as error:
+        raise from_os_error(error, "Asking which mount a file lies on") from error
 
 
 def hidden_at(path: str) -> list[Mounted]:

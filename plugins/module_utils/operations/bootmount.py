@@ -117,6 +117,7 @@ def unit_text(target: mounting.Target, repository: str, places: Places = HOST, i
         *(("--option", option) for option in target.options),
     ):
         words += [option, value] if value else []
+    words += [f"--{name[2:]}" for name in mounting.HARDENING if name not in target.options]
     program = [interpreter, "-I", places.application]
     return f"""\
 # Written by composefs.oci.composefs_mount, which replaces changes made here.

@@ -28,7 +28,14 @@ def main(arguments: Sequence[str]) -> int:
             mounting.ensure_unmounted(options.path)
         else:
             wish = mounting.Wish(
-                options.image, options.path, options.verity, options.upperdir, options.workdir, options.option
+                options.image,
+                options.path,
+                options.verity,
+                options.upperdir,
+                options.workdir,
+                options.option,
+                dev=options.dev,
+                suid=options.suid,
             )
             with Repository.open(options.repository, wait=_LOCK_WAIT) as repository:
                 mounting.ensure_mounted(repository, wish)
@@ -52,6 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     mount.add_argument("--upperdir")
     mount.add_argument("--workdir")
     mount.add_argument("--option", action="append", default=[])
+    # Units of 0.1.0 have neither word, and what they mount is protected, too.
+    mount.add_argument("--dev", action="store_true", help="device nodes of the image take effect")
+    mount.add_argument("--suid", action="store_true", help="setuid bits and capabilities of the image take effect")
     mount.add_argument("path")
     verbs.add_parser("unmount", help="unmount the images at a path").add_argument("path")
     return parser

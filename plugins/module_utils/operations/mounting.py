@@ -22,6 +22,7 @@ from ..errors import (
     FormatError,
     ImageNotFound,
     IncompatibleRepository,
+    InvalidMountOption,
     MountFailed,
     PermissionDenied,
     VerityUnsupported,
@@ -35,6 +36,9 @@ REQUIRED, PREFERRED, DISABLED = "required", "preferred", "disabled"
 # Options of the overlay file system itself. Only such as the kernel shows exactly as they were given, or it could not
 # be told what is mounted.
 FLAGS = ("volatile",)
+# What every mount has unless it is asked for otherwise: an image comes from elsewhere, and a device node or a setuid
+# file in it would hand the host to any local user.
+HARDENING = ("nodev", "nosuid")
 CONTEXTS = ("context", "fscontext", "defcontext", "rootcontext")
 _CAP_SYS_ADMIN = 21
 _PIECE = 1 << 20
@@ -43,7 +47,7 @@ _PIECE = 1 << 20
 @dataclasses.dataclass(frozen=True)
 class Wish:
     """What shall be mounted where. ``image``: a name, a manifest digest or an image id. ``replace``: also in the place
-    of another image.
+    of another image. ``dev``, ``suid``: device nodes, and setuid bits and file capabilities, of the image take effect.
     """
 
     image: str
@@ -54,6 +58,8 @@ class Wish:
     options: Sequence[str] = ()
     bootable: bool = False
     replace: bool = False
+    dev: bool = False
+    suid: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +73,7 @@ class Target:
     verity: bool
     upperdir: str | None = None
     workdir: str | None = None
-    options: tuple[str, ...] = ()
+    options: tuple[str, ...] = HARDENING
 
     @property
     def read_only(self) -> bool:
@@ -103,6 +109,12 @@ def ensure_mounted(repository: Repository, wish: Wish, check: bool = False) -> O
         different = differences(there, target)
         if not different:
             return Outcome(False, there, target)
+        missing = _lacking(there, target)
+        if missing:
+            require_capability(f"Changing the mount at {target.path}")
+            if not check:
+                mountcalls.tighten(there, missing)
+            return Outcome(True, there, target)
         if not wish.replace:
             raise Busy(
                 f"At {target.path} something else is mounted: {'; '.join(different)}.",
@@ -158,11 +170,11 @@ def ensure_unmounted(path: str, check: bool = False) -> Outcome:
 def decide(repository: Repository, wish: Wish) -> Target:
     """Find the image and settle every choice that ``wish`` leaves open. Looks only."""
     if bool(wish.upperdir) != bool(wish.workdir):
-        raise MountFailed(
+        raise InvalidMountOption(
             "A writable mount needs an upper and a work directory, and only one of them was given.",
             "Set both, or none.",
         )
-    options = _checked(wish.options, bool(wish.upperdir))
+    options = _checked(wish.options, bool(wish.upperdir), wish.dev, wish.suid)
     digest = resolve(repository, wish.image, wish.bootable)
     if wish.verity == REQUIRED and not repository.secure:
         raise IncompatibleRepository(
@@ -265,6 +277,16 @@ def differences(there: Mounted, target: Target) -> list[str]:
     ]
 
 
+def _lacking(there: Mounted, target: Target) -> tuple[str, ...]:
+    """The protections that the mount lacks, if that is all in which it differs from ``target``; else nothing.
+
+    Mounts of 0.1.0 and of ``cfsctl`` have none. They get them in place, for nobody who uses the mount loses anything
+    that an image should give.
+    """
+    missing = tuple(name for name in HARDENING if name in target.options and name not in there.options)
+    return missing if not differences(there._replace(options=there.options.union(missing)), target) else ()
+
+
 def require_capability(what: str) -> None:
     """PermissionDenied unless this process may mount. The kernel would say so, too, but only after things were made."""
     try:
@@ -276,23 +298,33 @@ def require_capability(what: str) -> None:
         raise PermissionDenied(f"{what} needs the capability CAP_SYS_ADMIN.", "Run as root, for example with become.")
 
 
-def _checked(options: Sequence[str], writable: bool) -> tuple[str, ...]:
-    """The options, each once and in a fixed order. MountFailed for what is unknown or contradicts itself."""
+def _checked(options: Sequence[str], writable: bool, dev: bool, suid: bool) -> tuple[str, ...]:
+    """The options, each once and in a fixed order, with the protections that were not given up. InvalidMountOption for
+    what is unknown or contradicts itself.
+    """
     known = (*mountcalls.ATTRIBUTES, *FLAGS, "ro", "rw")
     chosen = sorted(set(options))
     for option in chosen:
         name, separator, value = option.partition("=")
         if (separator and value and name in CONTEXTS) or (not separator and option in known):
             continue
-        raise MountFailed(
+        raise InvalidMountOption(
             f"The mount option {option!r} is not known here.",
             f"Known are {', '.join(sorted(known))} and {', '.join(f'{key}=...' for key in CONTEXTS)}.",
         )
     for one, other in (("ro", "rw"), ("noatime", "strictatime")):
         if one in chosen and other in chosen:
-            raise MountFailed(f"The mount options {one} and {other} contradict each other.", "Set one of them.")
+            raise InvalidMountOption(f"The mount options {one} and {other} contradict each other.", "Set one of them.")
+    for given, protection in ((dev, "nodev"), (suid, "nosuid")):
+        if given and protection in chosen:
+            raise InvalidMountOption(
+                f"The mount option {protection} and '{protection[2:]}: true' contradict each other.",
+                "Set one of them.",
+            )
+        chosen += [] if given or protection in chosen else [protection]
+    chosen.sort()
     if not writable and ("rw" in chosen or "volatile" in chosen):
-        raise MountFailed(
+        raise InvalidMountOption(
             "An image is read-only: the mount options rw and volatile need a place for changes.",
             "Set 'upperdir' and 'workdir'.",
         )

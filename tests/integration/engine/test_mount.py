@@ -212,12 +212,15 @@ def test_names_manifest_digests_and_image_ids_mean_the_same(
 
 
 def test_options_of_the_mount_are_compared(mounted: Ensure, point: pathlib.Path) -> None:
-    chosen = ["nodev", "noexec", "nosuid", "noatime", "nosymfollow", "nodiratime"]
+    chosen = ["noexec", "nodev", "nosuid", "noatime", "nosymfollow", "nodiratime"]
     mounted("one", options=chosen)
     assert set(chosen) <= mountinfo.at(str(point)).options  # type: ignore[union-attr]
     assert not mounted("one", options=[*reversed(chosen), "ro"]).changed
-    with pytest.raises(Busy, match="nodev on instead of off"):
+    assert not mounted("one", options=["noexec", *chosen[3:]]).changed, "two of them need no words"
+    with pytest.raises(Busy, match="noexec on instead of off"):
         mounted("one", options=chosen[1:])
+    with pytest.raises(Busy, match="nodev on instead of off"):
+        mounted("one", options=["noexec", *chosen[2:]], dev=True)
     assert mounted("one", options=["strictatime"], replace=True).changed
     assert not mounted("one", options=["strictatime"]).changed
     assert len(ours()) == 1
@@ -310,6 +313,116 @@ def test_a_mount_must_not_hide_its_repository(pulled: pathlib.Path, point: pathl
         for path in (pulled, pulled.parent, pulled / "objects"):
             with pytest.raises(MountFailed, match="hide"):
                 mounting.ensure_mounted(repository, Wish("one", str(path)))
+
+
+# ---- what a mount gives to the users of the host ---------------------------------------------------------------------
+
+NOBODY = 65534
+
+
+def as_nobody(point: pathlib.Path) -> dict[str, Any]:
+    """What a local user gets out of the image's device node and its setuid program: the error of opening the one, or
+    None, and the effective user of the other.
+    """
+    directory = os.open(point, os.O_PATH)
+    try:
+        script = f"""
+import os, subprocess
+os.setgroups([])
+os.setresgid({NOBODY}, {NOBODY}, {NOBODY})
+os.setresuid({NOBODY}, {NOBODY}, {NOBODY})
+try:
+    os.read(os.open("usr/zero", os.O_RDONLY, dir_fd={directory}), 1)
+    error = None
+except OSError as refusal:
+    error = refusal.errno
+print(error, flush=True)
+os.dup2(os.open("usr/id", os.O_PATH, dir_fd={directory}), 9)
+os.execv("/proc/self/fd/9", ["id", "-u"])
+"""
+        done = subprocess.run(
+            ["/usr/bin/python3", "-I", "-c", script],
+            pass_fds=[directory],
+            cwd="/",
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    finally:
+        os.close(directory)
+    error, user = done.stdout.split()
+    return {"device": None if error == "None" else int(error), "user": int(user)}
+
+
+@pytest.fixture
+def tempting(place: pathlib.Path, pulled: pathlib.Path) -> str:
+    """An image with a device that everybody may read, and a setuid program of root's."""
+    program = pathlib.Path("/usr/bin/id").read_bytes()
+    made = Layout(place / "tempting")
+    made.image(
+        [
+            tar(
+                member("usr/", type=DIRECTORY, mode=0o755),
+                member("usr/zero", type=CHARDEV, device=(1, 5), mode=0o666),
+                member("usr/id", program, mode=0o4755),
+            )
+        ],
+        "tempting",
+    )
+    pull_one(pulled, f"oci:{made.path}:tempting", "tempting")
+    return "tempting"
+
+
+HARMLESS = {"device": errno.EACCES, "user": NOBODY}
+
+
+def test_device_nodes_and_setuid_programs_of_an_image_are_nothing_to_local_users(
+    mounted: Ensure, point: pathlib.Path, place: pathlib.Path, tempting: str
+) -> None:
+    mounted(tempting)
+    assert as_nobody(point) == HARMLESS
+    mounted(tempting, replace=True, upperdir=str(place / "upper"), workdir=str(place / "work"))
+    assert as_nobody(point) == HARMLESS, "nor where changes can be made"
+    mounting.ensure_unmounted(str(point))
+    mounted(tempting, dev=True)
+    assert as_nobody(point) == {"device": None, "user": NOBODY}
+    mounted(tempting, replace=True, suid=True)
+    assert as_nobody(point) == {"device": errno.EACCES, "user": 0}
+    mounted(tempting, replace=True, dev=True, suid=True)
+    assert as_nobody(point) == {"device": None, "user": 0}
+
+
+@pytest.mark.parametrize("old_kernel", [False, True])
+def test_a_mount_that_lacks_protection_gets_it_while_it_is_in_use(
+    mounted: Ensure,
+    point: pathlib.Path,
+    tempting: str,
+    pulled: pathlib.Path,
+    cfsctl: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    old_kernel: bool,
+) -> None:
+    if old_kernel:
+        really = mountcalls._Kernel.call
+
+        def call(kernel: Any, step: str, number: int, *arguments: Any, context: int = -1) -> int:
+            if number == mountcalls._MOUNT_SETATTR:
+                raise mountcalls._KernelRefused(step, errno.ENOSYS, "")
+            return really(kernel, step, number, *arguments, context=context)
+
+        monkeypatch.setattr(mountcalls._Kernel, "call", call)
+    point.mkdir()
+    cfsctl("--repo", pulled, "oci", "mount", "--fuse", "no", tempting, point)
+    assert as_nobody(point) == {"device": None, "user": 0}, "as cfsctl mounts"
+    with open(point / "usr/id", "rb") as file:
+        before = mountinfo.at(str(point))
+        assert mounted(tempting, check=True).changed and mountinfo.at(str(point)) == before
+        assert mounted(tempting).changed
+        after = mountinfo.at(str(point))
+        assert before is not None and after == before._replace(options=before.options | {"nodev", "nosuid"})
+        assert file.read(4) == b"\x7fELF"
+    assert as_nobody(point) == HARMLESS
+    assert not mounted(tempting).changed
 
 
 # ---- one image in the place of another -------------------------------------------------------------------------------
@@ -485,6 +598,7 @@ def test_cfsctl_mounts_what_was_pulled_here_and_its_mount_is_recognised(
     point.mkdir()
     cfsctl("--repo", pulled, "oci", "mount", "--fuse", "no", "one", point)
     compare(point, FIRST, SECOND)
+    assert mounted("one").changed, "it lacks nodev and nosuid"
     assert not mounted("one").changed
     assert mounted("two", replace=True).changed
     compare(point, ODD)
@@ -562,7 +676,7 @@ def test_systemd_understands_the_unit(pulled: pathlib.Path, point: pathlib.Path,
     places = bootmount.Places(str(place / "units"), str(place / "library"), str(place / "not running"))
     strange = place / "a b%c\\d\"e'f$g;h"
     with Repository.open(str(pulled)) as repository:
-        target = mounting.decide(repository, Wish("one", str(strange), options=["nodev"]))
+        target = mounting.decide(repository, Wish("one", str(strange), options=["noexec"]))
     with contextlib.suppress(MountFailed):
         bootmount.ensure(target, str(pulled), lambda _words: (0, "", ""), places=places)
     unit = f"{places.units}/{bootmount.unit_name(target.path)}"

@@ -40,6 +40,7 @@ class Host:
         self.path = str(tmp_path / "app")
         self.places = bootmount.Places(str(tmp_path / "units"), str(tmp_path / "library"), str(tmp_path / "running"))
         self.told: list[str] = []
+        self.warnings: list[str] = []
         self.refuses = False
         (tmp_path / "running").mkdir()
         create.prepare(self.repository, fsverity.SHA256, create.DISABLED)
@@ -57,6 +58,7 @@ class Host:
         for name in ("current", "ensure", "remove"):
             monkeypatch.setattr(bootmount, name, functools.partial(getattr(bootmount, name), places=self.places))
         monkeypatch.setattr(basic.AnsibleModule, "run_command", self.run_command)
+        monkeypatch.setattr(basic.AnsibleModule, "warn", lambda _module, text, **_options: self.warnings.append(text))
 
     def mount(self, request: mountcalls.Request, path: str) -> None:
         if self.refuses:
@@ -135,6 +137,33 @@ def test_remounted_replaces_what_mounted_refuses(host: Host, run: Any) -> None:
     assert not run(image=two, state="remounted")["changed"]
 
 
+def test_a_mount_without_fs_verity_is_warned_about_once(host: Host, run: Any) -> None:
+    for _time in range(2):
+        run(image=host.images[0])
+    run(state="unmounted")
+    assert len(host.warnings) == 1 and "fs-verity" in host.warnings[0] and host.path in host.warnings[0]
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_persistent_without_fs_verity_has_to_be_asked_for_in_words(host: Host, run: Any, check: bool) -> None:
+    result = run(check, image=host.images[0], persistent=True)
+    assert result["error"] == "verity_unsupported" and "verity: disabled" in result["msg"]
+    assert host.there == {} and bootmount.current(host.path) is None
+    for words in ("disabled", "preferred"):
+        assert run(check, image=host.images[0], persistent=True, verity=words)["unit"]
+
+
+def test_device_nodes_and_setuid_take_effect_only_where_asked_for(host: Host, run: Any) -> None:
+    for values, options in (
+        ({}, {"nodev", "nosuid"}),
+        ({"dev": True}, {"nosuid"}),
+        ({"dev": True, "suid": True}, set()),
+    ):
+        run(image=host.images[0], **values)
+        assert host.there[host.path].options & {"nodev", "nosuid"} == options
+        run(state="unmounted")
+
+
 def test_unmounting_needs_neither_image_nor_repository(host: Host, run: Any, tmp_path: Path) -> None:
     run(image=host.images[0])
     for check in (True, False):
@@ -153,12 +182,14 @@ def test_unmounting_needs_neither_image_nor_repository(host: Host, run: Any, tmp
 def test_a_persistent_mount_has_a_unit_until_it_is_not_asked_for(host: Host, run: Any) -> None:
     one, two = host.images
     name = bootmount.unit_name(host.path)
-    predicted = run(True, image=one, persistent=True)
+    predicted = run(True, image=one, persistent=True, verity="disabled")
     assert predicted["unit"] == name and predicted["diff"]["after"]["unit"] and not os.path.exists(host.places.units)
-    assert run(image=one, persistent=True)["unit"] == name
-    assert not run(image=one, persistent=True)["changed"]
+    assert run(image=one, persistent=True, verity="disabled")["unit"] == name
+    assert not run(image=one, persistent=True, verity="disabled")["changed"]
     assert one in (bootmount.current(host.path) or "")
-    assert run(image=two, persistent=True, state="remounted")["changed"] and two in (bootmount.current(host.path) or "")
+    assert run(image=two, persistent=True, verity="disabled", state="remounted")["changed"] and two in (
+        bootmount.current(host.path) or ""
+    )
     result = run(True, image=two)
     assert result["changed"] and result["unit"] is None and bootmount.current(host.path)
     host.told.clear()
@@ -168,7 +199,7 @@ def test_a_persistent_mount_has_a_unit_until_it_is_not_asked_for(host: Host, run
 
 
 def test_unmounting_removes_the_unit_too(host: Host, run: Any) -> None:
-    run(image=host.images[0], persistent=True)
+    run(image=host.images[0], persistent=True, verity="disabled")
     host.there.clear()
     result = run(state="unmounted")
     assert result["changed"] and result["unit"] is None and bootmount.current(host.path) is None
@@ -177,13 +208,13 @@ def test_unmounting_removes_the_unit_too(host: Host, run: Any) -> None:
 
 def test_a_mount_that_fails_gets_no_unit(host: Host, run: Any) -> None:
     host.refuses = True
-    result = run(image=host.images[0], persistent=True)
+    result = run(image=host.images[0], persistent=True, verity="disabled")
     assert result["failed"] and result["error"] == "mount_failed" and not result["changed"] and not result["mounted"]
     assert bootmount.current(host.path) is None
 
 
 def test_what_no_unit_can_hold_is_refused_before_mounting(host: Host, run: Any) -> None:
-    result = run(image=host.images[0], persistent=True, path=f"{host.path}\tx")
+    result = run(image=host.images[0], persistent=True, verity="disabled", path=f"{host.path}\tx")
     assert result["failed"] and result["error"] == "mount_failed" and host.there == {}
 
 
@@ -192,7 +223,7 @@ def test_what_no_unit_can_hold_is_refused_before_mounting(host: Host, run: Any) 
     [
         ({"image": "missing"}, "image_not_found"),
         ({"image": "missing", "repository": "/nowhere/at/all"}, "not_a_repository"),
-        ({"image": "missing", "opts": ["bogus"]}, "mount_failed"),
+        ({"image": "missing", "opts": ["bogus"]}, "invalid_mount_option"),
     ],
 )
 def test_failures_have_a_code(host: Host, run: Any, values: dict[str, Any], error: str) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from ansible_collections.composefs.oci.plugins.module_utils.host import mountcalls
+from ansible_collections.composefs.oci.plugins.module_utils.host import mountcalls, mountinfo
 from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     Busy,
     EngineError,
@@ -28,7 +28,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.errors import (
 )
 
 ID = "ab" * 32
-FSOPEN, FSCONFIG, FSMOUNT, MOVE_MOUNT = 430, 431, 432, 429
+FSOPEN, FSCONFIG, FSMOUNT, MOVE_MOUNT, MOUNT_SETATTR = 430, 431, 432, 429, 442
 
 
 class Kernel:
@@ -60,6 +60,10 @@ class Kernel:
         elif number == MOVE_MOUNT:
             said = f"attach {os.fsdecode(arguments[3])} {arguments[4]:#x}".replace(str(os.getpid()), "self")
             refuse = errno.EINVAL if arguments[4] & 0x200 and self.version < (6, 5) else 0
+        elif number == MOUNT_SETATTR:
+            said = f"setattr {struct.unpack('=4Q', arguments[3])[0]:#x}"
+            assert arguments[1:3] == (b"", 0x1000) and arguments[4] == 32
+            refuse = self.deny or (errno.ENOSYS if self.version < (5, 12) else 0)
         self.calls.append(said)
         if refuse:
             if number == FSOPEN:
@@ -91,6 +95,12 @@ class Kernel:
 
     is_loop = False
     given: dict[str, str] = {}
+
+    def remount(self, path: str, flags: int) -> None:
+        assert path.startswith("/proc/self/fd/")
+        self.calls.append(f"remount {flags:#x}")
+        if self.deny:
+            raise OSError(self.deny, os.strerror(self.deny), path)
 
     def umount(self, path: str, flags: int) -> None:
         self.calls.append(f"umount {path} {flags}")
@@ -324,6 +334,41 @@ def test_a_replacement_goes_beneath_and_then_the_old_one_is_detached(
 ) -> None:
     mountcalls.replace(request(image), str(tmp_path))
     assert kernel.calls[-2:] == [f"attach {tmp_path} 0x204", f"umount {tmp_path} 10"]
+
+
+def shown_at(path: pathlib.Path, *options: str, other: int = 0) -> mountinfo.Mounted:
+    fd = os.open(path, os.O_PATH)
+    number = mountinfo.mount_id(fd) + other
+    os.close(fd)
+    return mountinfo.Mounted(number, 0, str(path), "overlay", f"composefs:{ID}", frozenset(options), {})
+
+
+@pytest.mark.parametrize(
+    ("version", "options", "calls"),
+    [
+        ((6, 18), ("ro", "relatime"), ["setattr 0x6"]),
+        ((5, 10), ("ro", "relatime", "noexec"), ["setattr 0x6", "remount 0x20102f"]),
+        ((5, 10), ("rw",), ["setattr 0x6", "remount 0x1001026"]),
+    ],
+)
+def test_protection_is_added_in_place_and_the_rest_stays(
+    kernel: type[Kernel], tmp_path: pathlib.Path, version: tuple[int, int], options: tuple[str, ...], calls: list[str]
+) -> None:
+    kernel.version = version
+    mountcalls.tighten(shown_at(tmp_path, *options), ("nodev", "nosuid"))
+    assert kernel.calls == calls
+
+
+def test_protection_that_cannot_be_added_is_said(kernel: type[Kernel], tmp_path: pathlib.Path) -> None:
+    with pytest.raises(Busy, match="meanwhile"):
+        mountcalls.tighten(shown_at(tmp_path, "ro", other=1), ("nodev",))
+    assert kernel.calls == []
+    kernel.deny = errno.EPERM
+    with pytest.raises(PermissionDenied, match="Setting nodev at"):
+        mountcalls.tighten(shown_at(tmp_path, "ro"), ("nodev",))
+    kernel.deny = errno.EINVAL
+    with pytest.raises(MountFailed, match="Invalid argument"):
+        mountcalls.tighten(shown_at(tmp_path, "ro"), ("nodev",))
 
 
 def test_links_in_the_path_are_followed(kernel: type[Kernel], image: int, tmp_path: pathlib.Path) -> None:

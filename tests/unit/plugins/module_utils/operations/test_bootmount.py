@@ -86,7 +86,7 @@ def test_the_unit_pins_the_image_and_what_was_decided(places: Places) -> None:
     assert found["ExecStart"] == (
         f'"/usr/bin/python3" "-I" "{places.application}" "mount" "--repository" "/srv/repo" "--image" "{IMAGE}" '
         f'"--verity" "required" '
-        '"--upperdir" "/var/u" "--workdir" "/var/w" "--option" "nodev" "--" "/srv/app"'
+        '"--upperdir" "/var/u" "--workdir" "/var/w" "--option" "nodev" "--suid" "--" "/srv/app"'
     )
     assert found["ExecStop"] == f'"/usr/bin/python3" "-I" "{places.application}" "unmount" "--" "/srv/app"'
     assert found["RequiresMountsFor"] == f'"/srv/repo" "/srv" "{places.library}" "/usr/bin" "/var/u" "/var/w"'

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -24,6 +25,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     FormatError,
     ImageNotFound,
     IncompatibleRepository,
+    InvalidMountOption,
     IOFailed,
     MountFailed,
     PermissionDenied,
@@ -99,7 +101,7 @@ def there(image_id: str, **changes: Any) -> Mounted:
         "metacopy": "on",
         **changes.pop("settings", {}),
     }
-    options = frozenset(changes.pop("options", ("ro", "relatime")))
+    options = frozenset(changes.pop("options", ("ro", "nodev", "nosuid", "relatime")))
     return Mounted(
         46,
         27,
@@ -228,14 +230,14 @@ def test_required_verity_needs_a_secure_repository(repository: Repository) -> No
 )
 def test_options_that_cannot_be_are_refused(repository: Repository, options: list[str], words: str) -> None:
     put_image(repository, "app")
-    with pytest.raises(MountFailed, match=words):
+    with pytest.raises(InvalidMountOption, match=words):
         mounting.decide(repository, Wish("app", "/srv", options=options))
 
 
 def test_an_upper_directory_needs_a_work_directory(repository: Repository) -> None:
-    with pytest.raises(MountFailed, match="only one of them"):
+    with pytest.raises(InvalidMountOption, match="only one of them"):
         mounting.decide(repository, Wish("app", "/srv", upperdir="/u"))
-    with pytest.raises(MountFailed, match="ro and rw"):
+    with pytest.raises(InvalidMountOption, match="ro and rw"):
         mounting.decide(repository, Wish("app", "/srv", upperdir="/u", workdir="/w", options=["ro", "rw"]))
 
 
@@ -245,10 +247,24 @@ def test_options_have_one_form(repository: Repository) -> None:
         "nodev",
         "nosuid",
     )
-    assert mounting.decide(repository, Wish("app", "/srv", upperdir="/u", workdir="/w", options=["rw"])).options == ()
-    assert mounting.decide(repository, Wish("app", "/srv", upperdir="/u", workdir="/w", options=["ro"])).options == (
-        "ro",
-    )
+    writable = Wish("app", "/srv", upperdir="/u", workdir="/w", dev=True, suid=True)
+    assert mounting.decide(repository, dataclasses.replace(writable, options=["rw"])).options == ()
+    assert mounting.decide(repository, dataclasses.replace(writable, options=["ro"])).options == ("ro",)
+
+
+@pytest.mark.parametrize("bootable", [False, True])
+def test_a_mount_is_nodev_and_nosuid_unless_it_is_asked_for_otherwise(repository: Repository, bootable: bool) -> None:
+    put_image(repository, "app", boot=bootable)
+
+    def options(**changes: Any) -> tuple[str, ...]:
+        return mounting.decide(repository, Wish("app", "/srv", bootable=bootable, **changes)).options
+
+    assert options() == ("nodev", "nosuid") == options(options=["nosuid", "nodev"])
+    assert options(upperdir="/u", workdir="/w", options=["noatime"]) == ("noatime", "nodev", "nosuid")
+    assert (options(dev=True), options(suid=True), options(dev=True, suid=True)) == (("nosuid",), ("nodev",), ())
+    for contradiction in ({"dev": True, "options": ["nodev"]}, {"suid": True, "options": ["nosuid"]}):
+        with pytest.raises(InvalidMountOption, match="contradict"):
+            options(**contradiction)
 
 
 # ---- what is there already -------------------------------------------------------------------------------------------
@@ -267,7 +283,7 @@ IMAGE = "ab" * 32
         (there(IMAGE, options=("ro", "nodev", "relatime")), Target(IMAGE, "/srv/app", False, options=("nodev",)), ""),
         (
             there(IMAGE, options=("ro", "nodev", "relatime")),
-            Target(IMAGE, "/srv/app", False),
+            Target(IMAGE, "/srv/app", False, options=()),
             "nodev on instead of off",
         ),
         (there(IMAGE, options=("ro",)), Target(IMAGE, "/srv/app", False, options=("strictatime",)), ""),
@@ -275,7 +291,7 @@ IMAGE = "ab" * 32
         (there(IMAGE), Target(IMAGE, "/srv/app", False, "/u", "/w"), "upperdir none instead of /u"),
         (
             there(IMAGE, settings={"context": "a:b:c:d"}),
-            Target(IMAGE, "/srv/app", False, options=("context=a:b:c:d",)),
+            Target(IMAGE, "/srv/app", False, options=("context=a:b:c:d", "nodev", "nosuid")),
             "",
         ),
         (
@@ -312,6 +328,7 @@ class Host:
         monkeypatch.setattr(mountcalls, "mount", lambda request, path: self.calls.append(f"mount {path}"))
         monkeypatch.setattr(mountcalls, "replace", lambda request, path: self.calls.append(f"replace {path}"))
         monkeypatch.setattr(mountcalls, "unmount", self.unmount)
+        monkeypatch.setattr(mountcalls, "tighten", lambda there, names: self.calls.append(f"tighten {names}"))
 
     def unmount(self, path: str) -> None:
         self.calls.append(f"unmount {path}")
@@ -355,6 +372,27 @@ def test_only_remounted_replaces(
     assert outcome.changed and outcome.previous == host.shown and host.calls == [f"replace {tmp_path / 'm'}"]
     host.shown = there(image)
     assert not mounting.ensure_mounted(repository, Wish("app", str(tmp_path / "m"), replace=True)).changed
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_mount_that_only_lacks_protection_gets_it_in_place(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch, replace: bool
+) -> None:
+    image = put_image(repository, "app")
+    host = Host(monkeypatch, there(image, options=("ro", "relatime", "nosuid")))
+    host.inside = [there("ef" * 32)._replace(path="/srv/app/inner")]
+    wish = Wish("app", "/srv/app", replace=replace)
+    assert mounting.ensure_mounted(repository, wish, check=True).changed and host.calls == []
+    outcome = mounting.ensure_mounted(repository, wish)
+    assert outcome.changed and outcome.previous is not None and outcome.previous.image_id == image
+    assert host.calls == ["tighten ('nodev',)"]
+    # One that was made with more protection than is asked for is another mount, as ever.
+    with pytest.raises(Busy):
+        mounting.ensure_mounted(repository, Wish("app", "/srv/app", suid=True))
+    host.shown = there("cd" * 32, options=("ro", "relatime"))
+    with pytest.raises(Busy):
+        mounting.ensure_mounted(repository, Wish("app", "/srv/app"))
+    assert len(host.calls) == 1
 
 
 def test_a_mount_with_others_inside_is_not_replaced(
