@@ -39,7 +39,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "": (("errors", "progress"),),
     "formats": (
         ("codecs", "fsverity", "oci", "repolayout", "tarheader"),
-        ("metajson", "ocischemas", "splitstream", "tar"),
+        ("metajson", "ocischemas", "splitstream", "tar", "tardiff"),
     ),
     "rootfs": (
         ("erofs", "filetree", "lastmatch"),

@@ -23,9 +23,14 @@ import functools
 import importlib
 import zlib
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Union
 
 from ..errors import EngineError, FormatError, InvalidLayer, MissingLibrary
+
+if TYPE_CHECKING:
+    from mmap import mmap
+
+    Buffer = Union[bytes, bytearray, memoryview, mmap]
 
 CHUNK = 256 * 1024
 """Bytes asked of a source at a time."""
@@ -439,10 +444,12 @@ def _zstd(frames: _Frames, name: str, module: Any) -> Decoder:
 class _Zstandard:
     """Package ``zstandard``: its stream reader goes on from frame to frame and never returns more than asked for."""
 
-    def __init__(self, frames: _Frames, module: Any) -> None:
+    def __init__(self, frames: _Frames, module: Any, reader: Any = None) -> None:
         self._frames = frames
         self._error = module.ZstdError
-        self._reader = module.ZstdDecompressor().stream_reader(frames, read_size=CHUNK, read_across_frames=True)
+        self._reader = reader or module.ZstdDecompressor().stream_reader(
+            frames, read_size=CHUNK, read_across_frames=True
+        )
 
     def read(self, n: int, /) -> bytes:
         if n < 1:
@@ -457,8 +464,8 @@ class _Zstandard:
 class _StandardZstd(_Members):
     """Module ``compression.zstd`` of Python 3.14, and ``backports.zstd``: one object per frame."""
 
-    def __init__(self, frames: _Frames, module: Any) -> None:
-        super().__init__(module.ZstdDecompressor)
+    def __init__(self, frames: _Frames, module: Any, prefix: Any = None) -> None:
+        super().__init__(lambda: module.ZstdDecompressor(zstd_dict=prefix))
         self._frames = frames
         self._error = module.ZstdError
         self._data = memoryview(b"")
@@ -500,17 +507,18 @@ class _StandardZstd(_Members):
 # compressing
 
 
-def zstd_compressor(*, backend: str | None = None) -> Compressor:
-    """A compressor for the sections of a splitstream: level 3, one frame without content size and checksum.
+def zstd_compressor(*, level: int = 3, backend: str | None = None) -> Compressor:
+    """A compressor for the sections of a splitstream and for tar-diffs: one frame without content size and checksum.
 
-    No input at all gives the nine bytes ``28 b5 2f fd 20 00 01 00 00``. How the input is cut makes no difference to the
-    result. The bytes depend on the version of libzstd, not on the Python package. Raises MissingLibrary.
+    Splitstreams are written at level 3. No input at all gives the nine bytes ``28 b5 2f fd 20 00 01 00 00``. How the
+    input is cut makes no difference to the result. The bytes depend on the version of libzstd, not on the Python
+    package. Raises MissingLibrary.
     """
     name, module = _zstd_module(backend)
     # The one-shot functions would store the content size: the sections are defined by what the streaming interface
     # writes.
-    stream = module.ZstdCompressor(level=3).compressobj() if name == "zstandard" else module.ZstdCompressor(level=3)
-    return _ZstdCompressor(stream)
+    compressor = module.ZstdCompressor(level=level)
+    return _ZstdCompressor(compressor.compressobj() if name == "zstandard" else compressor)
 
 
 class _ZstdCompressor:
@@ -521,3 +529,54 @@ class _ZstdCompressor:
     def compress(self, data: bytes, /) -> bytes:
         # An empty first call would start a frame with a window, and the empty frame has none.
         return self._compress(data) if data else b""
+
+
+# --------------------------------------------------------------------------------------------------------------
+# patches: frames whose raw prefix is another file
+
+
+def zstd_patch(base: Buffer, data: Buffer, *, level: int = 12, backend: str | None = None) -> bytes:
+    """``data`` as one zstd frame that may refer to every byte of ``base`` (``zstd --patch-from``).
+
+    Whoever reads the frame needs the same ``base`` and a window of the size of ``data``, rounded up to a power of two;
+    the window need not hold the base. MissingLibrary.
+    """
+    name, module = _zstd_module(backend)
+    window = max((len(data) - 1).bit_length(), 10)
+    if name == "zstandard":
+        raw = module.ZstdCompressionDict(base, dict_type=module.DICT_TYPE_RAWCONTENT)
+        parameters = module.ZstdCompressionParameters.from_level(
+            level, source_size=len(data), dict_size=len(base), window_log=window, enable_ldm=True
+        )
+        frame: bytes = module.ZstdCompressor(dict_data=raw, compression_params=parameters).compress(data)
+        return frame
+    options = {
+        module.CompressionParameter.compression_level: level,
+        module.CompressionParameter.window_log: window,
+        module.CompressionParameter.enable_long_distance_matching: 1,
+    }
+    prefix = module.ZstdDict(base, is_raw=True).as_prefix
+    frame = module.ZstdCompressor(options=options, zstd_dict=prefix).compress(data, module.ZstdCompressor.FLUSH_FRAME)
+    return frame
+
+
+class Patches:
+    """Decodes any number of frames that have the raw prefix ``base``; holds one copy of it. MissingLibrary."""
+
+    def __init__(self, base: Buffer, *, backend: str | None = None) -> None:
+        self._name, self._module = _zstd_module(backend)
+        if self._name == "zstandard":
+            self._dict = self._module.ZstdCompressionDict(base, dict_type=self._module.DICT_TYPE_RAWCONTENT)
+        else:
+            self._dict = self._module.ZstdDict(base, is_raw=True)
+
+    def open(self, source: Source) -> Decoder:
+        """A decoder of the one frame that ``source`` begins with; InvalidLayer from its reads if it is damaged."""
+        module = self._module
+        frames = _Frames(source, InvalidLayer, padded=True)
+        if self._name == "zstandard":
+            reader = module.ZstdDecompressor(dict_data=self._dict, max_window_size=_MAX_WINDOW).stream_reader(
+                frames, read_size=CHUNK
+            )
+            return _Zstandard(frames, module, reader)
+        return _StandardZstd(frames, module, self._dict.as_prefix)
