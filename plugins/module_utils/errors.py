@@ -5,7 +5,8 @@
 """The one family of errors that leaves the engine.
 
 Every error says what was being done to what, and what the user can do; its class carries a ``code`` that modules return
-and that playbooks may rely on: codes are never renamed.
+and that playbooks may rely on: codes are never renamed. What an error knows is in fields, so nobody has to search its
+words; to_values() and from_values() carry it whole from one process to another.
 """
 
 from __future__ import annotations
@@ -13,21 +14,46 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+# What an error quotes may come from an image, and a message between processes is bounded.
+_MAX_TEXT = 4000
 
 
 class EngineError(Exception):
-    """Base of all engine errors: ``message`` (what went wrong) and ``hint`` (what the user can do, may be empty)."""
+    """Base of all engine errors.
+
+    ``message`` is what went wrong, ``hint`` what the user can do, ``doing`` what was being done to what (outermost
+    first, separated by colons), ``said`` the words of the other side, such as skopeo or a registry, without secrets.
+    All but ``message`` may be empty. ``passing`` tells whether the same may succeed a little later.
+    """
 
     code = "failed"
+    passing = False
 
-    def __init__(self, message: str, hint: str = "") -> None:
+    def __init__(
+        self, message: str, hint: str = "", *, doing: str = "", said: str = "", passing: bool | None = None
+    ) -> None:
         super().__init__(message, hint)
         self.message = message
         self.hint = hint
+        self.doing = doing
+        self.said = said
+        if passing is not None:
+            self.passing = passing
+
+    @property
+    def text(self) -> str:
+        """What happened, in one line, without the hint."""
+        return f"{self.doing}: {self.message}" if self.doing else self.message
 
     def __str__(self) -> str:
-        return f"{self.message} {self.hint}" if self.hint else self.message
+        return f"{self.text} {self.hint}" if self.hint else self.text
+
+    def within(self, what: str) -> None:
+        """Add that it happened while ``what`` was being done (a phrase such as ``importing layer sha256:…``)."""
+        self.doing = f"{what}: {self.doing}" if self.doing else what
 
 
 class InvalidReference(EngineError):
@@ -82,6 +108,7 @@ class RegistryUnreachable(EngineError):
     """The source could not be reached or answered with a passing fault; trying again later may help."""
 
     code = "registry_unreachable"
+    passing = True
 
 
 class PolicyRejected(EngineError):
@@ -112,6 +139,7 @@ class Stalled(EngineError):
     """A transfer stayed silent for longer than the timeout."""
 
     code = "stalled"
+    passing = True
 
 
 class DigestMismatch(EngineError):
@@ -246,6 +274,18 @@ class IncompatibleJournal(EngineError):
     code = "incompatible_journal"
 
 
+class OutOfMemory(EngineError):
+    """The host has not enough memory for the task."""
+
+    code = "out_of_memory"
+
+
+class InternalError(EngineError):
+    """A defect of the collection."""
+
+    code = "internal_error"
+
+
 _BY_ERRNO: dict[int, tuple[type[EngineError], str]] = {
     errno.ENOSPC: (NoSpace, "Free space or inodes on that file system and run again; what is whole is kept."),
     errno.EDQUOT: (NoSpace, "Raise the quota or free space and run again; what is whole is kept."),
@@ -263,29 +303,72 @@ def from_os_error(error: OSError, what: str) -> EngineError:
     kind, hint = _BY_ERRNO.get(error.errno or 0, (IOFailed, ""))
     text = os.strerror(error.errno) if error.errno else str(error)
     where = f" ({error.filename!r})" if isinstance(error.filename, (str, bytes)) else ""
-    return kind(f"{what}: {text}{where}.", hint)
+    return kind(f"{text}{where}.", hint, doing=what)
+
+
+def from_exception(error: BaseException, what: str) -> EngineError:
+    """The engine error for whatever went wrong while doing ``what``; an engine error is itself, as it is.
+
+    The words of an exception that nobody expected are left out: see describe_crash().
+    """
+    if isinstance(error, EngineError):
+        return error
+    if isinstance(error, OSError):
+        return from_os_error(error, what)
+    if isinstance(error, MemoryError):
+        return OutOfMemory("The host has not enough memory.", "Lower 'parallel', or give it more memory.", doing=what)
+    return InternalError(describe_crash(error))
 
 
 @contextlib.contextmanager
 def doing(what: str) -> Iterator[None]:
-    """Name what the block does: engine errors get it as a prefix, operating-system errors become engine errors that
-    carry it.
+    """Name what the block does: engine errors get it in front of their ``doing``, operating-system errors become engine
+    errors that carry it.
     """
     try:
         yield
     except EngineError as error:
-        error.message = f"{what}: {error.message}"
+        error.within(what)
         raise
     except OSError as error:
         raise from_os_error(error, what) from error
 
 
+def classes() -> Iterator[type[EngineError]]:
+    """EngineError and every class below it, those nearer to it first."""
+    level: list[type[EngineError]] = [EngineError]
+    while level:
+        yield from level
+        level = [below for kind in level for below in kind.__subclasses__()]
+
+
 def by_code(code: str) -> type[EngineError]:
     """The error class with the given stable code; EngineError if there is none."""
-    for kind in EngineError.__subclasses__():
-        if kind.code == code:
-            return kind
-    return EngineError
+    return next((kind for kind in classes() if kind.code == code), EngineError)
+
+
+def to_values(error: EngineError) -> dict[str, Any]:
+    """All that the error knows, as plain values for another process; from_values() makes the error of them again."""
+    texts = {key: getattr(error, key)[:_MAX_TEXT] for key in ("message", "hint", "doing", "said")}
+    return {"kind": type(error).__name__, "code": error.code, "passing": error.passing, **texts}
+
+
+def from_values(values: Mapping[str, Any]) -> EngineError:
+    """The error that to_values() wrote down: of the same class, or of the class of its code where that is not known
+    here.
+    """
+    kind = next((kind for kind in classes() if kind.__name__ == values["kind"]), by_code(values["code"]))
+    # Around the constructors of subclasses, which may want something else than a message.
+    error = kind.__new__(kind)
+    EngineError.__init__(
+        error,
+        values["message"],
+        values["hint"],
+        doing=values["doing"],
+        said=values["said"],
+        passing=values["passing"],
+    )
+    return error
 
 
 def describe_crash(error: BaseException) -> str:

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any, Callable, Protocol
 
-from .errors import EngineError, NotARepository, describe_crash, from_os_error
+from .errors import NotARepository, from_exception
 from .store.repository import Repository, default_path
 
 
@@ -83,20 +83,14 @@ def run_module(module: Module, main: Callable[[Any], Mapping[str, Any]], base: M
 
     ``base`` holds the return values that exist in every case; ``main``'s own take precedence. It is read when the
     module ends, so ``main`` may fill in what it learns before it fails. Failures carry ``error``: the code of the
-    engine's error class, ``out_of_memory``, or ``internal_error`` for a bug.
+    engine's error class; ``internal_error`` stands for a bug.
     """
     _occupy_standard_descriptors()
     try:
         result = main(module)
-    except EngineError as error:
+    except Exception as raised:  # the last resort: a traceback must never reach the user
+        error = from_exception(raised, "The module could not go on")
         failure = {"msg": str(error), "error": error.code}
-    except OSError as error:
-        known = from_os_error(error, "The module could not go on")
-        failure = {"msg": str(known), "error": known.code}
-    except MemoryError:
-        failure = {"msg": "The host has not enough memory for this task.", "error": "out_of_memory"}
-    except Exception as error:  # the last resort: a traceback must never reach the user
-        failure = {"msg": describe_crash(error), "error": "internal_error"}
     else:
         module.exit_json(**{**(base or {}), **result})
         return

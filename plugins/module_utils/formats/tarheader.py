@@ -306,11 +306,9 @@ class Parser:
 
     def _located(self, error: InvalidLayer) -> InvalidLayer:
         if self._name:
-            error.message = (
-                f"Entry {show(self._name)} at byte {self._offset} of the archive cannot be taken: {error.message}"
-            )
+            error.within(f"Entry {show(self._name)} at byte {self._offset} of the archive cannot be taken")
         else:
-            error.message = f"The archive cannot be taken, at byte {self._offset}: {error.message}"
+            error.within(f"The archive cannot be taken, at byte {self._offset}")
         return error
 
     def expected_sum(self, field: bytes) -> int:

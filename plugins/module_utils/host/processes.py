@@ -19,10 +19,9 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import EngineError, IOFailed, by_code, describe_crash, from_os_error
+from ..errors import IOFailed, from_exception, from_values, to_values
 
 MAX_MESSAGE = 64 * 1024
-_MAX_TEXT = 4000
 _PR_SET_PDEATHSIG = 1
 
 
@@ -39,23 +38,6 @@ def settle(parent: int) -> None:
         os.close(null)
 
 
-def failure(error: BaseException) -> dict[str, str]:
-    """An exception as plain values that can cross to the parent; revive() makes an engine error of them again."""
-    if isinstance(error, EngineError):
-        # Bounded, because a message between processes is: what an error quotes may come from an image.
-        return {"code": error.code, "message": error.message[:_MAX_TEXT], "hint": error.hint[:_MAX_TEXT]}
-    if isinstance(error, OSError):
-        return failure(from_os_error(error, "Storing objects"))
-    if isinstance(error, MemoryError):
-        return failure(IOFailed("The host is out of memory.", "Lower 'parallel', or give the host more memory."))
-    return {"code": EngineError.code, "message": describe_crash(error), "hint": ""}
-
-
-def revive(values: dict[str, str]) -> EngineError:
-    """The engine error that failure() wrote down."""
-    return by_code(values["code"])(values["message"], values["hint"])
-
-
 def killed(what: str) -> IOFailed:
     """The error for a child that ended without a word."""
     return IOFailed(
@@ -66,7 +48,7 @@ def killed(what: str) -> IOFailed:
 
 def call(what: str, function: Callable[[], Any]) -> Any:
     """Run ``function`` in a child and return its value, which must fit into a small JSON document. Engine errors come
-    through.
+    through; ``what`` is what the child does, such as ``makes the EROFS image``.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     parent = os.getpid()
@@ -78,7 +60,7 @@ def call(what: str, function: Callable[[], Any]) -> Any:
             try:
                 answer = {"value": function()}
             except BaseException as error:
-                answer = {"error": failure(error)}
+                answer = {"error": to_values(from_exception(error, f"The process that {what}"))}
             theirs.send(json.dumps(answer).encode())
         finally:
             os._exit(0)
@@ -93,5 +75,5 @@ def call(what: str, function: Callable[[], Any]) -> Any:
     if answer is None:
         raise killed(what)
     if "error" in answer:
-        raise revive(answer["error"])
+        raise from_values(answer["error"])
     return answer["value"]

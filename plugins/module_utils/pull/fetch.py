@@ -26,7 +26,19 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 from ..host import processes
 from ..store import imagestreams
-from ..errors import DigestMismatch, EngineError, ProxyFailed, RegistryUnreachable, Stalled, describe_crash, doing
+from ..errors import (
+    DigestMismatch,
+    EngineError,
+    InternalError,
+    ProxyFailed,
+    RegistryUnreachable,
+    Stalled,
+    describe_crash,
+    doing,
+    from_exception,
+    from_values,
+    to_values,
+)
 from ..formats.fsverity import Algorithm
 from ..source.imageproxy import ImageProxy
 from .layer import AnyStorer, LayerResult, LayerSpec, import_layer
@@ -35,7 +47,6 @@ from ..formats.oci import Reference
 from ..progress import BYTES, DONE, STARTED, Event, Progress
 from ..store.repository import Repository
 from ..source.skopeosource import Session, is_passing, pause
-from ..source.skopeo import passing
 from .smallobjects import DirectStorer, Storer
 
 T = TypeVar("T")
@@ -196,7 +207,7 @@ def _serve(control: socket.socket, objects: ObjectStore, algorithm: Algorithm, t
                 return
             except Exception as error:
                 storer.reset()
-                tell("error", error=processes.failure(error))
+                tell("error", error=to_values(from_exception(error, "in the process that imports it")))
     finally:
         storer.close()
 
@@ -339,7 +350,7 @@ class Fetcher:
             self._failure = self._failure or error
         except BaseException as error:
             # Nothing may pass unnoticed: a lane that ends without a word counts as done.
-            self._failure = self._failure or EngineError(describe_crash(error))
+            self._failure = self._failure or InternalError(describe_crash(error))
         finally:
             self._main.put(None)
 
@@ -392,7 +403,7 @@ class Fetcher:
                     verdict = _Verdict(proxy, pipe)
                     verdict.start()
             elif kind == "error":
-                raise _judge(processes.revive(message["error"]), verdict)
+                raise _judge(from_values(message["error"]), verdict)
             else:
                 if verdict is None:
                     raise AssertionError("this must hold: verdict is not None")
@@ -401,7 +412,9 @@ class Fetcher:
                     # A skopeo that died before it could judge is no judgement; then the blob is fetched again.
                     if is_passing(verdict.error):
                         raise verdict.error
-                    raise DigestMismatch(f"skopeo refuses the blob: {_words(verdict.error)}", verdict.error.hint)
+                    raise DigestMismatch(
+                        f"skopeo refuses the blob: {verdict.error.message}", verdict.error.hint, said=verdict.error.said
+                    )
                 return LayerResult(**message["result"])
 
     def _await(self, verdict: _Verdict) -> None:
@@ -427,11 +440,7 @@ def _judge(error: EngineError, verdict: _Verdict | None) -> _TransferFailed:
         if isinstance(error, RegistryUnreachable) and said.__class__ is not ProxyFailed:
             # The worker only sees the pipe end; skopeo knows why. Whatever broke a transfer may be gone at the next
             # try.
-            error = passing(type(said)(error.message, said.hint))
-        error.message = f"{error.message} {_words(said)}"
+            error = type(said)(error.message, said.hint, doing=error.doing, passing=True)
+        error.message = f"{error.message} {said.message}"
+        error.said = said.said
     return _TransferFailed(error, not verdict.is_alive())
-
-
-def _words(error: EngineError) -> str:
-    """The part of a proxy's error that is skopeo's, which begins with ``skopeo says:`` or the like."""
-    return error.message[max(error.message.find("skopeo "), 0) :]

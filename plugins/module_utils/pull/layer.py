@@ -353,7 +353,7 @@ def _blame_blob(source: PipeSource, spec: LayerSpec, error: BaseException) -> No
         source.drain()
         check_blob(source, spec)
     except DigestMismatch as mismatch:
-        mismatch.message += f" ({error.message})"
+        mismatch.message += f" ({error.text})"
         raise mismatch from error
     except EngineError as transfer:
         raise transfer from error

@@ -260,10 +260,10 @@ def proved_layer(
 
             found = "sha256:" + tar_sha256(opened, repository.objects)
     except FormatError as error:
-        warnings.append(f"The stored layer {stream} is not usable and is replaced: {error.message}")
+        warnings.append(f"The stored layer {stream} is not usable and is replaced: {error.text}")
         return None
     except EngineError as error:
-        warnings.append(f"The stored layer {stream} cannot be read and is replaced: {error.message}")
+        warnings.append(f"The stored layer {stream} cannot be read and is replaced: {error.text}")
         return None
     if found != diff_id:
         warnings.append(

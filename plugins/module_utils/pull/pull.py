@@ -167,14 +167,14 @@ def _plan(repository: Repository, request: Request, options: Options, sources: _
         try:
             return planning.look_up(repository, request, reference, session, record)
         except (RegistryUnreachable, Stalled) as error:
-            warning = f"{error.message} What is there under {request.name!r} is left as it is."
+            warning = f"{error.text} What is there under {request.name!r} is left as it is."
             known = planning.recall(repository, request, [warning], record) if options.policy == NEWER else None
             if known is None:
                 raise
             return known
     except EngineError as error:
-        if reference.text not in error.message and request.ref not in error.message:
-            error.message = f"Looking up {request.ref}: {error.message}"
+        if reference.text not in error.text and request.ref not in error.text:
+            error.within(f"Looking up {request.ref}")
         raise
     except OSError as error:
         raise from_os_error(error, f"Looking up {request.ref}") from error

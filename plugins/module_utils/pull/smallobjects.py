@@ -27,7 +27,7 @@ from typing import Any, cast
 
 from ..formats import fsverity
 from ..host import processes
-from ..errors import EngineError
+from ..errors import EngineError, from_exception, from_values, to_values
 from ..store.objects import ObjectStats, ObjectStore
 
 # A batch is handed over when it has so many objects or bytes. The kernel takes at most 1024 pieces in one write.
@@ -124,14 +124,14 @@ class Storer:
             if "stats" in message:
                 self._objects.stats.add(ObjectStats(**message["stats"]))
                 return error
-            error = processes.revive(message["error"])
+            error = from_values(message["error"])
 
     def _send(self) -> None:
         self._write([_HEAD.pack(len(self._contents), self._bytes), b"".join(self._table), *self._contents])
         self._table, self._contents, self._bytes = [], [], 0
         # Whether it went wrong meanwhile: a full disk should not wait for the end of the layer to be told.
         with contextlib.suppress(BlockingIOError):
-            raise processes.revive(self._message(socket.MSG_DONTWAIT)["error"])
+            raise from_values(self._message(socket.MSG_DONTWAIT)["error"])
 
     def _write(self, pieces: list[Any]) -> None:
         try:
@@ -192,7 +192,7 @@ def _serve(source: int, control: socket.socket, objects: ObjectStore) -> None:
                 start = end
         except Exception as error:
             failed = True
-            control.send(json.dumps({"error": processes.failure(error)}).encode())
+            control.send(json.dumps({"error": to_values(from_exception(error, "Storing objects"))}).encode())
 
 
 def _read(source: int, view: memoryview) -> memoryview | None:

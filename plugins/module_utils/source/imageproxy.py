@@ -383,12 +383,14 @@ class ImageProxy:
         if self._socket is None or self._broken:
             raise passing(
                 ProxyFailed(
-                    f"{what}: skopeo is not running, {self._broken or 'it was not started'}.", "Run the task again."
+                    f"skopeo is not running, {self._broken or 'it was not started'}.",
+                    "Run the task again.",
+                    doing=what,
                 )
             )
         request = json.dumps({"method": method, "args": list(args)}).encode()
         if len(request) > REQUEST:
-            raise InvalidReference(f"{what}: the request is too long for skopeo.", "Use a shorter reference.")
+            raise InvalidReference("The request is too long for skopeo.", "Use a shorter reference.", doing=what)
         try:
             self._socket.send(request, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
         except OSError:
@@ -449,8 +451,9 @@ class ImageProxy:
             self._died("", what)
         self.kill("it was stopped because a request had no answer")
         raise Stalled(
-            f"{what}: no answer for {seconds:g} seconds.",
+            f"no answer for {seconds:g} seconds.",
             "Check the network and the registry, or raise the option timeout.",
+            doing=what,
         )
 
     def _violated(self, method: str, got: str) -> NoReturn:
@@ -468,7 +471,7 @@ class ImageProxy:
         words = "" if child is None else child.words()
         self.kill("it has ended")
         if stopped:
-            raise passing(ProxyFailed(f"{what}: skopeo is gone, {stopped}.", "Run the task again."))
+            raise passing(ProxyFailed(f"skopeo is gone, {stopped}.", "Run the task again.", doing=what))
         how = (
             "closed the connection"
             if status is None
@@ -476,13 +479,19 @@ class ImageProxy:
             if status < 0
             else f"ended with status {status}"
         )
-        said = f": {scrub(self.options, words).rstrip('.')}." if words else "."
+        quoted = scrub(self.options, words).rstrip(".")
+        said = f": {quoted}." if words else "."
         if method == "Initialize":
             error = classify(self.options, "Starting skopeo", words)
             if words and isinstance(error, (AuthFailed, PolicyRejected, SkopeoMissing)):
                 raise error
-            raise ProxyFailed(f"Starting skopeo: it {how}{said}", "Check that the option executable names skopeo.")
-        raise passing(ProxyFailed(f"{what}: skopeo {how}{said}", "Run the task again."))
+            raise ProxyFailed(
+                f"it {how}{said}",
+                "Check that the option executable names skopeo.",
+                doing="Starting skopeo",
+                said=quoted,
+            )
+        raise passing(ProxyFailed(f"skopeo {how}{said}", "Run the task again.", doing=what, said=quoted))
 
 
 def _descriptors(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:

@@ -132,15 +132,16 @@ class Child:
             if not readable(pipe.fileno(), deadline):
                 self.kill()
                 raise Stalled(
-                    f"{what}: skopeo gave no answer in time.",
+                    "skopeo gave no answer in time.",
                     "Check the network and the registry, or raise the option timeout.",
+                    doing=what,
                 )
             piece = os.read(pipe.fileno(), min(65536, limit + 1 - len(data)))
             if not piece:
                 return bytes(data)
             data += piece
         self.kill()
-        raise InvalidDocument(f"{what}: the answer has more than {limit} bytes.")
+        raise InvalidDocument(f"The answer has more than {limit} bytes.", doing=what)
 
     def wait(self, seconds: float) -> int | None:
         """The exit status (negative: a signal), or None if it has not ended after ``seconds``."""
@@ -569,15 +570,16 @@ def classify(options: ProxyOptions, what: str, words: str, code: object = None) 
         if code == "retryable":
             kind = RegistryUnreachable
     quoted = _once(scrub(options, words)).rstrip(".") or "nothing"
-    return kind(f"{what}: skopeo says: {quoted}{'' if quoted[-1] in '?!…' else '.'}", hint)
+    said = f"{quoted}{'' if quoted[-1] in '?!…' else '.'}"
+    return kind(f"skopeo says: {said}", hint, doing=what, said=said)
 
 
 def passing(error: _E) -> _E:
-    """Mark an error as one that a new proxy may not meet: its attribute ``retryable`` becomes true."""
-    error.__dict__["retryable"] = True
+    """Mark an error as one that a new proxy may not meet."""
+    error.passing = True
     return error
 
 
 def is_retryable(error: EngineError) -> bool:
     """Whether the same request, of a new proxy if need be, may succeed a little later."""
-    return isinstance(error, (RegistryUnreachable, Stalled)) or bool(getattr(error, "retryable", False))
+    return error.passing

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from ..formats import oci
-from ..errors import EngineError, InvalidDocument, RegistryUnreachable, Stalled
+from ..errors import EngineError, InvalidDocument
 from .imageproxy import ImageProxy, fetch_config
 from ..formats.oci import Reference
 from ..progress import Progress
@@ -27,13 +27,13 @@ CLOSE_WAIT = 1.0
 
 def is_passing(error: EngineError) -> bool:
     """Whether trying again may help: the source was silent, out of reach, or its connection broke."""
-    return isinstance(error, (Stalled, RegistryUnreachable)) or bool(getattr(error, "retryable", False))
+    return error.passing
 
 
 def pause(attempt: int, error: EngineError, progress: Progress) -> None:
     """Wait before the ``attempt``-th repetition, twice as long each time, and say so."""
     seconds = min(0.5 * 2 ** (attempt - 1), BACKOFF_LIMIT)
-    progress.message(f"{error.message} Trying again in {seconds:g} s.")
+    progress.message(f"{error.text} Trying again in {seconds:g} s.")
     time.sleep(seconds)
 
 

@@ -138,7 +138,7 @@ def _try_out(directory: str, algorithm: fsverity.Algorithm, verity: str) -> bool
             return False
         lack = filesystem.missing_ability(fd, algorithm)
         if lack is not None and verity == REQUIRED:
-            raise VerityUnsupported(f"{directory} ({filesystem.type_of(fd)}): {lack.message}", lack.hint)
+            raise VerityUnsupported(f"{directory} ({filesystem.type_of(fd)}): {lack.text}", lack.hint)
         return lack is None
     finally:
         os.close(fd)

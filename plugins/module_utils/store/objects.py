@@ -184,7 +184,7 @@ class ObjectStore:
             if isinstance(error, OSError):
                 raise from_os_error(error, f"Measuring object {digest.hex()}") from error
             if isinstance(error, DigestMismatch):
-                raise FormatError(f"Object {digest.hex()}: {error.message}", _REPAIR) from error
+                raise FormatError(f"Object {digest.hex()}: {error.text}", _REPAIR) from error
             raise
         return fd
 

@@ -128,7 +128,7 @@ def refused(data: bytes, pattern: str) -> str:
             with pytest.raises(InvalidLayer, match=pattern) as caught:
                 split(data, step, entries)
             assert caught.value.hint
-            messages.add(caught.value.message)
+            messages.add(caught.value.text)
     with pytest.raises(EngineError):
         list(tar.EntryReader().entries(as_stored(data)))
     assert len(messages) == 1
@@ -1012,7 +1012,7 @@ def test_hostile_bytes_only_raise_engine_errors_and_cuts_make_no_difference(bloc
         try:
             outcomes.append(split(data, size, entries).sink.chunks)
         except InvalidLayer as error:
-            outcomes.append(error.message)
+            outcomes.append(error.text)
     assert outcomes[0] == outcomes[1] == outcomes[2]
     if not isinstance(outcomes[0], str):
         assert [entry for entry, _unused in tar.EntryReader().entries(outcomes[0])] == split(data).entries

@@ -245,7 +245,7 @@ def test_the_first_of_several_errors_is_the_one_that_is_told(world: World, repo:
 def test_skopeos_no_counts_although_we_find_nothing_wrong(world: World, repo: Repository) -> None:
     run = Fetch(world, repo, 1)
     world.verdicts[run.digest(0)] = [
-        DigestMismatch("Fetching from docker://x: skopeo says: corrupted blob.", "Try again.")
+        DigestMismatch("skopeo says: corrupted blob.", "Try again.", doing="Fetching from docker://x")
     ]
     with pytest.raises(DigestMismatch, match=r": skopeo refuses the blob: skopeo says: corrupted blob\. Try again\.$"):
         run.run()
@@ -255,7 +255,7 @@ def test_skopeos_no_counts_although_we_find_nothing_wrong(world: World, repo: Re
 def test_a_skopeo_that_dies_before_its_verdict_is_not_a_verdict(world: World, repo: Repository) -> None:
     run = Fetch(world, repo, 1)
     world.verdicts[run.digest(0)] = [
-        passing(ProxyFailed("Fetching: skopeo was killed by signal 9.", "Run the task again."))
+        passing(ProxyFailed("skopeo was killed by signal 9.", "Run the task again.", doing="Fetching"))
     ]
     assert len(run.run()) == 1 and run.fetcher.retried == 1
 
@@ -268,7 +268,9 @@ def test_a_transfer_that_breaks_off_is_explained_by_skopeo(
     run = Fetch(world, repo, 1, timeout=20.0, retries=0)
     world.blobs[run.digest(0)] = [world.layout.read(run.digest(0))[:500]]
     world.verdicts[run.digest(0)] = [
-        DigestMismatch("Fetching from docker://x: skopeo says: expected 9 bytes in blob, got 500.", "Try again.")
+        DigestMismatch(
+            "skopeo says: expected 9 bytes in blob, got 500.", "Try again.", doing="Fetching from docker://x"
+        )
     ]
     start = time.monotonic()
     with pytest.raises(

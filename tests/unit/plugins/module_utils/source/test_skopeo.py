@@ -121,7 +121,7 @@ HEARD = [
 def test_what_skopeo_says_becomes_an_error_with_a_code(words, kind):
     error = skopeo.classify(OPTIONS, "Opening x", words)
     assert error.__class__ is kind
-    assert "Opening x: skopeo says: " in error.message
+    assert "Opening x: skopeo says: " in error.text
     assert kind is ProxyFailed or error.hint
 
 
