@@ -47,6 +47,7 @@ options:
         C(cfsctl oci dump) and C(composefs-info dump) write it. It is the only thing that this module changes.
       - The image must be selected with O(name) or O(digest) and must have an EROFS image, which is measured first. The
         directory must exist.
+      - The file is written aside under a random name and renamed. A link that has the name is replaced, not followed.
     type: path
 seealso:
   - module: composefs.oci.composefs_image
@@ -77,7 +78,7 @@ EXAMPLES = r"""
 - name: Write down every file of an image with its metadata and digest
   composefs.oci.composefs_image_info:
     name: app
-    dumpfile: /var/tmp/app.dump
+    dumpfile: /root/app.dump
 """
 
 RETURN = r"""
@@ -203,7 +204,7 @@ dumpfile:
   description: The absolute path of the dumpfile. V(null) without O(dumpfile).
   returned: always
   type: str
-  sample: /var/tmp/app.dump
+  sample: /root/app.dump
 error:
   description: What went wrong, as a stable code for conditions in playbooks. The collection's documentation lists all
     codes.

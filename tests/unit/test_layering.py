@@ -47,7 +47,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("erofsreader", "erofswriter", "selinux"),
         ("bootable",),
     ),
-    "host": (("filesystem", "mountinfo", "processes"), ("mountcalls",)),
+    "host": (("files", "mountinfo", "processes"), ("filesystem", "mountcalls")),
     "source": (("skopeo",), ("imageproxy",), ("skopeosource",)),
     "store": (("objects",), ("marks",), ("repository",), ("create", "imagestreams")),
     "pull": (("smallobjects",), ("layer",), ("fetch", "makeimages", "plan"), ("publish",), ("pull",)),

@@ -13,10 +13,8 @@ import errno
 import os
 
 from ..formats import fsverity
+from . import files
 from ..errors import EngineError, IOFailed, PermissionDenied, ReadOnly, VerityUnsupported, from_os_error
-
-# What open(O_TMPFILE) answers where a file system (or a very old kernel) does not have it.
-NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS)
 
 
 def type_of(fd: int) -> str:
@@ -89,29 +87,17 @@ def missing_ability(fd: int, algorithm: fsverity.Algorithm) -> VerityUnsupported
     Asking the kernel is the only way: a feature flag of the file system, a kernel option and the block size all have a
     say. The file has no name where that is possible, and is gone afterwards in any case.
     """
-    name = None
+    trial = None
     try:
-        try:
-            draft = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=fd)
-        except OSError as error:
-            if error.errno not in NO_TMPFILE:
-                raise
-            name = ".tmp-object-" + os.urandom(6).hex()
-            draft = os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=fd)
-        try:
-            os.write(draft, b"fs-verity?")
-            sealed = os.open(f"/proc/self/fd/{draft}", os.O_RDONLY | os.O_CLOEXEC)
-        finally:
-            os.close(draft)
-        try:
-            fsverity.enable(sealed, algorithm)
-            if fsverity.measure(sealed, algorithm) == fsverity.digest(b"fs-verity?", algorithm):
-                return None
-            return VerityUnsupported(
-                "The kernel's fs-verity digest is not the one that is computed here.", "Report this as a bug."
-            )
-        finally:
-            os.close(sealed)
+        trial = files.draft(fd, prefix=files.OBJECT_PREFIX)
+        os.write(trial.fd, b"fs-verity?")
+        trial.reopen_read_only()
+        fsverity.enable(trial.fd, algorithm)
+        if fsverity.measure(trial.fd, algorithm) == fsverity.digest(b"fs-verity?", algorithm):
+            return None
+        return VerityUnsupported(
+            "The kernel's fs-verity digest is not the one that is computed here.", "Report this as a bug."
+        )
     except VerityUnsupported as error:
         return error
     except OSError as error:
@@ -123,9 +109,8 @@ def missing_ability(fd: int, algorithm: fsverity.Algorithm) -> VerityUnsupported
             )
         raise from_os_error(error, "Trying out fs-verity") from error
     finally:
-        if name is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name, dir_fd=fd)
+        if trial is not None:
+            trial.close()
 
 
 def require_links(fd: int, path: str) -> None:
@@ -137,9 +122,9 @@ def require_links(fd: int, path: str) -> None:
         os.close(os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=fd))
         return
     except OSError as error:
-        if error.errno not in NO_TMPFILE:
+        if error.errno not in files.NO_TMPFILE:
             raise from_os_error(error, f"Making a file in {path}") from error
-    trial = ".tmp-object-" + os.urandom(6).hex()
+    trial = files.temporary_name(files.OBJECT_PREFIX)
     try:
         os.mkdir(trial, 0o700, dir_fd=fd)
         try:

@@ -21,7 +21,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from ..host import mountinfo
+from ..host import files, mountinfo
 from . import mounting
 from ..errors import FormatError, IOFailed, MountFailed, doing
 
@@ -180,8 +180,8 @@ def ensure(target: mounting.Target, repository: str, run: Run, check: bool = Fal
         )
     text = unit_text(target, repository, places)
     wanted = REMOTE if f"WantedBy={REMOTE}\n" in text else LOCAL
-    files = {places.application: application(), f"{places.units}/{name}": text.encode()}
-    stale = {path: content for path, content in files.items() if _bytes(path) != content}
+    contents = {places.application: application(), f"{places.units}/{name}": text.encode()}
+    stale = {path: content for path, content in contents.items() if _bytes(path) != content}
     links = _links(name, places)
     wrong = [link for when, link in links.items() if os.path.lexists(link) != (when == wanted)]
     if check or not (stale or wrong):
@@ -195,7 +195,8 @@ def ensure(target: mounting.Target, repository: str, run: Run, check: bool = Fal
             else:
                 os.makedirs(os.path.dirname(link), exist_ok=True)
                 os.symlink(f"{places.units}/{name}", link)
-        _sync(os.path.dirname(links[wanted]))
+        with files.opened_directory(os.path.dirname(links[wanted])) as fd:
+            files.sync_directory(fd)
     if _tell(run, ["daemon-reload"], places):
         # The mount is there already, so this does nothing but let systemd know; nobody needs to wait for it.
         _tell(run, ["start", "--no-block", name], places, strict=False)
@@ -373,27 +374,8 @@ def _write(path: str, content: bytes) -> None:
     """Replace a file in one step and durably: a boot must find the old one or the new one, whole."""
     directory = os.path.dirname(path)
     os.makedirs(directory, mode=0o755, exist_ok=True)
-    temporary = f"{directory}/.{os.path.basename(path)[:200]}.{os.urandom(4).hex()}"
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    try:
-        with os.fdopen(fd, "wb") as file:
-            os.fchmod(file.fileno(), 0o644)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    _sync(directory)
-
-
-def _sync(directory: str) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    with files.opened_directory(directory) as fd:
+        files.write_whole(fd, os.path.basename(path), content)
 
 
 def _tell(run: Run, words: list[str], places: Places, strict: bool = True) -> bool:

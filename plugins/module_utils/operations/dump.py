@@ -6,10 +6,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import stat
 
+from ..host import files
 from . import mounting
 from ..rootfs import dumpfile
 from ..rootfs.erofsreader import ErofsImage
@@ -33,36 +33,27 @@ def dump(repository: Repository, image_id: str) -> bytes:
 
 def write(content: bytes, path: str, check: bool = False) -> bool:
     """Make the file at ``path`` hold exactly ``content``, in one step; whether it did not. With ``check`` only that is
-    found out.
+    found out. ``path`` is absolute; a link there is replaced, not followed.
     """
+    directory, name = os.path.split(path)
     with doing(f"Writing {path}"):
-        try:
-            has = os.stat(path)
-        except FileNotFoundError:
-            mode = 0o644
-        else:
-            if not stat.S_ISREG(has.st_mode):
-                raise IOFailed(f"{path} is not a regular file.", "Choose another path.")
-            mode = stat.S_IMODE(has.st_mode)
-            with open(path, "rb") as file:
-                if has.st_size == len(content) and file.read() == content:
-                    return False
-        # Who gave a link wants the file behind it written.
-        path = os.path.realpath(path)
-        directory = os.path.dirname(path)
         if not os.path.isdir(directory):
             raise IOFailed(f"The directory {directory} does not exist.", "Make it first.")
-        if check:
-            return True
-        temporary = f"{directory}/.composefs-oci-{os.urandom(6).hex()}"
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            with os.fdopen(fd, "wb") as file:
-                file.write(content)
-                os.fchmod(file.fileno(), mode)
-            os.rename(temporary, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-            raise
+        # Opened once: whoever may rename the directories above cannot lead what follows elsewhere.
+        with files.opened_directory(directory) as fd:
+            mode = 0o644
+            try:
+                has = os.stat(name, dir_fd=fd, follow_symlinks=False)
+            except FileNotFoundError:
+                pass
+            else:
+                # A link may have been planted by anybody who may write to the directory, so it is replaced itself.
+                if not stat.S_ISLNK(has.st_mode):
+                    if not stat.S_ISREG(has.st_mode):
+                        raise IOFailed(f"{path} is not a regular file.", "Choose another path.")
+                    mode = stat.S_IMODE(has.st_mode) & 0o777
+                    if has.st_size == len(content) and files.read_whole(fd, name, len(content)) == content:
+                        return False
+            if not check:
+                files.write_whole(fd, name, content, mode)
     return True

@@ -16,7 +16,7 @@ import os
 from typing import NamedTuple
 
 from ..formats import fsverity
-from ..host import filesystem
+from ..host import files, filesystem
 from ..errors import (
     DigestMismatch,
     FormatError,
@@ -153,59 +153,35 @@ def _make_directories(path: str) -> list[str]:
         parent = os.path.dirname(parent)
     made = []
     for directory in reversed(missing):
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(directory, DIRECTORY_MODE if directory == path else _PARENT_MODE)
-            made.append(directory)
-            _sync_directory(os.path.dirname(directory))
+        parent, name = os.path.split(directory)
+        with files.opened_directory(parent) as parent_fd:
+            if files.make_directory(parent_fd, name, DIRECTORY_MODE if directory == path else _PARENT_MODE):
+                made.append(directory)
+                files.sync_directory(parent_fd)
     return made
-
-
-def _sync_directory(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _write_metadata(path: str, metadata: Metadata, secure: bool) -> None:
     """Write, sync, seal and only then link meta.json: it exists whole or not at all. FileExistsError if there is one;
     never replaces it.
     """
-    root = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    temporary = None
-    try:
+    content = metadata.to_bytes()
+    with files.opened_directory(path) as root:
+        draft = files.draft(root, os.O_WRONLY, _FILE_MODE, prefix=f".tmp-{NAME}-")
         try:
-            fd = os.open(".", os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, _FILE_MODE, dir_fd=root)
-        except OSError as error:
-            if error.errno not in filesystem.NO_TMPFILE:
-                raise
-            temporary = f".tmp-{NAME}-{os.urandom(6).hex()}"
-            fd = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, _FILE_MODE, dir_fd=root)
-        try:
-            os.write(fd, metadata.to_bytes())
-            os.fsync(fd)
-            sealed = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
-        finally:
-            os.close(fd)
-        try:
+            files.write_all(draft.fd, content)
+            os.fsync(draft.fd)
+            draft.reopen_read_only()
             if secure:
-                fsverity.enable(sealed, metadata.algorithm)
-                if fsverity.measure(sealed, metadata.algorithm) != fsverity.digest(
-                    metadata.to_bytes(), metadata.algorithm
-                ):
+                fsverity.enable(draft.fd, metadata.algorithm)
+                if fsverity.measure(draft.fd, metadata.algorithm) != fsverity.digest(content, metadata.algorithm):
                     raise DigestMismatch(
                         f"The kernel measured another digest of {NAME} than was computed.", "Report this as a bug."
                     )
-            os.link(f"/proc/self/fd/{sealed}", NAME, src_dir_fd=root, dst_dir_fd=root, follow_symlinks=True)
+            draft.link(NAME)
+            os.fsync(root)
         finally:
-            os.close(sealed)
-        os.fsync(root)
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary, dir_fd=root)
-        os.close(root)
+            draft.close()
 
 
 # --- repositories older than meta.json

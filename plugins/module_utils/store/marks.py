@@ -40,7 +40,7 @@ import os
 import time
 from typing import NamedTuple
 
-from ..host import filesystem
+from ..host import files, filesystem
 from ..errors import doing
 from .objects import ObjectStore
 
@@ -80,8 +80,7 @@ class ImportMark:
         """
         with doing("Marking the import as begun"):
             for path in (DIRECTORY, IMPORTS):
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(path, 0o755, dir_fd=root)
+                files.make_directory(root, path)
             content = (
                 json.dumps({"boot_id": boot_id(), "pid": os.getpid(), "started": time.time()}).encode("ascii") + b"\n"
             )
@@ -101,35 +100,17 @@ class ImportMark:
 
     def _create(self, content: bytes) -> int:
         # Locked before it has a name that others look at, so that nobody can take it for a dead one.
-        temporary = None
-        try:
-            fd = os.open(IMPORTS, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o644, dir_fd=self._root)
-        except OSError as error:
-            if error.errno not in filesystem.NO_TMPFILE:
-                raise
-            temporary = f"{IMPORTS}/.{os.urandom(8).hex()}"
-            fd = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644, dir_fd=self._root)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.write(fd, content)
-            os.fsync(fd)
-            if temporary is None:
-                os.link(
-                    f"/proc/self/fd/{fd}",
-                    self._name,
-                    src_dir_fd=self._root,
-                    dst_dir_fd=self._root,
-                    follow_symlinks=True,
-                )
-            else:
-                os.rename(temporary, self._name, src_dir_fd=self._root, dst_dir_fd=self._root)
-        except BaseException:
-            os.close(fd)
-            if temporary is not None:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(temporary, dir_fd=self._root)
-            raise
-        return fd
+        with files.opened_directory(IMPORTS, self._root) as directory:
+            draft = files.draft(directory, mode=0o644, prefix=".")
+            try:
+                fcntl.flock(draft.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                files.write_all(draft.fd, content)
+                os.fsync(draft.fd)
+                draft.link(os.path.basename(self._name))
+                fd, draft.fd = draft.fd, -1
+                return fd
+            finally:
+                draft.close()
 
     def remove(self) -> None:
         """Take the mark away; only after a barrier. It need not be durable: a mark that comes back costs a check,

@@ -15,7 +15,6 @@ already there is simply someone else's copy of the same bytes.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import os
@@ -23,11 +22,10 @@ import stat
 from collections.abc import Iterable, Iterator
 
 from ..formats import fsverity
-from ..host import filesystem
+from ..host import files
 from ..errors import Busy, DigestMismatch, FormatError, IOFailed, VerityUnsupported, from_os_error
 
-# The name that cfsctl gives to files that are not objects yet: garbage collectors look into the 256 directories only.
-TEMPORARY_PREFIX = ".tmp-object-"
+TEMPORARY_PREFIX = files.OBJECT_PREFIX
 FILE_MODE = 0o644
 DIRECTORY_MODE = 0o755
 _COPY_TRIES = 3
@@ -114,7 +112,7 @@ class ObjectStore:
         try:
             written = os.write(draft.fd, data)
             if written != size:
-                _write_rest(draft.fd, data, written)
+                files.write_all(draft.fd, data, written)
             if self._seal:
                 self._seal_draft(draft, digest)
             self._place(draft, name, digest, size, state)
@@ -318,7 +316,7 @@ class ObjectStore:
             hasher.update(data)
             offset += len(data)
 
-    def _draft(self, access: int) -> _Draft:
+    def _draft(self, access: int) -> files.Draft:
         """A new file for one object, open with ``access``; without a name wherever the file system can do that.
 
         Measured on ext4 (the commit has the figures): an unnamed file in ``objects/`` itself, linked into place when
@@ -326,34 +324,18 @@ class ObjectStore:
         the only one of them that a crash leaves no trace of.
         """
         try:
-            if self._tmpfile:
-                try:
-                    return _Draft(
-                        os.open(".", os.O_TMPFILE | access | os.O_CLOEXEC, FILE_MODE, dir_fd=self.dirfd), self.dirfd
-                    )
-                except OSError as error:
-                    if error.errno not in filesystem.NO_TMPFILE:
-                        raise
-                    self._tmpfile = False
-            name = _temporary_name()
-            return _Draft(
-                os.open(name, os.O_CREAT | os.O_EXCL | access | os.O_CLOEXEC, FILE_MODE, dir_fd=self.dirfd),
-                self.dirfd,
-                name,
-            )
+            made = files.draft(self.dirfd, access, FILE_MODE, prefix=TEMPORARY_PREFIX, unnamed=self._tmpfile)
         except OSError as error:
             raise from_os_error(OSError(error.errno, error.strerror), "Creating an object") from error
+        self._tmpfile = made.name is None
+        return made
 
-    def _seal_draft(self, draft: _Draft, digest: bytes | None) -> bytes | None:
+    def _seal_draft(self, draft: files.Draft, digest: bytes | None) -> bytes | None:
         """Seal the written file and have the kernel measure it: its digest, which must be ``digest`` if that is given.
 
         None where there is no fs-verity and none is required. OSError passes.
         """
-        # The kernel seals a file only when nothing has it open for writing, so this process swaps its own descriptor
-        # for a read-only one: the new one first, because the last descriptor of an unnamed file takes the file along.
-        readable = os.open(f"/proc/self/fd/{draft.fd}", os.O_RDONLY | os.O_CLOEXEC)
-        os.close(draft.fd)
-        draft.fd = readable
+        draft.reopen_read_only()
         try:
             for attempt in range(_COPY_TRIES + 1):
                 try:
@@ -386,7 +368,7 @@ class ObjectStore:
             )
         return measured
 
-    def _copy(self, draft: _Draft) -> None:
+    def _copy(self, draft: files.Draft) -> None:
         """Put a copy of the file into the place of the draft, open read-only. OSError passes."""
         copy = self._draft(os.O_RDWR)
         try:
@@ -395,28 +377,26 @@ class ObjectStore:
                 data = os.pread(draft.fd, _PIECE, offset)
                 if not data:
                     break
-                _write_rest(copy.fd, data, 0)
+                files.write_all(copy.fd, data)
                 offset += len(data)
-            readable = os.open(f"/proc/self/fd/{copy.fd}", os.O_RDONLY | os.O_CLOEXEC)
+            copy.reopen_read_only()
         except BaseException:
             copy.close()
             raise
-        os.close(copy.fd)
-        copy.fd = readable
         draft.fd, copy.fd = copy.fd, draft.fd
         draft.name, copy.name = copy.name, draft.name
         copy.close()  # which is the old file now
 
-    def _place(self, draft: _Draft, name: str, digest: bytes, size: int, state: int) -> None:
+    def _place(self, draft: files.Draft, name: str, digest: bytes, size: int, state: int) -> None:
         """Give the finished file its name, or find that someone else was faster. OSError passes."""
         stats = self.stats
         for _attempt in range(8):
             if state == _WRONG:
-                self._replace(draft, name)
+                draft.replace(name, prefix=TEMPORARY_PREFIX)
                 stats.replaced += 1
                 break
             try:
-                self._link(draft, name)
+                draft.link(name)
                 break
             except FileExistsError:
                 state = self._state(name, digest, size)
@@ -425,11 +405,9 @@ class ObjectStore:
                     stats.bytes_present += size
                     return
             except FileNotFoundError:
-                try:
-                    os.mkdir(name[:2], DIRECTORY_MODE, dir_fd=self.dirfd)
-                except FileExistsError:
-                    if not os.path.exists("/proc/self/fd"):
-                        raise IOFailed("Objects are linked through /proc, which is not mounted.", "Mount it.") from None
+                made = files.make_directory(self.dirfd, name[:2], DIRECTORY_MODE)
+                if not made and not os.path.exists("/proc/self/fd"):
+                    raise IOFailed("Objects are linked through /proc, which is not mounted.", "Mount it.") from None
         else:
             raise Busy(
                 f"Object {digest.hex()} appears and vanishes while it is being stored.",
@@ -437,23 +415,6 @@ class ObjectStore:
             )
         stats.new += 1
         stats.bytes_new += size
-
-    def _link(self, draft: _Draft, name: str) -> None:
-        # Works for named and unnamed files alike, but link() follows the link in /proc only if the source directory is
-        # given, too.
-        os.link(f"/proc/self/fd/{draft.fd}", name, src_dir_fd=self.dirfd, dst_dir_fd=self.dirfd, follow_symlinks=True)
-
-    def _replace(self, draft: _Draft, name: str) -> None:
-        """Rename the finished file over a damaged one. Whoever has the old one open keeps it; everyone else finds one
-        or the other.
-        """
-        staged = _temporary_name()
-        self._link(draft, staged)
-        try:
-            os.rename(staged, name, src_dir_fd=self.dirfd, dst_dir_fd=self.dirfd)
-        except OSError:
-            os.unlink(staged, dir_fd=self.dirfd)
-            raise
 
 
 class ObjectWriter:
@@ -476,7 +437,7 @@ class ObjectWriter:
         try:
             written = os.write(self._draft.fd, data)
             if written != len(data):
-                _write_rest(self._draft.fd, data, written)
+                files.write_all(self._draft.fd, data, written)
         except OSError as error:
             raise from_os_error(error, f"Storing an object of {self.size} bytes and more") from error
         self.size += len(data)
@@ -523,40 +484,4 @@ class ObjectWriter:
         self._draft.close()
 
 
-class _Draft:
-    """A file that is not an object yet: its descriptor, and its temporary name where the file system knows no unnamed
-    files.
-    """
-
-    __slots__ = ("_dirfd", "fd", "name")
-
-    def __init__(self, fd: int, dirfd: int, name: str | None = None) -> None:
-        self.fd = fd
-        self.name = name
-        self._dirfd = dirfd
-
-    def close(self) -> None:
-        """Close the descriptor and drop the temporary name, once."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-        if self.name is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.name, dir_fd=self._dirfd)
-            self.name = None
-
-
 _REPAIR = "Remove it and pull the images that use it again."
-
-
-def _temporary_name() -> str:
-    return TEMPORARY_PREFIX + os.urandom(6).hex()
-
-
-def _write_rest(fd: int, data: fsverity.Bytes, done: int) -> None:
-    """Write ``data`` from offset ``done`` on. The system takes less than asked when the disk is nearly full, or above 2
-    GiB.
-    """
-    with memoryview(data) as view:
-        while done < len(view):
-            done += os.write(fd, view[done:])

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..formats import fsverity, repolayout
-from ..host import filesystem
+from ..host import files, filesystem
 from . import marks
 from ..errors import (
     Busy,
@@ -448,8 +448,7 @@ class Repository:
         return True
 
     def _mkdir(self, path: str) -> None:
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(path, 0o755, dir_fd=self.fd)
+        files.make_directory(self.fd, path)
 
 
 def default_path() -> str:

@@ -499,10 +499,14 @@ def test_a_dumpfile_replaces_files_only(repository: Repository, tmp_path: pathli
     for path in (tmp_path, tmp_path / "missing/out"):
         with pytest.raises(IOFailed):
             dump.write(b"x", str(path))
-    (tmp_path / "real").write_bytes(b"old")
+
+
+def test_a_link_planted_in_the_place_of_a_dumpfile_is_replaced_and_not_followed(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "real").write_bytes(b"new")
     (tmp_path / "link").symlink_to("real")
     assert dump.write(b"new", str(tmp_path / "link"))
-    assert (tmp_path / "real").read_bytes() == b"new" and (tmp_path / "link").is_symlink()
+    assert (tmp_path / "link").read_bytes() == b"new" and not (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_bytes() == b"new"
 
 
 def test_what_two_images_share_is_counted_as_shared(repository: Repository) -> None:
