@@ -228,7 +228,7 @@ def read_all(fd: int, limit: int, name: str) -> bytes:
     """What is left to read of ``fd``. FormatError, with ``name`` in its message, if that is more than ``limit``
     bytes.
     """
-    parts = []
+    parts: list[bytes] = []
     left = limit + 1
     while left:
         part = os.read(fd, min(left, _PIECE))
