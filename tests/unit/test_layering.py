@@ -49,7 +49,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "host": (("files", "mountinfo", "processes"), ("filesystem", "mountcalls")),
     "source": (("skopeo",), ("imageproxy",), ("skopeosource",)),
-    "store": (("objects",), ("marks",), ("repository",), ("create", "imagestreams")),
+    "store": (("objects",), ("marks",), ("repository",), ("create", "imagestreams"), ("graph", "proofs")),
     "pull": (("smallobjects",), ("layer",), ("fetch", "makeimages", "plan"), ("publish",), ("pull",)),
     "operations": (("diskuse", "listing"), ("mounting",), ("bootmountmain", "dump"), ("bootmount",)),
 }

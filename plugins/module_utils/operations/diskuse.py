@@ -7,15 +7,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from ..formats import fsverity
 from ..store import imagestreams
+from ..store import graph as graphs
 from ..errors import EngineError, from_os_error
+from ..store.graph import Graph, Root
 from ..store.repository import Repository
-
-_SHARED = -1
 
 
 class DiskUse(NamedTuple):
@@ -35,63 +35,43 @@ def disk_use(repository: Repository, wanted: Iterable[str]) -> dict[str, DiskUse
     Every stored manifest counts as another image, also one without a name: its objects are there until garbage is
     collected. Reads all manifests, configurations and layers of the repository, but no content.
     """
-    manifests = [name[len(imagestreams.MANIFEST) :] for name in repository.streams(imagestreams.MANIFEST)]
-    owner: dict[bytes, int] = {}
-    walked: dict[bytes, int] = {}
-    parts: dict[int, list[bytes]] = {}
-    for number, digest in enumerate(manifests):
-        try:
-            parts[number] = list(dict.fromkeys(_parts(repository, digest)))
-        except EngineError:
-            continue
-        for part in parts[number]:
-            # A stream that a second image refers to is walked twice at most: then everything in it is shared for good.
-            if walked.get(part) in (number, _SHARED):
-                continue
-            walked[part] = number if part not in walked else _SHARED
-            for digest_of_object in _objects(repository, part):
-                if owner.setdefault(digest_of_object, number) != number:
-                    owner[digest_of_object] = _SHARED
+    graph = Graph.read(repository)
+    roots = {}
+    for name, node in graph.streams.items():
+        if name.startswith(imagestreams.MANIFEST):
+            root = Root("manifest", name[len(imagestreams.MANIFEST) :], node)
+            if _readable(graph, root):
+                roots[root.name] = root
+    owners = graph.owners(list(roots.values()), lambda _node, _error: None)
+    parts = [owners.part(first) for first in range(256)]
+    numbers = {name: number for number, name in enumerate(roots)}
     sizes: dict[bytes, int] = {}
     found = {}
     for digest in dict.fromkeys(wanted):
-        number = manifests.index(digest) if digest in manifests else -1
-        if number not in parts:
+        if digest not in roots:
             continue
-        mine = {one for part in parts[number] for one in _objects(repository, part)}
-        own = [_size(repository, one, sizes) for one in mine if owner[one] == number]
-        shared = [_size(repository, one, sizes) for one in mine if owner[one] != number]
-        found[digest] = DiskUse(sum(own), sum(shared), len(own), len(shared))
+        own = shared = own_objects = shared_objects = 0
+        for one in graph.reaches(roots[digest], lambda _node, _error: None):
+            size = _size(repository, one, sizes)
+            if parts[one[0]].get(graphs.key(one)) == numbers[digest]:
+                own, own_objects = own + size, own_objects + 1
+            else:
+                shared, shared_objects = shared + size, shared_objects + 1
+        found[digest] = DiskUse(own, shared, own_objects, shared_objects)
     return found
 
 
-def _parts(repository: Repository, digest: str) -> Iterator[bytes]:
-    """The objects by which an image hangs together: the streams of manifest, configuration and layers, and the EROFS
-    images.
-    """
-    manifest = imagestreams.read(repository, imagestreams.MANIFEST, digest)
-    if manifest is None:
-        return
-    yield manifest.stream
-    for name, stream in manifest.refs.items():
-        yield stream
-        if name.startswith(imagestreams.CONFIG_REF):
-            yield from imagestreams.read_object(
-                repository, imagestreams.CONFIG, name[len(imagestreams.CONFIG_REF) :], stream
-            ).refs.values()
-
-
-def _objects(repository: Repository, part: bytes) -> Iterator[bytes]:
-    """A part and the objects that it refers to, if it is a splitstream. What an EROFS image refers to is that of the
-    layers.
-    """
-    yield part
+def _readable(graph: Graph, root: Root) -> bool:
+    """Whether the documents of an image are whole; a layer that is not counts as nothing but its own stream."""
     try:
-        with repository.open_object_stream(part) as stream:
-            objects = stream.object_refs
+        manifest = imagestreams.read(graph.repository, imagestreams.MANIFEST, root.name)
+        for name, stream in manifest.refs.items() if manifest else ():
+            if name.startswith(imagestreams.CONFIG_REF):
+                digest = name[len(imagestreams.CONFIG_REF) :]
+                imagestreams.read_object(graph.repository, imagestreams.CONFIG, digest, stream)
     except EngineError:
-        return
-    yield from objects
+        return False
+    return manifest is not None
 
 
 def _size(repository: Repository, digest: bytes, sizes: dict[bytes, int]) -> int:

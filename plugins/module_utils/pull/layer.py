@@ -405,28 +405,3 @@ def _finish(
         writer.size - bytes_new - bytes_present,
         restored,
     )
-
-
-def tar_sha256(stream: splitstream.Splitstream, objects: ObjectStore) -> str:
-    """The SHA-256 (hex) of the tar a stored layer stands for, computed from its inline bytes and objects.
-
-    Raises EngineError if the stream or one of its objects is damaged or missing. This is the only proof that a layer
-    stream which another tool registered really is the layer it is named after.
-    """
-    sha256 = hashlib.sha256()
-    buffer = bytearray(CHUNK)
-    view = memoryview(buffer)
-    for chunk in stream.chunks():
-        if isinstance(chunk, bytes):
-            sha256.update(chunk)
-            continue
-        fd = objects.open(chunk.digest)
-        try:
-            while True:
-                n = os.readv(fd, [buffer])
-                if not n:
-                    break
-                sha256.update(view[:n])
-        finally:
-            os.close(fd)
-    return sha256.hexdigest()

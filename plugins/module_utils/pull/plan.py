@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from ..formats import oci, splitstream
-from ..store import imagestreams
-from ..errors import DigestMismatch, EngineError, FormatError
+from ..formats import oci
+from ..store import imagestreams, proofs
+from ..errors import DigestMismatch
 from ..formats.oci import Reference, parse_reference
 from ..store.repository import Repository
 from ..source.skopeosource import Session
@@ -206,7 +206,7 @@ def _stored_layer(
         # The stream's name may meanwhile lead to a container's split tar of the same bytes; what the artifact has is
         # still right.
         candidate = plan.manifest_document.refs.get(diff_id, candidate)
-    stored = proved_layer(repository, candidate, diff_id, plan.config is not None, record, warnings)
+    stored = proofs.proved_layer(repository, candidate, diff_id, plan.config is not None, record, warnings)
     return Layer(blob, diff_id, stream, source, stored)
 
 
@@ -235,42 +235,3 @@ def _check_digest(request: Request, digest: str, registry_digest: str, index_dig
             "Somebody moved the tag, or the digest belongs to another platform: decide which image you want and "
             "update the task.",
         )
-
-
-def proved_layer(
-    repository: Repository, stored: bytes | None, diff_id: str, tar: bool, record: bool, warnings: list[str]
-) -> bytes | None:
-    """``stored``, the object digest of a layer stream, if it is there and its content is what it is named after; None
-    if it must be fetched.
-
-    A stream that this engine registered, or once proved, is remembered as trusted together with its object digest. Any
-    other may have been put there by a tool that never compared it with the diff_id, for an image that lied: its tar is
-    hashed once before it is believed.
-    """
-    if stored is None or not repository.objects.contains(stored):
-        return None
-    stream = imagestreams.LAYER + diff_id
-    try:
-        # An artifact's layer is a raw blob, but the same bytes stored as a layer serve as well; a container needs a
-        # split tar.
-        with repository.open_object_stream(stored, splitstream.LAYER if tar else None) as opened:
-            if repository.trusted(diff_id) == stored:
-                return stored
-            from .layer import tar_sha256  # late: a run that changes nothing need not load the decoders
-
-            found = "sha256:" + tar_sha256(opened, repository.objects)
-    except FormatError as error:
-        warnings.append(f"The stored layer {stream} is not usable and is replaced: {error.text}")
-        return None
-    except EngineError as error:
-        warnings.append(f"The stored layer {stream} cannot be read and is replaced: {error.text}")
-        return None
-    if found != diff_id:
-        warnings.append(
-            f"The stored layer {stream} holds {found}: it was registered by another tool for an image that lied about "
-            f"it, and is replaced."
-        )
-        return None
-    if record:
-        repository.trust(diff_id, stored)
-    return stored

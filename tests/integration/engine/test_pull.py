@@ -500,16 +500,16 @@ def test_mistake_26_a_poisoned_layer_is_reported_and_replaced(
 def test_a_layer_of_another_tool_is_proved_once_and_then_trusted(
     images: Layout, repository_path: pathlib.Path, cfsctl: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ansible_collections.composefs.oci.plugins.module_utils.pull import layer
+    from ansible_collections.composefs.oci.plugins.module_utils.store import proofs
 
-    proofs: list[Any] = []
-    real = layer.tar_sha256
-    monkeypatch.setattr(layer, "tar_sha256", lambda *arguments: proofs.append(1) or real(*arguments))
+    proved: list[Any] = []
+    real = proofs.tar_sha256
+    monkeypatch.setattr(proofs, "tar_sha256", lambda *arguments: proved.append(1) or real(*arguments))
     poison(repository_path, cfsctl, sha256(FIRST), FIRST)
     result = pull_one(repository_path, f"oci:{images.path}:gzip")
     assert [one["status"] for one in result["layers"]] == ["present", "new"]
     pull_one(repository_path, f"oci:{images.path}:gzip")
-    assert len(proofs) == 1
+    assert len(proved) == 1
 
 
 def test_a_raw_blob_under_a_diff_id_does_not_block_an_honest_pull(

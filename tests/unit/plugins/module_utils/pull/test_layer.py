@@ -24,7 +24,7 @@ import pytest
 
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity, splitstream
 from ansible_collections.composefs.oci.plugins.module_utils.pull import layer
-from ansible_collections.composefs.oci.plugins.module_utils.store import create
+from ansible_collections.composefs.oci.plugins.module_utils.store import create, proofs
 from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     DigestMismatch,
     FormatError,
@@ -363,7 +363,7 @@ def test_the_digest_of_a_stored_layer_is_that_of_its_tar(repo: Repository) -> No
     blob = gzip.compress(TREE)
     result = run(repo, blob, spec_of(blob, TREE))
     with repo.open_object_stream(bytes.fromhex(result.stream)) as stream:
-        assert "sha256:" + layer.tar_sha256(stream, repo.objects) == sha256(TREE)
+        assert "sha256:" + proofs.tar_sha256(stream, repo.objects) == sha256(TREE)
 
 
 def test_the_digest_of_a_stored_layer_without_one_of_its_objects_is_an_error(repo: Repository) -> None:
@@ -372,7 +372,7 @@ def test_the_digest_of_a_stored_layer_without_one_of_its_objects_is_an_error(rep
     victim = fsverity.object_path(fsverity.digest(b"#!/bin/sh\necho tool\n" * 20, fsverity.SHA256))
     os.unlink(victim, dir_fd=repo.objects.dirfd)
     with repo.open_object_stream(bytes.fromhex(result.stream)) as stream, pytest.raises(FormatError, match="missing"):
-        layer.tar_sha256(stream, repo.objects)
+        proofs.tar_sha256(stream, repo.objects)
 
 
 def test_a_damaged_stream_object_is_written_anew_by_an_import(repo: Repository, tmp_path: pathlib.Path) -> None:

@@ -22,8 +22,8 @@ from ociimage import sha256
 
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity, ocischemas, splitstream
 from ansible_collections.composefs.oci.plugins.module_utils.host import processes
-from ansible_collections.composefs.oci.plugins.module_utils.pull import layer, plan, pull
-from ansible_collections.composefs.oci.plugins.module_utils.store import create
+from ansible_collections.composefs.oci.plugins.module_utils.pull import plan, pull
+from ansible_collections.composefs.oci.plugins.module_utils.store import create, proofs as store_proofs
 from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     DigestMismatch,
     InvalidDocument,
@@ -88,13 +88,13 @@ def layer_of_another_tool(path: pathlib.Path) -> None:
 def proofs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A list that grows whenever a stored tar is hashed."""
     found: list[str] = []
-    real = layer.tar_sha256
+    real = store_proofs.tar_sha256
 
     def count(*arguments: Any) -> str:
         found.append(real(*arguments))
         return found[-1]
 
-    monkeypatch.setattr(layer, "tar_sha256", count)
+    monkeypatch.setattr(store_proofs, "tar_sha256", count)
     return found
 
 
@@ -171,7 +171,7 @@ def test_a_layer_that_another_user_may_read_but_not_trust_is_no_error(
 
     monkeypatch.setattr(Repository, "require_writable", refuse)
     with Repository.open(str(path)) as repository:
-        assert plan.proved_layer(repository, repository.stream(f"oci-layer-{DIFF_ID}"), DIFF_ID, True, True, [])
+        assert store_proofs.proved_layer(repository, repository.stream(f"oci-layer-{DIFF_ID}"), DIFF_ID, True, True, [])
 
 
 @pytest.mark.parametrize("damage", ["object gone", "not a stream", "content gone"])
