@@ -93,7 +93,7 @@ BREAKAGES = (
     Breakage(
         "transports",
         "what is there is not fetched again",
-        ENGINE + "pull/plan.py",
+        ENGINE + "store/proofs.py",
         "    if stored is None or not repository.objects.contains(stored):\n",
         "    if True:\n",
         "test_a_docker_archive_has_the_same_layers",
