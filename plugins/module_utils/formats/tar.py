@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 from ..errors import FormatError, InvalidLayer
-from .tarheader import BLOCK, HINT, LIGHT, PLAIN, Entry, Parser, block_sum, show
+from .tarheader import BLOCK, HINT, LIGHT, NO_SIZE, PLAIN_EMPTY, PLAIN_FILES, Entry, Parser, block_sum, show
 
 THRESHOLD = 64
 """Bytes: larger contents of regular files are external."""
@@ -60,8 +60,9 @@ class Splitter:
     called with each entry before its content is.
 
     Raises InvalidLayer for what is no archive, and for what could be stored but not be made into an image: names of
-    more than 255 bytes or with NUL bytes, symbolic links over 4,095 bytes, extended attributes over 65,535 bytes,
-    device numbers out of range, sparse members. After an error the splitter is of no use.
+    more than 255 bytes, with NUL bytes or with ``..`` on the way, links to nothing, symbolic links over 4,095 bytes,
+    extended attributes over 65,535 bytes, device numbers out of range, sparse members. Members about whose end programs
+    disagree (a link or directory that claims content) are refused as well. After an error the splitter is of no use.
     """
 
     def __init__(self, sink: Sink, entries: Callable[[Entry], None] | None = None) -> None:
@@ -140,7 +141,11 @@ class Splitter:
             octal, checksum, kind = found.groups() if found is not None else (b"", b"", b"")
             if (
                 found is not None
-                and kind in PLAIN
+                # Byte 157 begins the name that a link leads to; the type of a link is b"1" or b"2".
+                and (kind in PLAIN_FILES or (octal == NO_SIZE and kind in PLAIN_EMPTY and (block[157] or kind > b"2")))
+                # ".." in the name or in its prefix has to be looked at.
+                and block.find(b"..", 0, 100) < 0
+                and block.find(b"..", 345, 500) < 0
                 and block_sum(block) == (known(checksum) or parser.expected_sum(checksum))
             ):
                 size = int(octal, 8)

@@ -15,6 +15,11 @@ repository format does, for the image depends on it:
 - a global header (``g``) changes nothing, except that what was pending before it is lost;
 - PAX ``size`` overrides the header's for every type; of several records of a key the last counts, but the first for the
   fraction of ``mtime``.
+
+Where the readers of archives differ, what one of them sees another does not, so such members are refused: a link,
+directory, device or FIFO with a size (some skip so many bytes, others find the next header there), a link to nothing,
+and ``..`` in the middle of a name. A file of the type NUL whose name ends in a slash is a directory, as it was in Unix
+version 7.
 """
 
 from __future__ import annotations
@@ -35,8 +40,21 @@ MAX_MAJOR, MAX_MINOR = 4095, (1 << 20) - 1
 
 HINT = "The archive is damaged or holds what no composefs image can hold: have the image rebuilt."
 
-PLAIN = frozenset((b"0", b"\0", b"7", b"1", b"2", b"5", b"6"))
+PLAIN_FILES = frozenset((b"0", b"7"))
 """Types whose header says all there is to say, unless an extension header precedes it."""
+PLAIN_EMPTY = frozenset((b"1", b"2", b"5", b"6"))
+"""… and those of which that is true as long as they claim no content."""
+NO_SIZE = b"0" * 11
+"""How an empty member states its size."""
+_LINKS = frozenset((b"1", b"2"))
+_WITHOUT_CONTENT = {
+    b"1": "a hard link",
+    b"2": "a symbolic link",
+    b"3": "a device",
+    b"4": "a device",
+    b"5": "a directory",
+    b"6": "a FIFO",
+}
 _MAGICS = frozenset((b"ustar\x0000", b"ustar  \0"))
 _EXTENSIONS = frozenset((b"x", b"L", b"K", b"g"))
 _U32 = (1 << 32) - 1
@@ -47,7 +65,8 @@ _MAX_SIZE = (1 << 63) - 1 - BLOCK
 class Entry(NamedTuple):
     """One member of an archive, extensions applied.
 
-    ``path`` and ``linkname`` are as in the archive (not normalised), ``type`` is the type byte, ``mode`` the header's
+    ``path`` and ``linkname`` are as in the archive (not normalised), ``type`` is the type byte (that of a directory
+    where an old archive says it with a slash), ``mode`` the header's
     mode with whatever type bits it has, ``uid`` and ``gid`` are the low 32 bits, ``mtime`` is in seconds (signed, 64
     bits), ``size`` is that of the content in bytes, ``xattrs`` holds the ``SCHILY.xattr.*`` records only. The device
     numbers are 0 unless the entry is a device.
@@ -252,6 +271,8 @@ def _sparse() -> InvalidLayer:
 def _check_name(path: bytes) -> None:
     if not path:
         raise InvalidLayer("it has no name.", HINT)
+    if b".." in path and _goes_up(path):
+        raise InvalidLayer("its name contains '..' as a directory.", HINT)
     if b"\0" in path:
         raise InvalidLayer("its name holds a NUL byte.", HINT)
     if len(path) > MAX_NAME:
@@ -265,7 +286,25 @@ def _check_name(path: bytes) -> None:
             )
 
 
+def _goes_up(path: bytes) -> bool:
+    """Whether ``..`` is more than the last component, where it means the root."""
+    parts = [part for part in path.split(b"/") if part and part != b"."]
+    return b".." in parts[:-1]
+
+
+def _check_size(kind: bytes, size: int) -> None:
+    what = _WITHOUT_CONTENT.get(kind)
+    if size and what is not None:
+        raise InvalidLayer(
+            f"it is {what}, which has no content, but its header claims {size} bytes: programs disagree about where "
+            "the next member begins.",
+            HINT,
+        )
+
+
 def _check_link(kind: bytes, linkname: bytes) -> None:
+    if not linkname:
+        raise InvalidLayer("it is a link to nothing: the name it links to is empty.", HINT)
     if b"\0" in linkname:
         raise InvalidLayer("the name it links to holds a NUL byte.", HINT)
     if kind == b"2" and len(linkname) > MAX_SYMLINK:
@@ -347,7 +386,10 @@ class Parser:
                 raise _no_header()
             if prefix and magic == b"ustar\x0000":
                 name = prefix + b"/" + name
-            if kind in PLAIN and not self.pending:
+            plain = kind in PLAIN_FILES or (
+                size == NO_SIZE and kind in PLAIN_EMPTY and (linkname or kind not in _LINKS)
+            )
+            if plain and not self.pending and b".." not in name:
                 return tuple.__new__(
                     Entry,
                     (
@@ -442,14 +484,17 @@ class Parser:
             if times:
                 mtime, nsec = _time(times)
         self._name = path
+        if kind == b"\0" and path.endswith(b"/"):
+            kind = b"5"
+        _check_size(kind, size)
         if kind == b"3" or kind == b"4":
             _check_device(major, minor, magic)
         else:
             major = minor = 0
         if kind != b"V":
-            if not path or len(path) > MAX_NAME or b"\0" in path:
+            if not path or len(path) > MAX_NAME or b"\0" in path or b".." in path:
                 _check_name(path)
-            if kind == b"2" or kind == b"1":
+            if kind in _LINKS:
                 _check_link(kind, linkname)
             for key, value in xattrs.items():
                 if len(value) > MAX_XATTR:

@@ -9,6 +9,9 @@ composefs-rs 0.9 (OCI image spec, layer section, "Applying Changesets", read lit
 or writes a broken one:
 
 * parent directories that no layer sent are made: 0755, root, mtime 0, no xattrs, whatever kind of entry needs them;
+* a path that meets a symbolic link on its way goes where the link leads, within the image's root, as umoci and podman
+  (storage driver vfs) have it: an absolute target starts at the root, ``..`` ends there, what is missing is made; the
+  last component is never followed; more than 40 links are taken for a loop;
 * an image without ``/usr`` gets a root directory of 0755, root, mtime 0;
 * volume labels are ignored;
 * names, symlink targets, xattrs and device numbers that an EROFS image cannot hold are refused.
@@ -34,6 +37,11 @@ MAX_INODES = 1 << 21
 #: Directories that no layer sent: an archive can ask for two bytes each, so they get a bound of their own.
 MAX_IMPLIED = 1 << 18
 MAX_DEPTH = 1 << 14
+#: Links that one path may meet: as many as the kernel follows.
+MAX_LINKS = 40
+#: Components of link targets that all paths of an image may be led through: a target of 4 KB is 2,000 of them, and
+#: each entry could ask for 40 such targets.
+MAX_LINK_STEPS = 1 << 24
 #: EROFS, the kernel and every other file system agree on this one.
 MAX_NAME = 255
 #: One block less its terminator; EROFS cuts what is longer.
@@ -61,6 +69,7 @@ _SPECIAL = {b"3": st.S_IFCHR, b"4": st.S_IFBLK, b"6": st.S_IFIFO}
 _ODD_NAMES = frozenset((b"", b".", b".."))
 _WHITEOUT = b".wh."
 _OPAQUE = b".wh..wh..opq"
+_NOT_WHITEOUTS = frozenset((b".", b".."))
 _CACHED_BYTES = 1 << 23
 _CACHED_STATS = 1 << 15
 
@@ -73,7 +82,12 @@ class TreeBuilder:
     """Merges the entries of all layers, base layer first, into one tree. Every error is an InvalidLayer."""
 
     def __init__(
-        self, *, max_inodes: int = MAX_INODES, max_implied: int = MAX_IMPLIED, max_depth: int = MAX_DEPTH
+        self,
+        *,
+        max_inodes: int = MAX_INODES,
+        max_implied: int = MAX_IMPLIED,
+        max_depth: int = MAX_DEPTH,
+        max_link_steps: int = MAX_LINK_STEPS,
     ) -> None:
         self.root = Directory(Stat())
         self._max_inodes = max_inodes
@@ -86,6 +100,11 @@ class TreeBuilder:
         # look-up. Wrong as soon as a directory goes away: then it is emptied.
         self._known: dict[bytes, Directory] = {}
         self._known_bytes = 0
+        # Some known directory was found through a symbolic link, so a link that goes away empties them, too.
+        self._linked = False
+        # … and on the way something was missing that ".." of the link undid: when it comes, the way may be another.
+        self._skipped = False
+        self._link_steps_left = max_link_steps
         self._stats: dict[tuple[int, int, int, int, int], Stat] = {}
         self._xattrs: dict[tuple[tuple[bytes, bytes], ...], dict[bytes, bytes]] = {}
         self._user_xattrs = False
@@ -124,8 +143,12 @@ class TreeBuilder:
                     f"Symlink {show(path)} has a target of {len(link)} bytes; a file system holds at most "
                     f"{MAX_SYMLINK}."
                 )
-            if b"\0" in link:
-                raise InvalidLayer(f"The target of symlink {show(path)} contains a NUL byte.")
+            if not link or b"\0" in link:
+                raise InvalidLayer(
+                    f"The target of symlink {show(path)} contains a NUL byte."
+                    if link
+                    else f"Symlink {show(path)} has no target, which no file system can hold."
+                )
             node = Leaf(stat, st.S_IFLNK, link)
         elif kind == _HARDLINK:
             node = self._hardlinked(path, link)
@@ -167,6 +190,8 @@ class TreeBuilder:
             entries[name] = node
             if kind == _DIRECTORY:
                 self._remember(path.rstrip(b"/"), node)  # type: ignore[arg-type]
+            elif self._skipped:
+                self._forget()
         elif old.__class__ is Directory:
             if node.__class__ is Directory:
                 # Children stay; all metadata comes from the newer entry.
@@ -176,6 +201,8 @@ class TreeBuilder:
                 self._forget()
         else:
             entries[name] = node
+            if self._linked and self._leads_on(old):
+                self._forget()
 
     def finish(self, xattrs: str = "allowlist-only") -> FileSystem:
         """The tree as composefs writes it, with link counts. Ends the building: the builder must not be used
@@ -245,11 +272,20 @@ class TreeBuilder:
         this moment.
         """
         if name == _OPAQUE:
-            if any(child.__class__ is Directory for child in entries.values()):
+            if any(self._leads_on(child) for child in entries.values()):
                 self._forget()
             entries.clear()
-        elif entries.pop(name[len(_WHITEOUT) :], None).__class__ is Directory:
+            return
+        hidden = name[len(_WHITEOUT) :]
+        if hidden in _NOT_WHITEOUTS:
+            # Others take this for the directory itself, or the one above it.
+            raise InvalidLayer(f"The whiteout {show(path)} names no file that it could hide.")
+        if self._leads_on(entries.pop(hidden, None)):
             self._forget()
+
+    def _leads_on(self, node: Node | None) -> bool:
+        """Whether a directory that is known by its path may be known through ``node``."""
+        return isinstance(node, Directory) or (node is not None and self._linked and node.kind == st.S_IFLNK)
 
     # -- metadata -----------------------------------------------------------------------------------------------------
 
@@ -327,50 +363,99 @@ class TreeBuilder:
         if b".." in parts:
             raise InvalidLayer(f"The path of entry {show(path)} contains '..'.")
         if len(parts) >= self._max_depth:
-            raise InvalidLayer(
-                f"Entry {show(path)} lies {len(parts)} directories deep; at most {self._max_depth} are possible."
-            )
+            self._too_deep(len(parts), path)
         return parts
 
+    def _too_deep(self, depth: int, path: bytes) -> NoReturn:
+        raise InvalidLayer(f"Entry {show(path)} lies {depth} directories deep; at most {self._max_depth} are possible.")
+
     def _lookup(self, head: bytes, path: bytes) -> Directory | None:
-        """The directory under ``head``, None when there is nothing; never through a symlink."""
-        directory = self.root
-        for part in self._components(head, path):
-            child = directory.entries.get(part)
-            if child is None:
-                return None
-            if not isinstance(child, Directory):
-                self._not_a_directory(part, path)
-            directory = child
-        self._remember(head, directory)
-        return directory
+        """The directory under ``head``, None when there is nothing."""
+        chain, missing = self._walk(head, path)
+        if missing:
+            return None
+        self._remember(head, chain[-1])
+        return chain[-1]
 
     def _parent(self, head: bytes, path: bytes) -> Directory:
         """The directory under ``head``, made with all its parents where no layer sent them."""
-        directory = self.root
+        chain, missing = self._walk(head, path)
+        directory = chain[-1]
         stat: Stat | None = None
-        for part in self._components(head, path):
-            child = directory.entries.get(part)
-            if child is None:
-                if len(part) > MAX_NAME or b"\0" in part or part.startswith(_WHITEOUT):
-                    self._bad_name(part, path)
-                if self._implied_left <= 0:
-                    raise InvalidLayer(
-                        f"Entry {show(path)} lies in a directory that no layer contains, as do others: more than "
-                        f"{self._max_implied} directories are missing.",
-                        "Build the image with a tool that writes directories to its layers.",
-                    )
-                if self._names_left <= 0:
-                    self._recount()
-                self._implied_left -= 1
-                self._names_left -= 1
-                stat = stat or _implied()
-                child = directory.entries[part] = Directory(stat)
-            elif not isinstance(child, Directory):
-                self._not_a_directory(part, path)
+        for part in missing:
+            if len(part) > MAX_NAME or b"\0" in part or part.startswith(_WHITEOUT):
+                self._bad_name(part, path)
+            if self._implied_left <= 0:
+                raise InvalidLayer(
+                    f"Entry {show(path)} lies in a directory that no layer contains, as do others: more than "
+                    f"{self._max_implied} directories are missing.",
+                    "Build the image with a tool that writes directories to its layers.",
+                )
+            if self._names_left <= 0:
+                self._recount()
+            self._implied_left -= 1
+            self._names_left -= 1
+            stat = stat or _implied()
+            child = directory.entries[part] = Directory(stat)
             directory = child
         self._remember(head, directory)
         return directory
+
+    def _walk(self, head: bytes, path: bytes) -> tuple[list[Directory], list[bytes]]:
+        """Follow ``head`` from the root: the directories on the way, the root first, and the names that are missing
+        after the last.
+
+        What a symbolic link leads to stands for it, and never leaves the root. ``..`` of a link's target undoes the
+        component before it, be that there or missing.
+        """
+        todo = self._components(head, path)
+        todo.reverse()
+        chain = [self.root]
+        missing: list[bytes] = []
+        links = 0
+        while todo:
+            part = todo.pop()
+            if part == b"..":  # of a link: the path itself has none
+                if missing:
+                    missing.pop()
+                    self._skipped = True
+                elif len(chain) > 1:
+                    chain.pop()
+                continue
+            child = None if missing else chain[-1].entries.get(part)
+            if child is None:
+                missing.append(part)
+            elif isinstance(child, Directory):
+                chain.append(child)
+            elif child.kind == st.S_IFLNK:
+                links += 1
+                self._follow(child, links, part, path, chain, todo)
+            else:
+                self._not_a_directory(part, path)
+            if len(chain) + len(missing) > self._max_depth:
+                self._too_deep(len(chain) + len(missing), path)
+        return chain, missing
+
+    def _follow(
+        self, link: Leaf, links: int, part: bytes, path: bytes, chain: list[Directory], todo: list[bytes]
+    ) -> None:
+        """Put the components of the link's target before what is still to do."""
+        target = [part for part in link.data.split(b"/") if part and part != b"."]
+        self._link_steps_left -= len(target) + 1
+        if links > MAX_LINKS:
+            raise InvalidLayer(
+                f"Entry {show(path)} lies below {show(part)}, a symbolic link that leads through more than {MAX_LINKS} "
+                "others, or in a circle."
+            )
+        if self._link_steps_left < 0:
+            raise InvalidLayer(
+                f"Entry {show(path)} lies below a symbolic link, as do others: following them all takes too long.",
+                "Build the image with a tool that writes real paths to its layers.",
+            )
+        if link.data.startswith(b"/"):
+            del chain[1:]
+        todo.extend(reversed(target))
+        self._linked = True
 
     def _remember(self, head: bytes, directory: Directory) -> None:
         self._known_bytes += len(head) + 100
