@@ -31,6 +31,7 @@ from readdump import read_dump
 
 GOLDENS = ("acls", "contents", "directories", "dots", "labels", "links", "symlinks", "times", "whiteouts", "xattrs")
 SECONDS_PER_INPUT = 5.0
+PATHS = (b"a", b"d/f", b"dir/file", b"usr/bin/tool", b"zz/zz/zz", b"file", b"0" * 255)
 
 
 def corpus() -> list[bytes]:
@@ -48,6 +49,8 @@ def run(data: bytes) -> None:
     try:
         image = erofsreader.ErofsImage(data)
         image.objects()
+        for path in PATHS:
+            image.find(path)
         root = image.tree()
         once = erofswriter.image_bytes(root, image.version, fsverity.SHA256)
         again = erofswriter.image_bytes(erofsreader.ErofsImage(once).tree(), image.version, fsverity.SHA256)

@@ -97,6 +97,7 @@ class ErofsImage:
         self._length = len(data)
         self._purse = 0
         self._shared: dict[int, Entry] = {}
+        self._last: tuple[bytes, _Inode | None] = (b"", None)
         self._read_superblock()
 
     @classmethod
@@ -212,6 +213,84 @@ class ErofsImage:
             if leaf.nlink != links:
                 self._damaged(f"inode {nid} has {leaf.nlink} names and a link count of {links}")
         return root
+
+    def find(self, path: bytes) -> Leaf | None:
+        """The regular file at ``path`` (no leading slash), which carries its content or digest; None if there is none.
+
+        No symbolic link is followed. Directories are sorted, so this reads a few blocks for each directory on the way,
+        and memory does not grow with the tree.
+        """
+        if path.startswith(b"/"):
+            return None
+        parent, _slash, name = path.rpartition(b"/")
+        if self._last[0] != parent or self._last[1] is None:
+            self._last = (parent, self._directory(parent))
+        directory = self._last[1]
+        if directory is None:
+            return None
+        self._start()
+        nid = self._search(directory, name)
+        if nid is None:
+            return None
+        inode = self._inode_at(nid)
+        if not st.S_ISREG(inode.mode):
+            return None
+        xattrs = self._full_xattrs(inode)
+        leaf = self._leaf(inode, xattrs, self._stat(inode, xattrs, {}))
+        # A hole has a size and no content, and an escaped whiteout is a regular file only on the disk.
+        whole = leaf.digest is not None or len(leaf.data) == leaf.size
+        return leaf if leaf.kind == st.S_IFREG and whole else None
+
+    def _directory(self, path: bytes) -> _Inode | None:
+        self._start()
+        inode = self._inode_at(self.root_nid)
+        for name in path.split(b"/") if path else ():
+            nid = self._search(inode, name) if st.S_ISDIR(inode.mode) else None
+            if nid is None:
+                return None
+            inode = self._inode_at(nid)
+        return inode if st.S_ISDIR(inode.mode) else None
+
+    def _inode_at(self, nid: int) -> _Inode:
+        self._within(nid * SLOT, SLOT, "inode")
+        return self._inode(nid)
+
+    def _search(self, directory: _Inode, name: bytes) -> int | None:
+        """The inode number of an entry. A directory that is not sorted may hide some; nothing else can come of it."""
+        if name in (b"", b".", b".."):
+            return None
+        # The last block whose first name is not behind the one that is looked for, and then the same within the block.
+        low, high = 0, (directory.size + BLOCK - 1) // BLOCK
+        while low < high:
+            middle = (low + high) // 2
+            if self._entry(directory, self._block(directory, middle), 0)[0] <= name:
+                low = middle + 1
+            else:
+                high = middle
+        if not low:
+            return None
+        block = self._block(directory, low - 1)
+        low, high = 0, self._count(directory, block)
+        while low < high:
+            middle = (low + high) // 2
+            found, nid = self._entry(directory, block, middle)
+            if found == name:
+                return nid
+            if found < name:
+                low = middle + 1
+            else:
+                high = middle
+        return None
+
+    def _block(self, directory: _Inode, number: int) -> bytes:
+        """One block of a directory's entries, the last of which may be short and stand behind the inode."""
+        at, size = number * BLOCK, min(BLOCK, directory.size - number * BLOCK)
+        if directory.layout == CHUNKED:
+            self._damaged(f"inode {directory.nid} should have its content in the image")
+        start = directory.tail if directory.layout == INLINE and size < BLOCK else directory.field * BLOCK + at
+        self._within(start, size, "the entries of a directory")
+        self._spend(size)
+        return self._data[start : start + size]
 
     def _damaged(self, what: str) -> NoReturn:
         raise FormatError(f"Damaged EROFS image: {what}.", "Make the image again, for example by pulling it once more.")
@@ -348,23 +427,37 @@ class ErofsImage:
 
     def _entries(self, inode: _Inode) -> Iterator[tuple[bytes, int, int]]:
         for block in self._pieces(inode):
-            length = len(block)
-            first = block[8] | block[9] << 8 if length >= 12 else 0
-            if first < 12 or first % 12 or first > length:
-                self._damaged(f"directory {inode.nid} has a block without entries")
-            dirents = list(DIRENT.iter_unpack(block[:first]))
-            last = len(dirents) - 1
-            for number, (nid, start, kind) in enumerate(dirents):
-                if number < last:
-                    end = dirents[number + 1][1]
-                else:
-                    # Only the last name of a block may be followed by zeros.
-                    end = block.find(b"\0", start)
-                    end = length if end < 0 else end
-                name = block[start:end]
-                if not 0 < end - start <= MAX_NAME or end > length or b"\0" in name or b"/" in name:
-                    self._damaged(f"directory {inode.nid} has an impossible name")
-                yield name, nid, kind
+            yield from self._block_entries(inode, block)
+
+    def _block_entries(self, inode: _Inode, block: bytes) -> Iterator[tuple[bytes, int, int]]:
+        length = len(block)
+        dirents = list(DIRENT.iter_unpack(block[: DIRENT.size * self._count(inode, block)]))
+        last = len(dirents) - 1
+        for number, (nid, start, kind) in enumerate(dirents):
+            if number < last:
+                end = dirents[number + 1][1]
+            else:
+                # Only the last name of a block may be followed by zeros.
+                end = block.find(b"\0", start)
+                end = length if end < 0 else end
+            name = block[start:end]
+            if not 0 < end - start <= MAX_NAME or end > length or b"\0" in name or b"/" in name:
+                self._damaged(f"directory {inode.nid} has an impossible name")
+            yield name, nid, kind
+
+    def _count(self, inode: _Inode, block: bytes) -> int:
+        first = block[8] | block[9] << 8 if len(block) >= DIRENT.size else 0
+        if first < DIRENT.size or first % DIRENT.size or first > len(block):
+            self._damaged(f"directory {inode.nid} has a block without entries")
+        return first // DIRENT.size
+
+    def _entry(self, inode: _Inode, block: bytes, number: int) -> tuple[bytes, int]:
+        """One name of a block, whatever bytes it has, and its inode number."""
+        last = self._count(inode, block) - 1
+        nid, start, _kind = DIRENT.unpack_from(block, DIRENT.size * number)
+        if number < last:
+            return block[start : DIRENT.unpack_from(block, DIRENT.size * (number + 1))[1]], nid
+        return block[start:].partition(b"\0")[0], nid
 
     def _stat(
         self,

@@ -182,6 +182,53 @@ def test_golden_trees_make_the_same_image_again(name: str, version: int) -> None
     assert reader.objects() == {node.digest for _path, node in walk(root) if isinstance(node, Leaf) and node.digest}
 
 
+def content(leaf: Leaf | None) -> tuple[object, ...] | None:
+    return None if leaf is None else (leaf.kind, leaf.data, leaf.digest, leaf.size)
+
+
+@settings(max_examples=40, deadline=None)
+@given(trees(), some.sampled_from(erofs.VERSIONS))
+def test_a_path_leads_to_the_regular_file_of_the_tree_and_to_nothing_else(root: Directory, version: int) -> None:
+    image = erofsreader.ErofsImage(erofswriter.image_bytes(root, version, SHA256))
+    for path, node in walk(root):
+        hole = isinstance(node, Leaf) and node.digest is None and len(node.data) != node.size
+        regular = isinstance(node, Leaf) and node.kind == st.S_IFREG and not hole
+        assert content(image.find(path.lstrip(b"/"))) == (content(node) if regular else None)
+        for wrong in (b"/" + path.lstrip(b"/"), path.lstrip(b"/") + b"/", path.lstrip(b"/") + b"0/x", b"./" + path):
+            assert image.find(wrong) is None
+
+
+@pytest.mark.parametrize("version", erofs.VERSIONS)
+def test_paths_are_found_in_directories_of_many_blocks_in_flat_memory(version: int) -> None:
+    names = [b"%06d" % number for number in range(0, 60_000, 2)]
+    many = Directory(Stat(), {name: Leaf(Stat(), st.S_IFREG, name) for name in names})
+    link = Leaf(Stat(), st.S_IFLNK, b"many")
+    data = erofswriter.image_bytes(Directory(Stat(), {b"many": many, b"link": link}), version, SHA256)
+    image = erofsreader.ErofsImage(data)
+    tracemalloc.start()
+    for number in range(0, 60_000, 61):
+        found = image.find(b"many/%06d" % number)
+        assert (found.data if found else None) == (b"%06d" % number if number % 2 == 0 else None)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+    for path in (b"", b"many", b"many/", b"link/000000", b"many/..", b"many/../link", b"many/000000/x", b"many/zzz"):
+        assert image.find(path) is None, path
+
+
+def test_looking_up_in_a_damaged_image_ends_with_the_engines_error_or_an_answer() -> None:
+    dice = random.Random(11)
+    whole = bytes(small())
+    for _unused in range(3000):
+        data = bytearray(whole)
+        for _again in range(dice.choice((1, 2, 5))):
+            data[dice.randrange(1024, len(data))] = dice.choice((0, 1, 0x7F, 0xFF, dice.randrange(256)))
+        with contextlib.suppress(FormatError):
+            image = erofsreader.ErofsImage(data)
+            for path in (b"d/in", b"e", b"f", b"l", b"nothing"):
+                image.find(path)
+
+
 def test_marks_of_the_format_are_taken_away_in_epoch_1_and_are_the_users_own_in_format_2() -> None:
     own = {
         b"trusted.overlay.opaque": b"y",
