@@ -90,13 +90,16 @@ options:
     description:
       - The digest that the reference must have, as V(sha256:) and 64 hexadecimal digits. The task fails if it means
         anything else.
-      - The digest of the manifest, of the manifest as the registry knows it, and of an index are all accepted.
+      - The digest of the manifest, of the manifest as the registry knows it, and of the (outermost) index are all
+        accepted. Whatever a tag does meanwhile, what is stored is this image.
     type: str
   platform:
     description:
       - The platform to choose from an index, as V(os/architecture) or V(os/architecture/variant), for example
         V(linux/arm64/v8).
-      - Defaults to the host's own. An image that is not for the platform that is asked for is refused.
+      - Defaults to the host's own. A variant takes lesser ones, so that V(linux/arm/v7) is content with V(v6).
+      - For an image that is chosen from an index the index decides; a configuration that contradicts it is a warning.
+        A single image that is for another platform than is asked for is refused, and a warning if none is asked for.
     type: str
   auth_file:
     description:
@@ -260,8 +263,8 @@ registry_digest:
   sample: sha256:9d78ad0da0e88ca15da5735b9f70064d3099ac0a8cd9dc839795789400a38e42
 index_digest:
   description:
-    - The digest of the index that the reference leads to, V(null) if it leads to a single manifest or the source was
-      not asked.
+    - The digest of the index that the reference leads to, proved to list the manifest; the outermost one if it lists
+      indexes. V(null) if the reference leads to a single manifest or the source was not asked.
   returned: when O(images) is not used
   type: str
   sample: sha256:fe7e1e0a5d2e0d1f4ab6ac2f6fb71a1b5f4c3a2a5d2c9b0f9b1f6e5d4c3b2a19

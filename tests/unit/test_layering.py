@@ -39,7 +39,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "": (("errors", "progress"),),
     "formats": (
         ("codecs", "fsverity", "oci", "repolayout", "tarheader"),
-        ("metajson", "ocischemas", "splitstream", "tar", "tardiff"),
+        ("indexes", "metajson", "ocischemas", "splitstream", "tar", "tardiff"),
     ),
     "rootfs": (
         ("erofs", "filetree", "lastmatch"),
@@ -47,7 +47,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("erofsreader", "erofswriter", "selinux"),
         ("bootable",),
     ),
-    "host": (("files", "mountinfo", "processes"), ("filesystem", "mountcalls")),
+    "host": (("files", "machine", "mountinfo", "processes"), ("filesystem", "mountcalls")),
     "source": (("skopeo",), ("imageproxy",), ("skopeosource",)),
     "store": (("objects",), ("marks",), ("repository",), ("create", "imagestreams"), ("graph", "proofs")),
     "pull": (("smallobjects",), ("layer",), ("fetch", "makeimages", "plan"), ("publish",), ("pull",)),

@@ -73,6 +73,8 @@ _ARCHITECTURES = {
     "i386": ("386", ""),
     "i686": ("386", ""),
 }
+# The variants of an architecture, most capable first: each runs what was built for those after it.
+_VARIANTS = {"arm": ("v8", "v7", "v6", "v5"), "arm64": ("v8",), "amd64": ("v4", "v3", "v2", "v1")}
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,26 @@ class Platform:
     def __str__(self) -> str:
         return "/".join(part for part in (self.os, self.architecture, self.variant) if part)
 
+    def candidates(self) -> tuple[Platform, ...]:
+        """The platforms whose images run here, best first: the variant itself, lesser ones, none named.
+
+        Where no variant was asked for, an image without one comes first, then any.
+        """
+        order = _VARIANTS.get(self.architecture, ())
+        if not self.variant:
+            # skopeo's order for arm; for the others the variant that asks least of the processor.
+            variants = ("", *(order if self.architecture == "arm" else order[::-1]))
+        elif self.variant in order:
+            variants = (*order[order.index(self.variant) :], "")
+        else:
+            variants = (self.variant, "")
+        return tuple(replace(self, variant=variant) for variant in variants)
+
     def accepts(self, other: Platform) -> bool:
-        """Whether an image built for ``other`` is what was asked for; a variant counts only where both name one."""
-        same = (self.os, self.architecture) == (other.os, other.architecture)
-        return same and (not self.variant or not other.variant or self.variant == other.variant)
+        """Whether an image built for ``other`` is what was asked for: v7 of arm takes v6, too, but never v8."""
+        if not self.variant:
+            return (self.os, self.architecture) == (other.os, other.architecture)
+        return other in self.candidates()
 
 
 def parse_platform(text: str) -> Platform:

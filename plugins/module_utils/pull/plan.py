@@ -11,8 +11,9 @@ from __future__ import annotations
 import dataclasses
 
 from ..formats import oci
+from ..host import machine
 from ..store import imagestreams, proofs
-from ..errors import DigestMismatch
+from ..errors import UnexpectedDigest
 from ..formats.oci import Reference, parse_reference
 from ..store.repository import Repository
 from ..source.skopeosource import Session
@@ -107,14 +108,14 @@ def look_up(repository: Repository, request: Request, reference: Reference, sess
     With ``record`` a layer stream of another tool that passed its proof is remembered, so that it is hashed only once.
     """
     warnings: list[str] = []
-    index = session.ask_index_digest(reference)
-    registry_digest, raw = session.manifest(reference)
-    manifest = oci.parse_manifest(raw)
+    resolved = session.resolve(reference)
+    # From here on everything is asked for with the reference that leads to this manifest, whatever a tag does.
+    reference, registry_digest, index_digest = resolved.reference, resolved.digest, resolved.index_digest
+    manifest = oci.parse_manifest(resolved.raw)
+    _check_digest(request, manifest.digest, registry_digest, index_digest)
     manifest_document = imagestreams.usable(repository, imagestreams.MANIFEST, manifest.digest)
     if manifest_document is None:
-        _validate("manifest", raw, warnings)
-    index_digest = index(registry_digest)
-    _check_digest(request, manifest.digest, registry_digest, index_digest)
+        _validate("manifest", resolved.raw, warnings)
     config_document = imagestreams.usable(repository, imagestreams.CONFIG, manifest.config.digest)
     config_raw = (
         config_document.raw
@@ -126,8 +127,7 @@ def look_up(repository: Repository, request: Request, reference: Reference, sess
         config = oci.parse_config(config_raw)
         if config_document is None:
             _validate("config", config_raw, warnings)
-        if request.platform:
-            oci.check_platform(config, oci.parse_platform(request.platform))
+        _check_platform(request, config, resolved.platform, warnings)
     plan = Plan(
         request=request,
         reference=reference,
@@ -230,8 +230,26 @@ def _diff_ids(manifest: oci.Manifest, config: oci.Config | None) -> list[str]:
 
 def _check_digest(request: Request, digest: str, registry_digest: str, index_digest: str | None) -> None:
     if request.digest and request.digest not in (digest, registry_digest, index_digest):
-        raise DigestMismatch(
+        raise UnexpectedDigest(
             f"The reference means {registry_digest} now, where 'digest' asks for {request.digest}.",
             "Somebody moved the tag, or the digest belongs to another platform: decide which image you want and "
             "update the task.",
         )
+
+
+def _check_platform(request: Request, config: oci.Config, member: oci.Platform | None, warnings: list[str]) -> None:
+    """Refuse or warn of an image that is not for the platform it should be for; ``member`` is what an index says of it.
+
+    The index decides for what was chosen from it: builders copy configurations, and its word is what others go by. A
+    single image has nothing but its configuration.
+    """
+    if member is not None:
+        if not member.accepts(config.platform) and not config.platform.accepts(member):
+            warnings.append(
+                f"The index says that {request.ref} is for {member}, and the configuration says "
+                f"{config.platform or 'nothing'}. The index decides."
+            )
+    elif request.platform:
+        oci.check_platform(config, oci.parse_platform(request.platform))
+    elif str(config.platform) and not machine.own_platform().accepts(config.platform):
+        warnings.append(f"{request.ref} is for {config.platform}, and this host is {machine.own_platform()}.")

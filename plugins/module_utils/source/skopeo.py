@@ -317,21 +317,28 @@ def skopeo_version(executable: Sequence[str] = ("skopeo",), timeout: float = 20.
 def top_digest(options: ProxyOptions, reference: Reference) -> tuple[str, bytes]:
     """``sha256:<hex>`` and the bytes of the topmost manifest or index that the reference means.
 
-    The proxy tells the digest of the platform's manifest only, so this is a second skopeo, ``inspect --raw``, with the
-    same credentials. It costs a process and one or two requests to the registry; a reference by digest is answered from
-    the text alone by whoever has it.
+    The proxy tells the digest of the platform's manifest only, so this is another skopeo, ``inspect --raw``, with the
+    same credentials. It costs a process and one or two requests to the registry. Bytes that a reference by digest
+    leads to are proved against it: else DigestMismatch.
     """
-    what = f"Reading the index of {reference.text}"
+    what = f"Opening {reference.text}"
     with command(options, reference, ("inspect", "--raw"), ("--", reference.text)) as (argv, descriptors):
         child = Child(argv, subprocess.DEVNULL, subprocess.PIPE, descriptors)
     try:
         raw = child.output(MAX_MANIFEST, time.monotonic() + options.timeout, what)
         status = child.wait(options.timeout)
         if status != 0:
-            raise classify(options, what, child.words())
+            # It repeats the reference, which is named anyway.
+            raise classify(options, what, re.sub(r'\AError parsing image name "[^"]*": ', "", child.words()))
     finally:
         child.close()
-    return digest_of(raw), raw
+    found = digest_of(raw)
+    if reference.digest not in ("", found):
+        raise DigestMismatch(
+            f"{what}: the registry answers with {found} instead.",
+            "The registry or something on the way to it is damaged or lies.",
+        )
+    return found, raw
 
 
 # -- the signature policy
@@ -453,7 +460,7 @@ _MEANINGS = (
         "Check the name, the tag and the path.",
     ),
     _means(
-        r"corrupted blob|expected \d+ bytes in blob|digest did not match",
+        r"corrupted blob|expected \d+ bytes in blob|digest did not match|does not match provided manifest digest",
         DigestMismatch,
         "Try again; if it stays so, the image is damaged.",
     ),

@@ -7,17 +7,20 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import os
 import threading
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from ..formats import oci
-from ..errors import EngineError, InvalidDocument
+from ..formats import indexes, oci
+from ..host import machine
+from ..errors import DigestMismatch, EngineError, InvalidDocument, UnexpectedDigest
 from .imageproxy import ImageProxy, fetch_config
-from ..formats.oci import Reference
+from ..formats.oci import Platform, Reference, digest_of
 from ..progress import Progress
-from .skopeo import ProxyOptions, skopeo_version, top_digest
+from .skopeo import ProxyOptions, policy_demand, policy_path, skopeo_version, top_digest
 
 T = TypeVar("T")
 
@@ -37,6 +40,26 @@ def pause(attempt: int, error: EngineError, progress: Progress) -> None:
     time.sleep(seconds)
 
 
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """What a reference means: one manifest, whose documents and layers are all to be asked for with ``reference``.
+
+    ``digest`` is the manifest's as the source knows it, ``raw`` the manifest in OCI's format. ``index_digest`` is that
+    of the outermost index, proved to lead to the manifest; None if there is none. ``platform`` is what the index says
+    the manifest is for, None if it says nothing.
+    """
+
+    reference: Reference
+    digest: str
+    raw: bytes
+    index_digest: str | None
+    platform: Platform | None
+
+
+class _Moved(UnexpectedDigest):
+    """Two answers about one reference differ; asking anew may help."""
+
+
 class Session:
     """One skopeo proxy with the images of one registry opened in it; starts another when it dies or must be killed.
 
@@ -52,8 +75,6 @@ class Session:
         self.protocol_version: str | None = None
         self._skopeo_version: str | None = None
         self._asked: threading.Thread | None = None
-        self._asking: list[threading.Thread] = []
-        self._closed = False
         self._retries = retries
         self._progress = progress
         self._proxy: ImageProxy | None = None
@@ -128,66 +149,96 @@ class Session:
             )
         return list(infos)
 
-    def ask_index_digest(self, reference: Reference) -> Callable[[str], str | None]:
-        """Begin to ask what the reference itself leads to; the function that is returned, to be called with the
-        manifest's digest as the source knows it, waits for the digest of the index (None: there is none).
+    def resolve(self, reference: Reference) -> Resolved:
+        """What ``reference`` means now. Raises PlatformNotFound if it has nothing for the platform, and what a source
+        may raise.
 
-        The image proxy tells only the digest of the platform's manifest. So skopeo is asked a second time, beside the
-        first, and again after a passing fault, for a task that names the index's digest cannot do without the answer. A
-        lasting failure is none of the pull.
+        A tag may move at any moment, and two caches behind one name may disagree. So one answer is taken, as bytes,
+        and everything else is asked for by the digests that it proves: whatever the tag says meanwhile, index,
+        manifest and layers belong together.
         """
-        if not reference.is_remote or reference.digest:
-            # A digest in the reference answers the question: either it is the manifest's own, or it is the index's.
-            return lambda registry_digest: reference.digest if reference.digest not in ("", registry_digest) else None
-        found: list[str | None] = [None]
-
-        def ask() -> None:
-            attempt = 0
-            while not self._closed:
-                try:
-                    found[0] = top_digest(self.options, reference)[0]
-                    return
-                except EngineError as error:
-                    if attempt >= self._retries or not is_passing(error):
-                        return
-                    attempt += 1
-                    self.retried += 1
-                    pause(attempt, error, self._progress)
-
-        thread = threading.Thread(target=ask, name="index", daemon=True)
-        self._asking.append(thread)
-        thread.start()
-
-        def wait(registry_digest: str) -> str | None:
-            thread.join()
-            return found[0] if found[0] != registry_digest else None
-
-        return wait
-
-    def _patiently(self, ask: Callable[[ImageProxy, int], T], reference: Reference) -> T:
-        """Ask, and again after a passing fault of the source, up to ``retries`` times with growing pauses."""
+        if not reference.is_remote:
+            digest, raw = self.manifest(reference)
+            return Resolved(reference, digest, raw, None, None)
         attempt = 0
         while True:
-            generation = self.generation
             try:
-                return ask(*self.image(reference))
+                return self._resolve_remote(reference)
+            except _Moved as error:
+                if attempt >= self._retries:
+                    raise
+                attempt += 1
+                self.retried += 1
+                pause(attempt, error, self._progress)
+
+    def _resolve_remote(self, reference: Reference) -> Resolved:
+        top, raw = self._raw(reference)
+        chosen = indexes.Chosen(oci.Descriptor("", top, len(raw)), None)
+        if oci.is_index(raw):
+            wanted = self.options.platform or machine.own_platform()
+            chosen = indexes.choose(raw, wanted, lambda entry: self._raw(reference.pinned(entry.digest))[1])
+        wanted_digest = chosen.descriptor.digest
+        opened = reference.pinned(wanted_digest)
+        if not reference.digest and self._asks_for_signatures():
+            # A signature vouches for a name or for the index, so skopeo must judge the reference as it is written.
+            opened = reference
+        digest, manifest = self.manifest(opened)
+        if digest != wanted_digest:
+            raise _Moved(
+                f"{reference.original} meant {wanted_digest} a moment ago, and {digest} now.",
+                "Somebody moves the tag right now, or the registry contradicts itself; try again.",
+            )
+        if digest_of(manifest) != digest and chosen.descriptor.media_type == oci.OCI_MANIFEST:
+            raise DigestMismatch(
+                f"The manifest {digest} of {reference.original} has the digest {digest_of(manifest)}.",
+                "The image is damaged; ask its publisher.",
+            )
+        return Resolved(opened, digest, manifest, top if top != digest else None, chosen.platform)
+
+    def _asks_for_signatures(self) -> bool:
+        path = policy_path(self.options.policy)
+        # Without any policy there is nothing to judge: newer ones refuse the image anyway, older ones take it.
+        return not self.options.insecure_policy and os.path.exists(path) and bool(policy_demand(path))
+
+    def _raw(self, reference: Reference) -> tuple[str, bytes]:
+        """Digest and bytes of the topmost document that ``reference`` leads to."""
+        return self._again(lambda: top_digest(self.options, reference), lambda: None)
+
+    def _patiently(self, ask: Callable[[ImageProxy, int], T], reference: Reference) -> T:
+        """Ask the proxy, and another one after a passing fault."""
+        generation = self.generation
+
+        def once() -> T:
+            nonlocal generation
+            generation = self.generation
+            return ask(*self.image(reference))
+
+        return self._again(once, lambda: self.replace(generation))
+
+    def _again(self, ask: Callable[[], T], before: Callable[[], None]) -> T:
+        """Ask, and again after a passing fault of the source, up to ``retries`` times with growing pauses; ``before``
+        is called before each repetition.
+        """
+        attempt = 0
+        while True:
+            try:
+                return ask()
             except EngineError as error:
                 if attempt >= self._retries or not is_passing(error):
                     raise
                 attempt += 1
                 self.retried += 1
-                self.replace(generation)
+                before()
                 pause(attempt, error, self._progress)
 
     def close(self) -> None:
         """End the proxy."""
-        self._closed = True
         with self._lock:
             proxy, self._proxy = self._proxy, None
             self._images.clear()
         if proxy is not None:
             proxy.close()
-        # After a failure questions may still be open. They end by themselves, but nobody waits long for answers that
-        # are not wanted.
-        for thread in (*self._asking, *([self._asked] if self._asked else [])):
-            thread.join(CLOSE_WAIT)
+        # After a failure the question may still be open. It ends by itself, and nobody waits long for an answer that
+        # is not wanted.
+        if self._asked is not None:
+            self._asked.join(CLOSE_WAIT)

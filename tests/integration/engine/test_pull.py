@@ -256,7 +256,7 @@ def test_digest_option_accepts_manifest_and_index_and_refuses_all_else(
     assert result["index_digest"] == tagged(images, "platforms")
     for digest in (result["digest"], result["index_digest"]):
         assert not pull_one(repository_path, reference, platform="linux/arm64", digest=digest)["changed"]
-    with pytest.raises(errors.DigestMismatch, match="means"):
+    with pytest.raises(errors.UnexpectedDigest, match="means"):
         pull_one(repository_path, reference, platform="linux/arm64", digest="sha256:" + "0" * 64)
 
 

@@ -65,7 +65,8 @@ class World:
         self.proxies: list[FakeProxy] = []
         self.starting: list[EngineError] = []
         self.opening: list[EngineError] = []
-        self.index_failure: EngineError | None = None
+        # failures of the question what a reference means, one after the other
+        self.asking: list[EngineError] = []
         # digest -> what to do with a transfer, one after the other: bytes to send instead, an error at once, or a
         # function of the proxy
         self.blobs: dict[str, list[Any]] = {}
@@ -97,10 +98,11 @@ class World:
         return self
 
     def _top_digest(self, options: Any, reference: Reference) -> tuple[str, bytes]:
-        if self.index_failure is not None:
-            raise self.index_failure
-        entry = self.target(reference)
-        return str(entry["digest"]), self.layout.read(entry["digest"])
+        self.requests.append(("Inspect", reference.text))
+        if self.asking:
+            raise self.asking.pop(0)
+        digest = reference.digest or str(self.target(reference)["digest"])
+        return digest, self.layout.read(digest)
 
 
 class FakeProxy:
@@ -143,7 +145,7 @@ class FakeProxy:
     def get_manifest(self, image: int) -> tuple[str, bytes]:
         reference = self._images[image - 1]
         self._request("GetManifest", reference.text)
-        raw = self.world.layout.read(self.world.target(reference)["digest"])
+        raw = self.world.layout.read(reference.digest or self.world.target(reference)["digest"])
         document = json.loads(raw)
         if "manifests" in document:
             wanted = (

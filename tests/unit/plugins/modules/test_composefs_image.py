@@ -303,7 +303,7 @@ def test_a_digest_belongs_to_its_image(run: Any) -> None:
     digest = run(ref=REGISTRY + "app")["digest"]
     assert not run(images=[{"ref": REGISTRY + "app", "digest": digest}])["changed"]
     result = run(images=[{"ref": REGISTRY + "base", "digest": digest}])
-    assert result["failed"] and result["error"] == "digest_mismatch"
+    assert result["failed"] and result["error"] == "unexpected_digest"
 
 
 # --- check mode and diff

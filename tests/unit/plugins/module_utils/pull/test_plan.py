@@ -25,9 +25,9 @@ from ansible_collections.composefs.oci.plugins.module_utils.host import processe
 from ansible_collections.composefs.oci.plugins.module_utils.pull import plan, pull
 from ansible_collections.composefs.oci.plugins.module_utils.store import create, proofs as store_proofs
 from ansible_collections.composefs.oci.plugins.module_utils.errors import (
-    DigestMismatch,
     InvalidDocument,
     PlatformNotFound,
+    UnexpectedDigest,
     UnsupportedMediaType,
 )
 from ansible_collections.composefs.oci.plugins.module_utils.formats.oci import Descriptor
@@ -237,7 +237,7 @@ def test_missing_with_a_digest_that_differs_asks(path: pathlib.Path, world: Worl
     new = world.target(pull.parse_reference(REGISTRY + "app"))["digest"]
     (done,) = pull_all(path, app("app", "x", digest=new), policy=pull.MISSING)
     assert (done["changed"], done["digest"], done["previous_digest"]) == (True, new, old["digest"])
-    with pytest.raises(DigestMismatch, match="where 'digest' asks for"):
+    with pytest.raises(UnexpectedDigest, match="where 'digest' asks for"):
         pull_all(path, app("app", "x", digest=old["digest"]), policy=pull.MISSING)
 
 
@@ -280,7 +280,7 @@ def test_digests_that_are_accepted(path: pathlib.Path, world: World) -> None:
     (done,) = pull_all(path, app("index", platform="linux/arm64", digest=index))
     assert done["index_digest"] == index != done["digest"]
     assert not pull_all(path, app("index", platform="linux/arm64", digest=done["digest"]))[0]["changed"]
-    with pytest.raises(DigestMismatch, match="decide which image you want"):
+    with pytest.raises(UnexpectedDigest, match="decide which image you want"):
         pull_all(path, app("index", platform="linux/amd64", digest=done["digest"]))
 
 

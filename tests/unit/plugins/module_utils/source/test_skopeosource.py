@@ -29,6 +29,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     RegistryUnreachable,
     SkopeoMissing,
     Stalled,
+    UnexpectedDigest,
 )
 from ansible_collections.composefs.oci.plugins.module_utils.formats.oci import Descriptor, parse_reference
 from ansible_collections.composefs.oci.plugins.module_utils.progress import MESSAGE, Progress
@@ -37,6 +38,8 @@ from ansible_collections.composefs.oci.plugins.module_utils.source.skopeo import
 from ansible_collections.composefs.oci.tests.support.tarbytes import member, tar
 
 APP = parse_reference(REGISTRY + "app")
+OTHER = parse_reference(REGISTRY + "other")
+INDEX = parse_reference(REGISTRY + "index")
 GONE = RegistryUnreachable("Opening it: skopeo says: connection refused.", "Check the network.")
 
 
@@ -51,8 +54,8 @@ def world(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> World:
     return World(layout).install(monkeypatch)
 
 
-def talk(retries: int = 2, sink: Events | None = None) -> Session:
-    return Session(ProxyOptions(), retries, Progress(sink))
+def talk(retries: int = 2, sink: Events | None = None, platform: str = "") -> Session:
+    return Session(ProxyOptions(platform=oci.parse_platform(platform) if platform else None), retries, Progress(sink))
 
 
 def test_skopeo_is_started_when_it_is_needed_and_once(world: World) -> None:
@@ -158,64 +161,81 @@ def test_layers_come_from_the_manifest_except_from_a_container_storage(world: Wo
         conversation.layer_sources(storage, manifest)
 
 
-# --- the digest of the index
-# -----------------------------------------------------------------------------------------------------------------
+# --- what a reference means
+# ------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_index_is_told_apart_from_the_manifest(world: World) -> None:
-    conversation = talk()
-    reference = parse_reference(REGISTRY + "index")
-    answer = conversation.ask_index_digest(reference)
-    assert answer(conversation.manifest(reference)[0]) == world.target(reference)["digest"]
-    answer = conversation.ask_index_digest(APP)
-    assert answer(conversation.manifest(APP)[0]) is None, "a reference to a manifest leads through no index"
+def test_everything_after_the_first_answer_is_asked_by_digest(world: World) -> None:
+    index = world.target(INDEX)["digest"]
+    resolved = talk(platform="linux/arm64").resolve(INDEX)
+    assert (resolved.index_digest, str(resolved.platform)) == (index, "linux/arm64")
+    assert resolved.reference == INDEX.pinned(resolved.digest) and resolved.reference.original == INDEX.original
+    assert [what for method, what in world.requests if method in ("Inspect", "OpenImage")] == [
+        INDEX.text,
+        resolved.reference.text,
+    ]
 
 
-def test_a_reference_by_digest_is_answered_without_asking(world: World) -> None:
-    digest = "sha256:" + "a" * 64
-    answer = talk().ask_index_digest(parse_reference(f"docker://registry.test/app@{digest}"))
-    assert answer(digest) is None and answer("sha256:" + "b" * 64) == digest
+def test_a_single_manifest_leads_through_no_index(world: World) -> None:
+    resolved = talk().resolve(APP)
+    assert (resolved.index_digest, resolved.platform) == (None, None)
+    assert resolved.digest == oci.digest_of(resolved.raw) == world.target(APP)["digest"]
+
+
+def test_a_reference_by_the_digest_of_an_index_is_looked_into(world: World) -> None:
+    index = world.target(INDEX)["digest"]
+    resolved = talk(platform="linux/arm64").resolve(INDEX.pinned(index))
+    assert resolved.index_digest == index != resolved.digest
 
 
 def test_local_sources_have_no_index_digest(world: World) -> None:
-    assert talk().ask_index_digest(parse_reference("oci:/somewhere"))("sha256:" + "b" * 64) is None
+    world.target = lambda reference: {"digest": world.layout.image([b"\0" * 1024], "x")}  # type: ignore[method-assign]
+    assert talk().resolve(parse_reference("dir:/somewhere")).index_digest is None
+    assert "Inspect" not in [method for method, _what in world.requests]
 
 
-def test_the_index_is_asked_for_again_after_a_passing_fault(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(skopeosource, "pause", lambda attempt, error, progress: None)
-    ask, failures = skopeosource.top_digest, [GONE, GONE]
-
-    def fail_twice(options: Any, reference: Any) -> tuple[str, bytes]:
-        if failures:
-            raise failures.pop()
-        return ask(options, reference)
-
-    monkeypatch.setattr(skopeosource, "top_digest", fail_twice)
+def test_the_first_answer_is_asked_for_again_after_a_passing_fault(world: World) -> None:
+    world.asking = [GONE, GONE]
     conversation = talk(retries=2)
-    reference = parse_reference(REGISTRY + "index")
-    answer = conversation.ask_index_digest(reference)
-    assert answer(conversation.manifest(reference)[0]) and conversation.retried == 2
+    assert conversation.resolve(INDEX).index_digest and conversation.retried == 2
 
 
-def test_an_index_that_is_refused_is_not_asked_for_again(world: World) -> None:
-    world.index_failure = AuthFailed("Opening it: unauthorized.", "Log in.")
+def test_a_reference_that_is_refused_is_not_asked_for_again(world: World) -> None:
+    world.asking = [AuthFailed("Opening it: unauthorized.", "Log in.")]
     conversation = talk(retries=2)
-    assert conversation.ask_index_digest(APP)("sha256:" + "b" * 64) is None and conversation.retried == 0
+    with pytest.raises(AuthFailed):
+        conversation.resolve(APP)
+    assert conversation.retried == 0 and world.proxies == []
 
 
-def test_an_index_that_cannot_be_asked_for_is_no_failure(world: World) -> None:
-    world.index_failure = GONE
-    assert talk().ask_index_digest(APP)("sha256:" + "b" * 64) is None
+@pytest.fixture
+def signatures(tmp_path: pathlib.Path) -> ProxyOptions:
+    (tmp_path / "policy.json").write_text('{"default": [{"type": "reject"}]}')
+    return ProxyOptions(policy=str(tmp_path / "policy.json"), platform=oci.parse_platform("linux/arm64"))
 
 
-def test_closing_waits_for_open_questions_but_not_for_long(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(skopeosource, "CLOSE_WAIT", 0.2)
-    let_go = threading.Event()
-    monkeypatch.setattr(skopeosource, "top_digest", lambda options, reference: let_go.wait(10) and ("", b""))
-    conversation = talk()
-    conversation.ask_index_digest(APP)
-    conversation.close()
-    let_go.set()
+def test_a_signature_policy_judges_the_reference_as_it_is_written(world: World, signatures: ProxyOptions) -> None:
+    resolved = Session(signatures, 0, Progress(None)).resolve(INDEX)
+    assert ("OpenImage", INDEX.text) in world.requests and resolved.reference == INDEX
+    assert resolved.index_digest == world.target(INDEX)["digest"]
+
+
+def test_a_tag_that_moves_under_a_signature_policy_is_looked_up_again(world: World, signatures: ProxyOptions) -> None:
+    app, other = world.target(APP), world.target(OTHER)
+    answers = [app, other, other, app]  # asked by inspect, OpenImage, GetManifest, and inspect again
+    world.target = lambda reference: answers.pop(0) if len(answers) > 1 else answers[0]  # type: ignore[method-assign]
+    conversation = Session(signatures, 1, Progress(None))
+    assert conversation.resolve(APP).digest == answers[0]["digest"] and conversation.retried == 1
+
+
+def test_a_registry_that_contradicts_itself_under_a_signature_policy_is_refused(
+    world: World, signatures: ProxyOptions
+) -> None:
+    app, other = world.target(APP), world.target(OTHER)
+    answers = [app, other, other] * 2
+    world.target = lambda reference: answers.pop(0)  # type: ignore[method-assign]
+    with pytest.raises(UnexpectedDigest, match="a moment ago"):
+        Session(signatures, 1, Progress(None)).resolve(APP)
 
 
 @pytest.mark.parametrize(
