@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any, Callable, Protocol
 
+from . import text
 from .errors import NotARepository, from_exception
 from .store.repository import Repository, default_path
 
@@ -78,6 +79,14 @@ def _occupy_standard_descriptors() -> None:
             return
 
 
+def _guard(module: Module) -> None:
+    """Have paths of the task named in UTF-8, and warnings go through the gate."""
+    text.name_files(getattr(module, "params", {}))
+    warn = getattr(module, "warn", None)
+    if warn is not None:
+        module.warn = lambda warning: warn(text.printable(warning))  # type: ignore[method-assign]
+
+
 def run_module(module: Module, main: Callable[[Any], Mapping[str, Any]], base: Mapping[str, Any] | None = None) -> None:
     """Call ``main(module)`` and leave through ``exit_json`` with what it returns, or through ``fail_json``.
 
@@ -86,14 +95,16 @@ def run_module(module: Module, main: Callable[[Any], Mapping[str, Any]], base: M
     engine's error class; ``internal_error`` stands for a bug.
     """
     _occupy_standard_descriptors()
+    _guard(module)
     try:
         result = main(module)
     except Exception as raised:  # the last resort: a traceback must never reach the user
         error = from_exception(raised, "The module could not go on")
         failure = {"msg": str(error), "error": error.code}
     else:
-        module.exit_json(**{**(base or {}), **result})
+        module.exit_json(**text.printable_values({**(base or {}), **result}))
         return
     values = dict(base or {})
     values.update(failure)
-    module.fail_json(**values)
+    values["msg"] = text.printable(values["msg"])
+    module.fail_json(**text.printable_values(values))

@@ -19,6 +19,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TextIO
 import contextlib
 
+from .text import LINE_LIMIT, printable
+
 STARTED = "started"
 BYTES = "bytes"
 SKIPPED = "skipped"
@@ -104,7 +106,7 @@ class Board:
 
     def take(self, event: Event) -> None:
         if event.kind == MESSAGE:
-            self.text = event.text
+            self.text = printable(event.text, LINE_LIMIT)
             return
         layer = self.layers.get(event.layer)
         if layer is None:
@@ -143,7 +145,16 @@ def human(count: float) -> str:
 
 
 def summary(state: dict[str, Any]) -> str:
-    """One line of text for a state as :class:`FileSink` writes it."""
+    """One line of text for a state as :class:`FileSink` writes it, fit for a terminal: the state may come from a host
+    that is not to be trusted. Raises ValueError, KeyError and TypeError for what is no such state.
+    """
+    try:
+        return printable(_summary(state), LINE_LIMIT)
+    except OverflowError as error:
+        raise ValueError("a number of the state is out of range") from error
+
+
+def _summary(state: dict[str, Any]) -> str:
     done, total, rate = state["done"], state["total"], state["rate"]
     layers = state["layers"]
     finished = sum(layer["state"] in (DONE, SKIPPED) for layer in layers)

@@ -130,6 +130,11 @@ images:
     annotations:
       description: The annotations of the manifest.
       type: dict
+    truncated:
+      description: V(labels) and V(annotations) where they have more than 64 KiB, so that only their beginning is
+        returned. A warning says so, too.
+      type: list
+      elements: str
     layers:
       description: The layers, lowest first.
       type: list
@@ -189,6 +194,7 @@ images:
       created: "2026-11-02T10:11:12Z"
       labels: {org.opencontainers.image.version: "1.4"}
       annotations: {}
+      truncated: []
       layers:
         - digest: sha256:1f7ce2fa46ab3942feabee654933948821303a5a821789dddab2d8c3df59e227
           diff_id: sha256:c6e5b1e8f4b0a3a34e2e37a0f5ae6a4dbf1f9fa3a2a1eb4f7a56b3ef40e49f65
@@ -221,7 +227,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.composefs.oci.plugins.module_utils.operations import dump
 from ansible_collections.composefs.oci.plugins.module_utils.operations.diskuse import disk_use
 from ansible_collections.composefs.oci.plugins.module_utils.errors import ImageNotFound
-from ansible_collections.composefs.oci.plugins.module_utils.operations.listing import list_images
+from ansible_collections.composefs.oci.plugins.module_utils.operations.listing import TEXTS_LIMIT, list_images
 from ansible_collections.composefs.oci.plugins.module_utils.module import opened_repository, repository_path, run_module
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 
@@ -239,6 +245,10 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
             image["disk_use"] = use[image["digest"]]._asdict() if image["digest"] in use else None
         for complaint in complaints:
             module.warn(f"An image cannot be described: {complaint}")
+        for image in images:
+            for texts in image["truncated"]:
+                called = ", ".join(image["names"]) or image["digest"]
+                module.warn(f"The {texts} of {called} are too long: only their first {TEXTS_LIMIT} bytes are returned.")
         changed = bool(params["dumpfile"]) and write_dumpfile(module, repository, images, base)
     return {"changed": changed, "images": images}
 

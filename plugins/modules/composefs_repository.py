@@ -210,6 +210,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.formats import fsver
 from ansible_collections.composefs.oci.plugins.module_utils.host import filesystem
 from ansible_collections.composefs.oci.plugins.module_utils.store import create
 from ansible_collections.composefs.oci.plugins.module_utils.errors import EngineError, IOFailed, doing
+from ansible_collections.composefs.oci.plugins.module_utils.text import from_file_name
 from ansible_collections.composefs.oci.plugins.module_utils.module import repository_path, run_module
 
 ARGUMENT_SPEC = {
@@ -296,6 +297,7 @@ def set_attributes(
         after.update({name: params[name] for name in ("owner", "group", "mode") if params[name] is not None})
         return changed
     diff: dict[str, Any] = {"before": before, "after": after}
+    path = from_file_name(path)  # Ansible encodes it as UTF-8 by itself
     changed = module.set_owner_if_different(path, params["owner"], changed, diff)
     changed = module.set_group_if_different(path, params["group"], changed, diff)
     return module.set_mode_if_different(path, params["mode"], changed, diff)

@@ -36,7 +36,7 @@ MAY_KNOW: dict[str, set[str]] = {
 # Within a wing lowest first. A room may import rooms of lower floors only, never one of its own floor: that keeps the
 # order free of cycles and shows where a new room belongs.
 FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "": (("errors", "progress"),),
+    "": (("text",), ("errors", "progress")),
     "formats": (
         ("codecs", "fsverity", "oci", "repolayout", "tarheader"),
         ("indexes", "metajson", "ocischemas", "splitstream", "tar", "tardiff"),

@@ -12,13 +12,14 @@ from __future__ import annotations
 import re
 
 from ..errors import InvalidReference
+from ..text import file_name, from_file_name
 
 NAME_MAX = 255
 MANIFEST_PREFIX = "oci-manifest-"
 TAGS = "streams/refs/oci"
 
 _OCI_DIGEST = re.compile("sha256:[0-9a-f]{64}|sha384:[0-9a-f]{96}|sha512:[0-9a-f]{128}")
-_ESCAPE = re.compile("%2F|%25")
+_ESCAPED = re.compile("%2F|%25")
 
 
 def is_oci_digest(text: str) -> bool:
@@ -30,8 +31,12 @@ def is_oci_digest(text: str) -> bool:
 
 def encode_tag(name: str) -> str:
     """The file name that a tag has below ``streams/refs/oci``: ``%`` becomes ``%25``, then ``/`` becomes ``%2F``; all
-    else stays.
+    else stays, in UTF-8 whatever the locale.
     """
+    return file_name(_escape(name))
+
+
+def _escape(name: str) -> str:
     return name.replace("%", "%25").replace("/", "%2F")
 
 
@@ -39,12 +44,12 @@ def decode_tag(text: str) -> str:
     """The tag that a file name stands for. One pass from the left, so ``%252F`` is ``%2F``; any other ``%``, also
     before ``2f``, is itself.
     """
-    return _ESCAPE.sub(lambda match: "/" if match[0] == "%2F" else "%", text)
+    return _ESCAPED.sub(lambda match: "/" if match[0] == "%2F" else "%", from_file_name(text))
 
 
 def check_tag_name(name: str) -> None:
     """Raise InvalidReference unless an image can be given this name. To be asked before any work is done for it."""
-    check_file_name(name, encode_tag(name), "image name")
+    check_file_name(name, _escape(name), "image name")
     if name.startswith("@"):
         raise InvalidReference(
             f"The image name {name!r} begins with '@', which cfsctl reserves for digests.", "Choose another name."

@@ -24,7 +24,7 @@ def type_of(fd: int) -> str:
     try:
         with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as info:
             mount = next(line.split()[1] for line in info if line.startswith("mnt_id:"))
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
+        with open("/proc/self/mountinfo", encoding="ascii", errors="replace") as mounts:
             for line in mounts:
                 fields = line.split(" ")
                 if fields[0] == mount:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -77,7 +78,8 @@ def parse(line: str) -> Mounted:
 def mounts() -> list[Mounted]:
     """All mounts that this process can see, in the order of the kernel: parents before children, lower before upper."""
     try:
-        with open(_PATH, encoding="utf-8", errors="surrogateescape") as file:
+        # As every other name of a file comes to Python, so that they can be compared.
+        with open(_PATH, encoding=sys.getfilesystemencoding(), errors="surrogateescape") as file:
             return [parse(line) for line in file.read().split("\n") if line]
     except OSError as error:
         raise from_os_error(error, "Listing what is mounted") from error

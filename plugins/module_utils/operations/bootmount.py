@@ -180,7 +180,7 @@ def ensure(target: mounting.Target, repository: str, run: Run, check: bool = Fal
         )
     text = unit_text(target, repository, places)
     wanted = REMOTE if f"WantedBy={REMOTE}\n" in text else LOCAL
-    contents = {places.application: application(), f"{places.units}/{name}": text.encode()}
+    contents = {places.application: application(), f"{places.units}/{name}": os.fsencode(text)}
     stale = {path: content for path, content in contents.items() if _bytes(path) != content}
     links = _links(name, places)
     wrong = [link for when, link in links.items() if os.path.lexists(link) != (when == wanted)]
@@ -364,10 +364,14 @@ def _bytes(path: str) -> bytes | None:
 def _text(path: str) -> str | None:
     with doing(f"Reading {path}"):
         content = _bytes(path)
+    if content is None:
+        return None
     try:
-        return None if content is None else content.decode()
+        content.decode()
     except UnicodeDecodeError as error:
         raise FormatError(f"{path} is not a text.", "Remove it.") from error
+    # Like the paths that it is held against; in a locale without UTF-8 that is another str than decode() gives.
+    return os.fsdecode(content)
 
 
 def _write(path: str, content: bytes) -> None:

@@ -6,13 +6,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..formats import oci
 from ..store import imagestreams
 from ..errors import EngineError, FormatError, ImageNotFound, MissingLibrary
 from ..store.repository import Repository
+
+
+TEXTS_LIMIT = 64 * 1024
+"""Bytes of labels, or of annotations, that a result shows of one image: its author may have put megabytes there."""
 
 
 def list_images(repository: Repository, name: str = "", digest: str = "") -> tuple[list[dict[str, Any]], list[str]]:
@@ -54,6 +58,8 @@ def describe_image(repository: Repository, digest: str) -> dict[str, Any]:
     container = oci.is_container(manifest)
     config = oci.parse_config(config_document.raw) if container else None
     diff_ids = [diff_id for _layer, diff_id in oci.pairs(manifest, config)] if config else [None] * len(manifest.layers)
+    labels, labels_cut = _bounded(config.labels if config else {})
+    annotations, annotations_cut = _bounded(manifest.annotations)
     image_ids = {name: ref.hex() for name, ref in config_document.refs.items() if imagestreams.is_image_ref(name)}
     return {
         "digest": digest,
@@ -65,8 +71,9 @@ def describe_image(repository: Repository, digest: str) -> dict[str, Any]:
         "os": config.os if config else None,
         "architecture": config.architecture if config else None,
         "created": (config.created or None) if config else None,
-        "labels": dict(config.labels) if config else {},
-        "annotations": dict(manifest.annotations),
+        "labels": labels,
+        "annotations": annotations,
+        "truncated": ["labels"] * labels_cut + ["annotations"] * annotations_cut,
         "layers": [
             {"digest": layer.digest, "diff_id": diff_id, "size": layer.size, "media_type": layer.media_type}
             for layer, diff_id in zip(manifest.layers, diff_ids)
@@ -76,6 +83,23 @@ def describe_image(repository: Repository, digest: str) -> dict[str, Any]:
         "boot_image_id": _first(image_ids, repository, boot=True),
         "image_ids": image_ids,
     }
+
+
+def _bounded(texts: Mapping[str, str]) -> tuple[dict[str, str], bool]:
+    """The texts as far as the limit allows, the last one cut, and whether something is missing."""
+    kept: dict[str, str] = {}
+    left = TEXTS_LIMIT
+    for key, value in texts.items():
+        left -= len(key.encode("utf-8", "replace"))
+        if left < 0:
+            return kept, True
+        raw = value.encode("utf-8", "replace")
+        if len(raw) > left:
+            kept[key] = raw[:left].decode("utf-8", "ignore")
+            return kept, True
+        kept[key] = value
+        left -= len(raw)
+    return kept, False
 
 
 def _first(image_ids: dict[str, str], repository: Repository, boot: bool) -> str | None:

@@ -38,6 +38,7 @@ from ..errors import (
 )
 from ..formats.metajson import MAX_SIZE, NAME, Metadata
 from .objects import ObjectStore
+from ..text import from_file_name
 
 if TYPE_CHECKING:
     from ..formats.splitstream import Splitstream
@@ -466,13 +467,13 @@ def _tag_path(name: str) -> str:
     # Looking up and removing must also reach names that must not be given, such as those that other programs gave.
     encoded = repolayout.encode_tag(name)
     if encoded in ("", ".", "..") or "\0" in encoded or not _is_text(encoded):
-        repolayout.check_file_name(name, encoded, "image name")
+        repolayout.check_file_name(name, from_file_name(encoded), "image name")
     return f"{repolayout.TAGS}/{encoded}"
 
 
 def _is_text(name: str) -> bool:
     try:
-        name.encode("utf-8")
+        from_file_name(name).encode("utf-8")
     except UnicodeEncodeError:
         return False
     return True

@@ -176,3 +176,17 @@ def test_reading_changes_nothing_and_needs_no_right_to_write(path: pathlib.Path)
 def test_an_empty_repository_holds_nothing(tmp_path: pathlib.Path) -> None:
     create.prepare(str(tmp_path / "empty"), fsverity.SHA256, "disabled")
     assert listed(tmp_path / "empty") == ([], [])
+
+
+@pytest.mark.parametrize("labels", [{"a": "ü" * 100_000, "b": "x"}, {f"k{n}": "v" * 1000 for n in range(200)}])
+def test_labels_and_annotations_are_cut_and_that_is_said(
+    tmp_path: pathlib.Path, world: World, labels: dict[str, str]
+) -> None:
+    world.layout.image([FIRST], "long", labels=labels)
+    create.prepare(str(tmp_path / "r"), fsverity.SHA256, "disabled")
+    pull_all(tmp_path / "r", pull.Request(REGISTRY + "long", "long"))
+    ((image,), complaints) = listed(tmp_path / "r")
+    assert image["truncated"] == ["labels"] and complaints == []
+    size = sum(len((key + value).encode()) for key, value in image["labels"].items())
+    assert 60 * 1024 < size <= listing.TEXTS_LIMIT
+    assert all(labels[key].startswith(value) for key, value in image["labels"].items())
