@@ -47,11 +47,18 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("erofsreader", "erofswriter", "selinux"),
         ("bootable",),
     ),
-    "host": (("files", "machine", "mountinfo", "processes"), ("filesystem", "mountcalls")),
+    "host": (("files", "locks", "machine", "mountinfo", "processes"), ("filesystem", "mountcalls")),
     "source": (("skopeo",), ("imageproxy",), ("skopeosource",)),
     "store": (("objects",), ("marks",), ("repository",), ("create", "imagestreams"), ("graph", "proofs")),
     "pull": (("smallobjects",), ("layer",), ("fetch", "makeimages", "plan"), ("publish",), ("pull",)),
-    "operations": (("diskuse", "listing"), ("mounting",), ("bootmountmain", "dump"), ("bootmount",)),
+    "operations": (
+        ("diskuse", "listing"),
+        ("mounting",),
+        ("bootmountmain", "dump"),
+        ("bootmount",),
+        ("keepers",),
+        ("prune",),
+    ),
 }
 # The threshold to Ansible stands at the root and looks into the house; no room looks at it.
 THRESHOLD = "module"

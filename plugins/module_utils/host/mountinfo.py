@@ -90,6 +90,27 @@ def composefs_mounts() -> list[Mounted]:
     return [mounted for mounted in mounts() if mounted.image_id is not None]
 
 
+def everywhere() -> list[tuple[str, str]]:
+    """The mounts of every mount namespace that this process can see: where, and the kernel's whole line about it.
+
+    Namespaces in which no process lives cannot be seen, nor those of other users' processes without the right to.
+    """
+    seen = set()
+    found = []
+    for pid in ["self", *(name for name in os.listdir("/proc") if name.isdigit())]:
+        try:
+            namespace = os.readlink(f"/proc/{pid}/ns/mnt")
+            if namespace in seen:
+                continue
+            with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+                lines = [line for line in file.read().split("\n") if line]
+        except OSError:
+            continue  # it ended, or may not be looked at
+        seen.add(namespace)
+        found += [(_plain(line.split(" ")[4]), line) for line in lines]
+    return found
+
+
 def at(path: str) -> Mounted | None:
     """The mount that ``path`` shows, None if it is no mount point or does not exist.
 

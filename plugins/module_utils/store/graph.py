@@ -147,12 +147,19 @@ class Graph:
 
     def owners(self, roots: Sequence[Root], broken: Callable[[bytes, EngineError], None] | None = None) -> Owners:
         """Which of ``roots`` keeps each object: the number of the root, or SHARED if several do."""
+        return self.owners_of_groups([[root] for root in roots], broken)
+
+    def owners_of_groups(
+        self, groups: Sequence[Sequence[Root]], broken: Callable[[bytes, EngineError], None] | None = None
+    ) -> Owners:
+        """The same for roots that count as one, such as two images of one mount point."""
         found: dict[bytes, int] = {}
         walked: dict[bytes, int] = {}
-        for number, root in enumerate(roots):
-            todo = [root.node]
-            if root.image:
-                walked[root.node] = number if walked.get(root.node, number) == number else SHARED
+        for number, group in enumerate(groups):
+            todo = [root.node for root in group]
+            for root in group:
+                if root.image:
+                    walked[root.node] = number if walked.get(root.node, number) == number else SHARED
             while todo:
                 node = todo.pop()
                 owner = found.get(node)
@@ -164,10 +171,9 @@ class Graph:
         owners = Owners(self.repository.algorithm.size)
         for node, owner in found.items():
             owners.add(node, owner)
-            owners.add(
-                self._table(node, follow_image=node in walked, broken=broken),
-                owner if node not in walked else walked[node] if walked[node] == owner else SHARED,
-            )
+            # An image's own table counts for those to whom the image is a root.
+            owner = walked.get(node, owner)
+            owners.add(self._table(node, follow_image=node in walked, broken=broken), owner)
         return owners
 
     # --- how

@@ -1,0 +1,190 @@
+# Copyright (c) composefs.oci contributors
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
+
+"""What this host needs of a repository besides its names: what is mounted now, what comes back at boot, and what the
+journals of mounts keep for going back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from typing import Any
+
+from . import bootmount
+from ..formats import fsverity
+from ..host import mountinfo
+from ..errors import FormatError, IncompatibleJournal, doing
+from ..store.graph import Graph, Root
+from ..store.imagestreams import MANIFEST
+from ..store.repository import Repository
+
+MOUNT, UNIT, JOURNAL = "mount", "unit", "journal"
+JOURNALS = "deployments"
+_VERSION = 1
+_MAX_JOURNAL = 1 << 20
+_DIGEST = re.compile("(?<![0-9a-f])(?:[0-9a-f]{128}|[0-9a-f]{64})(?![0-9a-f])")
+_OBJECT = re.compile("(?<![0-9a-f])([0-9a-f]{2})/([0-9a-f]{126}|[0-9a-f]{62})(?![0-9a-f])")
+
+
+@dataclasses.dataclass(frozen=True)
+class Keeper:
+    """One reason to keep something: its kind, where it is, and what it needs: EROFS images (hex), manifests
+    (``sha256:<hex>``), names.
+    """
+
+    kind: str
+    place: str
+    images: frozenset[str] = frozenset()
+    manifests: frozenset[str] = frozenset()
+    names: frozenset[str] = frozenset()
+
+
+def keepers(repository: Repository, places: bootmount.Places = bootmount.HOST) -> list[Keeper]:
+    """Everything on this host that may need something of ``repository``.
+
+    FormatError or IncompatibleJournal for a journal that cannot be understood: what it keeps is unknown then.
+    """
+    return [
+        *_mounted(),
+        *(
+            Keeper(UNIT, unit.unit, frozenset([unit.image_id]))
+            for unit in bootmount.persistent(places)
+            if _same(unit.repository, repository)
+        ),
+        *_journals(repository, places),
+    ]
+
+
+def roots(graph: Graph, found: list[Keeper]) -> list[Root]:
+    """What ``found`` keeps of a repository, as further roots of its graph; what is not there is left out."""
+    repository = graph.repository
+    size = 2 * repository.algorithm.size
+    added = []
+    for keeper in found:
+        name = f"{keeper.kind} {keeper.place}"
+        for manifest in sorted(keeper.manifests):
+            node = graph.streams.get(MANIFEST + manifest)
+            if node is not None:
+                added.append(Root(keeper.kind, name, node))
+        for image in sorted(keeper.images):
+            # Much that stands in the list of mounts only looks like the digest of an image: it leads nowhere then.
+            if len(image) == size and (image in graph.images or _exists(repository, bytes.fromhex(image))):
+                added.append(Root(keeper.kind, name, bytes.fromhex(image), True))
+    return added
+
+
+def _exists(repository: Repository, digest: bytes) -> bool:
+    with doing(f"Looking for object {digest.hex()}"):
+        try:
+            os.stat(fsverity.object_path(digest), dir_fd=repository.objects.dirfd, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+    return True
+
+
+def _mounted() -> list[Keeper]:
+    """Mounts in all namespaces and loop devices whose description names something that may be an image."""
+    found = []
+    for place, line in (*mountinfo.everywhere(), *_loops()):
+        images = _images_in(line)
+        if images:
+            found.append(Keeper(MOUNT, place, frozenset(images)))
+    return found
+
+
+def _images_in(text: str) -> set[str]:
+    return {*_DIGEST.findall(text), *(first + rest for first, rest in _OBJECT.findall(text))}
+
+
+def _loops() -> list[tuple[str, str]]:
+    found = []
+    try:
+        devices = [name for name in os.listdir("/sys/block") if name.startswith("loop")]
+    except OSError:
+        return []
+    for device in devices:
+        try:
+            with open(f"/sys/block/{device}/loop/backing_file", encoding="utf-8", errors="surrogateescape") as file:
+                found.append((f"/dev/{device}", file.read().strip()))
+        except OSError:
+            continue  # nothing is attached to it
+    return found
+
+
+def _journals(repository: Repository, places: bootmount.Places) -> list[Keeper]:
+    directory = f"{places.library}/{JOURNALS}"
+    with doing(f"Listing {directory}"):
+        try:
+            names = sorted(name for name in os.listdir(directory) if name.endswith(".json"))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+    found = []
+    for name in names:
+        journal = _read(f"{directory}/{name}")
+        if journal is not None and _same(journal["repository"], repository):
+            found.append(_keeper(f"{directory}/{name}", journal))
+    return found
+
+
+def _read(path: str) -> dict[str, Any] | None:
+    """A journal of one mount point; None if it went meanwhile."""
+    hint = "Repair or remove it: what it keeps for going back is unknown until then."
+    with doing(f"Reading the journal {path}"):
+        try:
+            with open(path, "rb") as file:
+                raw = file.read(_MAX_JOURNAL)
+        except FileNotFoundError:
+            return None
+        try:
+            journal = json.loads(raw)
+        except ValueError as error:
+            raise FormatError("It is no JSON document.", hint) from error
+        if not isinstance(journal, dict) or not isinstance(journal.get("version"), int):
+            raise FormatError("It is no journal of a mount.", hint)
+        if journal["version"] > _VERSION:
+            raise IncompatibleJournal(
+                f"It has version {journal['version']}, and {_VERSION} is the highest known here.",
+                "Use the version of the collection that wrote it, or a later one.",
+            )
+        if not isinstance(journal.get("repository"), str):
+            raise FormatError("It does not name its repository.", hint)
+    return journal
+
+
+def _keeper(path: str, journal: dict[str, Any]) -> Keeper:
+    with doing(f"Reading the journal {path}"):
+        previous = journal.get("previous") or []
+        entries = [journal.get("current"), journal.get("pending"), *(previous if isinstance(previous, list) else [0])]
+        if any(entry is not None and not isinstance(entry, dict) for entry in entries):
+            raise FormatError("What it keeps cannot be understood.", "Repair or remove it.")
+        images: set[str] = set()
+        manifests: set[str] = set()
+        for entry in entries:
+            for key, texts in (("image_id", images), ("from", images), ("digest", manifests)):
+                value = (entry or {}).get(key)
+                if isinstance(value, str):
+                    texts.add(value)
+                elif value is not None:
+                    raise FormatError(f"Its {key} is no text.", "Repair or remove it.")
+        pins = journal.get("pins") or []
+        names = [journal.get("name"), *(pins if isinstance(pins, list) else [])]
+        return Keeper(
+            JOURNAL,
+            str(journal.get("path") or path),
+            frozenset(images),
+            frozenset(manifests),
+            frozenset(name for name in names if isinstance(name, str)),
+        )
+
+
+def _same(path: str, repository: Repository) -> bool:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return os.path.realpath(path) == os.path.realpath(repository.path)
+    here = os.fstat(repository.fd)
+    return (found.st_dev, found.st_ino) == (here.st_dev, here.st_ino)

@@ -1,0 +1,328 @@
+# Copyright (c) composefs.oci contributors
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
+
+"""Remove what nothing keeps.
+
+What is kept and what is not is worked out under the lock that everyone shares, while others go on pulling. Then the
+lock is taken alone, everything that may have moved meanwhile is looked at again, and what is still dead goes: first
+names, then the links of streams and images, then, after a barrier, objects. So whenever the run is cut off, nothing
+leads to something that is gone, and the next run removes the rest.
+
+What cannot be understood stops the run before the first removal, because nobody can tell what it needs. What nothing
+can depend on, a reference that leads nowhere or a file that does not belong there, is reported and left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fnmatch
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from . import keepers
+from ..formats import fsverity
+from ..host import locks
+from ..errors import Busy, EngineError, FormatError, doing
+from ..progress import Progress
+from ..store import graph as graphs
+from ..store import marks
+from ..store.graph import Graph, Problem, Root
+from ..store.repository import LOCK_WAIT, Repository
+
+NEVER = ("localhost/bootc-*",)
+"""Names that belong to others, and that no pattern removes."""
+STREAMS, IMAGES, FILES, LEFTOVERS, DAMAGED = "streams", "images", "files", "leftovers", "damaged"
+KINDS = (STREAMS, IMAGES, FILES, LEFTOVERS, DAMAGED)
+_TRUSTED = f"{marks.DIRECTORY}/trusted"
+_SET_ASIDE = f"{marks.DIRECTORY}/damaged"
+
+
+@dataclasses.dataclass(frozen=True)
+class Wish:
+    """What to remove. ``remove`` and ``keep`` are patterns of names; of those that match a pattern of ``remove`` the
+    ``keep_last`` newest and those set less than ``older_than`` seconds ago stay. ``timeout``: seconds for the lock.
+    """
+
+    keep: Sequence[str] = ()
+    remove: Sequence[str] = ()
+    keep_last: int = 0
+    older_than: float = 0.0
+    timeout: float = LOCK_WAIT
+
+
+@dataclasses.dataclass
+class Pruned:
+    """What was removed, or would be: names, EROFS images (hex), names under ``streams/``, the number of objects, and
+    bytes, of which ``bytes_by_kind`` is the sum.
+
+    ``by_name``: the bytes that removing each name alone would free. ``held``: names that ``remove`` asked for and that
+    are in use. ``problems``: what is not understood and was left alone.
+    """
+
+    names: list[str] = dataclasses.field(default_factory=list)
+    images: list[str] = dataclasses.field(default_factory=list)
+    streams: list[str] = dataclasses.field(default_factory=list)
+    objects: int = 0
+    bytes: int = 0
+    bytes_by_kind: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    by_name: dict[str, int] = dataclasses.field(default_factory=dict)
+    held: list[str] = dataclasses.field(default_factory=list)
+    problems: list[Problem] = dataclasses.field(default_factory=list)
+    changed: bool = False
+
+
+@dataclasses.dataclass
+class _Plan:
+    """What is dead, as of one look at the repository and the host."""
+
+    graph: Graph
+    roots: list[Root]
+    result: Pruned = dataclasses.field(default_factory=Pruned)
+    # For each of the 256 directories the file names in it.
+    dead: list[list[str]] = dataclasses.field(default_factory=list)
+    links: list[str] = dataclasses.field(default_factory=list)
+    files: list[str] = dataclasses.field(default_factory=list)
+
+
+def prune(
+    repository: Repository,
+    wish: Wish,
+    progress: Progress,
+    check: bool = False,
+    look: Callable[[Repository], list[keepers.Keeper]] = keepers.keepers,
+) -> Pruned:
+    """Remove what nothing keeps, or with ``check`` foretell it.
+
+    FormatError (``repository_damaged``) if something that may be needed cannot be read; Busy if others do not let go of
+    the repository within ``wish.timeout`` seconds. ``look`` tells what this host needs.
+    """
+    if not check:
+        repository.require_writable()
+    plan = _plan(repository, wish, progress, look)
+    if check or not plan.result.changed:
+        return plan.result
+    progress.message("Waiting until nobody else uses the repository")
+    with _alone(repository, wish.timeout):
+        again = Graph.read(repository, prove=True, before=plan.graph)
+        if again.names() != plan.graph.names() or keepers.roots(again, look(repository)) != plan.roots:
+            plan = _plan(repository, wish, progress, look, again)
+        if plan.result.changed:
+            _sweep(repository, plan, progress)
+    return plan.result
+
+
+@contextlib.contextmanager
+def _alone(repository: Repository, timeout: float) -> Iterator[None]:
+    try:
+        with repository.exclusive(timeout):
+            yield
+    except Busy as error:
+        who = locks.holders(repository.fd)
+        if who:
+            error.message += f" It is held by {', '.join(map(str, who))}."
+        raise
+
+
+# --- what is dead
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _plan(
+    repository: Repository,
+    wish: Wish,
+    progress: Progress,
+    look: Callable[[Repository], list[keepers.Keeper]],
+    graph: Graph | None = None,
+) -> _Plan:
+    progress.message("Working out what is kept")
+    graph = graph or Graph.read(repository, prove=True)
+    found = look(repository)
+    plan = _Plan(graph, keepers.roots(graph, found))
+    result = plan.result
+    result.problems += graph.problems
+    result.names, result.held = _chosen(graph, found, wish)
+    gone = set(result.names)
+    everyone = _by_label([*graph.roots, *plan.roots])
+    staying = {label: roots for label, roots in everyone.items() if label[0] != graphs.TAG or label[1] not in gone}
+    live = graph.owners_of_groups(list(staying.values()))
+    # What only a name that goes needs may be damaged.
+    owners = graph.owners_of_groups(list(everyone.values()), _pass_over) if gone else live
+    freed = [0] * len(everyone)
+    named = _named(repository, plan)
+    for first, entries in enumerate(_entries(repository, result.problems)):
+        owner_of, alive = owners.part(first), live.part(first)
+        kinds: dict[int, str] = {}
+        for kind, path, key in named[first]:
+            kinds.setdefault(key, kind)
+            if key not in alive:
+                plan.links.append(path)
+        names = []
+        for name, key, size in entries:
+            owner = owner_of.get(key, graphs.SHARED)
+            if owner != graphs.SHARED:
+                freed[owner] += size
+            if key not in alive:
+                names.append(name)
+                result.bytes_by_kind[kinds.get(key, FILES)] += size
+        plan.dead.append(names)
+        if first % 16 == 15:
+            progress.message(f"Working out what is kept: {(first + 1) * 100 // 256}%")
+    result.objects = sum(map(len, plan.dead))
+    result.by_name = {name: freed[number] for number, (kind, name) in enumerate(everyone) if kind == graphs.TAG}
+    result.streams = sorted(path[8:] for path in plan.links if path.startswith("streams/"))
+    result.images = sorted(path[7:] for path in plan.links if path.startswith("images/"))
+    for kind, path, size in _leftovers(repository):
+        plan.files.append(path)
+        result.bytes_by_kind[kind] += size
+    result.bytes = sum(result.bytes_by_kind.values())
+    result.problems.sort()
+    result.changed = bool(result.names or plan.links or result.objects or plan.files)
+    return plan
+
+
+def _pass_over(_node: bytes, _error: EngineError) -> None:
+    """The other look at the graph complains."""
+
+
+def _named(repository: Repository, plan: _Plan) -> list[list[tuple[str, str, int]]]:
+    """The links that go when the object does to which they lead: kind, path and key, by the digest's first byte."""
+    found: list[list[tuple[str, str, int]]] = [[] for _first in range(256)]
+    for kind, links in ((STREAMS, plan.graph.streams), (IMAGES, plan.graph.images)):
+        for name, digest in links.items():
+            found[digest[0]].append((kind, f"{kind}/{name}", graphs.key(digest)))
+    # Proofs about layers that are gone would only pile up.
+    for link in graphs.list_links(repository, _TRUSTED):
+        with contextlib.suppress(FormatError):
+            digest = fsverity.parse_hex(link.text or "", repository.algorithm)
+            found[digest[0]].append((FILES, link.path, graphs.key(digest)))
+    return found
+
+
+def _by_label(roots: Sequence[Root]) -> dict[tuple[str, str], list[Root]]:
+    """Roots of one name together: what both of them keep, that name keeps alone."""
+    found: dict[tuple[str, str], list[Root]] = {}
+    for root in roots:
+        found.setdefault((root.kind, root.name), []).append(root)
+    return found
+
+
+def _chosen(graph: Graph, found: Sequence[keepers.Keeper], wish: Wish) -> tuple[list[str], list[str]]:
+    """The names to remove, and those that a pattern asks for but that a mount or a journal uses."""
+    if not wish.remove:
+        return [], []
+    tags = {root.name: root for root in graph.roots if root.kind == graphs.TAG}
+    newest_first = sorted(tags, key=lambda name: (-graph.times[name], name))
+    staying = {name for name in tags if any(fnmatch.fnmatchcase(name, pattern) for pattern in (*NEVER, *wish.keep))}
+    before = time.time() - wish.older_than
+    wanted: set[str] = set()
+    for pattern in wish.remove:
+        matching = [name for name in newest_first if name not in staying and fnmatch.fnmatchcase(name, pattern)]
+        wanted.update(name for name in matching[wish.keep_last :] if graph.times[name] <= before)
+    used_names = {name for keeper in found for name in keeper.names}
+    used_nodes = {root.node for root in keepers.roots(graph, list(found))}
+    held = {
+        name for name in wanted if name in used_names or used_nodes.intersection(graph.nodes(tags[name], _pass_over))
+    }
+    return sorted(wanted - held), sorted(held)
+
+
+def _entries(repository: Repository, problems: list[Problem]) -> Iterator[list[tuple[str, int, int]]]:
+    """The objects of each of the 256 directories: file name, key, bytes. What is no object is a problem."""
+    size = repository.algorithm.size
+    for first in range(256):
+        head = bytes([first])
+        found = []
+        with doing(f"Listing {repository.path}/objects/{first:02x}"):
+            try:
+                fd = _open_directory(repository.objects.dirfd, f"{first:02x}")
+            except FileNotFoundError:
+                yield []
+                continue
+            try:
+                for name in os.listdir(fd):
+                    try:
+                        digest = head + bytes.fromhex(name)
+                    except ValueError:
+                        digest = b""
+                    try:
+                        entry = os.stat(name, dir_fd=fd, follow_symlinks=False)
+                    except FileNotFoundError:
+                        continue
+                    if len(digest) != size or digest.hex()[2:] != name or not stat.S_ISREG(entry.st_mode):
+                        problems.append(Problem("stray_file", f"objects/{first:02x}/{name}"))
+                    else:
+                        found.append((name, graphs.key(digest), entry.st_size))
+            finally:
+                os.close(fd)
+        yield found
+
+
+def _open_directory(parent: int, name: str) -> int:
+    return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=parent)
+
+
+def _leftovers(repository: Repository) -> list[tuple[str, str, int]]:
+    """What crashed writers left: drafts of objects, links and marks; and what a repair set aside. Kind, path and bytes.
+
+    While the lock is held alone no writer lives, for writers hold it, too.
+    """
+    found = []
+    for directory, prefixes, kind in (
+        (".", (".symlink-",), LEFTOVERS),
+        ("objects", (".tmp-object-",), LEFTOVERS),
+        (marks.IMPORTS, (".",), LEFTOVERS),
+        (_SET_ASIDE, ("",), DAMAGED),
+    ):
+        with doing(f"Listing {repository.path}/{directory}"):
+            try:
+                fd = _open_directory(repository.fd, directory)
+            except FileNotFoundError:
+                continue
+            try:
+                for name in sorted(os.listdir(fd)):
+                    if not name.startswith(prefixes):
+                        continue
+                    entry = os.stat(name, dir_fd=fd, follow_symlinks=False)
+                    if stat.S_ISREG(entry.st_mode) or stat.S_ISLNK(entry.st_mode):
+                        path = name if directory == "." else f"{directory}/{name}"
+                        found.append((kind, path, entry.st_size if stat.S_ISREG(entry.st_mode) else 0))
+            finally:
+                os.close(fd)
+    return found
+
+
+# --- removal
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _sweep(repository: Repository, plan: _Plan, progress: Progress) -> None:
+    for name in plan.result.names:
+        repository.untag(name)
+    for path in (*plan.links, *plan.files):
+        _unlink(repository.fd, path, f"{repository.path}/{path}")
+    # A link that comes back after a power cut must not lead to an object that did not.
+    repository.sync()
+    done = 0
+    for first, names in enumerate(plan.dead):
+        if not names:
+            continue
+        with doing(f"Removing objects of {repository.path}/objects/{first:02x}"):
+            fd = _open_directory(repository.objects.dirfd, f"{first:02x}")
+            try:
+                for name in names:
+                    _unlink(fd, name, f"{repository.path}/objects/{first:02x}/{name}")
+            finally:
+                os.close(fd)
+        done += len(names)
+        progress.message(f"Removing objects: {done} of {plan.result.objects}")
+    # What is reported as removed must not come back after a power cut.
+    repository.sync()
+
+
+def _unlink(fd: int, name: str, path: str) -> None:
+    with doing(f"Removing {path}"), contextlib.suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=fd)

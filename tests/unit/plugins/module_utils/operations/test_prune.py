@@ -1,0 +1,430 @@
+# Copyright (c) composefs.oci contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What nothing keeps goes, everything else stays, and check mode says so before."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as hs
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from fake_source import REGISTRY, Layout, World, pull_all
+
+from ansible_collections.composefs.oci.plugins.module_utils.errors import Busy, FormatError, IncompatibleJournal
+from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
+from ansible_collections.composefs.oci.plugins.module_utils.host import processes
+from ansible_collections.composefs.oci.plugins.module_utils.operations import bootmount, keepers, prune
+from ansible_collections.composefs.oci.plugins.module_utils.operations.keepers import Keeper
+from ansible_collections.composefs.oci.plugins.module_utils.operations.prune import Pruned, Wish
+from ansible_collections.composefs.oci.plugins.module_utils.progress import Progress
+from ansible_collections.composefs.oci.plugins.module_utils.pull import pull
+from ansible_collections.composefs.oci.plugins.module_utils.store import create, graph, imagestreams
+from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
+from ansible_collections.composefs.oci.tests.support.tarbytes import DIRECTORY, member, tar
+
+TAGS = ("a", "b", "c", "artifact")
+
+
+def tree(name: str) -> bytes:
+    return tar(
+        member("usr/", type=DIRECTORY), *(member(f"usr/{name}{n}", f"{name}{n}".encode() * 90) for n in range(4))
+    )
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
+    """A repository with three images, of which each shares a layer with the next, and an artifact. To be copied."""
+    base = tmp_path_factory.mktemp("filled")
+    layout = Layout(base / "layout")
+    layout.image([tree("base"), tree("a")], "a")
+    layout.image([tree("base"), tree("b")], "b")
+    layout.image([tree("b"), tree("c")], "c")
+    layout.artifact([("text/plain", b"an artifact " * 30)], "artifact")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "call", lambda what, function, **_more: function())
+        World(layout).install(patch)
+        create.prepare(str(base / "repo"), fsverity.SHA256, create.DISABLED)
+        pull_all(base / "repo", *(pull.Request(REGISTRY + tag, tag) for tag in TAGS))
+    yield base / "repo"
+
+
+@pytest.fixture
+def path(filled: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    return copy_of(filled, tmp_path / "repo")
+
+
+def copy_of(source: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
+    shutil.copytree(source, target, symlinks=True)
+    return target
+
+
+def run(
+    path: pathlib.Path, wish: Wish | None = None, *, check: bool = False, need: list[Keeper] | None = None
+) -> Pruned:
+    with Repository.open(str(path)) as repository:
+        return prune.prune(repository, wish or Wish(), Progress(), check, lambda _repository: list(need or []))
+
+
+def objects(path: pathlib.Path) -> set[str]:
+    return {f"{one.parent.name}/{one.name}" for one in (path / "objects").glob("??/*")}
+
+
+def everything(path: pathlib.Path) -> set[tuple[str, str]]:
+    return {
+        (str(one.relative_to(path)), os.readlink(one) if one.is_symlink() else "file")
+        for one in path.rglob("*")
+        if one.is_symlink() or one.is_file()
+    }
+
+
+def kept_objects(path: pathlib.Path) -> set[str]:
+    with Repository.open(str(path)) as repository:
+        found = graph.Graph.read(repository)
+        return {fsverity.object_path(digest) for root in found.roots for digest in found.reaches(root)}
+
+
+def image_id(path: pathlib.Path, name: str) -> str:
+    with Repository.open(str(path)) as repository:
+        from ansible_collections.composefs.oci.plugins.module_utils.operations import listing
+
+        return str(listing.list_images(repository, name)[0][0]["image_id"])
+
+
+def test_a_repository_in_which_everything_has_a_name_stays_as_it_is(path: pathlib.Path) -> None:
+    before = everything(path)
+    result = run(path)
+    assert not result.changed and everything(path) == before and result.problems == [] and result.bytes == 0
+    assert set(result.by_name) == set(TAGS)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(gone=hs.sets(hs.sampled_from(TAGS)), by_pattern=hs.booleans(), mounted=hs.sets(hs.sampled_from(TAGS[:3])))
+def test_exactly_what_no_root_reaches_goes_and_check_mode_says_so_before(
+    filled: pathlib.Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    gone: set[str],
+    by_pattern: bool,
+    mounted: set[str],
+) -> None:
+    path = copy_of(filled, tmp_path_factory.mktemp("model") / "repo")
+    need = [Keeper("mount", f"/srv/{name}", frozenset([image_id(path, name)])) for name in mounted]
+    with Repository.open(str(path), write=True) as repository:
+        found = graph.Graph.read(repository)
+        held = gone & mounted if by_pattern else set()
+        roots = [root for root in found.roots if root.name not in gone - held] + keepers.roots(found, need)
+        live = {fsverity.object_path(digest) for root in roots for digest in found.reaches(root)}
+        if not by_pattern:
+            for name in gone:
+                repository.untag(name)
+    wish = Wish(remove=sorted(gone)) if by_pattern else Wish()
+    before = everything(path)
+    foretold = run(path, wish, check=True, need=need)
+    assert everything(path) == before
+    sizes = {name: (path / "objects" / name).stat().st_size for name in objects(path)}
+    result = run(path, wish, need=need)
+    assert result == foretold
+    assert objects(path) == live and result.objects == len(sizes) - len(live)
+    assert result.bytes == sum(size for name, size in sizes.items() if name not in live)
+    assert result.names == (sorted(gone - held) if by_pattern else []) and result.held == sorted(held)
+    assert not run(path, wish, need=need).changed
+    # No link leads to nothing.
+    assert [
+        str(one) for one in path.rglob("*") if one.is_symlink() and "trusted" not in one.parts and not one.exists()
+    ] == []
+
+
+def test_what_each_name_would_free_by_itself_is_what_it_then_frees(path: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    with Repository.open(str(path), write=True) as repository:
+        repository.tag("again", repository.tag_digest("artifact") or "")
+    foretold = run(path, check=True).by_name
+    assert foretold["artifact"] == foretold["again"] == 0 < foretold["a"]
+    for name in (*TAGS, "again"):
+        alone = copy_of(path, tmp_path / name)
+        assert run(alone, Wish(remove=[name])).bytes == foretold[name], name
+
+
+def test_patterns_spare_the_newest_the_young_the_kept_and_what_bootc_owns(path: pathlib.Path) -> None:
+    with Repository.open(str(path), write=True) as repository:
+        digest = repository.tag_digest("a") or ""
+        for age, name in enumerate(("app:4", "app:3", "app:2", "app:1", "localhost/bootc-x", "other")):
+            repository.tag(name, digest)
+            link = path / "streams/refs/oci" / name.replace("/", "%2F")
+            os.utime(link, (time.time() - age * 86400,) * 2, follow_symlinks=False)
+
+    def names(**wish: Any) -> list[str]:
+        return run(path, Wish(**wish), check=True).names
+
+    assert names(remove=["app:*"]) == ["app:1", "app:2", "app:3", "app:4"]
+    assert names(remove=["app:*"], keep_last=2) == ["app:1", "app:2"]
+    assert names(remove=["app:*"], older_than=2.5 * 86400) == ["app:1"]
+    assert names(remove=["app:*"], keep=["*:1"]) == ["app:2", "app:3", "app:4"]
+    assert names(remove=["app:*", "other"], keep_last=1) == ["app:1", "app:2", "app:3"]
+    assert names(remove=["localhost/*"]) == []
+    assert names() == []
+
+
+def test_names_that_a_mount_or_a_journal_uses_are_held(path: pathlib.Path) -> None:
+    with Repository.open(str(path)) as repository:
+        digest = repository.tag_digest("b") or ""
+    need = [
+        Keeper("mount", "/srv/a", frozenset([image_id(path, "a")])),
+        Keeper("journal", "/srv/b", manifests=frozenset([digest])),
+        Keeper("journal", "/srv/c", names=frozenset(["artifact"])),
+    ]
+    result = run(path, Wish(remove=["*"]), need=need)
+    assert result.names == ["c"] and result.held == ["a", "artifact", "b"]
+
+
+def test_what_is_mounted_stays_whole_without_any_name(path: pathlib.Path) -> None:
+    image = image_id(path, "a")
+    with Repository.open(str(path), write=True) as repository:
+        needed = graph.image_objects(repository, bytes.fromhex(image))
+        for name in TAGS:
+            repository.untag(name)
+    run(path, need=[Keeper("mount", "/srv/a", frozenset([image, "0" * 64, "f" * 128]))])
+    assert objects(path) == {fsverity.object_path(digest) for digest in {*needed, bytes.fromhex(image)}}
+    assert os.listdir(path / "images") == [image] and os.listdir(path / "streams") == ["refs"]
+
+
+def damage(path: pathlib.Path, digest: bytes, how: str) -> None:
+    victim = path / "objects" / fsverity.object_path(digest)
+    if how == "missing":
+        victim.unlink()
+    else:
+        raw = bytearray(victim.read_bytes())
+        raw[len(raw) // 2] ^= 1
+        victim.write_bytes(raw)
+
+
+@pytest.mark.parametrize("how", ["missing", "flipped"])
+@pytest.mark.parametrize("what", ["layer", "config", "manifest", "image"])
+def test_what_may_be_needed_and_cannot_be_read_stops_before_the_first_removal(
+    path: pathlib.Path, what: str, how: str
+) -> None:
+    with Repository.open(str(path), write=True) as repository:
+        manifest = repository.tag_digest("b") or ""
+        document = imagestreams.read(repository, imagestreams.MANIFEST, manifest)
+        assert document is not None
+        config = next(digest for name, digest in document.refs.items() if name.startswith("config:"))
+        layer = next(digest for name, digest in document.refs.items() if not name.startswith("config:"))
+        repository.untag("artifact")
+    image = bytes.fromhex(image_id(path, "b"))
+    victim = {"layer": layer, "config": config, "manifest": document.stream, "image": image}[what]
+    damage(path, victim, how)
+    before = everything(path)
+    for check in (True, False):
+        with pytest.raises(FormatError, match=victim.hex()):
+            run(path, check=check)
+    assert everything(path) == before
+    # Without the name it is provably not needed.
+    result = run(path, Wish(remove=["b"]) if what != "layer" else Wish(remove=["a", "b", "c"]))
+    assert result.changed and "b" in result.names
+    assert objects(path) == kept_objects(path)
+
+
+def test_dangling_references_and_stray_files_are_told_and_stay(path: pathlib.Path) -> None:
+    for name in ("streams/stray", "streams/refs/stray", "images/stray", "objects/00/stray", "objects/00/" + "z" * 62):
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_text("stray")
+    (path / "streams/refs/old").symlink_to("../sha256:" + "0" * 64)
+    with Repository.open(str(path), write=True) as repository:
+        repository.untag("artifact")
+    result = run(path)
+    assert result.changed and sorted(result.problems) == [
+        ("dangling_reference", "streams/refs/old"),
+        ("stray_file", "images/stray"),
+        ("stray_file", "objects/00/stray"),
+        ("stray_file", "objects/00/" + "z" * 62),
+        ("stray_file", "streams/refs/stray"),
+        ("stray_file", "streams/stray"),
+    ]
+    assert all(os.path.lexists(path / problem.path) for problem in result.problems)
+
+
+def test_leftovers_of_crashed_writers_and_of_repairs_go(path: pathlib.Path) -> None:
+    (path / "objects/.tmp-object-abcdefghijkl").write_bytes(b"x" * 1000)
+    (path / ".symlink-abcdefghijkl").symlink_to("x")
+    for name in (".composefs-oci/imports/.0123456789abcdef", ".composefs-oci/damaged/thing"):
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(b"y" * 10)
+    with Repository.open(str(path), write=True) as repository:
+        digest = repository.stream(repository.streams(imagestreams.LAYER)[0]) or b""
+        raw = repository.objects.put(b"what a replaced layer had" * 9)
+        repository.register(imagestreams.KEPT + raw.hex(), raw)
+        repository.register(imagestreams.PENDING + "sha256:" + "1" * 64, digest)
+    result = run(path)
+    assert result.bytes_by_kind["leftovers"] == 1010 and result.bytes_by_kind["damaged"] == 10
+    # A second name of a stream that is needed costs nothing and is no harm.
+    assert result.streams == [imagestreams.KEPT + raw.hex()] and result.bytes_by_kind["streams"] == 225
+    assert not any("tmp-object" in name or ".symlink" in name or "damaged/" in name for name, _text in everything(path))
+    assert not run(path).changed
+
+
+def test_a_repository_in_use_is_busy_and_tells_who_uses_it(path: pathlib.Path) -> None:
+    with Repository.open(str(path), write=True) as repository:
+        repository.untag("a")
+    code = "import fcntl,os,sys;fd=os.open(sys.argv[1],0);fcntl.flock(fd,fcntl.LOCK_SH);print('ok',flush=True);input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout and other.stdout.readline() == b"ok\n"
+        before = everything(path)
+        with pytest.raises(Busy, match=rf"held by {other.pid} \(python"):
+            run(path, Wish(timeout=0.1))
+        assert everything(path) == before and run(path, check=True).changed
+        other.communicate(b"\n")
+    assert run(path, Wish(timeout=5)).changed
+
+
+def test_what_others_name_while_it_waits_stays(path: pathlib.Path) -> None:
+    """Between the first look and the lock somebody gives the dead image a name again."""
+    with Repository.open(str(path), write=True) as repository:
+        digest = repository.tag_digest("a") or ""
+        repository.untag("a")
+        repository.untag("artifact")
+    opened = Repository.open(str(path), write=True)
+    threading.Timer(0.3, lambda: (opened.tag("back", digest), opened.close())).start()  # type: ignore[func-returns-value]
+    result = run(path, Wish(timeout=10))
+    assert result.changed and len(result.streams) == 3  # of the artifact: manifest, configuration, blob
+    assert objects(path) == kept_objects(path)
+    with Repository.open(str(path)) as repository:
+        assert repository.tag_digest("back") == digest
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 5, 9, 13, 17, 20])
+def test_cut_off_at_any_removal_it_leaves_no_link_to_nothing_and_the_next_run_ends_it(
+    path: pathlib.Path, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.unlink
+    calls = []
+
+    def unlink(*arguments: Any, **more: Any) -> None:
+        if len(calls) == at:
+            raise Killed
+        calls.append(arguments)
+        real(*arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", unlink)
+        with pytest.raises(Killed):
+            run(path, Wish(remove=["a", "artifact"]))
+    dangling = [one for one in path.rglob("*") if one.is_symlink() and "trusted" not in one.parts and not one.exists()]
+    assert dangling == []
+    with Repository.open(str(path)) as repository:
+        found = graph.Graph.read(repository, prove=True)
+        for root in found.roots:
+            assert all(repository.objects.verify(digest) for digest in found.reaches(root))
+    run(path, Wish(remove=["a", "artifact"]))
+    assert objects(path) == kept_objects(path)
+
+
+# --- what the host needs
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def places(tmp_path: pathlib.Path) -> bootmount.Places:
+    for name in ("units", "library/deployments"):
+        (tmp_path / name).mkdir(parents=True)
+    return bootmount.Places(str(tmp_path / "units"), str(tmp_path / "library"), str(tmp_path / "running"))
+
+
+def look(path: pathlib.Path, places: bootmount.Places) -> list[Keeper]:
+    with Repository.open(str(path)) as repository:
+        return [keeper for keeper in keepers.keepers(repository, places) if keeper.kind != keepers.MOUNT]
+
+
+def journal(places: bootmount.Places, name: str = "srv-app", **values: Any) -> pathlib.Path:
+    path = pathlib.Path(places.library, "deployments", f"{name}.json")
+    path.write_text(json.dumps({"version": 1, "path": "/srv/app", "name": "app", "pending": None, **values}))
+    return path
+
+
+def test_current_previous_and_pending_of_a_journal_are_kept(path: pathlib.Path, places: bootmount.Places) -> None:
+    with Repository.open(str(path), write=True) as repository:
+        digests = {name: repository.tag_digest(name) or "" for name in TAGS}
+        for name in TAGS:
+            repository.untag(name)
+    journal(
+        places,
+        repository=str(path),
+        current={"digest": digests["a"], "image_id": image_of(path, digests["a"])},
+        previous=[{"digest": digests["artifact"], "image_id": None}],
+        pending={"digest": digests["c"], "from": None},
+        pins=["app@x"],
+    )
+    journal(places, "elsewhere", repository="/elsewhere", current={"digest": digests["b"]})
+    (pathlib.Path(places.library) / "deployments/srv-app.json~").write_text("an older one, and broken")
+    need = look(path, places)
+    assert [(keeper.place, sorted(keeper.names)) for keeper in need] == [("/srv/app", ["app", "app@x"])]
+    run(path, need=need)
+    with Repository.open(str(path)) as repository:
+        left = {name[len(imagestreams.MANIFEST) :] for name in repository.streams(imagestreams.MANIFEST)}
+    assert left == {digests["a"], digests["artifact"], digests["c"]}
+
+
+def image_of(path: pathlib.Path, digest: str) -> str:
+    from ansible_collections.composefs.oci.plugins.module_utils.operations import listing
+
+    with Repository.open(str(path)) as repository:
+        return str(listing.list_images(repository, digest=digest)[0][0]["image_id"])
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("{", FormatError),
+        ("[]", FormatError),
+        ('{"version": 1}', FormatError),
+        ('{"version": 1, "repository": "REPO", "current": 5}', FormatError),
+        ('{"version": 1, "repository": "REPO", "current": {"digest": 5}}', FormatError),
+        ('{"version": 2, "repository": "REPO"}', IncompatibleJournal),
+    ],
+)
+def test_a_journal_that_cannot_be_understood_stops_everything(
+    path: pathlib.Path, places: bootmount.Places, text: str, error: type[Exception]
+) -> None:
+    journal(places).write_text(text.replace("REPO", str(path)))
+    with pytest.raises(error, match=r"Reading the journal .*srv-app.json"):
+        look(path, places)
+
+
+def test_units_of_this_repository_are_kept(path: pathlib.Path, places: bootmount.Places) -> None:
+    for number, repository in enumerate((str(path), "/elsewhere")):
+        pathlib.Path(places.units, f"composefs-oci-x{number}.service").write_text(
+            f"[X-Composefs]\nPath=/srv/x{number}\nRepository={repository}\nImage={'a' * 64}\n"
+        )
+    assert [(keeper.place, keeper.images) for keeper in look(path, places)] == [
+        ("composefs-oci-x0.service", frozenset(["a" * 64]))
+    ]
+
+
+def test_images_in_the_list_of_mounts_are_recognised_however_they_are_written() -> None:
+    image = "ab" * 32
+    for line in (
+        f"36 35 0:50 / /srv ro - overlay composefs:{image} ro,lowerdir+=/x",
+        f"36 35 7:0 / /srv ro - erofs /sysroot/composefs/images/{image} ro",
+        f"36 35 7:0 / /srv ro - erofs /sysroot/composefs/objects/{image[:2]}/{image[2:]} ro",
+    ):
+        found = keepers._images_in(line)
+        assert found == {image}
+    assert keepers._images_in("36 35 0:50 / /a ro - overlay overlay lowerdir=/x/" + "c" * 65) == set()
