@@ -43,12 +43,14 @@ options:
         V(oci:/srv/layout:tag), V(oci-archive:/srv/app.tar), V(docker-archive:/srv/app.tar), V(dir:/srv/app) or
         V(containers-storage:localhost/app).
       - A bare V(quay.io/org/app:tag) means V(docker://quay.io/org/app:tag). If a reference has a tag and a digest, the
-        digest wins.
+        digest wins, and counts like O(digest).
       - Exactly one of O(ref) and O(images) is needed with O(state=present).
     type: str
   name:
     description:
-      - The name of the image in the repository. Defaults to O(ref) as it is written.
+      - The name of the image in the repository. Defaults to O(ref) with its transport, for example
+        V(docker://registry.example.com/app:1.4), as C(cfsctl) names images.
+      - A name without V(docker://) that version 0.1.0 gave by default is moved to the one with it, with a warning.
     type: str
   images:
     description:
@@ -61,7 +63,7 @@ options:
         description: The image, see O(ref). Not needed with O(state=absent).
         type: str
       name:
-        description: The name of the image in the repository. Defaults to O(images[].ref) as it is written.
+        description: The name of the image in the repository, see O(name).
         type: str
       digest:
         description: What the reference must mean, see O(digest).
@@ -79,8 +81,9 @@ options:
   pull:
     description:
       - V(always) asks the registry what the reference means now, and fetches what is missing.
-      - V(missing) is content with an image that has the name, and is what O(digest) and O(platform) ask for, without
-        any network.
+      - V(missing) is content with an image that has the name, was pulled by the same O(ref), and is what O(digest) and
+        O(platform) ask for, without any network. A name that version 0.1.0 or another program gave does for any O(ref)
+        without a digest.
       - V(newer) is like V(always), but leaves what is there, with a warning, if the registry cannot be reached or does
         not answer in time.
     type: str
@@ -264,7 +267,8 @@ registry_digest:
 index_digest:
   description:
     - The digest of the index that the reference leads to, proved to list the manifest; the outermost one if it lists
-      indexes. V(null) if the reference leads to a single manifest or the source was not asked.
+      indexes. V(null) if the reference leads to a single manifest. Where the source was not asked it is what was
+      remembered with the name.
   returned: when O(images) is not used
   type: str
   sample: sha256:fe7e1e0a5d2e0d1f4ab6ac2f6fb71a1b5f4c3a2a5d2c9b0f9b1f6e5d4c3b2a19
@@ -407,6 +411,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.errors import (
 )
 from ansible_collections.composefs.oci.plugins.module_utils.module import opened_repository, repository_path, run_module
 from ansible_collections.composefs.oci.plugins.module_utils.formats.oci import is_digest, parse_reference
+from ansible_collections.composefs.oci.plugins.module_utils.formats.reference import default_name, other_names
 from ansible_collections.composefs.oci.plugins.module_utils.progress import FileSink, Progress
 from ansible_collections.composefs.oci.plugins.module_utils.pull.publish import Images
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
@@ -421,6 +426,7 @@ def requests_of(params: dict) -> list[pull.Request]:
     requests = []
     for image in asked:
         name = image["name"] or image["ref"]
+        former: tuple[str, ...] = ()
         if not name or (params["state"] == "present" and not image["ref"]):
             raise InvalidReference(
                 f"The image {name!r} has no reference." if name else "An image has neither a reference nor a name.",
@@ -433,7 +439,10 @@ def requests_of(params: dict) -> list[pull.Request]:
             )
         if params["state"] == "present":
             parse_reference(image["ref"])
-        requests.append(pull.Request(image["ref"] or "", name, digest, image.get("platform") or ""))
+        if not image["name"]:
+            name = default_name(image["ref"])
+            former = tuple(form for form in dict.fromkeys((image["ref"], *other_names(name))) if form != name)
+        requests.append(pull.Request(image["ref"] or "", name, digest, image.get("platform") or "", former))
     return requests
 
 
@@ -489,14 +498,14 @@ def present(
 def sides(image: dict) -> dict:
     """What ``--diff`` shows for one image."""
 
-    def side(digest, layers):
-        return {"name": image["name"], "digest": digest, "layers": layers} if digest else {}
+    def side(name, digest, layers):
+        return {"name": name, "digest": digest, "layers": layers} if digest else {}
 
     return {
         "before_header": image["name"],
         "after_header": image["name"],
-        "before": side(image["previous_digest"], image.pop("previous_layers")),
-        "after": side(image["digest"], [layer["digest"] for layer in image["layers"]]),
+        "before": side(image.pop("previous_name"), image["previous_digest"], image.pop("previous_layers")),
+        "after": side(image["name"], image["digest"], [layer["digest"] for layer in image["layers"]]),
     }
 
 

@@ -97,6 +97,32 @@ images:
       description: The names of the image.
       type: list
       elements: str
+    ref:
+      description: The reference that the image was pulled by, V(null) if that is not known. It never holds credentials.
+      type: str
+    records:
+      description:
+        - What is remembered of each name, by name. A name that version 0.1.0 or another program gave has no record.
+      type: dict
+      contains:
+        ref:
+          description: The reference that the name came from, with its transport.
+          type: str
+        manifest:
+          description: The digest of the manifest.
+          type: str
+        registry_digest:
+          description: The digest by which the source knows the manifest.
+          type: str
+        index_digest:
+          description: The digest of the index that the reference led to, V(null) if it led to a single manifest.
+          type: str
+        policy:
+          description: What became of the signature policy, V(null) if that is not known.
+          type: str
+        since:
+          description: When the name was given to this image, in UTC.
+          type: str
     digest:
       description: The digest of the manifest.
       type: str
@@ -183,6 +209,15 @@ images:
           type: int
   sample:
     - names: [app]
+      ref: docker://registry.example.com/app:1.4
+      records:
+        app:
+          ref: docker://registry.example.com/app:1.4
+          manifest: sha256:9d78ad0da0e88ca15da5735b9f70064d3099ac0a8cd9dc839795789400a38e42
+          registry_digest: sha256:9d78ad0da0e88ca15da5735b9f70064d3099ac0a8cd9dc839795789400a38e42
+          index_digest: sha256:fe7e1e0a5d2e0d1f4ab6ac2f6fb71a1b5f4c3a2a5d2c9b0f9b1f6e5d4c3b2a19
+          policy:
+          since: "2026-11-27T14:40:07Z"
       digest: sha256:9d78ad0da0e88ca15da5735b9f70064d3099ac0a8cd9dc839795789400a38e42
       config_digest: sha256:0f4e7c4bb4b0a4aa6e1d5a1a6e86a41d20c6a1ba5ce0f1a1b5b9b8f6d4e5a6b7
       media_type: application/vnd.oci.image.manifest.v1+json

@@ -39,7 +39,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "": (("text",), ("errors", "progress")),
     "formats": (
         ("codecs", "fsverity", "oci", "repolayout", "tarheader"),
-        ("indexes", "metajson", "ocischemas", "splitstream", "tar", "tardiff"),
+        ("indexes", "metajson", "ocischemas", "reference", "splitstream", "tar", "tardiff"),
     ),
     "rootfs": (
         ("erofs", "filetree", "lastmatch"),
@@ -49,7 +49,13 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "host": (("files", "locks", "machine", "mountinfo", "processes"), ("filesystem", "mountcalls")),
     "source": (("skopeo",), ("imageproxy",), ("skopeosource",)),
-    "store": (("objects",), ("marks",), ("repository",), ("create", "imagestreams"), ("graph", "proofs")),
+    "store": (
+        ("objects",),
+        ("marks",),
+        ("repository",),
+        ("create", "imagestreams", "namerecords"),
+        ("graph", "proofs"),
+    ),
     "pull": (("smallobjects",), ("layer",), ("fetch", "makeimages", "plan"), ("publish",), ("pull",)),
     "operations": (
         ("diskuse", "listing"),

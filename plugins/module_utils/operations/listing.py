@@ -6,11 +6,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..formats import oci
-from ..store import imagestreams
+from ..store import imagestreams, namerecords
 from ..errors import EngineError, FormatError, ImageNotFound, MissingLibrary
 from ..store.repository import Repository
 
@@ -36,7 +37,8 @@ def list_images(repository: Repository, name: str = "", digest: str = "") -> tup
     found, complaints = [], []
     for manifest in wanted:
         try:
-            found.append({"names": names.get(manifest, []), **describe_image(repository, manifest)})
+            tags = names.get(manifest, [])
+            found.append({"names": tags, **_origins(repository, tags), **describe_image(repository, manifest)})
         except MissingLibrary:
             raise  # not the image's fault, and no other can be read either
         except EngineError as error:
@@ -100,6 +102,13 @@ def _bounded(texts: Mapping[str, str]) -> tuple[dict[str, str], bool]:
         kept[key] = value
         left -= len(raw)
     return kept, False
+
+
+def _origins(repository: Repository, names: Sequence[str]) -> dict[str, Any]:
+    """What is remembered of where the names come from: ``ref`` is that of the first one with a record."""
+    records = {name: namerecords.read(repository, name) for name in names}
+    known = {name: dataclasses.asdict(record) for name, record in records.items() if record is not None}
+    return {"ref": next((record["ref"] for record in known.values()), None), "records": known}
 
 
 def _first(image_ids: dict[str, str], repository: Repository, boot: bool) -> str | None:

@@ -12,9 +12,10 @@ import dataclasses
 
 from ..formats import oci
 from ..host import machine
-from ..store import imagestreams, proofs
+from ..store import imagestreams, namerecords, proofs
 from ..errors import UnexpectedDigest
 from ..formats.oci import Reference, parse_reference
+from ..store.namerecords import NameRecord
 from ..store.repository import Repository
 from ..source.skopeosource import Session
 
@@ -25,13 +26,14 @@ NEW = "new"
 @dataclasses.dataclass(frozen=True)
 class Request:
     """One image: the reference as the user wrote it, the name to give it, and what it must be (``sha256:<hex>``,
-    ``os/arch``).
+    ``os/arch``). ``former`` are other names under which it may stand now, and which give way to ``name``.
     """
 
     ref: str
     name: str
     digest: str = ""
     platform: str = ""
+    former: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,26 @@ class Layer:
         return "none" if compression is not None and self.source.digest == self.diff_id else compression
 
 
+@dataclasses.dataclass(frozen=True)
+class Standing:
+    """What the repository knows of a request's name: the one that it stands under now, which is of ``former`` where
+    only that exists, the manifest digest and the record.
+    """
+
+    name: str
+    digest: str | None = None
+    record: NameRecord | None = None
+
+    @classmethod
+    def of(cls, repository: Repository, request: Request) -> Standing:
+        """As the repository is now."""
+        for name in (request.name, *request.former):
+            digest = repository.tag_digest(name)
+            if digest is not None:
+                return cls(name, digest, namerecords.read(repository, name))
+        return cls(request.name)
+
+
 @dataclasses.dataclass
 class Plan:
     """What one request amounts to."""
@@ -75,7 +97,7 @@ class Plan:
     config_raw: bytes
     config: oci.Config | None
     layers: list[Layer]
-    previous: str | None
+    standing: Standing
     manifest_document: imagestreams.Document | None
     config_document: imagestreams.Document | None
     session: Session | None = None
@@ -87,6 +109,26 @@ class Plan:
             self.image_refs = {
                 name: digest for name, digest in self.config_document.refs.items() if imagestreams.is_image_ref(name)
             }
+
+    @property
+    def previous(self) -> str | None:
+        """The manifest digest that the name leads to now."""
+        return self.standing.digest
+
+    @property
+    def renames(self) -> bool:
+        """Whether the image gets its name, or the name another image."""
+        return self.previous != self.digest or self.standing.name != self.request.name
+
+    @property
+    def origin(self) -> NameRecord:
+        """What is to be remembered of where the name comes from."""
+        return NameRecord(
+            ref=parse_reference(self.request.ref).text,
+            manifest=self.digest,
+            registry_digest=self.registry_digest,
+            index_digest=self.index_digest,
+        )
 
     @property
     def digest(self) -> str:
@@ -137,7 +179,7 @@ def look_up(repository: Repository, request: Request, reference: Reference, sess
         config_raw=config_raw,
         config=config,
         layers=[],
-        previous=repository.tag_digest(request.name),
+        standing=Standing.of(repository, request),
         manifest_document=manifest_document,
         config_document=config_document,
         session=session,
@@ -149,14 +191,17 @@ def look_up(repository: Repository, request: Request, reference: Reference, sess
     return plan
 
 
-def recall(repository: Repository, request: Request, warnings: list[str], record: bool) -> Plan | None:
+def recall(
+    repository: Repository, request: Request, warnings: list[str], record: bool, *, same_reference: bool = True
+) -> Plan | None:
     """What the repository holds under the request's name, without asking anybody; None unless it is whole and is what
-    was asked for.
+    was asked for. With ``same_reference`` a name that is known to come from another reference is not.
 
     Layers are proved, and proofs remembered with ``record``, as look_up() does.
     """
-    digest = repository.tag_digest(request.name)
-    if digest is None or (request.digest and request.digest != digest):
+    standing = Standing.of(repository, request)
+    digest = standing.digest
+    if digest is None or not _is_asked_for(request, standing, same_reference):
         return None
     manifest_document = imagestreams.usable(repository, imagestreams.MANIFEST, digest)
     if manifest_document is None:
@@ -172,12 +217,12 @@ def recall(repository: Repository, request: Request, warnings: list[str], record
         request=request,
         reference=parse_reference(request.ref),
         manifest=manifest,
-        registry_digest=digest,
-        index_digest=None,
+        registry_digest=(standing.record and standing.record.registry_digest) or digest,
+        index_digest=standing.record.index_digest if standing.record else None,
         config_raw=config_document.raw,
         config=config,
         layers=[],
-        previous=digest,
+        standing=standing,
         manifest_document=manifest_document,
         config_document=config_document,
         warnings=warnings,
@@ -189,6 +234,21 @@ def recall(repository: Repository, request: Request, warnings: list[str], record
             return None
         plan.layers.append(layer)
     return plan
+
+
+def _is_asked_for(request: Request, standing: Standing, same_reference: bool) -> bool:
+    """Whether what stands under the name can be what the request means, as far as can be told without the source.
+
+    A digest, wherever it is written, is held against what the name leads to and what is remembered of it. A tag says
+    nothing of the image, so the name must come from the same reference; one without a record was given by an earlier
+    version or another program, and nothing speaks against it.
+    """
+    reference = parse_reference(request.ref)
+    record = standing.record
+    known = {standing.digest, record and record.registry_digest, record and record.index_digest}
+    if any(digest and digest not in known for digest in (request.digest, reference.digest)):
+        return False
+    return not same_reference or bool(reference.digest) or record is None or record.ref == reference.text
 
 
 def _stored_layer(

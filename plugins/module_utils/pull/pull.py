@@ -11,6 +11,7 @@ configuration and tag follow after one more barrier, when everything they lead t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from typing import Any
 
 from ..formats import codecs, oci
 from . import publish
-from ..store import imagestreams
+from ..store import imagestreams, namerecords
 from . import plan as planning
 from ..errors import (
     EngineError,
@@ -84,11 +85,13 @@ def pull_images(
         plans = [_plan(repository, request, options, sources, progress) for request in requests]
         clock.lap("resolve")
         predictions = [publish.predict(repository, plan, options.images) for plan in plans]
-        settled = not any(predictions) and all(plan.previous == plan.digest for plan in plans)
+        settled = not any(predictions) and not any(plan.renames for plan in plans)
         if options.check or (
             settled and not any(publish.unfinished(repository, plan, options.images) for plan in plans)
         ):
             outcomes = _untouched(plans, predictions)
+            if not options.check:
+                _remember_origins(repository, plans)
         else:
             repository.require_writable()
             outcomes = _carry_out(repository, plans, options, progress, clock)
@@ -168,7 +171,11 @@ def _plan(repository: Repository, request: Request, options: Options, sources: _
             return planning.look_up(repository, request, reference, session, record)
         except (RegistryUnreachable, Stalled) as error:
             warning = f"{error.text} What is there under {request.name!r} is left as it is."
-            known = planning.recall(repository, request, [warning], record) if options.policy == NEWER else None
+            known = (
+                planning.recall(repository, request, [warning], record, same_reference=False)
+                if options.policy == NEWER
+                else None
+            )
             if known is None:
                 raise
             return known
@@ -191,7 +198,7 @@ def _untouched(plans: Sequence[Plan], predictions: Sequence[list[str]]) -> list[
         fetched = sum(layer.source.size for stream, layer in plan.missing().items() if stream not in claimed)
         claimed.update(streams)
         stats = {**_stats(plan), "bytes_fetched": fetched}
-        outcomes.append(Outcome(plan, streams, stats, bool(streams) or plan.previous != plan.digest))
+        outcomes.append(Outcome(plan, streams, stats, bool(streams) or plan.renames))
     return outcomes
 
 
@@ -264,13 +271,36 @@ def _carry_out(
             stats["retries"] = retried
             streams = mine + [stream for stream in documents_changed if stream not in claimed]
             claimed.update(streams)
-            outcomes.append(Outcome(plan, streams, stats, bool(streams) or plan.previous != plan.digest))
+            outcomes.append(Outcome(plan, streams, stats, bool(streams) or plan.renames))
         # Only now, when every document is in place, do the names appear: an image of this task that cannot be stored
         # leaves all names alone.
         for plan in plans:
-            repository.tag(plan.request.name, plan.digest)
+            _set_name(repository, plan)
     clock.lap("register")
     return outcomes
+
+
+def _set_name(repository: Repository, plan: Plan) -> None:
+    """Let the name lead to the image, and take away the one that it had instead."""
+    name = plan.request.name
+    origin = plan.origin if plan.session else plan.standing.record
+    if origin is not None:
+        namerecords.remember(repository, name, origin)
+    repository.tag(name, plan.digest)
+    if plan.standing.name != name:
+        repository.untag(plan.standing.name)
+        namerecords.forget(repository, plan.standing.name)
+        plan.warnings.append(f"The name {plan.standing.name!r} is now {name!r}, as other programs give it.")
+
+
+def _remember_origins(repository: Repository, plans: Sequence[Plan]) -> None:
+    """Where names are right already, their records may still lack the reference that was asked this time. It is no
+    change of the repository and no reason to fail.
+    """
+    for plan in plans:
+        if plan.session is not None:
+            with contextlib.suppress(EngineError):
+                namerecords.remember(repository, plan.request.name, plan.origin)
 
 
 def _require_space(repository: Repository, layers: Sequence[Layer]) -> None:
@@ -298,7 +328,8 @@ def forget(repository: Repository, request: Request, check: bool) -> dict[str, A
     pruned.
     """
     repository.check_tag_name(request.name)
-    previous = repository.tag_digest(request.name)
+    standing = planning.Standing.of(repository, request)
+    previous = standing.digest
     exists = previous is not None
     try:
         previous_layers = _stored_layers(repository, previous)
@@ -306,22 +337,29 @@ def forget(repository: Repository, request: Request, check: bool) -> dict[str, A
         previous_layers = []  # only shown; a name can go without it
     if exists and not check:
         repository.require_writable()
-        repository.untag(request.name)
+        repository.untag(standing.name)
+        namerecords.forget(repository, standing.name)
         # What is reported as removed must not come back after a power cut.
         repository.sync()
-    return {**blank(request), "previous_digest": previous, "previous_layers": previous_layers, "changed": exists}
+    return {
+        **blank(request),
+        "previous_digest": previous,
+        "previous_name": standing.name,
+        "previous_layers": previous_layers,
+        "changed": exists,
+    }
 
 
 def foretell(request: Request) -> dict[str, Any]:
     """What check mode says of an image that would be pulled, where nobody can be asked about it; the result has the
     shape of describe().
     """
-    return {**blank(request), "previous_layers": [], "changed": True}
+    return {**blank(request), "previous_name": request.name, "previous_layers": [], "changed": True}
 
 
 def describe(repository: Repository, outcome: Outcome) -> dict[str, Any]:
-    """An outcome in plain values, as modules return it; ``previous_layers`` and ``changed`` are for the
-    module itself.
+    """An outcome in plain values, as modules return it; ``previous_name``, ``previous_layers`` and
+    ``changed`` are for the module itself.
     """
     plan = outcome.plan
     # A layer that occurs twice, or that another image of the same task lacks too, is fetched once and counted there.
@@ -335,6 +373,7 @@ def describe(repository: Repository, outcome: Outcome) -> dict[str, Any]:
         "image_id": publish.image_id(repository, plan, boot=False),
         "boot_image_id": publish.image_id(repository, plan, boot=True),
         "previous_digest": plan.previous,
+        "previous_name": plan.standing.name,
         "previous_layers": _stored_layers(repository, plan.previous),
         "layers": [
             {

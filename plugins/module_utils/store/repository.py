@@ -298,6 +298,13 @@ class Repository:
         """The digest of the manifest that ``name`` means, or None."""
         return repolayout.manifest_of_target(self._readlink(_tag_path(name)) or "")
 
+    def tag_time(self, name: str, manifest_digest: str) -> float:
+        """When ``name`` was made to mean that manifest, in seconds since the epoch; now, if it does not."""
+        if self.tag_digest(name) == manifest_digest:
+            with contextlib.suppress(OSError):
+                return os.stat(_tag_path(name), dir_fd=self.fd, follow_symlinks=False).st_mtime
+        return time.time()
+
     def tag(self, name: str, manifest_digest: str) -> str | None:
         """Make ``name`` mean the stored manifest ``sha256:<hex>``; the digest it meant before. ImageNotFound if that is
         not stored.

@@ -120,7 +120,19 @@ def test_an_image_is_pulled_once(run: Any, repository: str) -> None:
     assert "diff" not in second
 
 
-def test_the_name_is_the_reference_as_written_unless_given(run: Any) -> None:
+def test_the_name_is_the_reference_with_its_transport_unless_given(run: Any, repository: str) -> None:
+    bare = REGISTRY[len("docker://") :] + "app"
+    assert run(ref=bare)["name"] == REGISTRY + "app"
+    for form in (bare, REGISTRY + "app", "registry:" + bare):
+        assert not run(ref=form)["changed"]
+    assert run(ref=bare, state="absent")["changed"] and not run(ref=REGISTRY + "app", state="absent")["changed"]
+    run(ref=bare, name=bare)
+    moved = run(ref=REGISTRY + "app")
+    assert moved["changed"] and moved["name"] == REGISTRY + "app" and "is now" in moved["warnings"][0]
+    assert moved["diff"]["before"]["name"] == bare and moved["diff"]["after"]["name"] == REGISTRY + "app"
+
+
+def test_the_name_is_the_reference_unless_given(run: Any) -> None:
     assert run(ref=REGISTRY + "app")["name"] == REGISTRY + "app"
     assert not run(ref=REGISTRY + "app")["changed"]
     assert run(ref=REGISTRY + "app", state="absent")["changed"]

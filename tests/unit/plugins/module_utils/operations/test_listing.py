@@ -100,8 +100,18 @@ def test_by_digest_also_without_a_name(path: pathlib.Path) -> None:
     with Repository.open(str(path), write=True) as repository:
         repository.untag("m")
     ((again,), complaints) = listed(path, digest=image["digest"])
-    assert again == {**image, "names": []} and complaints == []
+    assert again == {**image, "names": [], "ref": None, "records": {}} and complaints == []
     assert [one["names"] for one in listed(path)[0]] == [["b", "z/app:1"]]
+
+
+def test_where_names_come_from_is_told(path: pathlib.Path) -> None:
+    with Repository.open(str(path), write=True) as repository:
+        repository.tag("by another program", repository.tag_digest("b") or "")
+    ((image,), _complaints) = listed(path, name="b")
+    assert image["ref"] == REGISTRY + "app" and set(image["records"]) == {"b", "z/app:1"}
+    told = image["records"]["b"]
+    assert told["ref"] == REGISTRY + "app" and told["manifest"] == told["registry_digest"] == image["digest"]
+    assert told["since"].endswith("Z") and told["index_digest"] is None
 
 
 @pytest.mark.parametrize("gone", ["manifest", "configuration's object", "manifest's object"])

@@ -27,7 +27,7 @@ from ociimage import sha256
 from ansible_collections.composefs.oci.plugins.module_utils.formats import codecs, fsverity
 from ansible_collections.composefs.oci.plugins.module_utils.host import filesystem, processes
 from ansible_collections.composefs.oci.plugins.module_utils.pull import fetch, pull
-from ansible_collections.composefs.oci.plugins.module_utils.store import create
+from ansible_collections.composefs.oci.plugins.module_utils.store import create, namerecords
 from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     AuthFailed,
     EngineError,
@@ -163,7 +163,7 @@ def test_every_result_has_the_same_shape(path: pathlib.Path, world: World) -> No
         results += [pull.forget(repository, app(), check=True), pull.forget(repository, app(), check=False)]
     shapes = [(set(result) - {"warnings"}, set(result["stats"])) for result in results]
     assert all(shape == shapes[0] for shape in shapes)
-    assert set(pull.blank(app())) == shapes[0][0] - {"changed", "previous_layers"}
+    assert set(pull.blank(app())) == shapes[0][0] - {"changed", "previous_name", "previous_layers"}
     assert set(pull.blank(app())["stats"]) == shapes[0][1]
     json.dumps(results)
 
@@ -322,6 +322,108 @@ def test_a_repository_that_cannot_be_written_is_refused_before_anything_is_fetch
     with pytest.raises(ReadOnly):
         pull_all(path, app())
     assert world.fetched() == []
+
+
+# --- where a name came from
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def records(path: pathlib.Path) -> dict[str, namerecords.NameRecord]:
+    with Repository.open(str(path)) as repository:
+        return namerecords.records(repository)
+
+
+def test_missing_is_content_with_the_same_reference_only(path: pathlib.Path, world: World) -> None:
+    (first,) = pull_all(path, app(name="x"))
+    asked = len(world.requests)
+    (same,) = pull_all(path, app(name="x"), policy=pull.MISSING)
+    assert not same["changed"] and len(world.requests) == asked
+    (bumped,) = pull_all(path, app("web", name="x"), policy=pull.MISSING)
+    assert bumped["changed"] and bumped["digest"] != first["digest"] == bumped["previous_digest"]
+    assert records(path)["x"].ref == REGISTRY + "web"
+
+
+def test_missing_with_a_bumped_tag_of_the_same_image_remembers_it_and_changes_nothing(
+    path: pathlib.Path, world: World
+) -> None:
+    world.layout.image([FIRST, SECOND], "app2")
+    (first,) = pull_all(path, app(name="x"))
+    (bumped,) = pull_all(path, app("app2", name="x"), policy=pull.MISSING, check=True)
+    assert not bumped["changed"] and records(path)["x"].ref == REGISTRY + "app"
+    (bumped,) = pull_all(path, app("app2", name="x"), policy=pull.MISSING)
+    assert not bumped["changed"] and bumped["digest"] == first["digest"] and records(path)["x"].ref == REGISTRY + "app2"
+    asked = len(world.requests)
+    pull_all(path, app("app2", name="x"), policy=pull.MISSING)
+    assert len(world.requests) == asked
+
+
+def test_missing_is_content_with_any_name_that_has_no_record(path: pathlib.Path, world: World) -> None:
+    (first,) = pull_all(path, app(name="x"))
+    shutil.rmtree(path / ".composefs-oci/names")
+    asked = len(world.requests)
+    (again,) = pull_all(path, app("web", name="x"), policy=pull.MISSING)
+    assert not again["changed"] and again["digest"] == first["digest"] and len(world.requests) == asked
+
+
+@pytest.mark.parametrize("remembered", [True, False])
+def test_a_digest_in_the_reference_counts_like_digest(path: pathlib.Path, world: World, remembered: bool) -> None:
+    (web,) = pull_all(path, app("web"))
+    (first,) = pull_all(path, app(name="x"))
+    if not remembered:
+        shutil.rmtree(path / ".composefs-oci/names")
+    asked = len(world.requests)
+    (same,) = pull_all(path, app(f"app@{first['digest']}", name="x"), policy=pull.MISSING)
+    assert not same["changed"] and len(world.requests) == asked
+    (other,) = pull_all(path, app(f"web@{web['digest']}", name="x"), policy=pull.MISSING)
+    assert other["changed"] and other["digest"] == web["digest"]
+    world.opening = [GONE] * 9
+    world.index_failure = GONE
+    with pytest.raises(RegistryUnreachable):
+        pull_all(path, app(f"app@{first['digest']}", name="x"), policy=pull.NEWER)
+
+
+def test_no_name_gets_a_record_in_check_mode_or_from_a_run_that_fails(
+    path: pathlib.Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pull_all(path, app(), check=True)
+    world.blobs[str(world.layout.layer(SECOND).descriptor["digest"])] = [AuthFailed("denied")]
+    with pytest.raises(AuthFailed):
+        pull_all(path, app())
+    assert records(path) == {} and not (path / ".composefs-oci/names").exists()
+
+
+def test_an_older_default_name_is_moved(path: pathlib.Path, world: World) -> None:
+    bare = REGISTRY[len("docker://") :] + "app"
+    (first,) = pull_all(path, app(name=bare))
+    request = app(name=REGISTRY + "app", former=(bare,))
+    for check, policy in ((True, pull.ALWAYS), (True, pull.MISSING), (False, pull.MISSING)):
+        (moved,) = pull_all(path, request, check=check, policy=policy)
+        assert moved["changed"] and moved["digest"] == first["digest"] == moved["previous_digest"]
+        assert moved["streams"] == []
+    assert bare in moved["warnings"][0]
+    assert list(records(path)) == [REGISTRY + "app"], "with its record"
+    with Repository.open(str(path)) as repository:
+        assert list(repository.tags()) == [REGISTRY + "app"]
+    (again,) = pull_all(path, request)
+    assert not again["changed"] and again["warnings"] == []
+
+
+def test_a_name_of_both_forms_is_left_alone(path: pathlib.Path, world: World) -> None:
+    bare = REGISTRY[len("docker://") :] + "app"
+    pull_all(path, app("web", name=bare), app(name=REGISTRY + "app"))
+    (again,) = pull_all(path, app(name=REGISTRY + "app", former=(bare,)))
+    assert not again["changed"]
+    with Repository.open(str(path)) as repository:
+        assert sorted(repository.tags()) == [REGISTRY + "app", bare]
+
+
+def test_a_name_goes_with_its_record(path: pathlib.Path, world: World) -> None:
+    pull_all(path, app(name="x"))
+    with Repository.open(str(path)) as repository:
+        pull.forget(repository, pull.Request("", "x"), check=True)
+        assert list(namerecords.records(repository)) == ["x"]
+        assert pull.forget(repository, pull.Request("", "y", former=("x",)), check=False)["changed"]
+        assert namerecords.strays(repository) == [] and repository.tags() == {}
 
 
 # --- a registry that is gone
