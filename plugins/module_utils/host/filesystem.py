@@ -60,8 +60,11 @@ def sync(fd: int) -> None:
 
     Raises NoSpace or IOFailed if the kernel could not write something: then nothing that was written may be relied on.
     """
-    import ctypes
-
+    try:
+        import ctypes
+    except ImportError:  # a Python built without it
+        os.sync()
+        return
     library = ctypes.CDLL(None, use_errno=True)
     if not hasattr(library, "syncfs"):
         os.sync()

@@ -18,7 +18,6 @@ attached helper mount before). Each attempt gets a new context, for a failed opt
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import os
@@ -28,8 +27,13 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from ..errors import Busy, EngineError, MountFailed, PermissionDenied, from_os_error
+from ..errors import Busy, EngineError, MissingLibrary, MountFailed, PermissionDenied, from_os_error
 from .mountinfo import SOURCE, Mounted, mount_id
+
+try:
+    import ctypes
+except ImportError:  # a Python built without libffi: nothing fails before it is needed
+    ctypes = None  # type: ignore[assignment]
 
 _FSOPEN, _FSCONFIG, _FSMOUNT, _MOVE_MOUNT, _MOUNT_SETATTR = 430, 431, 432, 429, 442
 _SET_FLAG, _SET_STRING, _SET_FD, _CMD_CREATE = 0, 1, 5, 6
@@ -104,6 +108,11 @@ class _Kernel:
     """The system calls that the standard library lacks."""
 
     def __init__(self) -> None:
+        if ctypes is None:
+            raise MissingLibrary(
+                "This Python cannot call the kernel: it was built without the library ctypes.",
+                "Set ansible_python_interpreter to another Python, such as the one of the distribution.",
+            )
         self._libc = ctypes.CDLL(None, use_errno=True)
 
     def call(self, step: str, number: int, *arguments: int | bytes | None, context: int = -1) -> int:

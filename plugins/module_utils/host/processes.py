@@ -11,7 +11,6 @@ never returns into its parent's stack, says nothing on the module's output, and 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -27,7 +26,12 @@ _PR_SET_PDEATHSIG = 1
 
 def settle(parent: int) -> None:
     """Make a freshly forked process a quiet one that dies with its parent, whose process id is ``parent``."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    try:
+        import ctypes
+    except ImportError:
+        pass  # a Python built without it; what the child reads from ends with its parent all the same
+    else:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)  # the parent died before the kernel was told to tell
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import ctypes
 import fcntl
 import json
 import os
@@ -211,6 +210,10 @@ def _die_with_parent() -> Any:
     the kernel does. ``podman unshare`` gets the signal itself, its skopeo then sees the connection close; ``kill``
     reaches both since they share a process group.
     """
+    try:
+        import ctypes
+    except ImportError:
+        return None  # a Python built without it: skopeo then ends when its connections do
     prctl = ctypes.CDLL(None).prctl
     prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong]
     number = int(signal.SIGKILL)
