@@ -50,34 +50,74 @@ def killed(what: str) -> IOFailed:
     )
 
 
+class Task:
+    """Work in a child while the parent does other things: ``tell`` it what it waits for, then take its ``result``.
+
+    ``function`` gets a function that returns the next value it was told, and returns a value that fits into a small
+    JSON document; ``what`` is what the child does, such as ``makes the EROFS image``. ``leave`` runs first in the
+    child, which lets go there of what it must not keep open. Call ``close`` whatever happens.
+    """
+
+    def __init__(
+        self, what: str, function: Callable[[Callable[[], Any]], Any], leave: Callable[[], None] = lambda: None
+    ) -> None:
+        self._what = what
+        self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        parent = os.getpid()
+        self._pid = os.fork()
+        if self._pid == 0:
+            try:
+                self._ours.close()
+                settle(parent)
+                leave()
+
+                def hear() -> Any:
+                    message = theirs.recv(MAX_MESSAGE)
+                    if not message:
+                        os._exit(0)  # nobody waits for the result any more
+                    return json.loads(message)
+
+                try:
+                    answer = {"value": function(hear)}
+                except BaseException as error:
+                    answer = {"error": to_values(from_exception(error, f"The process that {what}"))}
+                theirs.send(json.dumps(answer).encode())
+            finally:
+                os._exit(0)
+        theirs.close()
+
+    def tell(self, value: Any) -> None:
+        """Send ``value`` to the child. That it has ended already is told by `result`."""
+        with contextlib.suppress(OSError):
+            self._ours.send(json.dumps(value).encode())
+
+    def result(self) -> Any:
+        """Wait for the child's value. Engine errors come through; IOFailed if it was killed."""
+        try:
+            answer = json.loads(self._ours.recv(MAX_MESSAGE) or b"null")
+        except OSError:
+            answer = None
+        finally:
+            self.close()
+        if answer is None:
+            raise killed(self._what)
+        if "error" in answer:
+            raise from_values(answer["error"])
+        return answer["value"]
+
+    def close(self) -> None:
+        """End the child and reap it; nothing if that was done."""
+        if self._pid:
+            self._ours.close()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self._pid, 0)
+            self._pid = 0
+
+
 def call(what: str, function: Callable[[], Any]) -> Any:
     """Run ``function`` in a child and return its value, which must fit into a small JSON document. Engine errors come
     through; ``what`` is what the child does, such as ``makes the EROFS image``.
     """
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    parent = os.getpid()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            ours.close()
-            settle(parent)
-            try:
-                answer = {"value": function()}
-            except BaseException as error:
-                answer = {"error": to_values(from_exception(error, f"The process that {what}"))}
-            theirs.send(json.dumps(answer).encode())
-        finally:
-            os._exit(0)
-    theirs.close()
-    try:
-        answer = json.loads(ours.recv(MAX_MESSAGE) or b"null")
-    finally:
-        ours.close()
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    if answer is None:
-        raise killed(what)
-    if "error" in answer:
-        raise from_values(answer["error"])
-    return answer["value"]
+    return Task(what, lambda _hear: function()).result()

@@ -260,7 +260,17 @@ class _Verdict(threading.Thread):
 class Fetcher:
     """Brings missing layers into a repository and names each as soon as it is whole, synced and verified."""
 
-    def __init__(self, repository: Repository, parallel: int, timeout: float, retries: int, progress: Progress) -> None:
+    def __init__(
+        self,
+        repository: Repository,
+        parallel: int,
+        timeout: float,
+        retries: int,
+        progress: Progress,
+        arrived: Callable[[str, bytes], None] = lambda stream, digest: None,
+    ) -> None:
+        """``arrived`` is told the stream and the object digest of each layer that was named, by any thread."""
+        self._arrived = arrived
         self._repository = repository
         self._parallel = parallel or usable_processors()
         self._timeout = timeout
@@ -345,6 +355,7 @@ class Fetcher:
                     result = self._persistently(worker, job)
                     self._publish(job, result)
                 self.results[job.stream] = result
+                self._arrived(job.stream, bytes.fromhex(result.stream))
                 self._progress(Event(DONE, job.spec.diff_id, job.spec.size, job.spec.size))
         except EngineError as error:
             self._failure = self._failure or error

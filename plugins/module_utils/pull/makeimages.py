@@ -8,7 +8,8 @@ an object.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from ..formats import splitstream
 from ..host import processes
@@ -20,7 +21,7 @@ from ..formats.tar import EntryReader
 from ..rootfs.merge import TreeBuilder
 
 
-def build_tree(repository: Repository, layers: Sequence[bytes]) -> FileSystem:
+def build_tree(repository: Repository, layers: Iterable[bytes]) -> FileSystem:
     """The file tree of the layers, given as object digests of their streams, base layer first. Raises InvalidLayer and
     FormatError.
     """
@@ -43,19 +44,82 @@ def write_images(
     anything.
     """
 
-    def work() -> list[dict[str, str]]:
-        system = build_tree(repository, layers)
-        answers = [{str(version): _store(repository, system, version) for version in plain}]
-        if bootable:
-            from ..rootfs.bootable import transform_for_boot  # late: few images are made for booting
+    return _made(processes.call(_WORK, lambda: _make(repository, layers, plain, bootable)))
 
-            with doing("preparing the tree for boot"):
-                transform_for_boot(system, repository.objects.read)
-        answers.append({str(version): _store(repository, system, version) for version in bootable})
-        return answers
 
-    made = processes.call("makes the EROFS image", work)
-    first, second = ({int(version): bytes.fromhex(digest) for version, digest in images.items()} for images in made)
+_WORK = "makes the EROFS image"
+
+
+class Ahead:
+    """EROFS images that are being made while layers still arrive: the tree of those that are there, from the lowest up
+    to the first that is missing, grows beside the transfer, and the rest follows as soon as it is named.
+
+    ``layers`` are the streams of the image, lowest first, each with its object digest or None as long as it is missing.
+    ``leave`` runs in the process that does it, before anything else. Make it before any thread is started.
+    """
+
+    def __init__(
+        self,
+        repository: Repository,
+        layers: Sequence[tuple[str, bytes | None]],
+        plain: Sequence[int],
+        bootable: Sequence[int],
+        leave: Callable[[], None],
+    ) -> None:
+        self._layers = dict(layers)
+        self._order = [stream for stream, _digest in layers]
+        self._formats = (list(plain), list(bootable))
+
+        def work(hear: Callable[[], Any]) -> list[dict[str, str]]:
+            return _make(repository, _as_they_come(self._order, dict(self._layers), hear), plain, bootable)
+
+        self._task = processes.Task(_WORK, work, leave)
+
+    def arrived(self, stream: str, digest: bytes) -> None:
+        """Say that a layer is there now, under this object digest."""
+        if stream in self._layers:
+            self._layers[stream] = digest
+            self._task.tell([stream, digest.hex()])
+
+    def images(
+        self, layers: Sequence[bytes], plain: Sequence[int], bootable: Sequence[int]
+    ) -> tuple[dict[int, bytes], dict[int, bytes]] | None:
+        """What `write_images` returns for the same arguments; None if it is not what was made here."""
+        if [self._layers[stream] for stream in self._order] != list(layers):
+            return None
+        if self._formats != (list(plain), list(bootable)):
+            return None
+        return _made(self._task.result())
+
+    def close(self) -> None:
+        """End the work if nobody took its result."""
+        self._task.close()
+
+
+def _as_they_come(order: Sequence[str], known: dict[str, bytes | None], hear: Callable[[], Any]) -> Iterator[bytes]:
+    for stream in order:
+        while (digest := known[stream]) is None:
+            name, text = hear()
+            known[name] = bytes.fromhex(text)
+        yield digest
+
+
+def _make(
+    repository: Repository, layers: Iterable[bytes], plain: Sequence[int], bootable: Sequence[int]
+) -> list[dict[str, str]]:
+    system = build_tree(repository, layers)
+    answers = [{str(version): _store(repository, system, version) for version in plain}]
+    if bootable:
+        from ..rootfs.bootable import transform_for_boot  # late: few images are made for booting
+
+        with doing("preparing the tree for boot"):
+            transform_for_boot(system, repository.objects.read)
+    answers.append({str(version): _store(repository, system, version) for version in bootable})
+    return answers
+
+
+def _made(answers: Any) -> tuple[dict[int, bytes], dict[int, bytes]]:
+    first, second = ({int(version): bytes.fromhex(digest) for version, digest in images.items()} for images in answers)
     return first, second
 
 

@@ -9,13 +9,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from ..store import imagestreams
 from .plan import Layer, Plan
 from ..progress import Progress
 from ..store.repository import Repository
+
+if TYPE_CHECKING:
+    from .makeimages import Ahead
 
 T = TypeVar("T")
 
@@ -70,11 +73,29 @@ def unfinished(repository: Repository, plan: Plan, images: Images) -> bool:
     )
 
 
+def begin(repository: Repository, plan: Plan, images: Images, leave: Callable[[], None]) -> Ahead | None:
+    """Begin to make the EROFS images of an image that is not stored yet while its layers are fetched; None where there
+    is nothing to begin with. ``leave`` as in `Ahead`.
+    """
+    wanted = list(_wanted(repository, plan, images).values()) if plan.config_document is None else []
+    if not wanted:
+        return None
+    from .makeimages import Ahead  # late: most runs make none
+
+    layers = [(layer.stream, layer.stored) for layer in plan.layers]
+    return Ahead(repository, layers, *_by_tree(wanted), leave)
+
+
 def publish(
-    repository: Repository, plan: Plan, images: Images, fetched: Mapping[str, bytes], progress: Progress
+    repository: Repository,
+    plan: Plan,
+    images: Images,
+    fetched: Mapping[str, bytes],
+    progress: Progress,
+    ahead: Ahead | None = None,
 ) -> list[str]:
     """Store and name what ``plan`` still lacks; the names under ``streams/`` that were given. ``fetched``: layer stream
-    -> object digest.
+    -> object digest. ``ahead`` is what `begin` returned for this plan.
 
     The final streams are written at once, so nothing is left over for a collector.
     """
@@ -98,12 +119,9 @@ def publish(
         progress.message(f"Making the EROFS image of {plan.request.name}")
         from .makeimages import write_images  # late: most runs make none
 
-        plain, bootable = write_images(
-            repository,
-            tree,
-            [version for version, boot in missing if not boot],
-            [version for version, boot in missing if boot],
-        )
+        formats = _by_tree(missing)
+        made = ahead.images(tree, *formats) if ahead is not None else None
+        plain, bootable = made or write_images(repository, tree, *formats)
         image_refs.update({imagestreams.image_ref(version): digest for version, digest in plain.items()})
         image_refs.update({imagestreams.image_ref(version, boot=True): digest for version, digest in bootable.items()})
     config_refs = {**layers, **image_refs}
@@ -134,6 +152,11 @@ def publish(
         *([imagestreams.CONFIG + plan.config_digest] if moves else []),
         *(imagestreams.MANIFEST + digest for digest in manifests),
     ]
+
+
+def _by_tree(formats: Sequence[tuple[int, bool]]) -> tuple[list[int], list[int]]:
+    """The formats that are made of the tree as it is, and those of the tree that is prepared for boot."""
+    return [version for version, boot in formats if not boot], [version for version, boot in formats if boot]
 
 
 def image_id(repository: Repository, plan: Plan, boot: bool) -> str | None:

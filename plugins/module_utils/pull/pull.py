@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..formats import codecs, oci
 from . import publish
@@ -37,6 +37,9 @@ from ..progress import SKIPPED, Event, Progress, human
 from ..store.repository import Repository
 from ..source.skopeosource import Session
 from ..source.skopeo import ProxyOptions
+
+if TYPE_CHECKING:
+    from .makeimages import Ahead
 
 ALWAYS = "always"
 MISSING = "missing"
@@ -229,12 +232,13 @@ def _carry_out(
         for stream, layer in plan.missing().items():
             missing.setdefault(stream, (plan, layer))
     _require_space(repository, [layer for _plan, layer in missing.values()])
-    with repository.importing():
+    with repository.importing(), contextlib.ExitStack() as stack:
+        begun: dict[str, Ahead] = {}
         fetched = {}
         retried = 0
         if missing:
             # Loaded here: a run that fetches nothing starts faster without the decoders and the tar splitter.
-            from .fetch import Fetcher, Job
+            from .fetch import Fetcher, Job, usable_processors
             from .layer import LayerSpec
 
             jobs = []
@@ -249,7 +253,13 @@ def _carry_out(
                         plan.reference,
                     )
                 )
-            fetcher = Fetcher(repository, options.parallel, options.timeout, options.retries, progress)
+            begun = _begin(repository, plans, options.images, usable_processors(), stack)
+
+            def arrived(stream: str, digest: bytes) -> None:
+                for ahead in begun.values():
+                    ahead.arrived(stream, digest)
+
+            fetcher = Fetcher(repository, options.parallel, options.timeout, options.retries, progress, arrived)
             fetcher.run(jobs)
             fetched, retried = fetcher.results, fetcher.retried
         clock.lap("fetch")
@@ -260,7 +270,9 @@ def _carry_out(
             mine = [stream for stream in plan.missing() if stream not in claimed]
             claimed.update(mine)
             with doing(f"registering {plan.request.ref}"):
-                documents_changed = publish.publish(repository, plan, options.images, stored, progress)
+                documents_changed = publish.publish(
+                    repository, plan, options.images, stored, progress, begun.get(plan.request.name)
+                )
             stats = _stats(plan)
             for result in (fetched[stream] for stream in mine):
                 stats["objects_copied"] += result.objects_new
@@ -301,6 +313,33 @@ def _remember_origins(repository: Repository, plans: Sequence[Plan]) -> None:
         if plan.session is not None:
             with contextlib.suppress(EngineError):
                 namerecords.remember(repository, plan.request.name, plan.origin)
+
+
+def _begin(
+    repository: Repository, plans: Sequence[Plan], images: publish.Images, most: int, stack: contextlib.ExitStack
+) -> dict[str, Ahead]:
+    """Begin to make EROFS images beside the transfer, of at most ``most`` images of the task, by name. ``stack`` ends
+    what nobody waited for.
+    """
+    begun: dict[str, Ahead] = {}
+    if most < 2:
+        return begun  # a single processor has nothing to spare
+
+    def leave() -> None:
+        # A process that kept a connection open would keep its skopeo from seeing that the module is gone.
+        for plan in plans:
+            if plan.session is not None:
+                plan.session.abandon()
+
+    seen: set[str] = set()
+    for plan in plans:
+        if len(begun) < most and plan.config_digest not in seen and plan.missing():
+            seen.add(plan.config_digest)
+            ahead = publish.begin(repository, plan, images, leave)
+            if ahead is not None:
+                stack.callback(ahead.close)
+                begun[plan.request.name] = ahead
+    return begun
 
 
 def _require_space(repository: Repository, layers: Sequence[Layer]) -> None:
