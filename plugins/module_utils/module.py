@@ -68,6 +68,19 @@ def opened_repository(module: Module, path: str) -> Iterator[Repository]:
         yield empty
 
 
+def operator() -> str:
+    """Who runs this task, as far as the host can tell: ``user@host``."""
+    import pwd  # late: few modules need it
+
+    name = os.environ.get("SUDO_USER")
+    if not name:
+        try:
+            name = pwd.getpwuid(os.getuid()).pw_name
+        except KeyError:
+            name = str(os.getuid())
+    return f"{name}@{os.uname().nodename}"
+
+
 def _occupy_standard_descriptors() -> None:
     """Make sure that nothing else gets the numbers 0, 1 and 2: processes that are forked put /dev/null there, whatever
     it is.

@@ -35,7 +35,8 @@ attributes:
   idempotent:
     support: full
     details:
-      - Judged by what is mounted there, which is the image, fs-verity, the upper and work directory and the options.
+      - Judged by what is mounted there, which is the image, fs-verity, the upper and work directory and the options,
+        and by what is remembered of it.
 options:
   image:
     description:
@@ -118,12 +119,26 @@ options:
   persistent:
     description:
       - Whether the mount shall come back when the host boots. A unit of systemd is written and enabled for it, which
-        runs a small Python program with the interpreter of this task. It mounts exactly the image that is mounted now,
-        and fails if that is not there any more or damaged.
-      - A unit that exists is removed if this is V(false) and with O(state=unmounted).
+        runs a small Python program. It mounts what the journal of O(path) calls current, exactly the image that was
+        mounted last, and fails if that is not there any more or damaged.
+      - Without this option a unit that exists stays, and brings back the image that this task mounts. V(false) removes
+        it, and so does O(state=unmounted).
+      - On a host without systemd V(true) is refused before anything is mounted.
     type: bool
-    default: false
+  keep_previous:
+    description:
+      - How many of the images that were mounted here before are kept, so that there is a way back without a transfer.
+        They have names in the repository that every collector of garbage respects; see RV(keeps).
+    type: int
+    default: 1
+    version_added: 1.0.0
 notes:
+  - What is mounted is remembered in a journal, C(/var/lib/composefs-oci/deployments/), one file for each O(path), and
+    kept alive by names in the repository, a link below C(images/refs/composefs-oci) and a pin, the name
+    C(NAME@sha256:...). So neither pulling another image under the same name nor C(cfsctl gc) takes anything away from
+    it. Both go with O(state=unmounted).
+  - While M(composefs.oci.composefs_deployment) has an image on trial at O(path), this module fails with
+    RV(error=busy).
   - Mounting needs root, more exactly the capability C(CAP_SYS_ADMIN) in the initial user namespace.
   - Linux 6.6 or later is needed for O(verity=required), and 6.5 to put one image in the place of another. Without both,
     older kernels mount images of format V1, which is what M(composefs.oci.composefs_image) makes. Before 6.12 each
@@ -216,6 +231,26 @@ unit:
   returned: always
   type: str
   sample: composefs-oci-srv-app.service
+name:
+  description: The name of the image that is mounted. V(null) if it was mounted by its image id, or none is.
+  returned: always
+  type: str
+  sample: app
+digest:
+  description: The digest of its manifest. V(null) where there is none.
+  returned: always
+  type: str
+  sample: sha256:130e7e26bd3b8ae9ba3ea4a3ad5b7e8f5b9f0d1a5d6c1c3c0c8c2f37c9c0a7fd
+keeps:
+  description:
+    - What keeps the mounted image in the repository, whatever becomes of other names. Empty where the repository cannot
+      be written, and in check mode.
+  returned: always
+  type: list
+  elements: str
+  sample:
+    - app@sha256:130e7e26bd3b8ae9ba3ea4a3ad5b7e8f5b9f0d1a5d6c1c3c0c8c2f37c9c0a7fd
+    - images/refs/composefs-oci/srv-app/14a26c957c84f6eb774b91205476adc13196c7c33b9dd97d08d43725ecb90b63
 error:
   description:
     - What went wrong, as a stable code for conditions in playbooks. The collection's documentation lists all codes.
@@ -231,10 +266,14 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.composefs.oci.plugins.module_utils.errors import VerityUnsupported
 from ansible_collections.composefs.oci.plugins.module_utils.host import mountinfo
-from ansible_collections.composefs.oci.plugins.module_utils.operations import bootmount, mounting
-from ansible_collections.composefs.oci.plugins.module_utils.module import repository_path, run_module
+from ansible_collections.composefs.oci.plugins.module_utils.operations import (
+    bootmount,
+    deployment,
+    lastingmount,
+    mounting,
+)
+from ansible_collections.composefs.oci.plugins.module_utils.module import operator, repository_path, run_module
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 
 ARGUMENT_SPEC = {
@@ -249,7 +288,8 @@ ARGUMENT_SPEC = {
     "upperdir": {"type": "path"},
     "workdir": {"type": "path"},
     "opts": {"type": "list", "elements": "str", "default": []},
-    "persistent": {"type": "bool", "default": False},
+    "persistent": {"type": "bool"},
+    "keep_previous": {"type": "int", "default": 1},
 }
 
 
@@ -279,7 +319,8 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
     there = mountinfo.at(real)
     tell(base, there)
     base["previous_image_id"] = base["image_id"]
-    old_unit = bootmount.current(real)
+    places = bootmount.HOST
+    old_unit = bootmount.current(real, places)
     base["unit"] = bootmount.unit_name(real) if old_unit is not None else None
     before = side(
         base["image_id"], base["verity"], there and there.read_only, there and there.directory("upperdir"), old_unit
@@ -288,9 +329,10 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
     def command(words: list[str]) -> tuple[int, str, str]:
         return module.run_command(words, handle_exceptions=False)
 
+    host = deployment.Host(places, command, module.warn)
     new_unit = None
     if params["state"] == "unmounted":
-        outcome = mounting.ensure_unmounted(real, check)
+        result = lastingmount.have_unmounted(real, host, check)
     else:
         wish = mounting.Wish(
             image=params["image"],
@@ -304,33 +346,31 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
             dev=params["dev"],
             suid=params["suid"],
         )
+        request = lastingmount.MountRequest(
+            wish, params["persistent"], params["keep_previous"], params["verity"] is not None, operator()
+        )
         with Repository.open(base["repository"]) as repository:
-            if params["persistent"] and params["verity"] is None and not repository.secure:
-                raise VerityUnsupported(
-                    f"The repository {repository.path} is not protected by fs-verity, so nobody would notice if what "
-                    f"is mounted at {path} at every boot were changed.",
-                    "Use a repository that was made with fs-verity, or write 'verity: disabled' in the task.",
-                )
-            if params["persistent"]:
-                # What no unit can hold is refused before anything is mounted.
-                new_unit = bootmount.unit_text(mounting.decide(repository, wish), os.path.realpath(repository.path))
-            outcome = mounting.ensure_mounted(repository, wish, check)
-    target = outcome.target
+            result = lastingmount.have_mounted(repository, request, host, check)
+    target = result.target
     tell(base, target)
-    base["changed"] = outcome.changed
-    if outcome.changed and target and not target.verity:
+    remounted = base["image_id"] != base["previous_image_id"]
+    found = result.found
+    base.update(
+        changed=result.changed,
+        unit=result.unit,
+        keeps=list(result.keeps),
+        name=found.name if found else None,
+        digest=found.current.digest if found and found.current else None,
+    )
+    if result.unit is not None and target is not None:
+        new_unit = bootmount.unit_text(target, os.path.realpath(base["repository"]), places)
+    if target and not target.verity and (remounted or result.previous is None):
         module.warn(
             f"What is mounted at {path} is not protected by fs-verity: whoever can write to the objects of the "
             f"repository {base['repository']} can change it unnoticed."
         )
-    if outcome.changed and not check:
+    if remounted and not check:
         module.log(f"At {path} the image {base['image_id']} is mounted now (was {base['previous_image_id']})")
-    if target and params["persistent"]:
-        base["changed"] |= bootmount.ensure(target, os.path.realpath(base["repository"]), command, check)
-        base["unit"] = bootmount.unit_name(real)
-    else:
-        base["changed"] |= bootmount.remove(real, command, check, stop=target is None)
-        base["unit"] = None
     after = side(base["image_id"], base["verity"], target and target.read_only, target and target.upperdir, new_unit)
     return {"diff": {"before": before, "after": after}} if module._diff else {}
 
@@ -343,8 +383,8 @@ def main() -> None:
         required_together=[("upperdir", "workdir")],
         supports_check_mode=True,
     )
-    keys = ("image_id", "previous_image_id", "path", "repository", "verity", "unit")
-    base: dict[str, Any] = {"changed": False, "mounted": False, **dict.fromkeys(keys)}
+    keys = ("image_id", "previous_image_id", "path", "repository", "verity", "unit", "name", "digest")
+    base: dict[str, Any] = {"changed": False, "mounted": False, "keeps": [], **dict.fromkeys(keys)}
     run_module(module, lambda module: run(module, base), base)
 
 

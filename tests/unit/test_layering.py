@@ -47,7 +47,10 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("erofsreader", "erofswriter", "selinux"),
         ("bootable",),
     ),
-    "host": (("files", "locks", "machine", "mountinfo", "processes"), ("filesystem", "mountcalls")),
+    "host": (
+        ("commands", "files", "locks", "machine", "mountinfo", "processes"),
+        ("deadman", "filesystem", "mountcalls"),
+    ),
     "source": (("skopeo",), ("imageproxy",), ("skopeosource",)),
     "store": (
         ("objects",),
@@ -58,12 +61,13 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "pull": (("smallobjects",), ("layer",), ("fetch", "makeimages", "plan"), ("publish",), ("pull",)),
     "operations": (
-        ("diskuse", "listing"),
-        ("mounting",),
-        ("bootmountmain", "dump"),
+        ("diskuse", "journal", "listing"),
+        ("keeping", "mounting"),
+        ("deployment", "dump"),
+        ("bootmountmain",),
         ("bootmount",),
-        ("keepers",),
-        ("prune",),
+        ("keepers", "lastingmount"),
+        ("activation", "prune"),
     ),
 }
 # The threshold to Ansible stands at the root and looks into the house; no room looks at it.
@@ -77,7 +81,7 @@ FLOOR = {
 }
 
 # Only these know that there are other programs.
-STARTS_PROGRAMS = {"source.imageproxy", "source.skopeo"}
+STARTS_PROGRAMS = {"host.commands", "source.imageproxy", "source.skopeo"}
 
 # These wings turn bytes into values and back, or values into values; they open nothing.
 SANS_IO = ("formats", "rootfs")

@@ -17,6 +17,7 @@ from ..text import file_name, from_file_name
 NAME_MAX = 255
 MANIFEST_PREFIX = "oci-manifest-"
 TAGS = "streams/refs/oci"
+IMAGE_REFS = "images/refs"
 
 _OCI_DIGEST = re.compile("sha256:[0-9a-f]{64}|sha384:[0-9a-f]{96}|sha512:[0-9a-f]{128}")
 _ESCAPED = re.compile("%2F|%25")

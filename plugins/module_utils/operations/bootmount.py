@@ -18,11 +18,13 @@ import os
 import re
 import sys
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ..host import files, mountinfo
-from . import mounting
+from ..host.commands import Run
+from . import journal, mounting
+from .journal import HOST, Places
 from ..errors import FormatError, IOFailed, MountFailed, doing
 
 PREFIX = "composefs-oci-"
@@ -47,21 +49,6 @@ _REMOTE_KINDS = frozenset(
     )
 )
 
-# Runs a command, given as a list of words, and returns its exit status, output and error output.
-Run = Callable[[list[str]], tuple[int, str, str]]
-
-
-class Places(NamedTuple):
-    """Where things lie on the host. ``running`` exists where systemd is in charge."""
-
-    units: str = "/etc/systemd/system"
-    library: str = "/var/lib/composefs-oci"
-    running: str = "/run/systemd/system"
-
-    @property
-    def application(self) -> str:
-        return f"{self.library}/mount.pyz"
-
 
 class Persistent(NamedTuple):
     """What a unit mounts: the image (hex) of the repository, at the path."""
@@ -72,15 +59,12 @@ class Persistent(NamedTuple):
     image_id: str
 
 
-HOST = Places()
-
-
 def unit_name(path: str) -> str:
     """The unit for ``path`` (absolute), escaped as by ``systemd-escape --path``. MountFailed if that is too long for a
     file name.
     """
     path = os.path.normpath(path)
-    name = PREFIX + ("-" if path == "/" else _escape(path.strip("/"))) + ".service"
+    name = PREFIX + ("-" if path == "/" else journal.escape(path.strip("/"))) + ".service"
     if len(name) > NAME_MAX:
         raise MountFailed(
             f"The path {path} is too long for the name of a unit of systemd.",
@@ -90,34 +74,21 @@ def unit_name(path: str) -> str:
 
 
 def unit_text(target: mounting.Target, repository: str, places: Places = HOST, interpreter: str = "") -> str:
-    """The unit that mounts ``target`` from the repository at boot. MountFailed for paths that no unit can hold."""
-    interpreter = interpreter or sys.executable
+    """The unit that mounts at boot what the journal of ``target.path`` calls current. MountFailed for paths that no
+    unit can hold.
+
+    It does not name the image, so it stays as it is from version to version, and the journal alone decides.
+    """
+    interpreter = interpreter or interpreter_to_run()
     directories = [target.upperdir, target.workdir]
     needs = [repository, os.path.dirname(target.path), places.library, os.path.dirname(interpreter), *directories]
-    for text in (*needs, target.path, *target.options):
+    for text in (*needs, target.path):
         if text and not text.isprintable():
             raise MountFailed(
                 f"A unit of systemd cannot hold {text!r}.",
                 "Choose names of printable characters, or set 'persistent' to false.",
             )
     when = REMOTE if any(is_remote(path) for path in needs if path) else LOCAL
-    # What was decided once is kept: a repository that loses its protection later must not be mounted without.
-    words = [
-        "mount",
-        "--repository",
-        repository,
-        "--image",
-        target.image_id,
-        "--verity",
-        mounting.REQUIRED if target.verity else mounting.DISABLED,
-    ]
-    for option, value in (
-        ("--upperdir", target.upperdir),
-        ("--workdir", target.workdir),
-        *(("--option", option) for option in target.options),
-    ):
-        words += [option, value] if value else []
-    words += [f"--{name[2:]}" for name in mounting.HARDENING if name not in target.options]
     program = [interpreter, "-I", places.application]
     return f"""\
 # Written by composefs.oci.composefs_mount, which replaces changes made here.
@@ -132,7 +103,7 @@ Conflicts=umount.target
 [Service]
 Type=oneshot
 RemainAfterExit=yes
-ExecStart={_command([*program, *words, "--", target.path])}
+ExecStart={_command([*program, "boot", "--", target.path])}
 ExecStop={_command([*program, "unmount", "--", target.path])}
 TimeoutSec=120
 
@@ -142,8 +113,12 @@ WantedBy={when}
 [X-Composefs]
 Path={target.path}
 Repository={repository}
-Image={target.image_id}
 """
+
+
+def interpreter_to_run() -> str:
+    """The Python that units and timers run."""
+    return sys.executable
 
 
 def current(path: str, places: Places = HOST) -> str | None:
@@ -152,19 +127,45 @@ def current(path: str, places: Places = HOST) -> str | None:
 
 
 def persistent(places: Places = HOST) -> list[Persistent]:
-    """What is brought back at boot. Whoever collects garbage must keep these images, or the next boot lacks them."""
+    """What is brought back at boot. Whoever collects garbage must keep these images, or the next boot lacks them.
+
+    Units of 0.1.0 name the image; for others the journal does. IncompatibleJournal if that cannot be read.
+    """
     found = []
     for name in _units(places):
-        values = dict(
-            re.findall(
-                "^(Path|Repository|Image)=(.*)$",
-                (_text(f"{places.units}/{name}") or "").partition("[X-Composefs]")[2],
-                re.MULTILINE,
-            )
-        )
-        if len(values) == 3:
-            found.append(Persistent(name, values["Path"], values["Repository"], values["Image"]))
+        values = _values(_text(f"{places.units}/{name}") or "")
+        if "Path" not in values or "Repository" not in values:
+            continue
+        image_id = values.get("Image")
+        if image_id is None:
+            there = journal.read(values["Path"], places, any_version=True)
+            image_id = there.current.image_id if there and there.current else None
+        if image_id is not None:
+            found.append(Persistent(name, values["Path"], values["Repository"], image_id))
     return found
+
+
+def units(places: Places = HOST) -> dict[str, str]:
+    """Every unit of this collection by the path that it mounts at."""
+    found = {}
+    for name in _units(places):
+        path = _values(_text(f"{places.units}/{name}") or "").get("Path")
+        if path is not None:
+            found[path] = name
+    return found
+
+
+def state_of(name: str, run: Run, places: Places = HOST) -> str | None:
+    """What systemd says of a unit (``active``, ``failed``, ...), None where it is not in charge."""
+    if not os.path.exists(places.running):
+        return None
+    _status, output, _errors = run(["systemctl", "--no-ask-password", "is-active", name])
+    return output.strip() or "unknown"
+
+
+def _values(text: str) -> dict[str, str]:
+    own = text.partition("[X-Composefs]")[2]
+    return dict(re.findall("^(Path|Repository|Image)=(.*)$", own, re.MULTILINE))
 
 
 def ensure(target: mounting.Target, repository: str, run: Run, check: bool = False, places: Places = HOST) -> bool:
@@ -174,10 +175,7 @@ def ensure(target: mounting.Target, repository: str, run: Run, check: bool = Fal
     files are enough.
     """
     name = unit_name(target.path)
-    if not any(map(os.path.exists, (places.running, "/usr/lib/systemd/systemd", "/lib/systemd/systemd"))):
-        raise MountFailed(
-            "This host has no systemd, so no mount can be brought back at boot.", "Set 'persistent' to false."
-        )
+    require_systemd(places)
     text = unit_text(target, repository, places)
     wanted = REMOTE if f"WantedBy={REMOTE}\n" in text else LOCAL
     contents = {places.application: application(), f"{places.units}/{name}": os.fsencode(text)}
@@ -203,9 +201,41 @@ def ensure(target: mounting.Target, repository: str, run: Run, check: bool = Fal
     return True
 
 
+def require_systemd(places: Places = HOST) -> None:
+    """MountFailed on a host without systemd."""
+    if not any(map(os.path.exists, (places.running, "/usr/lib/systemd/systemd", "/lib/systemd/systemd"))):
+        raise MountFailed(
+            "This host has no systemd, so no mount can be brought back at boot.", "Set 'persistent' to false."
+        )
+
+
+def install(places: Places = HOST) -> None:
+    """Have the program in its place, for a unit or a timer. ReadOnly, NoSpace, PermissionDenied."""
+    with doing(f"Writing {places.application}"):
+        content = application()
+        if _bytes(places.application) != content:
+            _write(places.application, content)
+
+
+def tidy(places: Places = HOST, path: str = "") -> None:
+    """Remove the program once neither a unit nor a journal is left. Locks count, too, except the caller's own at
+    ``path``: another task may be about to need it.
+    """
+    own = f"{journal.stem(path)}.json" if path else ""
+    try:
+        others = [name for name in os.listdir(places.journals) if not own or not name.startswith(own)]
+    except OSError:
+        others = []
+    if not _units(places) and not others:
+        with contextlib.suppress(OSError):
+            os.unlink(places.application)
+        with contextlib.suppress(OSError):
+            os.rmdir(places.library)
+
+
 def remove(path: str, run: Run, check: bool = False, stop: bool = False, places: Places = HOST) -> bool:
-    """Remove the unit for ``path``, and with the last unit the program; whether there was one. ``stop``: what it
-    mounted is unmounted.
+    """Remove the unit for ``path``, and the program with the last unit and journal; whether there was one. ``stop``:
+    what it mounted is unmounted.
     """
     name = unit_name(path)
     links = [link for link in _links(name, places).values() if os.path.lexists(link)]
@@ -220,11 +250,7 @@ def remove(path: str, run: Run, check: bool = False, stop: bool = False, places:
         for link in links:
             with contextlib.suppress(OSError):
                 os.rmdir(os.path.dirname(link))
-        if not _units(places):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(places.application)
-            with contextlib.suppress(OSError):
-                os.rmdir(places.library)
+    tidy(places)
     _tell(run, ["daemon-reload"], places)
     return True
 
@@ -304,16 +330,6 @@ def is_remote(path: str) -> bool:
     return False
 
 
-def _escape(text: str) -> str:
-    escaped = "".join(
-        chr(byte) if chr(byte) in _PLAIN else "-" if byte == 0x2F else f"\\x{byte:02x}" for byte in os.fsencode(text)
-    )
-    return f"\\x2e{escaped[1:]}" if escaped.startswith(".") else escaped
-
-
-_PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789:_.")
-
-
 def _specifiers(text: str) -> str:
     return text.replace("%", "%%")
 
@@ -376,10 +392,10 @@ def _text(path: str) -> str | None:
 
 def _write(path: str, content: bytes) -> None:
     """Replace a file in one step and durably: a boot must find the old one or the new one, whole."""
-    directory = os.path.dirname(path)
+    directory, name = os.path.split(path)
     os.makedirs(directory, mode=0o755, exist_ok=True)
     with files.opened_directory(directory) as fd:
-        files.write_whole(fd, os.path.basename(path), content)
+        files.write_whole(fd, name, content)
 
 
 def _tell(run: Run, words: list[str], places: Places, strict: bool = True) -> bool:

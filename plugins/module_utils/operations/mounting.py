@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from ..formats import fsverity
 from ..host import mountcalls, mountinfo
@@ -91,8 +91,15 @@ class Outcome:
     target: Target | None
 
 
-def ensure_mounted(repository: Repository, wish: Wish, check: bool = False) -> Outcome:
+def ensure_mounted(
+    repository: Repository,
+    wish: Wish,
+    check: bool = False,
+    prepare: Callable[[Target, Mounted | None], None] | None = None,
+) -> Outcome:
     """Mount what ``wish`` says unless exactly that is mounted there; with ``check`` only find out.
+
+    ``prepare`` is called when all is judged, with what is there, directly before the kernel is asked.
 
     Busy if another file system, or (without ``replace``) another image, is there. ImageNotFound, FormatError if the
     image is damaged, IncompatibleRepository if fs-verity is required and the repository has none, PermissionDenied,
@@ -113,6 +120,8 @@ def ensure_mounted(repository: Repository, wish: Wish, check: bool = False) -> O
         if missing:
             require_capability(f"Changing the mount at {target.path}")
             if not check:
+                if prepare is not None:
+                    prepare(target, there)
                 mountcalls.tighten(there, missing)
             return Outcome(True, there, target)
         if not wish.replace:
@@ -132,6 +141,8 @@ def ensure_mounted(repository: Repository, wish: Wish, check: bool = False) -> O
             for directory in (target.upperdir, target.workdir):
                 if directory:
                     _make_directory(directory)
+            if prepare is not None:
+                prepare(target, there)
             if there is None:
                 _make_directory(target.path)
                 mountcalls.mount(request, target.path)
@@ -227,6 +238,20 @@ def resolve(repository: Repository, image: str, bootable: bool = False) -> bytes
     return bytes.fromhex(found)
 
 
+def is_id(repository: Repository, image: str) -> bool:
+    """Whether ``image`` is the id of a listed EROFS image, and so neither a name nor a manifest."""
+    digest = _parse_id(image, repository.algorithm)
+    return digest is not None and repository.image(digest)
+
+
+def manifest_of(repository: Repository, image: str) -> str | None:
+    """The manifest (``sha256:<hex>``) that a name or a manifest digest means, None for an image id."""
+    if is_id(repository, image):
+        return None
+    bare = image.lstrip("@")
+    return bare if is_oci_digest(bare) else repository.tag_digest(image)
+
+
 @contextlib.contextmanager
 def open_image(repository: Repository, digest: bytes) -> Iterator[int]:
     """A descriptor of the image whose content was just proven to have the digest: mount this one, for a name may come
@@ -287,14 +312,19 @@ def _lacking(there: Mounted, target: Target) -> tuple[str, ...]:
     return missing if not differences(there._replace(options=there.options.union(missing)), target) else ()
 
 
-def require_capability(what: str) -> None:
-    """PermissionDenied unless this process may mount. The kernel would say so, too, but only after things were made."""
+def may_mount() -> bool:
+    """Whether this process has the capability to mount, as far as can be told."""
     try:
         with open("/proc/self/status", encoding="ascii", errors="replace") as status:
             capabilities = next(int(line.split()[1], 16) for line in status if line.startswith("CapEff:"))
     except (OSError, StopIteration, ValueError):
-        return
-    if not capabilities >> _CAP_SYS_ADMIN & 1:
+        return True
+    return bool(capabilities >> _CAP_SYS_ADMIN & 1)
+
+
+def require_capability(what: str) -> None:
+    """PermissionDenied unless this process may mount. The kernel would say so, too, but only after things were made."""
+    if not may_mount():
         raise PermissionDenied(f"{what} needs the capability CAP_SYS_ADMIN.", "Run as root, for example with become.")
 
 

@@ -273,6 +273,38 @@ class Repository:
         """
         return self._link(f"images/{digest.hex()}", f"objects/{fsverity.object_path(digest)}")
 
+    def image_refs(self, prefix: str) -> dict[str, bytes]:
+        """The links below ``images/refs/<prefix>``, name (from there) to image digest; those that lead elsewhere are
+        left out.
+        """
+        base = f"{repolayout.IMAGE_REFS}/{prefix}"
+        found: dict[str, bytes] = {}
+        for path in self._walk(base):
+            with contextlib.suppress(FormatError):
+                name = (self._readlink(path) or "").rsplit("/", 1)[-1]
+                found[path[len(base) + 1 :]] = fsverity.parse_hex(name, self.algorithm)
+        return found
+
+    def link_image_ref(self, name: str, digest: bytes) -> bool:
+        """Make ``images/refs/<name>`` lead to the image ``digest``, which every collector then keeps with all its
+        objects; True if it did not before.
+
+        The link must never dangle, or ``cfsctl gc`` stops: ImageNotFound if there is no such image.
+        """
+        if not self.image(digest):
+            raise ImageNotFound(
+                f"The repository {self.path} lists no EROFS image {digest.hex()}.", "Pull the image again."
+            )
+        return self._link(f"{repolayout.IMAGE_REFS}/{name}", f"images/{digest.hex()}")
+
+    def unlink_image_ref(self, name: str) -> bool:
+        """Remove ``images/refs/<name>``, and the directory it was the last in; False if it was not there."""
+        path = f"{repolayout.IMAGE_REFS}/{name}"
+        removed = self._unlink(path)
+        with contextlib.suppress(OSError):
+            os.rmdir(os.path.dirname(path), dir_fd=self.fd)
+        return removed
+
     # --- tags
     # ----------------------------------------------------------------------------------------------------------------
 

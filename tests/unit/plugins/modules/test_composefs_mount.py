@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,26 @@ from ansible.module_utils import basic
 
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
 from ansible_collections.composefs.oci.plugins.module_utils.host import mountcalls, mountinfo
-from ansible_collections.composefs.oci.plugins.module_utils.operations import bootmount, mounting
+from ansible_collections.composefs.oci.plugins.module_utils.operations import bootmount, journal, mounting
 from ansible_collections.composefs.oci.plugins.module_utils.store import create
-from ansible_collections.composefs.oci.plugins.module_utils.errors import MountFailed
+from ansible_collections.composefs.oci.plugins.module_utils.errors import MountFailed, ReadOnly
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ansible_collections.composefs.oci.plugins.modules import composefs_mount
 from ansible_collections.composefs.oci.tests.support.moduleargs import arguments
 
-SHAPE = {"changed", "image_id", "previous_image_id", "path", "repository", "mounted", "verity", "unit"}
+SHAPE = {
+    "changed",
+    "image_id",
+    "previous_image_id",
+    "path",
+    "repository",
+    "mounted",
+    "verity",
+    "unit",
+    "name",
+    "digest",
+    "keeps",
+}
 
 
 class Host:
@@ -55,8 +68,7 @@ class Host:
         monkeypatch.setattr(mountcalls, "mount", self.mount)
         monkeypatch.setattr(mountcalls, "replace", self.mount)
         monkeypatch.setattr(mountcalls, "unmount", self.there.pop)
-        for name in ("current", "ensure", "remove"):
-            monkeypatch.setattr(bootmount, name, functools.partial(getattr(bootmount, name), places=self.places))
+        monkeypatch.setattr(bootmount, "HOST", self.places)
         monkeypatch.setattr(basic.AnsibleModule, "run_command", self.run_command)
         monkeypatch.setattr(basic.AnsibleModule, "warn", lambda _module, text, **_options: self.warnings.append(text))
 
@@ -73,6 +85,12 @@ class Host:
             frozenset(("ro", "relatime", *request.options)),
             settings,
         )
+
+    def unit(self) -> str | None:
+        return bootmount.current(self.path, self.places)
+
+    def journal(self) -> Any:
+        return journal.read(self.path, self.places)
 
     def run_command(self, words: list[str], **_options: Any) -> tuple[int, str, str]:
         self.told.append(" ".join(words))
@@ -117,6 +135,9 @@ def test_an_image_is_mounted_once(host: Host, run: Any) -> None:
             "mounted": True,
             "verity": False,
             "unit": None,
+            "name": None,
+            "digest": None,
+            "keeps": [] if check else [f"images/refs/composefs-oci/{journal.stem(host.path)}/{one}"],
         }
         assert result["diff"]["before"]["mounted"] is None and result["diff"]["after"]["mounted"]["image_id"] == one
         assert bool(host.there) != check
@@ -148,7 +169,7 @@ def test_a_mount_without_fs_verity_is_warned_about_once(host: Host, run: Any) ->
 def test_persistent_without_fs_verity_has_to_be_asked_for_in_words(host: Host, run: Any, check: bool) -> None:
     result = run(check, image=host.images[0], persistent=True)
     assert result["error"] == "verity_unsupported" and "verity: disabled" in result["msg"]
-    assert host.there == {} and bootmount.current(host.path) is None
+    assert host.there == {} and host.unit() is None
     for words in ("disabled", "preferred"):
         assert run(check, image=host.images[0], persistent=True, verity=words)["unit"]
 
@@ -179,30 +200,125 @@ def test_unmounting_needs_neither_image_nor_repository(host: Host, run: Any, tmp
     assert os.path.isdir(host.path)
 
 
-def test_a_persistent_mount_has_a_unit_until_it_is_not_asked_for(host: Host, run: Any) -> None:
+def test_a_persistent_mount_has_a_unit_that_stays_unless_it_is_asked_away(host: Host, run: Any) -> None:
     one, two = host.images
     name = bootmount.unit_name(host.path)
     predicted = run(True, image=one, persistent=True, verity="disabled")
     assert predicted["unit"] == name and predicted["diff"]["after"]["unit"] and not os.path.exists(host.places.units)
     assert run(image=one, persistent=True, verity="disabled")["unit"] == name
     assert not run(image=one, persistent=True, verity="disabled")["changed"]
-    assert one in (bootmount.current(host.path) or "")
-    assert run(image=two, persistent=True, verity="disabled", state="remounted")["changed"] and two in (
-        bootmount.current(host.path) or ""
-    )
-    result = run(True, image=two)
-    assert result["changed"] and result["unit"] is None and bootmount.current(host.path)
-    host.told.clear()
-    assert run(image=two)["changed"] and bootmount.current(host.path) is None
-    assert host.told == ["systemctl --no-ask-password daemon-reload"], "the mount stays"
+    text = host.unit()
+    assert text and one not in text and f'"boot" "--" "{host.path}"' in text
+    # A task that says nothing of it leaves it, and moves what it brings back.
+    result = run(image=two, state="remounted")
+    assert result["changed"] and result["unit"] == name and host.unit() == text
+    assert host.journal().current.image_id == two and host.journal().boot is None
+    assert bootmount.persistent(host.places) == [bootmount.Persistent(name, host.path, host.repository, two)]
     assert not run(image=two)["changed"]
+    result = run(True, image=two, persistent=False)
+    assert result["changed"] and result["unit"] is None and host.unit()
+    host.told.clear()
+    assert run(image=two, persistent=False)["changed"] and host.unit() is None
+    assert host.told == ["systemctl --no-ask-password daemon-reload"], "the mount stays"
+    assert host.journal().boot is not None and os.path.exists(host.places.application)
+    assert not run(image=two)["changed"]
+
+
+def test_without_systemd_persistent_is_refused_before_mounting(
+    host: Host, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.rmdir(host.places.running)
+    really = os.path.exists
+    monkeypatch.setattr(os.path, "exists", lambda path: not str(path).endswith("systemd/systemd") and really(path))
+    for check in (True, False):
+        result = run(check, image=host.images[0], persistent=True, verity="disabled")
+        assert result["error"] == "mount_failed" and "systemd" in result["msg"] and host.there == {}
+    assert sorted(os.listdir(f"{host.repository}/images")) == sorted(host.images), "nothing that would keep it"
+
+
+def test_what_is_mounted_is_remembered_and_kept(host: Host, run: Any) -> None:
+    one, two = host.images
+    base = f"{host.repository}/images/refs/composefs-oci/{journal.stem(host.path)}"
+    run(image=one)
+    assert os.listdir(base) == [one] and os.readlink(f"{base}/{one}") == f"../../../{one}"
+    first = host.journal()
+    assert (first.name, first.current.digest, first.previous, first.pending) == (None, None, (), None)
+    assert [event.result for event in first.history] == ["confirmed"] and "@" in first.history[0].who
+    run(image=two, state="remounted")
+    second = host.journal()
+    assert sorted(os.listdir(base)) == sorted([one, two])
+    assert (second.current.image_id, [image.image_id for image in second.previous]) == (two, [one])
+    # Going back is a remount like any other.
+    run(image=one, state="remounted")
+    assert (host.journal().current.image_id, [image.image_id for image in host.journal().previous]) == (one, [two])
+    assert run(image=one, keep_previous=0)["changed"] and os.listdir(base) == [one]
+    assert not run(image=one, keep_previous=0)["changed"]
+    run(state="unmounted")
+    assert not os.path.exists(base) and not os.path.exists(host.places.library)
+
+
+def test_a_mount_is_busy_while_an_image_is_on_trial(host: Host, run: Any) -> None:
+    one, two = host.images
+    run(image=one)
+    found = host.journal()
+    trial = journal.Pending(
+        two, None, one, "r-7", "anna@control", "2026-11-27T14:40:07Z", "2026-11-27T14:45:07Z", journal.boot_id(), "t"
+    )
+    journal.write(dataclasses.replace(found, pending=trial), host.places)
+    for values in ({"image": one}, {"image": two, "state": "remounted"}, {"state": "unmounted"}):
+        for check in (True, False):
+            result = run(check, **values)
+            assert result["error"] == "busy"
+            assert all(word in result["msg"] for word in ("r-7", "anna@control", "2026-11-27T14:45:07Z"))
+    assert host.there[host.path].image_id == one
+
+
+def test_a_journal_of_a_newer_version_is_left_alone(host: Host, run: Any) -> None:
+    run(image=host.images[0])
+    file = Path(journal.file_of(host.path, host.places))
+    file.write_text(file.read_text().replace('"version": 1', '"version": 2'))
+    before = file.read_bytes()
+    for values in ({"image": host.images[1], "state": "remounted"}, {"state": "unmounted"}):
+        result = run(**values)
+        assert result["error"] == "incompatible_journal" and "version 2" in result["msg"]
+    assert file.read_bytes() == before and host.there[host.path].image_id == host.images[0]
+
+
+def test_a_mount_of_version_0_1_0_is_taken_over_without_touching_it(host: Host, run: Any) -> None:
+    one, _two = host.images
+    run(image=one, persistent=True, verity="disabled")
+    name = bootmount.unit_name(host.path)
+    unit = Path(host.places.units, name)
+    # As 0.1.0 left it: a unit that names the image, no journal, no link.
+    unit.write_text(unit.read_text().replace('"boot" "--"', f'"mount" "--image" "{one}" "--"') + f"Image={one}\n")
+    shutil.rmtree(host.places.journals)
+    shutil.rmtree(f"{host.repository}/images/refs")
+    assert bootmount.persistent(host.places)[0].image_id == one
+    mounted = dict(host.there)
+    assert run(image=one)["unit"] == name
+    assert host.there == mounted and '"boot" "--"' in unit.read_text() and host.journal().current.image_id == one
+    assert os.path.exists(f"{host.repository}/images/refs/composefs-oci/{journal.stem(host.path)}/{one}")
+    assert not run(image=one)["changed"]
+
+
+def test_where_the_repository_cannot_be_written_the_mount_is_made_with_a_warning(
+    host: Host, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_self: Repository) -> None:
+        raise ReadOnly("It lies on a file system that is mounted read-only.")
+
+    monkeypatch.setattr(Repository, "require_writable", refuse)
+    result = run(image=host.images[0], verity="disabled")
+    assert result["changed"] and result["keeps"] == [] and host.there[host.path].image_id == host.images[0]
+    assert any("nothing keeps the mounted image" in warning for warning in host.warnings)
+    assert not run(image=host.images[0])["changed"]
 
 
 def test_unmounting_removes_the_unit_too(host: Host, run: Any) -> None:
     run(image=host.images[0], persistent=True, verity="disabled")
     host.there.clear()
     result = run(state="unmounted")
-    assert result["changed"] and result["unit"] is None and bootmount.current(host.path) is None
+    assert result["changed"] and result["unit"] is None and host.unit() is None
     assert not run(state="unmounted")["changed"]
 
 
@@ -210,7 +326,7 @@ def test_a_mount_that_fails_gets_no_unit(host: Host, run: Any) -> None:
     host.refuses = True
     result = run(image=host.images[0], persistent=True, verity="disabled")
     assert result["failed"] and result["error"] == "mount_failed" and not result["changed"] and not result["mounted"]
-    assert bootmount.current(host.path) is None
+    assert host.unit() is None
 
 
 def test_what_no_unit_can_hold_is_refused_before_mounting(host: Host, run: Any) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from ansible_collections.composefs.oci.plugins.module_utils.host import mountinfo
-from ansible_collections.composefs.oci.plugins.module_utils.operations import bootmount
+from ansible_collections.composefs.oci.plugins.module_utils.operations import bootmount, journal
 from ansible_collections.composefs.oci.plugins.module_utils.errors import IOFailed, MountFailed
 from ansible_collections.composefs.oci.plugins.module_utils.operations.mounting import Target
 from ansible_collections.composefs.oci.plugins.module_utils.operations.bootmount import LOCAL, REMOTE, Places
@@ -78,20 +78,16 @@ def test_a_path_that_is_too_long_for_a_unit_is_refused() -> None:
         bootmount.unit_name("/" + "ü" * 60)
 
 
-def test_the_unit_pins_the_image_and_what_was_decided(places: Places) -> None:
+def test_the_unit_mounts_what_the_journal_calls_current(places: Places) -> None:
     text = bootmount.unit_text(
         target(upperdir="/var/u", workdir="/var/w", options=("nodev",)), "/srv/repo", places, "/usr/bin/python3"
     )
     found = fields(text)
-    assert found["ExecStart"] == (
-        f'"/usr/bin/python3" "-I" "{places.application}" "mount" "--repository" "/srv/repo" "--image" "{IMAGE}" '
-        f'"--verity" "required" '
-        '"--upperdir" "/var/u" "--workdir" "/var/w" "--option" "nodev" "--suid" "--" "/srv/app"'
-    )
+    assert found["ExecStart"] == f'"/usr/bin/python3" "-I" "{places.application}" "boot" "--" "/srv/app"'
     assert found["ExecStop"] == f'"/usr/bin/python3" "-I" "{places.application}" "unmount" "--" "/srv/app"'
     assert found["RequiresMountsFor"] == f'"/srv/repo" "/srv" "{places.library}" "/usr/bin" "/var/u" "/var/w"'
     assert (found["WantedBy"], found["Before"]) == (LOCAL, f"{LOCAL} umount.target")
-    assert '"--verity" "disabled"' in bootmount.unit_text(target(verity=False), "/srv/repo", places)
+    assert IMAGE not in text, "the journal says which image, so the unit stays from version to version"
 
 
 def test_characters_that_mean_something_to_systemd_are_escaped(places: Places) -> None:
@@ -145,21 +141,25 @@ def test_a_unit_is_written_enabled_and_made_known_once(places: Places) -> None:
     for check in (True, False):
         assert not bootmount.ensure(target(), "/srv/repo", systemd, check=check, places=places)
     assert len(systemd.told) == 2
+    assert bootmount.persistent(places) == [], "without a journal nothing says which image"
+    journal.make_directories(places)
+    journal.write(journal.Journal("/srv/app", current=journal.Image(IMAGE)), places)
     assert bootmount.persistent(places) == [bootmount.Persistent(unit.name, "/srv/app", "/srv/repo", IMAGE)]
+    assert bootmount.units(places) == {"/srv/app": unit.name}
 
 
-@pytest.mark.parametrize("broken", ["unit", "link", "program", "image"])
+@pytest.mark.parametrize("broken", ["unit", "link", "program", "directory"])
 def test_what_is_wrong_is_put_right(places: Places, broken: str) -> None:
     systemd = Systemd()
     bootmount.ensure(target(), "/srv/repo", systemd, places=places)
     unit = pathlib.Path(places.units, "composefs-oci-srv-app.service")
     link = pathlib.Path(places.units, f"{LOCAL}.wants", unit.name)
-    wanted = target(image_id="cd" * 32) if broken == "image" else target()
+    wanted = target(upperdir="/var/u", workdir="/var/w") if broken == "directory" else target()
     if broken == "link":
         link.unlink()
         (link.parent.parent / f"{REMOTE}.wants").mkdir()
         (link.parent.parent / f"{REMOTE}.wants" / unit.name).symlink_to(unit)
-    elif broken != "image":
+    elif broken != "directory":
         pathlib.Path(unit if broken == "unit" else places.application).write_bytes(b"old")
     assert bootmount.ensure(wanted, "/srv/repo", systemd, check=True, places=places)
     assert bootmount.ensure(wanted, "/srv/repo", systemd, places=places)

@@ -1,0 +1,206 @@
+# Copyright (c) composefs.oci contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What is mounted stays alive: real images, the real kernel, and the collector of cfsctl in between."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from ansible_collections.composefs.oci.plugins.module_utils.errors import ImageNotFound, MountFailed
+from ansible_collections.composefs.oci.plugins.module_utils.host import mountinfo
+from ansible_collections.composefs.oci.plugins.module_utils.operations import (
+    deployment,
+    journal,
+    lastingmount,
+    mounting,
+)
+from ansible_collections.composefs.oci.plugins.module_utils.operations.journal import Places
+from ansible_collections.composefs.oci.plugins.module_utils.operations.mounting import Wish
+from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
+from ociimage import Layout
+from pulling import pull_one
+from tarbytes import DIRECTORY, member, tar
+
+VERSIONS = ("v1", "v2", "v3")
+
+
+def content(version: str) -> bytes:
+    return f"this is {version}\n".encode() * 1000
+
+
+@pytest.fixture(scope="module")
+def layout(disk: pathlib.Path) -> Layout:
+    """Three versions of an application."""
+    made = Layout(disk / "versions")
+    for version in VERSIONS:
+        archive = tar(member("usr/", type=DIRECTORY, mode=0o755), member("usr/data", content(version)))
+        made.image([archive], version)
+    return made
+
+
+class App:
+    """A host with a repository, a mount point, and journals of its own."""
+
+    def __init__(self, place: pathlib.Path, repository: pathlib.Path, layout: Layout) -> None:
+        self.repository = repository
+        self.point = place / "app"
+        self.layout = layout
+        self.warnings: list[str] = []
+        self.places = Places(str(place / "units"), str(place / "library"), str(place / "no systemd"))
+        self.host = deployment.Host(self.places, warn=self.warnings.append)
+
+    def pull(self, version: str, name: str = "app") -> str:
+        return str(pull_one(self.repository, f"oci:{self.layout.path}:{version}", name)["digest"])
+
+    def mount(self, image: str = "app", check: bool = False, **options: Any) -> lastingmount.Result:
+        wish = Wish(image, str(self.point), replace=options.pop("replace", True))
+        with Repository.open(str(self.repository)) as repository:
+            return lastingmount.have_mounted(repository, lastingmount.MountRequest(wish, **options), self.host, check)
+
+    def unmount(self) -> lastingmount.Result:
+        return lastingmount.have_unmounted(str(self.point), self.host)
+
+    def data(self) -> bytes:
+        subprocess.run(["sh", "-c", "echo 3 > /proc/sys/vm/drop_caches"], check=False)
+        return (self.point / "usr/data").read_bytes()
+
+    def journal(self) -> Any:
+        return journal.read(str(self.point), self.places)
+
+    def tags(self) -> set[str]:
+        with Repository.open(str(self.repository)) as repository:
+            return set(repository.tags())
+
+    def links(self) -> set[str]:
+        with Repository.open(str(self.repository)) as repository:
+            return {name.split("/")[-1] for name in repository.image_refs("composefs-oci")}
+
+
+@pytest.fixture
+def app(place: pathlib.Path, repository_path: pathlib.Path, layout: Layout, skopeo: str) -> Iterator[App]:
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    made = App(place, repository_path, layout)
+    try:
+        made.pull("v1", "trial")
+        try:
+            made.mount("trial")
+        except MountFailed as error:
+            pytest.skip(f"this kernel cannot mount composefs images: {error}")
+        made.unmount()
+        with Repository.open(str(repository_path), write=True) as repository:
+            repository.untag("trial")
+        yield made
+    finally:
+        for mounted in reversed(mountinfo.mounts()):
+            if mounted.path.startswith(f"{os.path.realpath(place)}/"):
+                subprocess.run(["umount", "--lazy", mounted.path], check=False)
+
+
+def test_what_is_mounted_outlives_a_pull_under_its_name_and_a_collection(app: App, cfsctl: Callable[..., str]) -> None:
+    second = app.pull("v2")
+    result = app.mount()
+    assert result.keeps[0] == f"app@{second}" and result.keeps[1].startswith("images/refs/composefs-oci/")
+    third = app.pull("v3")
+    with open(app.point / "usr/data", "rb") as file:
+        assert "Objects: " in cfsctl("--repo", app.repository, "gc")
+        assert app.data() == content("v2") == file.read()
+    assert app.tags() == {"app", f"app@{second}"}
+    # The next version takes its place, and the old one stays for going back, through another collection.
+    assert app.mount().changed and app.data() == content("v3")
+    cfsctl("--repo", app.repository, "gc")
+    assert app.mount(f"app@{second}").changed and app.data() == content("v2")
+    assert app.tags() == {"app", f"app@{second}", f"app@{third}"}
+    cfsctl("--repo", app.repository, "oci", "fsck")
+    # What nobody goes back to any more goes.
+    assert app.mount(f"app@{second}", keep_previous=0).changed
+    assert app.tags() == {"app", f"app@{second}"} and len(app.links()) == 1
+    app.unmount()
+    assert app.tags() == {"app"} and app.links() == set() and not os.path.exists(app.places.library)
+    cfsctl("--repo", app.repository, "gc")
+    with pytest.raises(ImageNotFound):
+        app.mount(second)
+
+
+def test_a_pull_by_cfsctl_takes_nothing_from_what_is_mounted(app: App, cfsctl: Callable[..., str]) -> None:
+    """It may lead the configuration to an EROFS image of another format, so that the pin alone keeps another image."""
+    app.pull("v2")
+    app.mount()
+    cfsctl("--repo", app.repository, "oci", "pull", f"oci:{app.layout.path}:v2", "app")
+    cfsctl("--repo", app.repository, "gc")
+    assert app.data() == content("v2") and not app.mount().changed
+
+
+def test_an_image_id_without_a_manifest_is_kept_by_its_link(app: App, cfsctl: Callable[..., str]) -> None:
+    app.pull("v2")
+    with Repository.open(str(app.repository), write=True) as repository:
+        image = mounting.resolve(repository, "app").hex()
+        repository.untag("app")
+    result = app.mount(image)
+    assert len(result.keeps) == 1 and (app.journal().name, app.journal().current.digest) == (None, None)
+    cfsctl("--repo", app.repository, "gc")
+    assert app.data() == content("v2") and not app.mount(image).changed
+    app.unmount()
+    cfsctl("--repo", app.repository, "gc")
+    assert not os.path.exists(app.repository / "images" / image)
+
+
+def test_a_name_that_only_looks_like_a_pin_stays_the_operators(app: App) -> None:
+    digest = app.pull("v2")
+    with Repository.open(str(app.repository), write=True) as repository:
+        repository.tag(f"docker://registry.example.com/app@{digest}", digest)
+        repository.tag(f"app@{digest}", digest)
+    for name in ("app", f"docker://registry.example.com/app@{digest}"):
+        app.mount(name)
+        assert f"app@{digest}" in app.mount(name).keeps[0]
+    app.unmount()
+    assert app.tags() == {"app", f"app@{digest}", f"docker://registry.example.com/app@{digest}"}
+
+
+def test_two_mounts_of_one_image_share_its_pin_until_the_last_goes(app: App, place: pathlib.Path) -> None:
+    digest = app.pull("v2")
+    app.mount()
+    first, app.point = app.point, place / "other"
+    app.mount()
+    app.unmount()
+    assert app.tags() == {"app", f"app@{digest}"}
+    app.mount()
+    app.point = first
+    app.unmount()
+    assert app.tags() == {"app", f"app@{digest}"} and len(app.links()) == 1
+    app.point = place / "other"
+    app.unmount()
+    assert app.tags() == {"app"}
+
+
+def test_a_mount_of_cfsctl_becomes_ours_when_it_is_asked_for(app: App, cfsctl: Callable[..., str]) -> None:
+    digest = app.pull("v2")
+    app.point.mkdir(exist_ok=True)
+    cfsctl("--repo", app.repository, "oci", "mount", "--fuse", "no", "app", app.point)
+    before = mountinfo.at(str(app.point))
+    assert app.mount(check=True).changed
+    result = app.mount(replace=False)
+    after = mountinfo.at(str(app.point))
+    assert result.changed and before is not None and after is not None and after.mount_id == before.mount_id
+    assert result.keeps[0] == f"app@{digest}" and app.journal().current.digest == digest
+    assert not app.mount(check=True).changed and not app.mount(replace=False).changed
+
+
+def test_a_mount_of_another_boot_is_forgotten_with_all_it_kept(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = app.pull("v2")
+    app.mount()
+    third = app.pull("v3")
+    subprocess.run(["umount", str(app.point)], check=True)
+    monkeypatch.setattr(journal, "boot_id", lambda: "another")
+    assert app.mount(check=True).changed
+    assert app.tags() == {"app", f"app@{digest}"}, "check mode settles nothing"
+    app.mount()
+    assert app.tags() == {"app", f"app@{third}"} and len(app.links()) == 1
+    assert app.journal().previous == () and app.journal().boot == "another"
