@@ -15,6 +15,7 @@ import re
 from typing import Any
 
 from . import bootmount
+from .journal import HOST, Places
 from ..formats import fsverity
 from ..host import mountinfo
 from ..errors import FormatError, IncompatibleJournal, doing
@@ -43,7 +44,7 @@ class Keeper:
     names: frozenset[str] = frozenset()
 
 
-def keepers(repository: Repository, places: bootmount.Places = bootmount.HOST) -> list[Keeper]:
+def keepers(repository: Repository, places: Places = HOST) -> list[Keeper]:
     """Everything on this host that may need something of ``repository``.
 
     FormatError or IncompatibleJournal for a journal that cannot be understood: what it keeps is unknown then.
@@ -115,7 +116,7 @@ def _loops() -> list[tuple[str, str]]:
     return found
 
 
-def _journals(repository: Repository, places: bootmount.Places) -> list[Keeper]:
+def _journals(repository: Repository, places: Places) -> list[Keeper]:
     directory = f"{places.library}/{JOURNALS}"
     with doing(f"Listing {directory}"):
         try:
