@@ -26,11 +26,13 @@ from ociimage import Layout
 class MovingRegistry:
     """``tags`` is NAME:TAG -> digests in the order of the answers. ``lies`` replaces what is behind a digest."""
 
-    def __init__(self, layout: Layout, tags: Mapping[str, Sequence[str]], lies: Mapping[str, bytes] = {}) -> None:
+    def __init__(
+        self, layout: Layout, tags: Mapping[str, Sequence[str]], lies: Mapping[str, bytes] | None = None
+    ) -> None:
         self.layout = layout
         self.asked: list[str] = []
         self._tags = {name: list(digests) for name, digests in tags.items()}
-        self._lies = dict(lies)
+        self._lies = dict(lies or {})
         self._lock = threading.Lock()
         registry = self
 

@@ -55,11 +55,9 @@ class File(Protocol):
 
     def pread(self, n: int, offset: int, /) -> bytes:
         """Up to ``n`` bytes from ``offset`` on; fewer only where the file is shorter than it was said to be."""
-        ...
 
     def whole(self) -> Buffer:
         """All of it; asked only of files of at most MAX_BASE bytes, for as short a time as possible."""
-        ...
 
     def close(self) -> None: ...
 

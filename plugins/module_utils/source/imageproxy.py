@@ -472,13 +472,9 @@ class ImageProxy:
         self.kill("it has ended")
         if stopped:
             raise passing(ProxyFailed(f"skopeo is gone, {stopped}.", "Run the task again.", doing=what))
-        how = (
-            "closed the connection"
-            if status is None
-            else f"was killed by signal {-status}"
-            if status < 0
-            else f"ended with status {status}"
-        )
+        how = "closed the connection"
+        if status is not None:
+            how = f"was killed by signal {abs(status)}" if status < 0 else f"ended with status {status}"
         quoted = scrub(self.options, words).rstrip(".")
         said = f": {quoted}." if words else "."
         if method == "Initialize":

@@ -47,7 +47,7 @@ def minds(disk: pathlib.Path) -> Minds:
     for seed in (3, 4):
         index, members = layout.multi_platform({HERE: [small_tree(seed=seed)]}, f"i{seed}")
         indexes[index] = members[HERE]
-    one, two = indexes
+    one, two = list(indexes)
     return Minds(layout, (first, second), (one, two), indexes)
 
 

@@ -127,15 +127,15 @@ def test_every_class_crosses_whole(kind: type[EngineError]) -> None:
     with pytest.raises(EngineError) as caught:
         processes.call("works", fail)
     back = caught.value
-    assert type(back) is kind and back.code == kind.code
+    assert back.__class__ is kind and back.code == kind.code
     assert (back.message, back.hint, back.doing, back.said) == ("message", "hint", "doing", "said")
     assert back.passing is not kind.passing
 
 
 def test_a_class_that_is_not_known_here_comes_back_as_the_one_of_its_code() -> None:
     values = {**errors.to_values(NoSpace("full")), "kind": "Elsewhere"}
-    assert type(errors.from_values(values)) is NoSpace
-    assert type(errors.from_values({**values, "code": "of_tomorrow"})) is EngineError
+    assert errors.from_values(values).__class__ is NoSpace
+    assert errors.from_values({**values, "code": "of_tomorrow"}).__class__ is EngineError
 
 
 def test_a_child_says_nothing_on_the_modules_output(capfd: pytest.CaptureFixture[str]) -> None:

@@ -57,7 +57,7 @@ def ours(tars: list[bytes]) -> set[str]:
 def theirs(tars: list[bytes], directory: pathlib.Path) -> set[str] | None:
     layers.write_layout(directory / "oci", tars)
     command = ("umoci", "unpack", "--image", f"{directory}/oci:x", str(directory / "bundle"))
-    if subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode:
+    if subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False).returncode:
         return None
     root = directory / "bundle" / "rootfs"
     found = {"/"}
