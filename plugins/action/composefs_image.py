@@ -2,10 +2,12 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Run the module ``composefs_image`` and show a live line per host while it works, where somebody looks at a terminal.
+"""Run the module ``composefs_image``, show a live line per host while it works, and end it when the playbook is ended.
 
-A module cannot print. So the module runs as an asynchronous job that keeps a progress file up to date, and this plugin
-polls both. Where nobody looks (no terminal, CI, check mode, a task that is asynchronous already) the module just runs.
+A module cannot print. So a pull that is watched becomes a job on the host if it takes longer than a moment (see
+``module_utils/host/watch.py``), and this plugin looks after it: it touches a file as a sign that somebody is there,
+reads how far the job is, and collects its result. Where nobody looks (no terminal, CI, check mode, a task that is
+asynchronous already) the module just runs.
 """
 
 from __future__ import annotations
@@ -13,34 +15,52 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
+import signal
+import threading
 import time
+import types
 import typing as t
 
 from ansible.errors import AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
+from ansible_collections.composefs.oci.plugins.module_utils.host.watch import COLLECT, PATIENCE, WATCH, directory_of
 from ansible_collections.composefs.oci.plugins.module_utils.progress import summary
 
 display = Display()
 
-# Seconds between two looks at the job: a short task is not to wait for its end, a long one not to cause work.
-POLL_FIRST, POLL = 0.2, 1.0
-# How long the host may be out of reach before the task gives up. The job goes on meanwhile.
-UNREACHABLE_LIMIT = 120.0
-# The job is ended by the module's own timeouts; this only bounds how long a forgotten one may live.
-JOB_LIMIT = 24 * 60 * 60
-JOB_KEYS = (
-    "started",
-    "finished",
-    "ansible_job_id",
-    "results_file",
-    "ansible_async_watchdog_pid",
-    "stdout",
-    "stderr",
-    "stdout_lines",
-    "stderr_lines",
-)
+# How often the host is looked at from within one command there, and how many times, before the command comes back.
+LOOK, LOOKS = 0.25, 4
+# Seconds between two lines where a line cannot be drawn over the one before.
+RARELY = 30.0
+# Seconds that ending a job may take after an interrupt.
+STOPPING = 10
+
+# One look: a sign that somebody is there, then wait a moment for the result, then tell what there is.
+LOOK_SCRIPT = """\
+cd {directory} 2>/dev/null || {{ echo gone; exit 0; }}
+: > sign
+n=0
+while [ $n -lt {looks} ] && [ ! -e result ]; do sleep {pause} || sleep 1; n=$((n + 1)); done
+if [ -e result ]; then echo done; else echo busy; fi
+cat progress 2>/dev/null || :
+"""
+STOP_SCRIPT = """\
+cd {directory} 2>/dev/null || exit 0
+: > stop
+n=0
+while [ $n -lt 20 ] && [ -d {directory} ]; do sleep {pause} || sleep 1; n=$((n + 1)); done
+"""
+
+
+class _Interrupted(BaseException):
+    """Ansible told this worker to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 def watched(wish: str) -> bool:
@@ -51,19 +71,57 @@ def watched(wish: str) -> bool:
         return wish == "always"
     if os.environ.get("CI"):
         return False
+    return on_terminal()
+
+
+def on_terminal() -> bool:
+    """Whether what is displayed as an error, as the line is, comes to a terminal."""
     # Since ansible-core 2.19 a worker is cut off from the terminal; its parent is the process that prints.
     return any(_is_terminal(pid) for pid in (os.getpid(), os.getppid()))
 
 
 def _is_terminal(pid: int) -> bool:
     try:
-        fd = os.open(f"/proc/{pid}/fd/1", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
+        fd = os.open(f"/proc/{pid}/fd/2", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
     except OSError:
         return False
     try:
         return os.isatty(fd)
     finally:
         os.close(fd)
+
+
+class Line:
+    """The live line of one host. It is drawn over itself where only one host is at work and a person looks; elsewhere
+    it comes seldom. It goes to standard error, so that the output of a callback for machines stays whole.
+    """
+
+    def __init__(self, host: str, in_place: bool) -> None:
+        self._host = host
+        self._in_place = in_place
+        self._shown = ""
+        self._when = 0.0
+
+    def show(self, text: str) -> None:
+        now = time.monotonic()
+        if not text or text == self._shown or (not self._in_place and self._shown and now - self._when < RARELY):
+            return
+        self._shown, self._when = text, now
+        if self._in_place:
+            width = _columns()
+            display.display(
+                f"\r\x1b[2K{f'{self._host}: {text}'[: width - 1]}", stderr=True, screen_only=True, newline=False
+            )
+        else:
+            display.display(f"{self._host}: {text}", stderr=True)
+
+    def close(self) -> None:
+        if self._in_place and self._shown:
+            display.display("\r\x1b[2K", stderr=True, screen_only=True, newline=False)
+
+
+def _columns() -> int:
+    return max(20, getattr(display, "columns", 80) or 80)
 
 
 class ActionModule(ActionBase):
@@ -86,75 +144,103 @@ class ActionModule(ActionBase):
         if quiet or not watched(str(self._templar.template(task_vars.get("composefs_progress", "auto")))):
             result.update(self._execute_module(task_vars=task_vars, wrap_async=bool(self._task.async_val)))
             return result
-        result.update(self._run_watched(task_vars))
+        token = secrets.token_hex(16)
+        directory = directory_of(token)
+        try:
+            with _signals_raise():
+                result.update(self._run_watched(token, directory, task_vars))
+        except _Interrupted as interrupt:
+            self._stop(directory)
+            # What would have happened without this plugin: the worker and what it started end.
+            os.kill(os.getpid(), interrupt.number)
+            raise
         return result
 
-    def _run_watched(self, task_vars: dict[str, t.Any]) -> dict[str, t.Any]:
-        if self._connection._shell.tmpdir is None:
-            self._make_tmp_path()
-        tmpdir = self._connection._shell.tmpdir
-        progress_file = self._task.args.get("progress_file") or self._connection._shell.join_path(
-            tmpdir, "progress.json"
-        )
-        self._task.async_val = JOB_LIMIT
-        try:
-            job = self._execute_module(
-                module_args=dict(self._task.args, progress_file=progress_file), task_vars=task_vars, wrap_async=True
-            )
-        finally:
-            self._task.async_val = 0
-        if job.get("failed") or "ansible_job_id" not in job:
-            return job
-        try:
-            return self._watch(job["ansible_job_id"], progress_file, task_vars)
-        finally:
-            # The job's own directory, and not the one that looking after it needed since: that goes in the end as after
-            # every task.
-            since = self._connection._shell.tmpdir
-            with contextlib.suppress(AnsibleConnectionFailure):
-                self._remove_tmp_path(tmpdir)
-            self._connection._shell.tmpdir = since
+    def _run_watched(self, token: str, directory: str, task_vars: dict[str, t.Any]) -> dict[str, t.Any]:
+        answer = self._execute_with(WATCH, token, task_vars)
+        if answer.get("composefs_job") == directory:
+            hosts = task_vars.get("ansible_play_batch") or task_vars.get("ansible_play_hosts") or [None]
+            line = Line(task_vars.get("inventory_hostname", "?"), on_terminal() and len(hosts) == 1)
+            try:
+                answer = self._watch(directory, line, task_vars)
+            finally:
+                line.close()
+        return answer
 
-    def _watch(self, jid: str, progress_file: str, task_vars: dict[str, t.Any]) -> dict[str, t.Any]:
-        host = task_vars.get("inventory_hostname", "?")
-        async_dir = self._remote_expand_user(self.get_shell_option("async_dir", default="~/.ansible_async"))
-        job = {"jid": jid, "_async_dir": async_dir}
-        shown = None
-        pause = POLL_FIRST
+    def _execute_with(self, variable: str, value: str, task_vars: dict[str, t.Any]) -> dict[str, t.Any]:
+        """Run the module with one more variable in its environment, which is no option, for it is nobody's but ours."""
+        before = self._task.environment
+        both = before if isinstance(before, list) else [before] if before else []
+        self._task.environment = [*both, {variable: value}]
+        try:
+            return self._execute_module(task_vars=task_vars)
+        finally:
+            self._task.environment = before
+
+    def _watch(self, directory: str, line: Line, task_vars: dict[str, t.Any]) -> dict[str, t.Any]:
+        parent = os.getppid()
+        script = LOOK_SCRIPT.format(directory=directory, looks=LOOKS, pause=LOOK)
         heard = time.monotonic()
         while True:
-            time.sleep(pause)
-            pause = min(pause * 1.5, POLL)
+            if os.getppid() != parent:
+                raise _Interrupted(signal.SIGTERM)  # the playbook is gone, and nobody is there to send a signal
             try:
-                line = self._progress_line(progress_file)
-                if line and line != shown:
-                    shown = line
-                    display.display(f"{host}: {line}")
-                status = self._execute_module(
-                    module_name="ansible.legacy.async_status", module_args=job, task_vars=task_vars
-                )
-            except AnsibleConnectionFailure:
-                # A connection that breaks for a moment is no end of the job; only the job's own word is.
-                if time.monotonic() - heard >= UNREACHABLE_LIMIT:
-                    raise
-                continue
-            if status.get("unreachable") and time.monotonic() - heard < UNREACHABLE_LIMIT:
-                continue
-            heard = time.monotonic()
-            if status.get("finished") or "started" not in status:
-                break
-        with contextlib.suppress(AnsibleConnectionFailure):
-            self._execute_module(
-                module_name="ansible.legacy.async_status", module_args=dict(job, mode="cleanup"), task_vars=task_vars
-            )
-        return {key: value for key, value in status.items() if key not in JOB_KEYS}
+                answer = self._low_level_execute_command(script, sudoable=True)
+                word, _newline, state = answer.get("stdout", "").partition("\n")
+                if word.strip() in ("done", "gone"):
+                    collected = self._execute_with(COLLECT, directory, task_vars)
+                    if not collected.get("unreachable"):
+                        return collected
+                elif word.strip() == "busy":
+                    heard = time.monotonic()
+                    line.show(_text(state))
+                    continue
+                problem = None
+            except AnsibleConnectionFailure as error:
+                problem = error
+            # A connection that breaks for a moment does not end the job, only a long silence does.
+            if time.monotonic() - heard >= PATIENCE:
+                if problem:
+                    raise problem
+                return {"failed": True, "msg": "The host did not answer any more.", "error": "failed"}
+            time.sleep(1)
 
-    def _progress_line(self, path: str) -> str:
-        command = f"cat {self._connection._shell.quote(path)}"
-        answer = self._low_level_execute_command(command, sudoable=True)
-        if answer.get("rc"):
-            return ""
+    def _stop(self, directory: str) -> None:
+        """End the job of an interrupted task, if the host can be reached."""
+        old = [(number, signal.signal(number, signal.SIG_IGN)) for number in (signal.SIGINT, signal.SIGTERM)]
+        old.append((signal.SIGALRM, signal.signal(signal.SIGALRM, _raise)))
+        signal.alarm(STOPPING)
         try:
-            return summary(json.loads(answer["stdout"]))
-        except (ValueError, KeyError, TypeError):
-            return ""
+            self._low_level_execute_command(STOP_SCRIPT.format(directory=directory, pause=LOOK), sudoable=True)
+        except (Exception, _Interrupted) as error:
+            # Then the job ends because nobody gives it a sign any more.
+            display.vvv(f"composefs: the job could not be told to end: {type(error).__name__}")
+        finally:
+            signal.alarm(0)
+            for number, handler in old:
+                signal.signal(number, handler)
+
+
+def _text(state: str) -> str:
+    try:
+        return summary(json.loads(state))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return ""
+
+
+def _raise(number: int, frame: types.FrameType | None) -> None:
+    raise _Interrupted(number)
+
+
+@contextlib.contextmanager
+def _signals_raise() -> t.Iterator[None]:
+    """Have SIGINT and SIGTERM raise _Interrupted within the ``with``."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # a strategy that runs tasks in threads of its own gets no signals there
+        return
+    old = [(number, signal.signal(number, _raise)) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        yield
+    finally:
+        for number, handler in old:
+            signal.signal(number, handler)

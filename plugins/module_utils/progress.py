@@ -21,6 +21,8 @@ import contextlib
 
 from .text import LINE_LIMIT, printable
 
+IMAGE = "image"
+PLANNED = "planned"
 STARTED = "started"
 BYTES = "bytes"
 SKIPPED = "skipped"
@@ -29,8 +31,8 @@ MESSAGE = "message"
 
 
 class Event(NamedTuple):
-    """One step. ``layer`` is a digest (``sha256:<hex>``) or empty for messages; ``done`` and ``total`` are compressed
-    bytes.
+    """One step. ``layer`` is a digest (``sha256:<hex>``) or empty for images and messages; ``done`` and ``total`` are
+    compressed bytes; ``text`` is the name of an image or a message.
     """
 
     kind: str
@@ -50,16 +52,6 @@ class Sink(Protocol):
         """The pull is over."""
 
 
-class NullSink:
-    """Listens to nothing."""
-
-    def event(self, event: Event) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
 class _Layer:
     __slots__ = ("done", "started", "state", "total")
 
@@ -71,18 +63,19 @@ class _Layer:
 
 
 class Progress:
-    """Serialises events of many threads for one sink and shields the pull from what the sink does wrong."""
+    """Serialises events of many threads and shields the pull from what the sinks do wrong."""
 
-    def __init__(self, sink: Sink | None = None) -> None:
-        self._sink: Sink = sink or NullSink()
+    def __init__(self, *sinks: Sink | None) -> None:
+        self._sinks = [sink for sink in sinks if sink]
         self._lock = threading.Lock()
 
     def __call__(self, event: Event) -> None:
         with self._lock:
-            try:
-                self._sink.event(event)
-            except OSError:
-                self._sink = NullSink()
+            for sink in list(self._sinks):
+                try:
+                    sink.event(event)
+                except OSError:
+                    self._sinks.remove(sink)
 
     def message(self, text: str) -> None:
         """Emit a message event."""
@@ -90,9 +83,10 @@ class Progress:
 
     def close(self) -> None:
         with self._lock:
-            with contextlib.suppress(OSError):
-                self._sink.close()
-            self._sink = NullSink()
+            for sink in self._sinks:
+                with contextlib.suppress(OSError):
+                    sink.close()
+            self._sinks = []
 
 
 class Board:
@@ -101,6 +95,7 @@ class Board:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
         self.begun = clock()
+        self.images: list[str] = []
         self.layers: dict[str, _Layer] = {}
         self.text = ""
 
@@ -108,14 +103,20 @@ class Board:
         if event.kind == MESSAGE:
             self.text = printable(event.text, LINE_LIMIT)
             return
+        if event.kind == IMAGE:
+            self.images.append(printable(event.text, LINE_LIMIT))
+            return
         layer = self.layers.get(event.layer)
         if layer is None:
             layer = self.layers[event.layer] = _Layer(event.total, self.clock())
         if event.kind == STARTED:
-            # A retry starts the same layer over: its bytes count from zero again.
-            layer.total, layer.done, layer.started = event.total, 0, self.clock()
+            # A retry starts the same layer over. What was reached stays, for nobody likes a bar that goes back; the
+            # bytes count on when the new attempt is past it.
+            layer.total = event.total
+            if layer.state == PLANNED:
+                layer.started = self.clock()
         elif event.kind == BYTES:
-            layer.done = event.done
+            layer.done = max(layer.done, event.done)
         elif event.kind in (DONE, SKIPPED):
             layer.done = layer.total
         layer.state = event.kind
@@ -127,7 +128,7 @@ class Board:
 
     def rate(self) -> float:
         """Bytes a second since the first layer that is not skipped began."""
-        starts = [layer.started for layer in self.layers.values() if layer.state != SKIPPED]
+        starts = [layer.started for layer in self.layers.values() if layer.state not in (PLANNED, SKIPPED)]
         if not starts:
             return 0.0
         return self.totals()[0] / max(self.clock() - min(starts), 0.001)
@@ -155,14 +156,17 @@ def summary(state: dict[str, Any]) -> str:
 
 
 def _summary(state: dict[str, Any]) -> str:
-    done, total, rate = state["done"], state["total"], state["rate"]
+    names = state.get("images") or []
+    name = f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: " if names else ""
+    done, total, rate = int(state["done"]), int(state["total"]), int(state["rate"])
     layers = state["layers"]
     finished = sum(layer["state"] in (DONE, SKIPPED) for layer in layers)
     if not total:
-        return str(state["message"])
+        return f"{name}{state['message']}" if state["message"] else ""
     eta = f", {int((total - done) / rate)} s left" if rate > 0 and done < total else ""
     tail = f" - {state['message']}" if done >= total and state["message"] else ""
-    return f"{100 * done // total}% of {human(total)}, {human(rate)}/s{eta}, {finished} of {len(layers)} layers{tail}"
+    share = f"{100 * done // total}% of {human(total)}, {human(rate)}/s{eta}"
+    return f"{name}{share}, {finished} of {len(layers)} layers{tail}"
 
 
 class FileSink:
@@ -189,7 +193,7 @@ class FileSink:
 
     def state(self, finished: bool = False) -> dict[str, Any]:
         """The JSON document: ``done``/``total`` bytes, ``rate`` in bytes a second, ``message``, ``finished``,
-        ``layers``.
+        ``images`` (names), ``layers``.
         """
         board = self._board
         done, total = board.totals()
@@ -204,6 +208,7 @@ class FileSink:
             "elapsed": round(board.clock() - board.begun, 1),
             "message": board.text,
             "finished": finished,
+            "images": board.images,
             "layers": layers,
         }
 

@@ -174,8 +174,17 @@ options:
     description:
       - A file on the host that is kept up to date with the progress of the task as a JSON document, for anybody to
         poll.
-      - On a terminal the collection sets it by itself, and shows a line for each host while the task runs.
+      - The live line on a terminal needs no such file. See the notes.
     type: path
+notes:
+  - While a pull takes time, a live line on standard error tells how far it is. The variable C(composefs_progress) of a
+    host or a play says when. With V(auto), the default, it does so on a terminal, unless the environment has C(CI).
+    V(always) shows it elsewhere, too, as a line every half a minute, and V(never) nowhere. Tasks in check mode, with
+    C(async) or with C(no_log) have no line.
+  - A pull ends when its playbook is interrupted, and gives nothing a name. A pull with a live line survives a lost
+    connection for two minutes. It goes on fetching meanwhile, and the task goes on when the connection comes back. If
+    it does not, the pull ends without giving anything a name. A task with C(async) needs nobody who waits for it.
+  - Whatever was fetched before the end stays, and the next run goes on from there.
 requirements:
   - skopeo 1.6 or later on the host (1.13 or later to enforce signature policies)
   - zstandard for Python on the host (or Python 3.14)
@@ -400,6 +409,8 @@ error:
   sample: image_not_found
 """
 
+import os
+
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.composefs.oci.plugins.module_utils.pull import pull
@@ -410,6 +421,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     SkopeoMissing,
 )
 from ansible_collections.composefs.oci.plugins.module_utils.module import opened_repository, repository_path, run_module
+from ansible_collections.composefs.oci.plugins.module_utils.host import watch
 from ansible_collections.composefs.oci.plugins.module_utils.formats.oci import is_digest, parse_reference
 from ansible_collections.composefs.oci.plugins.module_utils.formats.reference import default_name, other_names
 from ansible_collections.composefs.oci.plugins.module_utils.progress import FileSink, Progress
@@ -474,13 +486,13 @@ def options_of(params: dict, check: bool) -> pull.Options:
 
 
 def present(
-    module: AnsibleModule, repository: Repository, requests: list[pull.Request], options: pull.Options
+    module: AnsibleModule, repository: Repository, requests: list[pull.Request], options: pull.Options, life: watch.Life
 ) -> list[dict]:
     """Pull; one result for each image."""
-    progress_file = module.params["progress_file"]
-    progress = Progress(FileSink(progress_file) if progress_file else None)
+    files = [module.params["progress_file"], life.progress_file]
+    progress = Progress(watch.Announcer(life), *(FileSink(path) for path in files if path))
     try:
-        outcomes = pull.pull_images(repository, requests, options, progress)
+        outcomes = pull.pull_images(repository, requests, options, progress, life.permit)
     except (SkopeoMissing, MissingLibrary) as error:
         # A fresh host: the task that installs skopeo and libraries was only foretold, too. That names which are not
         # there will come is certain all the same.
@@ -509,7 +521,7 @@ def sides(image: dict) -> dict:
     }
 
 
-def run(module: AnsibleModule, base: dict) -> dict:
+def run(module: AnsibleModule, base: dict, life: watch.Life) -> dict:
     """Do what the task says; its result. ``base`` is filled with what is returned in every case."""
     params = module.params
     path = repository_path(module)
@@ -521,7 +533,7 @@ def run(module: AnsibleModule, base: dict) -> dict:
     options = options_of(params, module.check_mode)
     with opened_repository(module, path) as repository:
         if params["state"] == "present":
-            images = present(module, repository, requests, options)
+            images = present(module, repository, requests, options, life)
         else:
             images = [pull.forget(repository, request, module.check_mode) for request in requests]
     # A list, for each must lose the key.
@@ -583,7 +595,12 @@ def main() -> None:
         base = {**pull.blank(pull.Request("", "")), **base, "name": None}
     else:
         base["images"] = []
-    run_module(module, lambda module: run(module, base), base)
+    # The action plugin says by the environment what is between it and this module.
+    job, token = os.environ.pop(watch.COLLECT, ""), os.environ.pop(watch.WATCH, "")
+    if job:
+        run_module(module, lambda module: watch.collect(job))
+        return
+    watch.run(token, lambda life: run_module(module, lambda module: run(module, base, life), base))
 
 
 if __name__ == "__main__":

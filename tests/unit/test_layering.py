@@ -48,7 +48,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("bootable",),
     ),
     "host": (
-        ("commands", "files", "locks", "machine", "mountinfo", "processes"),
+        ("commands", "files", "locks", "machine", "mountinfo", "processes", "watch"),
         ("deadman", "filesystem", "mountcalls"),
     ),
     "source": (("skopeo",), ("imageproxy",), ("skopeosource",)),

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..formats import codecs, oci
@@ -33,7 +33,7 @@ from ..errors import (
 )
 from ..formats.oci import Platform, Reference, parse_platform, parse_reference
 from .plan import Layer, Plan, Request
-from ..progress import SKIPPED, Event, Progress, human
+from ..progress import IMAGE, PLANNED, SKIPPED, Event, Progress, human
 from ..store.repository import Repository
 from ..source.skopeosource import Session
 from ..source.skopeo import ProxyOptions
@@ -72,10 +72,15 @@ class Outcome:
 
 
 def pull_images(
-    repository: Repository, requests: Sequence[Request], options: Options, progress: Progress
+    repository: Repository,
+    requests: Sequence[Request],
+    options: Options,
+    progress: Progress,
+    permit: Callable[[], None] = lambda: None,
 ) -> list[Outcome]:
     """Make every requested image present under its name; outcomes in the order of the requests.
 
+    ``permit`` is called before the first name appears and may wait, or end the pull with an exception of its own.
     Raises EngineError; then no name was created or moved, and layers that were already whole stay for the next run.
     """
     _check_names(repository, requests)
@@ -97,7 +102,7 @@ def pull_images(
                 _remember_origins(repository, plans)
         else:
             repository.require_writable()
-            outcomes = _carry_out(repository, plans, options, progress, clock)
+            outcomes = _carry_out(repository, plans, options, progress, permit, clock)
         for outcome in outcomes:
             outcome.stats["seconds"] = clock.laps()
             outcome.stats["retries"] += sources.retried
@@ -222,15 +227,24 @@ def _stats(plan: Plan | None) -> dict[str, Any]:
 
 
 def _carry_out(
-    repository: Repository, plans: Sequence[Plan], options: Options, progress: Progress, clock: _Clock
+    repository: Repository,
+    plans: Sequence[Plan],
+    options: Options,
+    progress: Progress,
+    permit: Callable[[], None],
+    clock: _Clock,
 ) -> list[Outcome]:
     missing: dict[str, tuple[Plan, Layer]] = {}
     for plan in plans:
+        progress(Event(IMAGE, text=plan.request.name))
         for layer in plan.layers:
             if layer.stored is not None:
                 progress(Event(SKIPPED, layer.diff_id, layer.blob.size, layer.blob.size))
         for stream, layer in plan.missing().items():
             missing.setdefault(stream, (plan, layer))
+    for _plan, layer in missing.values():
+        # All of them before the first one starts, so that a share of the whole can be told from the beginning.
+        progress(Event(PLANNED, layer.diff_id, 0, layer.source.size))
     _require_space(repository, [layer for _plan, layer in missing.values()])
     with repository.importing(), contextlib.ExitStack() as stack:
         begun: dict[str, Ahead] = {}
@@ -286,6 +300,7 @@ def _carry_out(
             outcomes.append(Outcome(plan, streams, stats, bool(streams) or plan.renames))
         # Only now, when every document is in place, do the names appear: an image of this task that cannot be stored
         # leaves all names alone.
+        permit()
         for plan in plans:
             _set_name(repository, plan)
     clock.lap("register")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from typing import Any, NoReturn
 
 import pytest
@@ -21,22 +22,13 @@ from ansible.errors import AnsibleConnectionFailure
 from ansible_collections.composefs.oci.plugins.action import composefs_image
 from ansible_collections.composefs.oci.plugins.action.composefs_image import ActionModule, watched
 
-JOB = {"ansible_job_id": "j1", "started": 1, "finished": 0, "results_file": "/r/j1", "changed": True}
-RUNNING = {"started": 1, "finished": 0, "ansible_job_id": "j1"}
-DONE = {
-    "started": 1,
-    "finished": 1,
-    "ansible_job_id": "j1",
-    "results_file": "/r/j1",
-    "stdout": "",
-    "stderr": "",
-    "changed": True,
-    "digest": "sha256:1",
-}
+TOKEN = "0123456789abcdef" * 2
+DIRECTORY = "/tmp/composefs-oci-" + TOKEN
+JOB = {"changed": False, "composefs_job": DIRECTORY}
 RESULT = {"changed": True, "digest": "sha256:1"}
 
 
-def state(done: int, message: str = "", finished: bool = False) -> str:
+def state(done: int, message: str = "", name: str = "app") -> str:
     layers = [{"id": "sha256:a", "state": "done" if done == 100 else "bytes", "done": done, "total": 100}]
     return json.dumps(
         {
@@ -45,24 +37,19 @@ def state(done: int, message: str = "", finished: bool = False) -> str:
             "rate": 10,
             "elapsed": 1.0,
             "message": message,
-            "finished": finished,
+            "finished": False,
+            "images": [name],
             "layers": layers,
         }
     )
 
 
-def give_up(error: Exception) -> NoReturn:
+def give_up(error: BaseException) -> NoReturn:
     raise error
 
 
 class Shell:
     tmpdir: str | None = None
-
-    def join_path(self, *parts: str) -> str:
-        return "/".join(parts)
-
-    def quote(self, text: str) -> str:
-        return f"'{text}'"
 
 
 class Connection:
@@ -81,44 +68,31 @@ class Task:
         self.async_val = 0
         self.check_mode = False
         self.no_log = False
+        self.environment: Any = []
 
 
 class Host(ActionModule):
-    """The action with a host that is made up: ``answers`` to async_status, one after the other, and what the progress
-    file says meanwhile.
-    """
+    """The action with a host that is made up: what looking at the job finds, one look after the other."""
 
     def __init__(
-        self, task: Task, answers: list[Any], progress: list[Any] | None = None, job: dict[str, Any] | None = None
+        self, task: Task, looks: list[Any], first: dict[str, Any] | None = None, result: dict[str, Any] | None = None
     ) -> None:
         self._task = task
         self._connection = Connection()
         self._templar = Templar()
-        self.answers = answers
-        self.progress = progress or []
-        self.job = JOB if job is None else job
-        self.calls: list[tuple[str, dict[str, Any], bool]] = []
-        self.removed: list[str] = []
+        self.looks = looks
+        self.first = JOB if first is None else first
+        self.result = RESULT if result is None else result
+        self.calls: list[tuple[Any, bool]] = []
         self.commands: list[str] = []
-
-    def _make_tmp_path(self, remote_user: Any = None) -> str:
-        self._connection._shell.tmpdir = "/remote/tmp"
-        return "/remote/tmp"
-
-    def _remove_tmp_path(self, tmp_path: str, force: bool = False) -> None:
-        self.removed.append(tmp_path)
-        self._connection._shell.tmpdir = None
-
-    def _remote_expand_user(self, path: str, sudoable: bool = True, pathsep: Any = None) -> str:
-        return path.replace("~", "/home/u")
-
-    def get_shell_option(self, option: str, default: Any = None) -> Any:
-        return default
 
     def _low_level_execute_command(self, cmd: str, sudoable: bool = True, **others: Any) -> dict[str, Any]:
         self.commands.append(cmd)
-        answer = self.progress.pop(0) if self.progress else {"rc": 1, "stdout": ""}
-        if isinstance(answer, Exception):
+        assert sudoable, "the job belongs to the user that the task became"
+        if "stop" in cmd:
+            return {"rc": 0, "stdout": ""}
+        answer = self.looks.pop(0)
+        if isinstance(answer, BaseException):
             give_up(answer)
         return answer if isinstance(answer, dict) else {"rc": 0, "stdout": answer}
 
@@ -130,18 +104,9 @@ class Host(ActionModule):
         wrap_async: bool = False,
         **others: Any,
     ) -> dict[str, Any]:
-        self.calls.append((module_name or "", module_args or {}, wrap_async))
-        if module_name is None:
-            if wrap_async and module_args is not None:
-                assert self._task.async_val, "only then a module is run as a job"
-                self._connection._shell.tmpdir = None  # the job's own from now on
-                return dict(self.job)
-            return dict(RESULT)
-        self._connection._shell.tmpdir = "/remote/another"
-        answer = self.answers.pop(0) if self.answers or module_args.get("mode") != "cleanup" else {}
-        if isinstance(answer, Exception):
-            give_up(answer)
-        return dict(answer)
+        assert module_args is None, "the module gets what the task says"
+        self.calls.append((self._task.environment, wrap_async))
+        return dict(self.first if {"COMPOSEFS_OCI_WATCH": TOKEN} in self._task.environment else self.result)
 
 
 @pytest.fixture
@@ -151,14 +116,25 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(composefs_image.display, "display", lambda text, *arguments, **others: lines.append(text))
     monkeypatch.setattr(composefs_image.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(composefs_image.ActionBase, "run", lambda self, tmp=None, task_vars=None: {})
+    monkeypatch.setattr(composefs_image.secrets, "token_hex", lambda count: TOKEN)
+    monkeypatch.setattr(composefs_image, "on_terminal", lambda: False)
     return lines
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Ten seconds pass between two looks at the time."""
+    now = [1000.0]
+
+    def tick() -> float:
+        now[0] += 10
+        return now[0]
+
+    monkeypatch.setattr(composefs_image.time, "monotonic", tick)
+    return now
+
+
 ALWAYS = {"composefs_progress": "always", "inventory_hostname": "web1"}
-
-
-def statuses(host: Host) -> list[str]:
-    return [args.get("mode", "status") for name, args, _async in host.calls if name == "ansible.legacy.async_status"]
 
 
 # --- whether anybody looks
@@ -189,7 +165,7 @@ def test_a_process_whose_output_is_no_terminal_or_that_is_gone_is_not_looked_at(
     read, write = os.pipe()
     child = os.fork()
     if not child:
-        os.dup2(write, 1)
+        os.dup2(write, 2)
         os.read(read, 1)
         os._exit(0)
     try:
@@ -213,105 +189,148 @@ def test_where_nothing_is_shown_the_module_just_runs(
     wish = {"nobody": "never", "template": "{{ no }}"}.get(why, "always")
     result = host.run(task_vars={**ALWAYS, "composefs_progress": wish})
     assert result == RESULT and shown == []
-    assert host.calls == [("", {}, why == "async")]
+    assert host.calls == [([], why == "async")]
 
 
 # --- watching
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_line_for_each_change_and_the_modules_own_result(shown: list[str]) -> None:
-    host = Host(
-        Task(ref="a.b/c"),
-        [RUNNING, RUNNING, RUNNING, DONE],
-        [state(10), state(10), state(60), state(100, "Making the EROFS image of app")],
-    )
-    assert host.run(task_vars=ALWAYS) == RESULT
-    assert len(shown) == 3 and all(line.startswith("web1: ") for line in shown)
+def test_a_task_that_is_over_in_a_moment_is_not_looked_after(shown: list[str]) -> None:
+    host = Host(Task(ref="a.b/c"), [], first=RESULT)
+    host._task.environment = [{"https_proxy": "proxy.example.com"}]
+    assert host.run(task_vars=ALWAYS) == RESULT and host.commands == [] and shown == []
+    assert host.calls == [([{"https_proxy": "proxy.example.com"}, {"COMPOSEFS_OCI_WATCH": TOKEN}], False)]
+    assert host._task.environment == [{"https_proxy": "proxy.example.com"}], "the task itself is not changed"
+
+
+def test_a_line_for_each_change_and_the_modules_own_result(shown: list[str], clock: list[float]) -> None:
+    composefs_image.RARELY, old = 0.0, composefs_image.RARELY
+    try:
+        host = Host(
+            Task(ref="a.b/c"),
+            [
+                "busy\n",
+                "busy\n" + state(10),
+                "busy\n" + state(10),
+                "busy\n" + state(60),
+                "busy\n" + state(100, "Making the EROFS image"),
+                "done\n",
+            ],
+        )
+        assert host.run(task_vars=ALWAYS) == RESULT
+    finally:
+        composefs_image.RARELY = old
+    assert len(shown) == 3 and all(line.startswith("web1: app: ") for line in shown)
     assert "10%" in shown[0] and "60%" in shown[1] and "EROFS" in shown[2]
-    assert statuses(host) == ["status"] * 4 + ["cleanup"]
-    assert host.removed == ["/remote/tmp"] and host._task.async_val == 0
-    assert host._connection._shell.tmpdir == "/remote/another", "which is removed after every task"
+    assert host.calls[-1] == ([{"COMPOSEFS_OCI_COLLECT": DIRECTORY}], False)
 
 
-def test_the_job_gets_a_file_of_its_own_for_its_progress(shown: list[str]) -> None:
-    host = Host(Task(ref="a.b/c"), [DONE])
+def test_every_look_is_a_sign_of_life(shown: list[str]) -> None:
+    host = Host(Task(ref="a.b/c"), ["busy\n", "done\n"])
     host.run(task_vars=ALWAYS)
-    assert host.calls[0] == ("", {"ref": "a.b/c", "progress_file": "/remote/tmp/progress.json"}, True)
-    assert host.commands == ["cat '/remote/tmp/progress.json'"]
-    assert host._task.args == {"ref": "a.b/c"}, "the task itself is not changed"
+    assert len(host.commands) == 2
+    assert all(f"cd {DIRECTORY}" in command and ": > sign" in command for command in host.commands)
 
 
-def test_a_file_that_the_task_names_is_the_one_that_is_looked_at(shown: list[str]) -> None:
-    host = Host(Task(ref="a.b/c", progress_file="/var/p q"), [DONE])
+def test_where_a_line_cannot_be_redrawn_it_is_rare(shown: list[str], clock: list[float]) -> None:
+    host = Host(Task(ref="a.b/c"), [*(f"busy\n{state(done)}" for done in range(60)), "done\n"])
     host.run(task_vars=ALWAYS)
-    assert host.calls[0][1]["progress_file"] == "/var/p q" and host.commands == ["cat '/var/p q'"]
+    # Twenty seconds pass between two looks in this test, and a line comes every thirty.
+    assert 25 <= len(shown) <= 31
 
 
-@pytest.mark.parametrize("content", [{"rc": 1, "stdout": "cat: no such file"}, "", "{", "[]", "{}", '{"done": "x"}'])
-def test_a_progress_that_cannot_be_read_shows_nothing(shown: list[str], content: Any) -> None:
-    host = Host(Task(ref="a.b/c"), [RUNNING, DONE], [content, state(100)])
+@pytest.mark.parametrize(("hosts", "in_place"), [(["web1"], True), (["web1", "web2"], False)])
+def test_on_a_terminal_the_line_of_a_single_host_is_drawn_over_itself_and_goes(
+    shown: list[str], monkeypatch: pytest.MonkeyPatch, hosts: list[str], in_place: bool
+) -> None:
+    monkeypatch.setattr(composefs_image, "on_terminal", lambda: True)
+    host = Host(Task(ref="a.b/c"), ["busy\n" + state(10), "busy\n" + state(60), "done\n"])
+    host.run(task_vars={**ALWAYS, "ansible_play_batch": hosts})
+    assert [line.startswith("\r\x1b[2K") for line in shown] == ([True] * 3 if in_place else [False])
+    if in_place:
+        assert shown[-1] == "\r\x1b[2K" and "60%" in shown[1]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"done": "x"}', "7", state(10).replace("10,", "1e999,")])
+def test_a_progress_that_cannot_be_read_shows_nothing(shown: list[str], content: str) -> None:
+    host = Host(Task(ref="a.b/c"), ["busy\n" + content, "busy\n" + state(50), "done\n"])
     assert host.run(task_vars=ALWAYS) == RESULT
-    assert len(shown) == 1
+    assert len([line for line in shown if "50%" in line]) == 1
+
+
+def test_what_a_host_says_cannot_steer_the_terminal_or_flood_it(shown: list[str]) -> None:
+    host = Host(Task(ref="a.b/c"), ["busy\n" + state(10, name="\x1b]0;owned\x07\u202e" + "x" * 5000), "done\n"])
+    host.run(task_vars=ALWAYS)
+    assert len(shown) == 1 and shown[0].isprintable() and len(shown[0]) < 300
 
 
 def test_a_job_that_fails_is_a_task_that_fails(shown: list[str]) -> None:
-    failed = {**DONE, "failed": True, "msg": "No such image.", "error": "image_not_found"}
-    host = Host(Task(ref="a.b/c"), [failed])
-    result = host.run(task_vars=ALWAYS)
-    assert result["failed"] and result["error"] == "image_not_found" and statuses(host) == ["status", "cleanup"]
-
-
-@pytest.mark.parametrize("job", [{"failed": True, "msg": "no python"}, {"msg": "odd"}])
-def test_a_job_that_does_not_start_is_told_and_not_watched(shown: list[str], job: dict[str, Any]) -> None:
-    host = Host(Task(ref="a.b/c"), [], job=job)
-    assert host.run(task_vars=ALWAYS) == job and statuses(host) == [] and host._task.async_val == 0
+    host = Host(Task(ref="a.b/c"), ["done\n"], result={"failed": True, "msg": "No.", "error": "image_not_found"})
+    assert host.run(task_vars=ALWAYS) == {"failed": True, "msg": "No.", "error": "image_not_found"}
 
 
 def test_a_job_that_is_gone_ends_the_watch(shown: list[str]) -> None:
-    host = Host(Task(ref="a.b/c"), [RUNNING, {"failed": True, "msg": "could not find job"}])
-    assert host.run(task_vars=ALWAYS) == {"failed": True, "msg": "could not find job"}
+    host = Host(Task(ref="a.b/c"), ["busy\n", "gone\n"], result={"failed": True, "msg": "gone"})
+    assert host.run(task_vars=ALWAYS) == {"failed": True, "msg": "gone"}
+
+
+def test_another_directory_than_the_one_agreed_on_is_not_looked_at(shown: list[str]) -> None:
+    odd = {"changed": False, "composefs_job": "/etc"}
+    host = Host(Task(ref="a.b/c"), [], first=odd)
+    assert host.run(task_vars=ALWAYS) == odd and host.commands == []
+
+
+# --- interrupts
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def killed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The signals that this process sends to itself, instead of sending them."""
+    sent: list[int] = []
+    monkeypatch.setattr(composefs_image.os, "kill", lambda pid, number: sent.append(number))
+    return sent
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_the_job_before_the_worker_ends(shown: list[str], killed: list[int], number: int) -> None:
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)]
+    host = Host(Task(ref="a.b/c"), ["busy\n", composefs_image._Interrupted(number)])
+    with pytest.raises(composefs_image._Interrupted):
+        host.run(task_vars=ALWAYS)
+    assert ": > stop" in host.commands[-1] and DIRECTORY in host.commands[-1] and killed == [number]
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)] == before
+
+
+def test_a_worker_without_its_playbook_ends_the_job(
+    shown: list[str], killed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parents = iter([7, 7, 1])
+    monkeypatch.setattr(composefs_image.os, "getppid", lambda: next(parents))
+    host = Host(Task(ref="a.b/c"), ["busy\n"] * 9)
+    with pytest.raises(composefs_image._Interrupted):
+        host.run(task_vars=ALWAYS)
+    assert ": > stop" in host.commands[-1]
 
 
 # --- a host that is out of reach
 # -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["raised", "returned", "while reading"])
-def test_a_connection_that_breaks_for_a_moment_does_not_end_the_task(shown: list[str], way: str) -> None:
-    broken: Any = {"unreachable": True, "msg": "broken"} if way == "returned" else AnsibleConnectionFailure("broken")
-    answers = [RUNNING, broken, broken, DONE] if way != "while reading" else [RUNNING, DONE]
-    progress = [state(10), broken, state(100)] if way == "while reading" else []
-    host = Host(Task(ref="a.b/c"), answers, progress)
-    assert host.run(task_vars=ALWAYS) == RESULT and statuses(host)[-1] == "cleanup"
-
-
-@pytest.mark.parametrize("way", ["raised", "returned"])
-def test_a_host_that_stays_away_is_given_up(shown: list[str], monkeypatch: pytest.MonkeyPatch, way: str) -> None:
-    now = [0.0]
-
-    def clock() -> float:
-        now[0] += 10
-        return now[0]
-
-    monkeypatch.setattr(composefs_image.time, "monotonic", clock)
-    broken: Any = {"unreachable": True, "msg": "broken"} if way == "returned" else AnsibleConnectionFailure("broken")
-    host = Host(Task(ref="a.b/c"), [RUNNING] + [broken] * 1000)
-    if way == "raised":
-        with pytest.raises(AnsibleConnectionFailure):
-            host.run(task_vars=ALWAYS)
-    else:
-        assert host.run(task_vars=ALWAYS)["unreachable"]
-    assert 1000 > len(host.answers) > 950 and host.removed == ["/remote/tmp"]
-
-
-def test_a_connection_that_breaks_after_the_result_does_not_spoil_it(shown: list[str]) -> None:
-    host = Host(Task(ref="a.b/c"), [DONE, AnsibleConnectionFailure("broken")])
+def test_a_connection_that_breaks_for_a_moment_does_not_end_the_task(shown: list[str]) -> None:
+    broken = AnsibleConnectionFailure("broken")
+    host = Host(Task(ref="a.b/c"), ["busy\n", broken, {"rc": 255, "stdout": ""}, "busy\n", "done\n"])
     assert host.run(task_vars=ALWAYS) == RESULT
 
 
-def test_looks_are_frequent_in_the_beginning_and_rarer_later(shown: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    slept: list[float] = []
-    monkeypatch.setattr(composefs_image.time, "sleep", slept.append)
-    Host(Task(ref="a.b/c"), [RUNNING] * 9 + [DONE]).run(task_vars=ALWAYS)
-    assert slept == sorted(slept) and slept[0] <= 0.2 and slept[-1] == composefs_image.POLL
+def test_a_host_that_stays_away_is_given_up(shown: list[str], clock: list[float]) -> None:
+    host = Host(Task(ref="a.b/c"), ["busy\n"] + [AnsibleConnectionFailure("broken")] * 1000)
+    with pytest.raises(AnsibleConnectionFailure):
+        host.run(task_vars=ALWAYS)
+    assert 1000 > len(host.looks) > 950
+
+
+def test_a_host_that_answers_nonsense_for_long_is_given_up(shown: list[str], clock: list[float]) -> None:
+    host = Host(Task(ref="a.b/c"), ["busy\n"] + [{"rc": 1, "stdout": "motd"}] * 1000)
+    assert host.run(task_vars=ALWAYS)["failed"]

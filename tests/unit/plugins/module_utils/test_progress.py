@@ -10,7 +10,15 @@ import os
 import pathlib
 
 from ansible_collections.composefs.oci.plugins.module_utils import progress
-from ansible_collections.composefs.oci.plugins.module_utils.progress import BYTES, DONE, SKIPPED, STARTED, Event
+from ansible_collections.composefs.oci.plugins.module_utils.progress import (
+    BYTES,
+    DONE,
+    IMAGE,
+    PLANNED,
+    SKIPPED,
+    STARTED,
+    Event,
+)
 
 A = "sha256:" + "a" * 64
 B = "sha256:" + "b" * 64
@@ -32,16 +40,32 @@ def test_totals_leave_skipped_layers_out() -> None:
     assert board.totals() == (250, 1000)
 
 
-def test_a_retried_layer_counts_from_zero_again() -> None:
+def test_a_layer_that_is_tried_again_does_not_count_backwards() -> None:
     board = progress.Board(Clock())
+    seen = []
     for event in (
         Event(STARTED, A, 0, 1000),
         Event(BYTES, A, 900, 1000),
         Event(STARTED, A, 0, 1000),
         Event(BYTES, A, 10, 1000),
+        Event(BYTES, A, 950, 1000),
     ):
         board.take(event)
-    assert board.totals() == (10, 1000)
+        seen.append(board.totals())
+    assert seen == [(0, 1000), (900, 1000), (900, 1000), (900, 1000), (950, 1000)]
+
+
+def test_layers_that_have_not_begun_count_from_the_beginning() -> None:
+    clock = Clock()
+    board = progress.Board(clock)
+    board.take(Event(PLANNED, A, 0, 1000))
+    board.take(Event(PLANNED, B, 0, 3000))
+    assert board.totals() == (0, 4000) and board.rate() == 0
+    clock.now += 60
+    board.take(Event(STARTED, A, 0, 1000))
+    clock.now += 2
+    board.take(Event(BYTES, A, 800, 1000))
+    assert board.totals() == (800, 4000) and board.rate() == 400, "waiting is not working"
 
 
 def test_rate_is_bytes_a_second_since_the_first_layer_began() -> None:
@@ -92,6 +116,40 @@ def test_summary_shows_the_message_where_nothing_is_fetched() -> None:
         progress.summary({"done": 0, "total": 0, "rate": 0, "message": "Registering app", "layers": []})
         == "Registering app"
     )
+
+
+def test_summary_names_the_image() -> None:
+    state = {"done": 0, "total": 0, "rate": 0, "message": "Registering", "layers": [], "images": ["app"]}
+    assert progress.summary(state) == "app: Registering"
+    assert progress.summary({**state, "images": ["app", "web", "db"]}) == "app and 2 more: Registering"
+
+
+def test_the_file_names_the_images(tmp_path: pathlib.Path) -> None:
+    sink = progress.FileSink(str(tmp_path / "progress.json"), interval=0)
+    sink.event(Event(IMAGE, text="app"))
+    assert sink.state()["images"] == ["app"]
+
+
+def test_every_sink_hears_everything_and_one_that_fails_does_not_silence_the_others() -> None:
+    class Sink:
+        def __init__(self, broken: bool) -> None:
+            self.heard: list[str] = []
+            self.broken = broken
+
+        def event(self, event: Event) -> None:
+            self.heard.append(event.text)
+            if self.broken:
+                raise OSError(28, "No space left on device")
+
+        def close(self) -> None:
+            self.heard.append("closed")
+
+    broken, well = Sink(True), Sink(False)
+    emit = progress.Progress(broken, None, well)
+    emit.message("one")
+    emit.message("two")
+    emit.close()
+    assert broken.heard == ["one"] and well.heard == ["one", "two", "closed"]
 
 
 def test_a_failing_sink_is_silenced_and_the_pull_goes_on() -> None:

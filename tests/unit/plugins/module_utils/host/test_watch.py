@@ -1,0 +1,283 @@
+# Copyright (c) composefs.oci contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""A task that is watched: when it becomes a job, when it ends, and that nothing of it stays."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from ansible_collections.composefs.oci.plugins.module_utils.errors import EngineError, InvalidOption
+from ansible_collections.composefs.oci.plugins.module_utils.host import watch
+from ansible_collections.composefs.oci.plugins.module_utils.host.watch import Job, Life
+from ansible_collections.composefs.oci.plugins.module_utils.progress import PLANNED, STARTED, Event
+
+
+class Command:
+    """A command on a host whose output is read, as Ansible reads that of a module."""
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        self.output, theirs = os.pipe()
+        self.pid = os.fork()
+        if not self.pid:
+            try:
+                os.close(self.output)
+                os.dup2(theirs, 1)
+                os.close(theirs)
+                # What pytest captures is not what a module writes to.
+                sys.stdout = os.fdopen(1, "w")
+                try:
+                    function()
+                except SystemExit as end:
+                    sys.stdout.flush()
+                    os._exit(int(end.code or 0))
+            finally:
+                os._exit(99)
+        os.close(theirs)
+
+    def end(self) -> tuple[int, str]:
+        """Exit code and output."""
+        with os.fdopen(self.output, "rb") as file:
+            text = file.read().decode()
+        return os.WEXITSTATUS(os.waitpid(self.pid, 0)[1]), text
+
+    def leave(self) -> None:
+        os.close(self.output)
+        os.waitpid(self.pid, 0)
+
+
+@pytest.fixture
+def token(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(watch, "PLACE", str(tmp_path))
+    monkeypatch.setattr(watch, "LOOK", 0.05)
+    monkeypatch.setattr(watch, "SHORT", 0.3)
+    yield secrets.token_hex(16)
+    # Nothing may outlive a test, whatever it found.
+    for path in tmp_path.glob(watch.PREFIX + "*"):
+        (path / "stop").touch()
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def task(seconds: float, text: str = "the result", code: int = 0) -> Callable[[Life], None]:
+    def main(life: Life) -> None:
+        life.busy()
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            time.sleep(0.02)
+        life.permit()
+        print(text)
+        sys.exit(code)
+
+    return main
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_short_task_ends_in_its_own_command_and_leaves_nothing(token: str, tmp_path: pathlib.Path, code: int) -> None:
+    assert Command(lambda: watch.run(token, task(0, code=code))).end() == (code, "the result\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_watcher_or_a_place_to_meet_the_task_just_runs(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Command(lambda: watch.run("", task(0.4))).end() == (0, "the result\n")
+    monkeypatch.setattr(watch, "PLACE", "/nowhere")
+    assert Command(lambda: watch.run(token, task(0.4))).end() == (0, "the result\n")
+
+
+def test_a_long_task_becomes_a_job_whose_result_is_collected(token: str, tmp_path: pathlib.Path) -> None:
+    directory = watch.directory_of(token)
+    begun = time.monotonic()
+    code, said = Command(lambda: watch.run(token, task(1.0))).end()
+    assert code == 0 and json.loads(said) == {"changed": False, "composefs_job": directory}
+    assert time.monotonic() - begun < 0.9
+    assert os.stat(directory).st_mode & 0o777 == 0o700
+    wait_for(lambda: os.path.exists(f"{directory}/result"))
+    assert Command(lambda: watch.collect(directory)).end() == (0, "the result\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_result_that_nobody_collects_goes_with_the_job(
+    token: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "PATIENCE", 1.0)
+    Command(lambda: watch.run(token, task(0.6))).end()
+    wait_for(lambda: os.path.exists(watch.directory_of(token) + "/result"))
+    wait_for(lambda: not list(tmp_path.iterdir()))
+
+
+def test_a_job_that_is_told_to_stop_ends_at_once_and_cleans_up(token: str, tmp_path: pathlib.Path) -> None:
+    cleaned = tmp_path / "cleaned"
+
+    def main(life: Life) -> None:
+        try:
+            task(60)(life)
+        finally:
+            cleaned.touch()
+
+    Command(lambda: watch.run(token, main)).end()
+    (pathlib.Path(watch.directory_of(token)) / "stop").touch()
+    wait_for(lambda: list(tmp_path.iterdir()) == [cleaned], 3)
+
+
+def test_a_job_whose_directory_goes_ends(token: str, tmp_path: pathlib.Path) -> None:
+    pid = tmp_path / "pid"
+
+    def main(life: Life) -> None:
+        pid.write_text(str(os.getpid()))
+        task(60)(life)
+
+    Command(lambda: watch.run(token, main)).end()
+    os.rename(watch.directory_of(token), tmp_path / "elsewhere")
+    wait_for(lambda: not os.path.exists(f"/proc/{pid.read_text()}"), 3)
+
+
+def test_a_job_dies_with_its_host_command_if_it_dies_early(token: str, tmp_path: pathlib.Path) -> None:
+    def main(life: Life) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    code, said = Command(lambda: watch.run(token, main)).end()
+    assert code == 1 and said == "" and list(tmp_path.iterdir()) == []
+
+
+def test_a_plain_task_ends_when_nobody_reads_what_it_says(token: str, tmp_path: pathlib.Path) -> None:
+    """That is how the end of an interrupted playbook arrives at a host: as a pipe that is closed."""
+    command = Command(lambda: watch.run("", task(60)))
+    time.sleep(0.2)
+    begun = time.monotonic()
+    command.leave()
+    assert time.monotonic() - begun < 3
+
+
+# --- signs of life
+# -------------------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def job(tmp_path: pathlib.Path, clock: Clock) -> Job:
+    return Job(str(tmp_path), socket.socketpair()[0], clock)
+
+
+def test_silence_is_counted_from_the_last_sign_by_a_clock_that_nobody_sets(
+    job: Job, tmp_path: pathlib.Path, clock: Clock
+) -> None:
+    clock.now += 7
+    assert job.silence() == 7
+    sign = tmp_path / "sign"
+    sign.touch()
+    assert job.silence() == 0
+    clock.now += 5
+    os.utime(sign, (1, 1))  # the host's clock was set back: a sign all the same
+    assert job.silence() == 0
+    clock.now += 9
+    assert job.silence() == 9
+
+
+def test_names_wait_for_a_fresh_sign_and_work_goes_on_meanwhile(
+    job: Job, tmp_path: pathlib.Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        job.look()  # as the timer does; it does not end the job yet
+        clock.now += 1
+        if len(slept) == 30:
+            (tmp_path / "sign").touch()
+
+    monkeypatch.setattr(watch.time, "sleep", sleep)
+    clock.now += watch.FRESH + 1
+    job.permit()
+    assert len(slept) == 30
+    job.permit()
+    assert len(slept) == 30
+
+
+def test_a_job_without_any_sign_ends_and_names_nothing(job: Job, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sleep(seconds: float) -> None:
+        clock.now += 1
+
+    monkeypatch.setattr(watch.time, "sleep", sleep)
+    clock.now += watch.FRESH
+    with pytest.raises(watch.Interrupted):
+        job.permit()
+    assert clock.now == pytest.approx(100 + watch.PATIENCE, abs=2)
+    job.look()  # once only, or what cleans up would be interrupted too
+
+
+def test_only_something_to_fetch_makes_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+    monkeypatch.setattr(Life, "busy", lambda life: told.append(life))
+    sink = watch.Announcer(Life())
+    sink.event(Event(STARTED, "sha256:a"))
+    assert told == []
+    sink.event(Event(PLANNED, "sha256:a"))
+    assert len(told) == 1
+    sink.close()
+
+
+# --- what others might ask for
+# -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", ["", "../../../etc", "0" * 31, "0" * 33, "G" * 32])
+def test_a_token_names_a_directory_and_nothing_else(bad: str) -> None:
+    with pytest.raises(InvalidOption):
+        watch.directory_of(bad)
+
+
+@pytest.mark.parametrize("bad", ["/etc", "/tmp/x", "/tmp/composefs-oci-x/../../etc", "composefs-oci-x"])
+def test_only_the_directory_of_a_job_is_collected(bad: str) -> None:
+    with pytest.raises(InvalidOption):
+        watch.collect(bad)
+
+
+def test_a_directory_of_somebody_else_is_not_used(token: str, tmp_path: pathlib.Path) -> None:
+    os.mkdir(watch.directory_of(token))
+    assert Command(lambda: watch.run(token, task(0))).end() == (0, "the result\n")
+    assert os.listdir(watch.directory_of(token)) == []
+
+
+def test_a_job_that_left_no_result_is_an_error(token: str) -> None:
+    with pytest.raises(EngineError, match="without a result"):
+        watch.collect(watch.directory_of(token))
+
+
+def test_an_error_of_the_system_in_the_task_is_the_tasks_own(token: str) -> None:
+    calls: list[Any] = []
+
+    def main(life: Life) -> None:
+        calls.append(life)
+        print(len(calls))
+        raise OSError(5, "Input/output error")
+
+    code, said = Command(lambda: watch.run(token, main)).end()
+    assert code != 0 and said == "", "and the task is not run a second time"
