@@ -33,7 +33,7 @@ from pull import provide_engine
 
 provide_engine()
 
-from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity, oci
+from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity, ocidocuments
 from ansible_collections.composefs.oci.plugins.module_utils.host import processes
 from ansible_collections.composefs.oci.plugins.module_utils.pull import layer
 from ansible_collections.composefs.oci.plugins.module_utils.store import create, repository
@@ -48,7 +48,7 @@ def specifications(layout: pathlib.Path) -> list[layer.LayerSpec]:
     manifest = blob(json.loads((layout / "index.json").read_bytes())["manifests"][0]["digest"])
     diff_ids = blob(manifest["config"]["digest"])["rootfs"]["diff_ids"]
     found = [
-        layer.LayerSpec(one["digest"], one["size"], diff_id, oci.layer_compression(one["mediaType"]))
+        layer.LayerSpec(one["digest"], one["size"], diff_id, ocidocuments.layer_compression(one["mediaType"]))
         for one, diff_id in zip(manifest["layers"], diff_ids)
     ]
     return sorted(found, key=lambda one: -one.size)

@@ -38,8 +38,9 @@ MAY_KNOW: dict[str, set[str]] = {
 FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "": (("text",), ("errors", "progress")),
     "formats": (
-        ("codecs", "fsverity", "oci", "repolayout", "tarheader"),
-        ("indexes", "metajson", "ocischemas", "reference", "splitstream", "tar", "tardiff"),
+        ("codecs", "digests", "fsverity", "strictjson", "tarheader"),
+        ("metajson", "ocidocuments", "reference", "repolayout", "splitstream", "tar", "tardiff"),
+        ("indexes", "ocischemas"),
     ),
     "rootfs": (
         ("erofs", "filetree", "lastmatch"),

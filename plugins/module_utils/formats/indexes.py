@@ -15,7 +15,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ..errors import DigestMismatch, InvalidDocument, PlatformNotFound
-from .oci import DOCKER_LIST, OCI_INDEX, Descriptor, Platform, digest_of, parse_index
+from .digests import digest_of
+from .ocidocuments import DOCKER_LIST, Descriptor, OCI_INDEX, Platform, parse_index
 
 # How deep indexes may list indexes, and how many of them are read for one image: real ones need 2 and a handful.
 MAX_DEPTH = 4

@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import InvalidDocument
-from .oci import (
+from .ocidocuments import (
     DOCKER_LIST,
     DOCKER_MANIFEST,
     MAX_CONFIG,
@@ -25,8 +25,8 @@ from .oci import (
     MAX_SIZE,
     OCI_INDEX,
     OCI_MANIFEST,
-    load_json,
 )
+from .strictjson import load_json
 
 _DRAFT = "http://json-schema.org/draft-07/schema#"
 

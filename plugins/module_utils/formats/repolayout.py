@@ -13,21 +13,14 @@ import re
 
 from ..errors import InvalidReference
 from ..text import file_name, from_file_name
+from .digests import is_oci_digest
 
 NAME_MAX = 255
 MANIFEST_PREFIX = "oci-manifest-"
 TAGS = "streams/refs/oci"
 IMAGE_REFS = "images/refs"
 
-_OCI_DIGEST = re.compile("sha256:[0-9a-f]{64}|sha384:[0-9a-f]{96}|sha512:[0-9a-f]{128}")
 _ESCAPED = re.compile("%2F|%25")
-
-
-def is_oci_digest(text: str) -> bool:
-    """Whether ``text`` is a digest such as ``sha256:<64 lowercase hex digits>`` (OCI image specification,
-    descriptors).
-    """
-    return _OCI_DIGEST.fullmatch(text) is not None
 
 
 def encode_tag(name: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
-from ..formats.oci import Platform
+from ..formats.ocidocuments import Platform
 
 # What uname calls a machine -> architecture and variant in Go's words. What is not listed is called the same there.
 _MACHINES = {

@@ -27,7 +27,7 @@ from ..errors import (
     InvalidOption,
     Reverted,
 )
-from ..formats.repolayout import is_oci_digest
+from ..formats.digests import is_oci_digest
 from ..host import deadman, mountinfo
 from ..host.mountinfo import Mounted
 from ..store.repository import Repository

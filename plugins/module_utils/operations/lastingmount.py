@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterator
 
 from ..errors import Busy, EngineError, PermissionDenied, ReadOnly, VerityUnsupported
-from ..formats.repolayout import is_oci_digest
+from ..formats.digests import is_oci_digest
 from ..host import deadman, filesystem
 from ..host.mountinfo import Mounted
 from ..store.repository import Repository

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..formats import oci
+from ..formats import ocidocuments
 from ..store import imagestreams, namerecords
 from ..errors import EngineError, FormatError, ImageNotFound, MissingLibrary
 from ..store.repository import Repository
@@ -51,15 +51,19 @@ def describe_image(repository: Repository, digest: str) -> dict[str, Any]:
     document = imagestreams.read(repository, imagestreams.MANIFEST, digest)
     if document is None:
         raise ImageNotFound(f"The repository {repository.path} has no manifest {digest}.", "Pull the image again.")
-    manifest = oci.parse_manifest(document.raw)
+    manifest = ocidocuments.parse_manifest(document.raw)
     config_digest = manifest.config.digest
     stream = document.refs.get(imagestreams.CONFIG_REF + config_digest)
     if stream is None:
         raise FormatError(f"The manifest {digest} does not lead to its configuration.", "Pull the image again.")
     config_document = imagestreams.read_object(repository, imagestreams.CONFIG, config_digest, stream)
-    container = oci.is_container(manifest)
-    config = oci.parse_config(config_document.raw) if container else None
-    diff_ids = [diff_id for _layer, diff_id in oci.pairs(manifest, config)] if config else [None] * len(manifest.layers)
+    container = ocidocuments.is_container(manifest)
+    config = ocidocuments.parse_config(config_document.raw) if container else None
+    diff_ids = (
+        [diff_id for _layer, diff_id in ocidocuments.pairs(manifest, config)]
+        if config
+        else [None] * len(manifest.layers)
+    )
     labels, labels_cut = _bounded(config.labels if config else {})
     annotations, annotations_cut = _bounded(manifest.annotations)
     image_ids = {name: ref.hex() for name, ref in config_document.refs.items() if imagestreams.is_image_ref(name)}

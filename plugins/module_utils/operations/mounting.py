@@ -29,7 +29,7 @@ from ..errors import (
     doing,
 )
 from ..host.mountinfo import Mounted
-from ..formats.repolayout import is_oci_digest
+from ..formats.digests import is_oci_digest
 from ..store.repository import Repository
 
 REQUIRED, PREFERRED, DISABLED = "required", "preferred", "disabled"

@@ -43,7 +43,7 @@ from ..formats.fsverity import Algorithm
 from ..source.imageproxy import ImageProxy
 from .layer import AnyStorer, LayerResult, LayerSpec, import_layer
 from ..store.objects import ObjectStore
-from ..formats.oci import Reference
+from ..formats.reference import Reference
 from ..progress import BYTES, DONE, STARTED, Event, Progress
 from ..store.repository import Repository
 from ..source.skopeosource import Session, is_passing, pause

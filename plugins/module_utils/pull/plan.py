@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from ..formats import oci
+from ..formats import ocidocuments
 from ..host import machine
 from ..store import imagestreams, namerecords, proofs
 from ..errors import UnexpectedDigest
-from ..formats.oci import Reference, parse_reference
+from ..formats.reference import Reference, parse_reference
 from ..store.namerecords import NameRecord
 from ..store.repository import Repository
 from ..source.skopeosource import Session
@@ -45,10 +45,10 @@ class Layer:
     there and proved.
     """
 
-    blob: oci.Descriptor
+    blob: ocidocuments.Descriptor
     diff_id: str
     stream: str
-    source: oci.Descriptor
+    source: ocidocuments.Descriptor
     stored: bytes | None
 
     @property
@@ -59,7 +59,7 @@ class Layer:
     @property
     def compression(self) -> str | None:
         """How the source is compressed; None for a blob that is no tar."""
-        compression = oci.layer_compression(self.source.media_type)
+        compression = ocidocuments.layer_compression(self.source.media_type)
         # docker-archive: calls its plain tars gzip. The digest does not lie: a blob that has the tar's digest is the
         # tar.
         return "none" if compression is not None and self.source.digest == self.diff_id else compression
@@ -91,11 +91,11 @@ class Plan:
 
     request: Request
     reference: Reference
-    manifest: oci.Manifest
+    manifest: ocidocuments.Manifest
     registry_digest: str
     index_digest: str | None
     config_raw: bytes
-    config: oci.Config | None
+    config: ocidocuments.Config | None
     layers: list[Layer]
     standing: Standing
     manifest_document: imagestreams.Document | None
@@ -153,7 +153,7 @@ def look_up(repository: Repository, request: Request, reference: Reference, sess
     resolved = session.resolve(reference)
     # From here on everything is asked for with the reference that leads to this manifest, whatever a tag does.
     reference, registry_digest, index_digest = resolved.reference, resolved.digest, resolved.index_digest
-    manifest = oci.parse_manifest(resolved.raw)
+    manifest = ocidocuments.parse_manifest(resolved.raw)
     _check_digest(request, manifest.digest, registry_digest, index_digest)
     manifest_document = imagestreams.usable(repository, imagestreams.MANIFEST, manifest.digest)
     if manifest_document is None:
@@ -165,8 +165,8 @@ def look_up(repository: Repository, request: Request, reference: Reference, sess
         else session.config(reference, manifest.config, converted=manifest.digest != registry_digest)
     )
     config = None
-    if oci.is_container(manifest):
-        config = oci.parse_config(config_raw)
+    if ocidocuments.is_container(manifest):
+        config = ocidocuments.parse_config(config_raw)
         if config_document is None:
             _validate("config", config_raw, warnings)
         _check_platform(request, config, resolved.platform, warnings)
@@ -206,12 +206,16 @@ def recall(
     manifest_document = imagestreams.usable(repository, imagestreams.MANIFEST, digest)
     if manifest_document is None:
         return None
-    manifest = oci.parse_manifest(manifest_document.raw)
+    manifest = ocidocuments.parse_manifest(manifest_document.raw)
     config_document = imagestreams.usable(repository, imagestreams.CONFIG, manifest.config.digest)
     if config_document is None:
         return None
-    config = oci.parse_config(config_document.raw) if oci.is_container(manifest) else None
-    if request.platform and config is not None and not oci.parse_platform(request.platform).accepts(config.platform):
+    config = ocidocuments.parse_config(config_document.raw) if ocidocuments.is_container(manifest) else None
+    if (
+        request.platform
+        and config is not None
+        and not ocidocuments.parse_platform(request.platform).accepts(config.platform)
+    ):
         return None
     plan = Plan(
         request=request,
@@ -254,8 +258,8 @@ def _is_asked_for(request: Request, standing: Standing, same_reference: bool) ->
 def _stored_layer(
     repository: Repository,
     plan: Plan,
-    blob: oci.Descriptor,
-    source: oci.Descriptor,
+    blob: ocidocuments.Descriptor,
+    source: ocidocuments.Descriptor,
     diff_id: str,
     record: bool,
     warnings: list[str],
@@ -281,11 +285,11 @@ def _validate(kind: str, raw: bytes, warnings: list[str]) -> None:
         )
 
 
-def _diff_ids(manifest: oci.Manifest, config: oci.Config | None) -> list[str]:
+def _diff_ids(manifest: ocidocuments.Manifest, config: ocidocuments.Config | None) -> list[str]:
     """The digests that name the layer streams: a container's diff_ids, an artifact's blob digests."""
     if config is None:
         return [layer.digest for layer in manifest.layers]
-    return [diff_id for _layer, diff_id in oci.pairs(manifest, config)]
+    return [diff_id for _layer, diff_id in ocidocuments.pairs(manifest, config)]
 
 
 def _check_digest(request: Request, digest: str, registry_digest: str, index_digest: str | None) -> None:
@@ -297,7 +301,9 @@ def _check_digest(request: Request, digest: str, registry_digest: str, index_dig
         )
 
 
-def _check_platform(request: Request, config: oci.Config, member: oci.Platform | None, warnings: list[str]) -> None:
+def _check_platform(
+    request: Request, config: ocidocuments.Config, member: ocidocuments.Platform | None, warnings: list[str]
+) -> None:
     """Refuse or warn of an image that is not for the platform it should be for; ``member`` is what an index says of it.
 
     The index decides for what was chosen from it: builders copy configurations, and its word is what others go by. A
@@ -310,6 +316,6 @@ def _check_platform(request: Request, config: oci.Config, member: oci.Platform |
                 f"{config.platform or 'nothing'}. The index decides."
             )
     elif request.platform:
-        oci.check_platform(config, oci.parse_platform(request.platform))
+        ocidocuments.check_platform(config, ocidocuments.parse_platform(request.platform))
     elif str(config.platform) and not machine.own_platform().accepts(config.platform):
         warnings.append(f"{request.ref} is for {config.platform}, and this host is {machine.own_platform()}.")

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..formats import codecs, oci
+from ..formats import codecs, ocidocuments
 from . import publish
 from ..store import imagestreams, namerecords
 from . import plan as planning
@@ -31,7 +31,8 @@ from ..errors import (
     doing,
     from_os_error,
 )
-from ..formats.oci import Platform, Reference, parse_platform, parse_reference
+from ..formats.ocidocuments import Platform, parse_platform
+from ..formats.reference import Reference, parse_reference
 from .plan import Layer, Plan, Request
 from ..progress import IMAGE, PLANNED, SKIPPED, Event, Progress, human
 from ..store.repository import Repository
@@ -471,4 +472,4 @@ def blank(request: Request) -> dict[str, Any]:
 def _stored_layers(repository: Repository, digest: str | None) -> list[str]:
     """The blob digests of a stored manifest's layers, for showing what a name led to."""
     document = imagestreams.usable(repository, imagestreams.MANIFEST, digest) if digest else None
-    return [layer.digest for layer in oci.parse_manifest(document.raw).layers] if document else []
+    return [layer.digest for layer in ocidocuments.parse_manifest(document.raw).layers] if document else []

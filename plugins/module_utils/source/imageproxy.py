@@ -48,17 +48,10 @@ from ..errors import (
     Stalled,
     UnsupportedMediaType,
 )
-from ..formats.oci import (
-    MAX_CONFIG,
-    MAX_LAYERS,
-    MAX_MANIFEST,
-    MAX_SIZE,
-    Descriptor,
-    Reference,
-    digest_of,
-    is_digest,
-    load_json,
-)
+from ..formats.digests import digest_of, is_digest
+from ..formats.ocidocuments import Descriptor, MAX_CONFIG, MAX_LAYERS, MAX_MANIFEST, MAX_SIZE
+from ..formats.reference import Reference
+from ..formats.strictjson import load_json
 from .skopeo import INSTALL, Child, ProxyOptions, check_unenforced_policy, classify, command, passing, readable, scrub
 
 REQUEST = 32768  # the longest request that skopeo reads

@@ -44,7 +44,10 @@ from ..errors import (
     TlsFailed,
     UnsupportedMediaType,
 )
-from ..formats.oci import MAX_MANIFEST, Platform, Reference, digest_of, load_json
+from ..formats.digests import digest_of
+from ..formats.ocidocuments import MAX_MANIFEST, Platform
+from ..formats.reference import Reference
+from ..formats.strictjson import load_json
 
 _E = TypeVar("_E", bound=EngineError)
 

@@ -14,11 +14,13 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from ..formats import indexes, oci
+from ..formats import indexes, ocidocuments
 from ..host import machine
 from ..errors import DigestMismatch, EngineError, InvalidDocument, UnexpectedDigest
 from .imageproxy import ImageProxy, fetch_config
-from ..formats.oci import Platform, Reference, digest_of
+from ..formats.digests import digest_of
+from ..formats.ocidocuments import Platform
+from ..formats.reference import Reference
 from ..progress import Progress
 from .skopeo import ProxyOptions, policy_demand, policy_path, skopeo_version, top_digest
 
@@ -129,13 +131,13 @@ class Session:
         """
         return self._patiently(lambda proxy, image: proxy.get_manifest(image), reference)
 
-    def config(self, reference: Reference, descriptor: oci.Descriptor, converted: bool) -> bytes:
+    def config(self, reference: Reference, descriptor: ocidocuments.Descriptor, converted: bool) -> bytes:
         """The configuration's bytes, proved against ``descriptor``; ``converted`` if skopeo made the manifest from
         Docker's format.
         """
         return self._patiently(lambda proxy, image: fetch_config(proxy, image, descriptor, converted), reference)
 
-    def layer_sources(self, reference: Reference, manifest: oci.Manifest) -> list[oci.Descriptor]:
+    def layer_sources(self, reference: Reference, manifest: ocidocuments.Manifest) -> list[ocidocuments.Descriptor]:
         """What the transport delivers for each layer: the manifest's own blobs, except for a container storage, which
         keeps tars.
         """
@@ -173,8 +175,8 @@ class Session:
 
     def _resolve_remote(self, reference: Reference) -> Resolved:
         top, raw = self._raw(reference)
-        chosen = indexes.Chosen(oci.Descriptor("", top, len(raw)), None)
-        if oci.is_index(raw):
+        chosen = indexes.Chosen(ocidocuments.Descriptor("", top, len(raw)), None)
+        if ocidocuments.is_index(raw):
             wanted = self.options.platform or machine.own_platform()
             chosen = indexes.choose(raw, wanted, lambda entry: self._raw(reference.pinned(entry.digest))[1])
         wanted_digest = chosen.descriptor.digest
@@ -188,7 +190,7 @@ class Session:
                 f"{reference.original} meant {wanted_digest} a moment ago, and {digest} now.",
                 "Somebody moves the tag right now, or the registry contradicts itself; try again.",
             )
-        if digest_of(manifest) != digest and chosen.descriptor.media_type == oci.OCI_MANIFEST:
+        if digest_of(manifest) != digest and chosen.descriptor.media_type == ocidocuments.OCI_MANIFEST:
             raise DigestMismatch(
                 f"The manifest {digest} of {reference.original} has the digest {digest_of(manifest)}.",
                 "The image is damaged; ask its publisher.",

@@ -23,7 +23,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from ..formats import fsverity, repolayout
+from ..formats import digests, fsverity, repolayout
 from ..errors import EngineError, FormatError, doing, from_os_error
 from .imagestreams import CONFIG
 from .repository import Repository
@@ -201,7 +201,7 @@ class Graph:
         if node is None:
             self.problems.append(Problem("dangling_reference", link.path))
             # The names of early 2026 lead to the digest of the configuration, whose stream is called otherwise.
-            node = targets.get(CONFIG + last) if repolayout.is_oci_digest(last) else None
+            node = targets.get(CONFIG + last) if digests.is_oci_digest(last) else None
             if node is None:
                 return
         if link.path.startswith("images/"):

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from ..formats import oci, splitstream
+from ..formats import digests, ocidocuments, splitstream
 from ..errors import FormatError
 from .repository import Repository
 
@@ -63,7 +63,9 @@ def read(repository: Repository, kind: str, digest: str) -> Document | None:
 def read_object(repository: Repository, kind: str, digest: str, stream: bytes) -> Document:
     """The document ``digest`` from the splitstream object ``stream``; FormatError if it is another one or damaged."""
     content_type, limit = (
-        (splitstream.MANIFEST, oci.MAX_MANIFEST) if kind == MANIFEST else (splitstream.CONFIG, oci.MAX_CONFIG)
+        (splitstream.MANIFEST, ocidocuments.MAX_MANIFEST)
+        if kind == MANIFEST
+        else (splitstream.CONFIG, ocidocuments.MAX_CONFIG)
     )
     what = f"{kind}{digest}"
     with repository.open_object_stream(stream, content_type) as opened:
@@ -76,9 +78,9 @@ def read_object(repository: Repository, kind: str, digest: str, stream: bytes) -
             )
         raw = repository.objects.read(chunks[0].digest, limit)
         refs = dict(opened.named_refs)
-    if oci.digest_of(raw) != digest:
+    if digests.digest_of(raw) != digest:
         raise FormatError(
-            f"The stream {what} holds a document with the digest {oci.digest_of(raw)}.", "Pull the image again."
+            f"The stream {what} holds a document with the digest {digests.digest_of(raw)}.", "Pull the image again."
         )
     return Document(raw, refs, stream)
 

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import FormatError, doing
-from ..formats import repolayout
+from ..formats import digests, repolayout
 from ..host import files
 from .marks import DIRECTORY
 from .repository import Repository
@@ -113,7 +113,7 @@ def _file_name(name: str) -> str:
     encoded = repolayout.encode_tag(name)
     if len(os.fsencode(encoded)) + len(_SUFFIX) > repolayout.NAME_MAX:
         # No room for the suffix. No encoded tag begins so, for every % in one is followed by 25 or 2F.
-        encoded = "%sha256-" + hashlib.sha256(encoded.encode("utf-8", "surrogateescape")).hexdigest()
+        encoded = "%sha256-" + hashlib.sha256(os.fsencode(encoded)).hexdigest()
     return encoded + _SUFFIX
 
 
@@ -135,7 +135,7 @@ def _parse(values: object) -> NameRecord | None:
     fields = {field.name: values.get(field.name) for field in dataclasses.fields(NameRecord)}
     if any(value is not None and not isinstance(value, str) for value in fields.values()):
         return None
-    if not fields["ref"] or not repolayout.is_oci_digest(fields["manifest"] or ""):
+    if not fields["ref"] or not digests.is_oci_digest(fields["manifest"] or ""):
         return None
     return NameRecord(**{**fields, "since": fields["since"] or ""})  # type: ignore[arg-type]
 

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ..formats import fsverity, repolayout
+from ..formats import digests, fsverity, repolayout
 from ..host import files, filesystem
 from . import marks
 from ..errors import (
@@ -343,7 +343,7 @@ class Repository:
         """
         repolayout.check_tag_name(name)
         stream = repolayout.MANIFEST_PREFIX + manifest_digest
-        if not repolayout.is_oci_digest(manifest_digest) or self.stream(stream) is None:
+        if not digests.is_oci_digest(manifest_digest) or self.stream(stream) is None:
             raise ImageNotFound(
                 f"There is no manifest {manifest_digest} in the repository {self.path}.", "Pull the image first."
             )
@@ -360,7 +360,7 @@ class Repository:
 
     def trusted(self, diff_id: str) -> bytes | None:
         """The stream object whose tar was once proven to have the digest ``diff_id``, or None."""
-        text = self._readlink(f"{_TRUSTED}/{diff_id}") if repolayout.is_oci_digest(diff_id) else None
+        text = self._readlink(f"{_TRUSTED}/{diff_id}") if digests.is_oci_digest(diff_id) else None
         try:
             return fsverity.parse_hex(text, self.algorithm) if text is not None else None
         except FormatError:
@@ -372,7 +372,7 @@ class Repository:
             self.require_writable()
         except EngineError:
             return
-        if repolayout.is_oci_digest(diff_id) and self.trusted(diff_id) != digest:
+        if digests.is_oci_digest(diff_id) and self.trusted(diff_id) != digest:
             self._symlink(f"{_TRUSTED}/{diff_id}", digest.hex())
 
     # --- the place

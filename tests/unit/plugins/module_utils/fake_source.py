@@ -29,7 +29,9 @@ from ansible_collections.composefs.oci.plugins.module_utils.pull import fetch, p
 from ansible_collections.composefs.oci.plugins.module_utils.source import skopeosource
 from ansible_collections.composefs.oci.plugins.module_utils.errors import EngineError, ImageNotFound, ProxyFailed
 from ansible_collections.composefs.oci.plugins.module_utils.source.imageproxy import BlobPipe
-from ansible_collections.composefs.oci.plugins.module_utils.formats.oci import Descriptor, Reference, digest_of
+from ansible_collections.composefs.oci.plugins.module_utils.formats.digests import digest_of
+from ansible_collections.composefs.oci.plugins.module_utils.formats.ocidocuments import Descriptor
+from ansible_collections.composefs.oci.plugins.module_utils.formats.reference import Reference
 from ansible_collections.composefs.oci.plugins.module_utils.progress import Event, Progress
 from ansible_collections.composefs.oci.plugins.module_utils.pull.publish import Images
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository

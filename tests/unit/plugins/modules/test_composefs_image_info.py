@@ -16,7 +16,7 @@ pytest.importorskip("ansible.module_utils.basic", exc_type=ImportError)
 
 import yaml
 
-from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity, oci
+from ansible_collections.composefs.oci.plugins.module_utils.formats import digests, fsverity, ocidocuments
 from ansible_collections.composefs.oci.plugins.module_utils.store import create, imagestreams
 from ansible_collections.composefs.oci.plugins.module_utils.rootfs.erofswriter import write_image
 from ansible_collections.composefs.oci.plugins.module_utils.rootfs.filetree import Directory, Leaf, Stat
@@ -45,19 +45,19 @@ def path(tmp_path: Path) -> str:
             ).encode()
             config = {
                 "mediaType": "application/vnd.oci.image.config.v1+json",
-                "digest": oci.digest_of(raw),
+                "digest": digests.digest_of(raw),
                 "size": len(raw),
             }
             manifest = json.dumps(
-                {"schemaVersion": 2, "mediaType": oci.OCI_MANIFEST, "config": config, "layers": []}
+                {"schemaVersion": 2, "mediaType": ocidocuments.OCI_MANIFEST, "config": config, "layers": []}
             ).encode()
             stream = imagestreams.store(repository, imagestreams.CONFIG, raw, refs)
             repository.register(imagestreams.CONFIG + config["digest"], stream)
             leading = imagestreams.store(
                 repository, imagestreams.MANIFEST, manifest, {imagestreams.CONFIG_REF + config["digest"]: stream}
             )
-            repository.register(imagestreams.MANIFEST + oci.digest_of(manifest), leading)
-            repository.tag(name, oci.digest_of(manifest))
+            repository.register(imagestreams.MANIFEST + digests.digest_of(manifest), leading)
+            repository.tag(name, digests.digest_of(manifest))
     return found
 
 

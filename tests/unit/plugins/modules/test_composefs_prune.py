@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("ansible.module_utils.basic", exc_type=ImportError)
 
 from ansible_collections.composefs.oci.plugins.module_utils.errors import InvalidOption
-from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity, oci
+from ansible_collections.composefs.oci.plugins.module_utils.formats import digests, fsverity, ocidocuments
 from ansible_collections.composefs.oci.plugins.module_utils.store import create, imagestreams
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ansible_collections.composefs.oci.plugins.modules import composefs_prune
@@ -37,17 +37,17 @@ def path(tmp_path: Path) -> str:
         repository.objects.put(b"garbage" * 100)
         for name in ("app:1", "app:2"):
             raw = json.dumps({"of": name}).encode()
-            config = {"mediaType": "application/x", "digest": oci.digest_of(raw), "size": len(raw)}
+            config = {"mediaType": "application/x", "digest": digests.digest_of(raw), "size": len(raw)}
             manifest = json.dumps(
-                {"schemaVersion": 2, "mediaType": oci.OCI_MANIFEST, "config": config, "layers": []}
+                {"schemaVersion": 2, "mediaType": ocidocuments.OCI_MANIFEST, "config": config, "layers": []}
             ).encode()
             stream = imagestreams.store(repository, imagestreams.CONFIG, raw, {})
             repository.register(imagestreams.CONFIG + config["digest"], stream)
             leading = imagestreams.store(
                 repository, imagestreams.MANIFEST, manifest, {imagestreams.CONFIG_REF + config["digest"]: stream}
             )
-            repository.register(imagestreams.MANIFEST + oci.digest_of(manifest), leading)
-            repository.tag(name, oci.digest_of(manifest))
+            repository.register(imagestreams.MANIFEST + digests.digest_of(manifest), leading)
+            repository.tag(name, digests.digest_of(manifest))
     return found
 
 

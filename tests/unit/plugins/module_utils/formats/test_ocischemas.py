@@ -9,7 +9,7 @@ import json
 import sys
 
 import pytest
-from ansible_collections.composefs.oci.plugins.module_utils.formats import oci, ocischemas
+from ansible_collections.composefs.oci.plugins.module_utils.formats import digests, ocidocuments, ocischemas
 from ansible_collections.composefs.oci.plugins.module_utils.errors import EngineError, InvalidDocument
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,18 +21,18 @@ LAYER = {"mediaType": "application/vnd.oci.image.layer.v1.tar+gzip", "digest": D
 
 # As umoci, buildah, docker, ko and oras write them: absent and null members, additional members, Docker's names.
 MANIFESTS = [
-    {"schemaVersion": 2, "config": {"mediaType": oci.OCI_CONFIG, "digest": D, "size": 2}, "layers": [LAYER]},
+    {"schemaVersion": 2, "config": {"mediaType": ocidocuments.OCI_CONFIG, "digest": D, "size": 2}, "layers": [LAYER]},
     {
         "schemaVersion": 2,
-        "mediaType": oci.OCI_MANIFEST,
-        "config": {"mediaType": oci.OCI_CONFIG, "digest": D, "size": 2},
+        "mediaType": ocidocuments.OCI_MANIFEST,
+        "config": {"mediaType": ocidocuments.OCI_CONFIG, "digest": D, "size": 2},
         "layers": [],
         "annotations": None,
     },
     {
         "schemaVersion": 2,
-        "mediaType": oci.DOCKER_MANIFEST,
-        "config": {"mediaType": oci.DOCKER_CONFIG, "digest": D, "size": 2},
+        "mediaType": ocidocuments.DOCKER_MANIFEST,
+        "config": {"mediaType": ocidocuments.DOCKER_CONFIG, "digest": D, "size": 2},
         "layers": [
             dict(
                 LAYER, mediaType="application/vnd.docker.image.rootfs.foreign.diff.tar.gzip", urls=["https://x.example"]
@@ -41,11 +41,11 @@ MANIFESTS = [
     },
     {
         "schemaVersion": 2,
-        "mediaType": oci.OCI_MANIFEST,
+        "mediaType": ocidocuments.OCI_MANIFEST,
         "artifactType": "application/x",
-        "config": {"mediaType": oci.OCI_EMPTY, "digest": oci.EMPTY_DIGEST, "size": 2, "data": "e30="},
+        "config": {"mediaType": ocidocuments.OCI_EMPTY, "digest": digests.EMPTY_DIGEST, "size": 2, "data": "e30="},
         "layers": [dict(LAYER, annotations={"org.opencontainers.image.title": "a"})],
-        "subject": dict(LAYER, mediaType=oci.OCI_MANIFEST),
+        "subject": dict(LAYER, mediaType=ocidocuments.OCI_MANIFEST),
     },
 ]
 CONFIGS = [
@@ -79,7 +79,7 @@ INDEXES = [
         "schemaVersion": 2,
         "manifests": [dict(LAYER, platform={"os": "linux", "architecture": "arm", "variant": "v7"}), LAYER],
     },
-    {"schemaVersion": 2, "mediaType": oci.DOCKER_LIST, "manifests": []},
+    {"schemaVersion": 2, "mediaType": ocidocuments.DOCKER_LIST, "manifests": []},
 ]
 EVERY = (
     [("manifest", item) for item in MANIFESTS]
@@ -109,7 +109,7 @@ def test_documents_of_common_builders_fit(kind, document):
         ("manifest", ["layers", 0, "urls"], "x", "layers/0/urls"),
         ("manifest", ["layers", 0, "mediaType"], "", "layers/0/mediaType"),
         ("manifest", ["manifests"], [], "top level"),
-        ("manifest", ["mediaType"], oci.OCI_INDEX, "mediaType"),
+        ("manifest", ["mediaType"], ocidocuments.OCI_INDEX, "mediaType"),
         ("config", ["rootfs", "type"], "base", "rootfs/type"),
         ("config", ["rootfs", "diff_ids"], ["x"], "rootfs/diff_ids/0"),
         ("config", ["config"], {"Env": {"A": "b"}}, "config/Env"),
@@ -155,5 +155,9 @@ def test_hostile_documents_raise_engine_errors_only(case, noise, place):
 
 @pytest.mark.parametrize(("kind", "document"), EVERY)
 def test_the_typed_readers_take_what_the_schemas_take(kind, document):
-    read = {"manifest": oci.parse_manifest, "config": oci.parse_config, "index": oci.parse_index}[kind]
+    read = {
+        "manifest": ocidocuments.parse_manifest,
+        "config": ocidocuments.parse_config,
+        "index": ocidocuments.parse_index,
+    }[kind]
     assert read(json.dumps(document).encode())

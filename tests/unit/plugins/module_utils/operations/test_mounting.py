@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity, oci
+from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity, ocidocuments
+from ansible_collections.composefs.oci.plugins.module_utils.formats.digests import digest_of
 from ansible_collections.composefs.oci.plugins.module_utils.host import mountcalls, mountinfo
 from ansible_collections.composefs.oci.plugins.module_utils.operations import dump, mounting
 from ansible_collections.composefs.oci.plugins.module_utils.store import create, imagestreams
@@ -71,21 +72,24 @@ def put_image(
     config_stream = imagestreams.store(repository, imagestreams.CONFIG, raw, refs)
     manifest = {
         "schemaVersion": 2,
-        "mediaType": oci.OCI_MANIFEST,
+        "mediaType": ocidocuments.OCI_MANIFEST,
         "config": {
             "mediaType": "application/vnd.oci.image.config.v1+json",
-            "digest": oci.digest_of(raw),
+            "digest": digest_of(raw),
             "size": len(raw),
         },
         "layers": [],
     }
     raw_manifest = json.dumps(manifest).encode()
     stream = imagestreams.store(
-        repository, imagestreams.MANIFEST, raw_manifest, {imagestreams.CONFIG_REF + oci.digest_of(raw): config_stream}
+        repository,
+        imagestreams.MANIFEST,
+        raw_manifest,
+        {imagestreams.CONFIG_REF + digest_of(raw): config_stream},
     )
-    repository.register(imagestreams.CONFIG + oci.digest_of(raw), config_stream)
-    repository.register(imagestreams.MANIFEST + oci.digest_of(raw_manifest), stream)
-    repository.tag(name, oci.digest_of(raw_manifest))
+    repository.register(imagestreams.CONFIG + digest_of(raw), config_stream)
+    repository.register(imagestreams.MANIFEST + digest_of(raw_manifest), stream)
+    repository.tag(name, digest_of(raw_manifest))
     for digest in refs.values() if linked else ():
         repository.link_image(digest)
     return next(iter(refs.values())).hex() if refs else ""
@@ -525,7 +529,7 @@ def test_what_two_images_share_is_counted_as_shared(repository: Repository) -> N
     assert document is not None
     raw = json.dumps({**json.loads(document.raw), "annotations": {"again": "yes"}}).encode()
     repository.register(
-        imagestreams.MANIFEST + oci.digest_of(raw),
+        imagestreams.MANIFEST + digest_of(raw),
         imagestreams.store(repository, imagestreams.MANIFEST, raw, document.refs),
     )
     again = disk_use(repository, [digests["one"], digests["two"]])

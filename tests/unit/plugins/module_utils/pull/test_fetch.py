@@ -40,7 +40,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.errors import (
 from ansible_collections.composefs.oci.plugins.module_utils.pull.fetch import Fetcher, Job
 from ansible_collections.composefs.oci.plugins.module_utils.pull.layer import LayerSpec
 from ansible_collections.composefs.oci.plugins.module_utils.store.objects import ObjectStore
-from ansible_collections.composefs.oci.plugins.module_utils.formats.oci import parse_reference
+from ansible_collections.composefs.oci.plugins.module_utils.formats.reference import parse_reference
 from ansible_collections.composefs.oci.plugins.module_utils.progress import DONE, STARTED, Progress
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ansible_collections.composefs.oci.plugins.module_utils.source.skopeosource import Session

@@ -30,7 +30,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     UnexpectedDigest,
     UnsupportedMediaType,
 )
-from ansible_collections.composefs.oci.plugins.module_utils.formats.oci import Descriptor
+from ansible_collections.composefs.oci.plugins.module_utils.formats.ocidocuments import Descriptor
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ansible_collections.composefs.oci.tests.support.tarbytes import DIRECTORY, member, tar
 

@@ -19,7 +19,8 @@ import threading
 import time
 
 import pytest
-from ansible_collections.composefs.oci.plugins.module_utils.formats import oci
+from ansible_collections.composefs.oci.plugins.module_utils.formats import digests, ocidocuments
+from ansible_collections.composefs.oci.plugins.module_utils.formats.reference import parse_reference
 from ansible_collections.composefs.oci.plugins.module_utils.source import imageproxy, skopeo
 from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     AuthFailed,
@@ -38,7 +39,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 FAKE = str(pathlib.Path(__file__).parents[1] / "fake_proxy.py")
-REMOTE = oci.parse_reference("registry.example:5000/x/y:z")
+REMOTE = parse_reference("registry.example:5000/x/y:z")
 SECRET = "s3cret/pass word"
 D = "sha256:" + "a" * 64
 
@@ -81,7 +82,7 @@ def test_a_document_larger_than_the_pipe_does_not_deadlock():
     with fake({"GetManifest": {"data": "x" * 1000, "times": 300}}) as proxy:
         digest, data = proxy.get_manifest(proxy.open_image())
     assert data == b"x" * 300_000
-    assert digest == oci.digest_of(data)
+    assert digest == digests.digest_of(data)
     assert (proxy.version, proxy.protocol_version) == ((0, 2, 8), "0.2.8")
 
 
@@ -163,7 +164,7 @@ def test_an_unknown_size_is_accepted():
 @pytest.mark.parametrize("plan", [{"data": "{}x"}, {"data": "{}", "times": 2}, {"data": "[]"}, {"data": "{"}])
 def test_a_small_blob_is_verified(plan):
     with fake({"GetBlob": {"value": -1, **plan}}) as proxy, pytest.raises(DigestMismatch):
-        proxy.read_blob(1, oci.Descriptor(oci.OCI_EMPTY, oci.EMPTY_DIGEST, 2), 100)
+        proxy.read_blob(1, ocidocuments.Descriptor(ocidocuments.OCI_EMPTY, digests.EMPTY_DIGEST, 2), 100)
 
 
 @pytest.mark.parametrize(
@@ -178,8 +179,8 @@ def test_a_small_blob_is_verified(plan):
 def test_layers_are_listed_by_the_method_that_the_version_has(version, method):
     layers = [{"digest": D, "size": 5, "media_type": "application/vnd.oci.image.layer.v1.tar"}] * 200
     plan = {"version": version, method: {"data": json.dumps(layers)}}
-    with fake(plan, oci.parse_reference("containers-storage:localhost/x"), insecure_policy=True) as proxy:
-        assert proxy.layer_infos(1) == (oci.Descriptor("application/vnd.oci.image.layer.v1.tar", D, 5),) * 200
+    with fake(plan, parse_reference("containers-storage:localhost/x"), insecure_policy=True) as proxy:
+        assert proxy.layer_infos(1) == (ocidocuments.Descriptor("application/vnd.oci.image.layer.v1.tar", D, 5),) * 200
 
 
 @pytest.mark.parametrize(
@@ -202,7 +203,7 @@ def test_a_nonsensical_list_of_layers_is_refused(item):
 
 
 def test_containers_storage_needs_a_newer_skopeo_and_says_which():
-    proxy = fake({"version": "0.2.3"}, oci.parse_reference("containers-storage:localhost/x"))
+    proxy = fake({"version": "0.2.3"}, parse_reference("containers-storage:localhost/x"))
     with pytest.raises(SkopeoMissing, match=r"skopeo 1\.11"):
         proxy.start()
 
@@ -412,7 +413,7 @@ def test_requests_of_several_threads_do_not_mix():
             thread.start()
         for thread in threads:
             thread.join()
-    assert results == [oci.digest_of(b"x" * 100_000)] * 8
+    assert results == [digests.digest_of(b"x" * 100_000)] * 8
 
 
 def test_skopeo_dies_with_the_process_that_started_it(tmp_path):
@@ -423,9 +424,9 @@ def test_skopeo_dies_with_the_process_that_started_it(tmp_path):
         "spec = importlib.util.spec_from_file_location('shim', sys.argv[3])\n"
         "spec.loader.exec_module(importlib.util.module_from_spec(spec))\n"
         "from ansible_collections.composefs.oci.plugins.module_utils.source import imageproxy\n"
-        "from ansible_collections.composefs.oci.plugins.module_utils.formats import oci\n"
+        "from ansible_collections.composefs.oci.plugins.module_utils.formats import reference\n"
         "proxy = imageproxy.ImageProxy(imageproxy.ProxyOptions(executable=tuple(json.loads(sys.argv[2]))), "
-        "oci.parse_reference('a.example/b'))\n"
+        "reference.parse_reference('a.example/b'))\n"
         "proxy.start()\n"
         "os.dup2(os.dup(proxy.fileno()), 200)\n"
         "if os.fork() == 0:\n"  # somebody else keeps the connection open
@@ -500,12 +501,12 @@ def test_credentials_are_in_a_private_file_for_one_registry_only():
 
 def test_credentials_for_docker_io_are_under_its_name():
     assert list(
-        json.loads(portrait(oci.parse_reference("docker://fedora"), username="me", password="x")["auth"])["auths"]
+        json.loads(portrait(parse_reference("docker://fedora"), username="me", password="x")["auth"])["auths"]
     ) == ["docker.io"]
 
 
 def test_local_transports_get_no_credentials():
-    assert portrait(oci.parse_reference("dir:/x"), username="me", password=SECRET)["auth"] == ""
+    assert portrait(parse_reference("dir:/x"), username="me", password=SECRET)["auth"] == ""
 
 
 def test_skopeo_inherits_no_descriptors():
@@ -525,7 +526,7 @@ def test_options_reach_the_command_line(tmp_path):
         cert_dir=str(tmp_path),
         policy=str(policy),
         insecure_policy=True,
-        platform=oci.Platform("linux", "arm64", "v8"),
+        platform=ocidocuments.Platform("linux", "arm64", "v8"),
         tmpdir="/t",
     )["argv"]
     verb = argv.index("experimental-image-proxy")
@@ -576,7 +577,7 @@ def test_secrets_never_reach_a_message():
 
 def test_without_root_containers_storage_goes_through_podman(monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    reference = oci.parse_reference("containers-storage:x")
+    reference = parse_reference("containers-storage:x")
     with skopeo.command(ProxyOptions(), reference, ("verb",), ()) as (argv, _fds):
         assert argv == ["podman", "unshare", "skopeo", "verb"]
     with skopeo.command(ProxyOptions(), REMOTE, ("verb",), ()) as (argv, _fds):
@@ -646,7 +647,7 @@ def test_any_replies_raise_engine_errors_only(packets, method):
                 wire.proxy.open_image,
                 lambda: wire.proxy.get_manifest(1),
                 lambda: wire.proxy.get_blob(1, D, 5),
-                lambda: wire.proxy.read_blob(1, oci.Descriptor("x/y", D, 0), 10),
+                lambda: wire.proxy.read_blob(1, ocidocuments.Descriptor("x/y", D, 0), 10),
             ][method]()
         except EngineError as error:
             assert str(error).isprintable()

@@ -18,7 +18,8 @@ import tarfile
 import time
 
 import pytest
-from ansible_collections.composefs.oci.plugins.module_utils.formats import oci
+from ansible_collections.composefs.oci.plugins.module_utils.formats import digests, ocidocuments
+from ansible_collections.composefs.oci.plugins.module_utils.formats.reference import parse_reference
 from ansible_collections.composefs.oci.plugins.module_utils.source import imageproxy, skopeo
 from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     DigestMismatch,
@@ -84,26 +85,26 @@ class Layout:
         document = {"architecture": architecture, "os": "linux", "rootfs": {"type": "layers", "diff_ids": [diff_id]}}
         manifest = {
             "schemaVersion": 2,
-            "mediaType": oci.OCI_MANIFEST,
-            "config": self.put(json.dumps(document).encode(), oci.OCI_CONFIG),
+            "mediaType": ocidocuments.OCI_MANIFEST,
+            "config": self.put(json.dumps(document).encode(), ocidocuments.OCI_CONFIG),
             "layers": [layer],
         }
         if annotations:
             manifest["annotations"] = annotations
-        return self.put(json.dumps(manifest, indent=1).encode(), oci.OCI_MANIFEST)
+        return self.put(json.dumps(manifest, indent=1).encode(), ocidocuments.OCI_MANIFEST)
 
     def index(self, entries, **more):
         document = {
             "schemaVersion": 2,
-            "mediaType": oci.OCI_INDEX,
+            "mediaType": ocidocuments.OCI_INDEX,
             "manifests": [dict(entry, platform=platform) for entry, platform in entries],
             **more,
         }
-        return self.put(json.dumps(document).encode(), oci.OCI_INDEX)
+        return self.put(json.dumps(document).encode(), ocidocuments.OCI_INDEX)
 
     def publish(self, *descriptors):
         (self.path / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": list(descriptors)}))
-        return oci.parse_reference(f"oci:{self.path}")
+        return parse_reference(f"oci:{self.path}")
 
 
 @pytest.fixture
@@ -123,10 +124,10 @@ def test_an_image_comes_through_byte_for_byte(layout, accept):
     with ImageProxy(accept, layout.publish(top)) as proxy:
         image = proxy.open_image()
         digest, data = proxy.get_manifest(image)
-        manifest = oci.parse_manifest(data)
+        manifest = ocidocuments.parse_manifest(data)
         assert digest == manifest.digest == top["digest"]
-        config = oci.parse_config(imageproxy.fetch_config(proxy, image, manifest.config))
-        ((layer, diff_id),) = oci.pairs(manifest, config)
+        config = ocidocuments.parse_config(imageproxy.fetch_config(proxy, image, manifest.config))
+        ((layer, diff_id),) = ocidocuments.pairs(manifest, config)
         pipe = proxy.get_blob(image, layer.digest, layer.size)
         blob = drain(pipe.fd, pipe.size)
         assert not skopeo.readable(pipe.fd, time.monotonic() + 0.05), (
@@ -135,8 +136,8 @@ def test_an_image_comes_through_byte_for_byte(layout, accept):
         proxy.finish_pipe(pipe.pipeid)
         assert os.read(pipe.fd, 1) == b""
         os.close(pipe.fd)
-        assert oci.digest_of(blob) == layer.digest
-        assert oci.digest_of(gzip.decompress(blob)) == diff_id
+        assert digests.digest_of(blob) == layer.digest
+        assert digests.digest_of(gzip.decompress(blob)) == diff_id
         proxy.close_image(image)
 
 
@@ -144,7 +145,7 @@ def test_a_damaged_blob_is_skopeos_to_tell(layout, accept):
     reference = layout.publish(layout.image())
     with ImageProxy(accept, reference) as proxy:
         image = proxy.open_image()
-        layer = oci.parse_manifest(proxy.get_manifest(image)[1]).layers[0]
+        layer = ocidocuments.parse_manifest(proxy.get_manifest(image)[1]).layers[0]
         path = layout.blobs / layer.digest[7:]
         path.write_bytes(b"\0" * layer.size)
         pipe = proxy.get_blob(image, layer.digest, layer.size)
@@ -166,8 +167,8 @@ def test_a_reader_that_gives_up_does_not_disturb_the_others(layout, accept):
     layout.put(content, "x/y")
     with ImageProxy(accept, layout.publish(layout.image())) as proxy:
         image = proxy.open_image()
-        first = proxy.get_blob(image, oci.digest_of(content), len(content))
-        second = proxy.get_blob(image, oci.digest_of(content), len(content))
+        first = proxy.get_blob(image, digests.digest_of(content), len(content))
+        second = proxy.get_blob(image, digests.digest_of(content), len(content))
         os.close(first.fd)
         with pytest.raises(EngineError, match="broken pipe"):
             proxy.finish_pipe(first.pipeid)
@@ -180,7 +181,7 @@ def test_a_skopeo_that_is_killed_within_a_blob(layout, accept):
     content = os.urandom(3_000_000)
     layout.put(content, "x/y")
     with ImageProxy(accept, layout.publish(layout.image())) as proxy:
-        pipe = proxy.get_blob(proxy.open_image(), oci.digest_of(content), len(content))
+        pipe = proxy.get_blob(proxy.open_image(), digests.digest_of(content), len(content))
         os.kill(proxy._child.process.pid, signal.SIGKILL)
         with pytest.raises(ProxyFailed, match="signal 9") as caught:
             proxy.finish_pipe(pipe.pipeid)
@@ -195,18 +196,22 @@ def test_skopeo_chooses_the_platform_of_an_index(layout, accept):
     top = layout.index(entries)
     reference = layout.publish(top)
     for (entry, platform), name in zip(entries, ("linux/amd64", "linux/arm64")):
-        with ImageProxy(dataclasses.replace(accept, platform=oci.parse_platform(name)), reference) as proxy:
+        with ImageProxy(dataclasses.replace(accept, platform=ocidocuments.parse_platform(name)), reference) as proxy:
             image = proxy.open_image()
             digest, data = proxy.get_manifest(image)
             assert digest == entry["digest"]
-            config = oci.parse_config(imageproxy.fetch_config(proxy, image, oci.parse_manifest(data).config))
+            config = ocidocuments.parse_config(
+                imageproxy.fetch_config(proxy, image, ocidocuments.parse_manifest(data).config)
+            )
             assert config.architecture == platform["architecture"]
-    with ImageProxy(dataclasses.replace(accept, platform=oci.parse_platform("linux/s390x")), reference) as proxy:
+    with ImageProxy(
+        dataclasses.replace(accept, platform=ocidocuments.parse_platform("linux/s390x")), reference
+    ) as proxy:
         image = proxy.open_image()
         with pytest.raises(PlatformNotFound, match="s390x"):
             proxy.get_manifest(image)
     digest, data = skopeo.top_digest(accept, reference)
-    assert digest == top["digest"] == oci.parse_index(data).digest
+    assert digest == top["digest"] == ocidocuments.parse_index(data).digest
 
 
 @pytest.mark.parametrize("transport", ["dir", "docker-archive"])
@@ -220,16 +225,16 @@ def test_section_13_docker_images_come_converted_with_a_config_that_only_skopeo_
         check=True,
         timeout=60,
     )
-    with ImageProxy(accept, oci.parse_reference(target)) as proxy:
+    with ImageProxy(accept, parse_reference(target)) as proxy:
         image = proxy.open_image()
         digest, data = proxy.get_manifest(image)
-        manifest = oci.parse_manifest(data)
+        manifest = ocidocuments.parse_manifest(data)
         assert digest != manifest.digest
-        assert manifest.media_type == oci.OCI_MANIFEST
+        assert manifest.media_type == ocidocuments.OCI_MANIFEST
         for converted in (True, False):
             config = imageproxy.fetch_config(proxy, image, manifest.config, converted)
-            assert oci.digest_of(config) == manifest.config.digest
-        assert oci.pairs(manifest, oci.parse_config(config))
+            assert digests.digest_of(config) == manifest.config.digest
+        assert ocidocuments.pairs(manifest, ocidocuments.parse_config(config))
 
 
 def test_an_archive_is_read(layout, accept, tmp_path):
@@ -237,7 +242,7 @@ def test_an_archive_is_read(layout, accept, tmp_path):
     layout.publish(top)
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         archive.add(layout.path, ".")
-    with ImageProxy(accept, oci.parse_reference(f"oci-archive:{tmp_path}/a.tar")) as proxy:
+    with ImageProxy(accept, parse_reference(f"oci-archive:{tmp_path}/a.tar")) as proxy:
         assert proxy.get_manifest(proxy.open_image())[0] == top["digest"]
 
 
@@ -247,7 +252,7 @@ def test_an_archive_is_read(layout, accept, tmp_path):
 )
 def test_what_is_not_there_is_not_found(layout, accept, tmp_path, text):
     layout.publish(layout.image())
-    reference = oci.parse_reference(text.format(tmp_path))
+    reference = parse_reference(text.format(tmp_path))
     with ImageProxy(accept, reference) as proxy, pytest.raises(ImageNotFound) as caught:
         proxy.get_manifest(proxy.open_image())
     assert "skopeo says" in str(caught.value)
@@ -258,7 +263,7 @@ def test_what_is_not_there_is_not_found(layout, accept, tmp_path, text):
 def test_nobody_listening_is_unreachable_and_may_be_tried_again(accept):
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
-        reference = oci.parse_reference(f"127.0.0.1:{holder.getsockname()[1]}/x:y")
+        reference = parse_reference(f"127.0.0.1:{holder.getsockname()[1]}/x:y")
         with ImageProxy(accept, reference) as proxy, pytest.raises(RegistryUnreachable, match="refused") as caught:
             proxy.open_image()
         assert skopeo.is_retryable(caught.value)
@@ -268,7 +273,7 @@ def test_a_registry_that_never_answers_is_a_stall(accept):
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        reference = oci.parse_reference(f"127.0.0.1:{silent.getsockname()[1]}/x:y")
+        reference = parse_reference(f"127.0.0.1:{silent.getsockname()[1]}/x:y")
         quick = dataclasses.replace(accept, timeout=0.5)
         with ImageProxy(quick, reference) as proxy, pytest.raises(Stalled):
             proxy.open_image()

@@ -17,7 +17,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from fake_source import REGISTRY, Events, Layout, World
 
-from ansible_collections.composefs.oci.plugins.module_utils.formats import oci
+from ansible_collections.composefs.oci.plugins.module_utils.formats import digests, ocidocuments
 from ansible_collections.composefs.oci.plugins.module_utils.source import skopeosource
 from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     AuthFailed,
@@ -31,7 +31,8 @@ from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     Stalled,
     UnexpectedDigest,
 )
-from ansible_collections.composefs.oci.plugins.module_utils.formats.oci import Descriptor, parse_reference
+from ansible_collections.composefs.oci.plugins.module_utils.formats.ocidocuments import Descriptor
+from ansible_collections.composefs.oci.plugins.module_utils.formats.reference import parse_reference
 from ansible_collections.composefs.oci.plugins.module_utils.progress import MESSAGE, Progress
 from ansible_collections.composefs.oci.plugins.module_utils.source.skopeosource import Session, is_passing
 from ansible_collections.composefs.oci.plugins.module_utils.source.skopeo import ProxyOptions, passing
@@ -55,7 +56,9 @@ def world(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> World:
 
 
 def talk(retries: int = 2, sink: Events | None = None, platform: str = "") -> Session:
-    return Session(ProxyOptions(platform=oci.parse_platform(platform) if platform else None), retries, Progress(sink))
+    return Session(
+        ProxyOptions(platform=ocidocuments.parse_platform(platform) if platform else None), retries, Progress(sink)
+    )
 
 
 def test_skopeo_is_started_when_it_is_needed_and_once(world: World) -> None:
@@ -148,7 +151,7 @@ def test_skopeo_is_started_by_whoever_may(world: World) -> None:
 
 def test_layers_come_from_the_manifest_except_from_a_container_storage(world: World) -> None:
     conversation = talk()
-    manifest = oci.parse_manifest(conversation.manifest(APP)[1])
+    manifest = ocidocuments.parse_manifest(conversation.manifest(APP)[1])
     assert conversation.layer_sources(APP, manifest) == list(manifest.layers)
     storage = parse_reference("containers-storage:localhost/app")
     tars = (Descriptor("application/vnd.oci.image.layer.v1.tar", "sha256:" + "a" * 64, 10240),)
@@ -179,7 +182,7 @@ def test_everything_after_the_first_answer_is_asked_by_digest(world: World) -> N
 def test_a_single_manifest_leads_through_no_index(world: World) -> None:
     resolved = talk().resolve(APP)
     assert (resolved.index_digest, resolved.platform) == (None, None)
-    assert resolved.digest == oci.digest_of(resolved.raw) == world.target(APP)["digest"]
+    assert resolved.digest == digests.digest_of(resolved.raw) == world.target(APP)["digest"]
 
 
 def test_a_reference_by_the_digest_of_an_index_is_looked_into(world: World) -> None:
@@ -211,7 +214,7 @@ def test_a_reference_that_is_refused_is_not_asked_for_again(world: World) -> Non
 @pytest.fixture
 def signatures(tmp_path: pathlib.Path) -> ProxyOptions:
     (tmp_path / "policy.json").write_text('{"default": [{"type": "reject"}]}')
-    return ProxyOptions(policy=str(tmp_path / "policy.json"), platform=oci.parse_platform("linux/arm64"))
+    return ProxyOptions(policy=str(tmp_path / "policy.json"), platform=ocidocuments.parse_platform("linux/arm64"))
 
 
 def test_a_signature_policy_judges_the_reference_as_it_is_written(world: World, signatures: ProxyOptions) -> None:

@@ -106,7 +106,7 @@ def test_what_is_not_the_document_is_an_error_to_read_and_missing_to_a_pull(repo
 
 def test_a_document_larger_than_any_is_not_read(repo: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     repo.register(imagestreams.CONFIG + DIGEST, imagestreams.store(repo, imagestreams.CONFIG, RAW, {}))
-    monkeypatch.setattr(imagestreams.oci, "MAX_CONFIG", len(RAW) - 1)
+    monkeypatch.setattr(imagestreams.ocidocuments, "MAX_CONFIG", len(RAW) - 1)
     with pytest.raises(FormatError, match="at most"):
         imagestreams.read(repo, imagestreams.CONFIG, DIGEST)
 

@@ -2,7 +2,7 @@
 # Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
 # SPDX-License-Identifier: BSD-2-Clause
 
-"""OCI references, platforms, descriptors, manifests, indexes and configurations as typed, bounded values. No I/O.
+"""OCI platforms, descriptors, manifests, indexes and configurations as typed, bounded values. No I/O.
 
 Documents come from strangers. Whatever the bytes are, the functions here either return a value that keeps every promise
 of its type or raise an engine error; nothing in a document decides how much memory or time is spent beyond the bounds
@@ -11,15 +11,14 @@ below. The bytes are kept as they came, since only they have the digest that nam
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..errors import InvalidDocument, InvalidReference, PlatformNotFound, UnsupportedMediaType
+from ..errors import InvalidDocument, PlatformNotFound, UnsupportedMediaType
+from .digests import ANY_DIGEST, digest_of, is_digest
+from .strictjson import load_json
 
 # containers/image and the distribution registry take manifests of at most 4 MiB; configurations are bounded likewise,
 # with room for what a conversion from Docker's format adds.
@@ -29,11 +28,6 @@ MAX_LAYERS = 4096
 MAX_INDEX = 4096
 MAX_SIZE = 2**53 - 1  # the largest integer that every JSON implementation keeps exact
 MAX_TEXT = 4096
-MAX_NESTING = 64
-# Each array or object costs some sixty bytes in memory for two in the document; this keeps a hostile document below 40
-# MB.
-MAX_VALUES = 300_000
-
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
@@ -41,10 +35,6 @@ OCI_EMPTY = "application/vnd.oci.empty.v1+json"
 DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
 DOCKER_CONFIG = "application/vnd.docker.container.image.v1+json"
-# The digest of the two bytes ``{}``, the configuration that artifacts share (OCI image spec, "Guidance for an empty
-# descriptor").
-EMPTY_DIGEST = "sha256:44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
-
 _COMPRESSION = {
     "application/vnd.oci.image.layer.v1.tar": "none",
     "application/vnd.oci.image.layer.v1.tar+gzip": "gzip",
@@ -60,8 +50,6 @@ _COMPRESSION = {
     "application/vnd.docker.image.rootfs.foreign.diff.tar.zstd": "zstd",
 }
 
-_SHA256 = re.compile(r"sha256:[0-9a-f]{64}\Z")
-_ANY_DIGEST = re.compile(r"[a-z0-9]+(?:[+._-][a-z0-9]+)*:[a-zA-Z0-9=_-]+\Z")
 _MEDIA_TYPE = re.compile(r"[!-~]{1,255}\Z")
 _PLATFORM_PART = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}\Z")
 _ARCHITECTURES = {
@@ -182,18 +170,6 @@ class Config:
     @property
     def platform(self) -> Platform:
         return Platform(self.os, self.architecture, self.variant)
-
-
-def digest_of(raw: bytes) -> str:
-    """``sha256:<hex>`` of the bytes."""
-    return "sha256:" + hashlib.sha256(raw).hexdigest()
-
-
-def is_digest(text: object) -> bool:
-    """Whether ``text`` is ``sha256:`` and 64 lower-case hexadecimal digits: the only form that may become a name in a
-    repository.
-    """
-    return isinstance(text, str) and _SHA256.match(text) is not None
 
 
 def layer_compression(media_type: str) -> str | None:
@@ -326,259 +302,6 @@ def parse_config(raw: bytes) -> Config:
     )
 
 
-# -- References to images
-
-# What skopeo calls transports; ``registry:`` is another spelling of ``docker://``.
-TRANSPORTS = ("docker", "oci", "oci-archive", "docker-archive", "dir", "containers-storage", "docker-daemon")
-_LOCAL = ("oci", "oci-archive", "docker-archive", "dir")
-MAX_REFERENCE = 4096  # bytes; a request to skopeo, at most 32 KiB, holds it even if every character is escaped
-
-_HOST = re.compile(
-    r"(?:(?:[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?)(?:\.[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?)*|\[[a-fA-F0-9:]+\])(?::[0-9]{1,5})?\Z"
-)
-_PATH = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*\Z")
-_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}\Z")
-_FORMS = (
-    "Write HOST/NAME:TAG, or one of "
-    + ", ".join(["docker://HOST/NAME:TAG"] + [f"{name}:PATH" for name in _LOCAL] + ["containers-storage:NAME"])
-    + "."
-)
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Where an image is. ``name`` is what follows the transport, in the form that every skopeo takes; ``original`` is
-    the text as written.
-
-    For ``docker``, ``registry`` is the host (with its port), ``repository`` the path on it, and ``tag`` and ``digest``
-    what the text names; if it names both the digest wins and ``name`` has no tag, since skopeo refuses both at once.
-    Else these are empty.
-    """
-
-    transport: str
-    name: str
-    original: str = field(compare=False)
-    registry: str = ""
-    repository: str = ""
-    tag: str = ""
-    digest: str = ""
-
-    @property
-    def text(self) -> str:
-        """The reference in skopeo's syntax. It starts with the transport, so that it can never be taken for
-        an option.
-        """
-        return f"docker://{self.name}" if self.transport == "docker" else f"{self.transport}:{self.name}"
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether a registry is asked."""
-        return self.transport == "docker"
-
-    @property
-    def path(self) -> str:
-        """The file or directory of a local transport, empty for the others. A tag or image name after it is cut off as
-        skopeo does.
-        """
-        if self.transport == "dir":
-            return self.name
-        return self.name.split(":", 1)[0] if self.transport in _LOCAL else ""
-
-    def pinned(self, digest: str) -> Reference:
-        """The reference to the same repository by ``sha256:<hex>``: what a tag meant a moment ago. Only registries can
-        be asked so.
-        """
-        if self.transport != "docker" or not is_digest(digest):
-            return self
-        return replace(self, name=f"{self.registry}/{self.repository}@{digest}", digest=digest)
-
-
-def parse_reference(text: str) -> Reference:
-    """The reference behind ``text``: ``HOST/NAME[:TAG][@DIGEST]``, ``docker://…``, ``registry:…``, ``oci:PATH[:TAG]``,
-    ``oci-archive:…``, ``docker-archive:…``, ``dir:PATH``, ``containers-storage:…`` or ``docker-daemon:…``.
-
-    Raises InvalidReference, whose message never repeats what may be a password.
-    """
-    if not isinstance(text, str) or not text:
-        raise InvalidReference("The image reference is empty.", _FORMS)
-    if not text.isprintable() or any(character.isspace() for character in text):
-        raise InvalidReference(
-            f"The image reference {ascii(text):.200} contains white space or control characters.", _FORMS
-        )
-    if len(text.encode()) > MAX_REFERENCE:
-        raise InvalidReference(f"The image reference has more than {MAX_REFERENCE} bytes.", _FORMS)
-    prefix, colon, rest = text.partition(":")
-    if prefix in ("http", "https") and rest.startswith("//"):
-        raise InvalidReference(
-            "The image reference is a web address.",
-            "Leave out the scheme: HOST/NAME:TAG; validate_certs=false also allows plain HTTP.",
-        )
-    if prefix == "docker" and colon:
-        if not rest.startswith("//"):
-            raise InvalidReference(
-                f"The image reference {_safe(text)} lacks the // after docker:.", "Write docker://HOST/NAME:TAG."
-            )
-        return _in_registry(text, rest[2:], short=True)
-    if prefix == "registry" and colon and not re.match(r"[0-9]{1,5}/", rest):
-        return _in_registry(text, rest[2:] if rest.startswith("//") else rest, short=True)
-    if colon and prefix in TRANSPORTS:
-        return _elsewhere(text, prefix, rest)
-    if text[0] in "./~" or (colon and rest.startswith("/")) or "://" in text:
-        if text[0] in "./~":
-            raise InvalidReference(
-                f"The image reference {_safe(text)} is a path without a transport.",
-                "Write oci:PATH, dir:PATH, oci-archive:PATH or docker-archive:PATH.",
-            )
-        raise InvalidReference(
-            f"The image reference {_safe(text)} has an unknown transport.",
-            f"Known are docker://, registry:, {', '.join(name + ':' for name in TRANSPORTS[1:])}.",
-        )
-    return _in_registry(text, text, short=False)
-
-
-def _safe(text: str) -> str:
-    """``text`` for a message, without what stands before an ``@`` that no digest follows: it may be a password."""
-    _head, at, tail = text.rpartition("@")
-    return f"{text if not at or is_digest(tail) else '…@' + tail!r:.300}"
-
-
-def _in_registry(text: str, name: str, short: bool) -> Reference:
-    rest, at, digest = name.partition("@")
-    if at and not is_digest(digest):
-        # Nothing is quoted here: what stands before the @ may be a user and a password.
-        raise InvalidReference(
-            "The image reference has an @ that is not followed by sha256: and 64 lower-case hexadecimal digits.",
-            "Copy the digest in full; other algorithms are not supported. Credentials do not belong there: use "
-            "username and password, or auth_file.",
-        )
-    head, slash, last = rest.rpartition("/")
-    last, colon, tag = last.partition(":")
-    path = head + slash + last
-    if colon and not _TAG.match(tag):
-        if not slash and tag.isdigit() or not tag:
-            raise InvalidReference(f"The image reference {_safe(text)} has no valid tag.", _FORMS)
-        raise InvalidReference(
-            f"The image reference {_safe(text)} has an invalid tag.",
-            "A tag is at most 128 letters, digits, dots, dashes and underscores.",
-        )
-    host, slash, repository = path.partition("/")
-    if not slash or not ("." in host or ":" in host or host == "localhost" or host.lower() != host):
-        # What a short name means is up to whoever reads it. Written with docker:// it means what it means to skopeo.
-        if not short:
-            raise InvalidReference(
-                f"The image reference {_safe(text)} names neither a registry nor a transport.",
-                f"Write the registry's host first, for example docker.io/library/{rest}, or one of "
-                f"{', '.join(form + ':' for form in TRANSPORTS[1:])}."
-                if _PATH.match(path)
-                else _FORMS,
-            )
-        host, repository = "docker.io", path
-    if host in ("docker.io", "index.docker.io"):
-        host, repository = "docker.io", repository if "/" in repository else f"library/{repository}"
-    if not _HOST.match(host) or not _PATH.match(repository) or len(host) + len(repository) > 254:
-        hint = "The name must be in lower case." if repository != repository.lower() else _FORMS
-        raise InvalidReference(f"The image reference {_safe(text)} is not a valid name in a registry.", hint)
-    named = f"{host}/{repository}"
-    full = f"{named}@{digest}" if digest else f"{named}:{tag}" if tag else named
-    return Reference("docker", full, text, registry=host, repository=repository, tag=tag, digest=digest)
-
-
-def _elsewhere(text: str, transport: str, rest: str) -> Reference:
-    if transport == "containers-storage" and rest.startswith("sha256:"):
-        rest = rest[len("sha256:") :]  # skopeo knows image ids without it only
-    if not rest.partition(":")[0] and transport in _LOCAL or not rest:
-        raise InvalidReference(
-            f"The image reference {_safe(text)} names nothing after the transport.",
-            f"Write {transport}:{'PATH' if transport in _LOCAL else 'NAME'}.",
-        )
-    return Reference(transport, rest, text)
-
-
-# -- JSON within bounds
-
-
-def load_json(raw: bytes, limit: int, what: str) -> Any:
-    """The value of the JSON text ``raw``; raises InvalidDocument for all that another reader could take for something
-    else.
-
-    That is: text that is not UTF-8, keys that occur twice, NaN and infinities, numbers beyond any use, characters that
-    no encoding can carry, and more bytes than ``limit`` or more values or deeper nesting than any real document has.
-    """
-    if len(raw) > limit:
-        raise InvalidDocument(f"The {what} has {len(raw)} bytes; at most {limit} are taken.")
-    if raw.count(b",") + raw.count(b"[") + raw.count(b"{") > MAX_VALUES:
-        raise InvalidDocument(f"The {what} has more than {MAX_VALUES} values.")
-    try:
-        # Decoded here because json.loads() guesses UTF-16 and UTF-32 too.
-        value = json.loads(
-            str(raw, "utf-8"),
-            object_pairs_hook=_unique,
-            parse_constant=_refuse_constant,
-            parse_int=_bounded_int,
-            parse_float=_finite,
-        )
-    except (ValueError, RecursionError) as error:
-        raise InvalidDocument(
-            f"The {what} is not valid JSON: {_brief(error)}.", "The image is damaged; ask its publisher."
-        ) from error
-    _walk(value, what)
-    return value
-
-
-def _brief(error: Exception) -> str:
-    return "nested too deeply" if isinstance(error, RecursionError) else str(error).rstrip(".")[:200]
-
-
-def _unique(members: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(members)
-    if len(result) != len(members):
-        raise ValueError("a key occurs twice in one object")
-    return result
-
-
-def _refuse_constant(text: str) -> Any:
-    raise ValueError(f"{text} is not a JSON number")
-
-
-def _bounded_int(text: str) -> int:
-    # Converting decimal digits takes quadratic time, and old Pythons have no limit of their own.
-    if len(text) > 40:
-        raise ValueError("a number has more than 40 digits")
-    return int(text)
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if len(text) > 400 or not math.isfinite(value):
-        raise ValueError("a number is out of range")
-    return value
-
-
-def _walk(value: Any, what: str) -> None:
-    """Bound the nesting, and find unpaired surrogates, which would fail later wherever the text is written."""
-    level = [value]
-    for _depth in range(MAX_NESTING):
-        deeper: list[Any] = []
-        for item in level:
-            if isinstance(item, str):
-                if not item.isascii():
-                    try:
-                        item.encode()
-                    except UnicodeEncodeError as error:
-                        raise InvalidDocument(
-                            f"The {what} contains half a character (an unpaired surrogate)."
-                        ) from error
-            elif isinstance(item, dict):
-                deeper.extend(item)
-                deeper.extend(item.values())
-            elif isinstance(item, list):
-                deeper.extend(item)
-        if not deeper:
-            return
-        level = deeper
-    raise InvalidDocument(f"The {what} is nested more than {MAX_NESTING} levels deep.")
-
-
 def _load(raw: bytes, limit: int, what: str, known: Sequence[str]) -> dict[str, Any]:
     document = _object(load_json(raw, limit, what), what)
     if known:
@@ -642,9 +365,9 @@ def _texts(value: Any, what: str) -> dict[str, str]:
 
 
 def _digest(value: Any, what: str) -> str:
-    if isinstance(value, str) and _SHA256.match(value):
+    if isinstance(value, str) and is_digest(value):
         return value
-    if isinstance(value, str) and len(value) < 300 and _ANY_DIGEST.match(value) and not value.startswith("sha256:"):
+    if isinstance(value, str) and len(value) < 300 and ANY_DIGEST.match(value) and not value.startswith("sha256:"):
         raise UnsupportedMediaType(f"The {what} has the digest {value}.", "Only sha256 digests can be stored.")
     raise InvalidDocument(f"The {what} has no valid digest: {value!r:.200}.")
 
