@@ -52,7 +52,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("commands", "files", "locks", "machine", "mountinfo", "processes", "watch"),
         ("deadman", "filesystem", "mountcalls"),
     ),
-    "source": (("skopeo",), ("imageproxy",), ("skopeosource",)),
+    "source": (("skopeo", "source"), ("imageproxy",), ("skopeosource",)),
     "store": (
         ("objects",),
         ("marks",),

@@ -6,14 +6,15 @@
 
 One worker process per layer under way: splitting a tar holds the interpreter's lock, so that layers in threads of one
 process would take turns (benchmarks/README.md tells what was measured). A lane, a thread of the parent that mostly
-waits, stands behind each worker: it asks skopeo for a blob, hands the pipe to its worker, awaits both verdicts, and
-registers the layer.
+waits, stands behind each worker: it asks the source for a blob, hands what it gets to its worker, awaits both verdicts,
+and registers the layer.
 """
 
 from __future__ import annotations
 
 import array
 import contextlib
+import functools
 import json
 import os
 import queue
@@ -22,7 +23,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 from ..host import processes
 from ..store import imagestreams
@@ -30,6 +31,9 @@ from ..errors import (
     DigestMismatch,
     EngineError,
     InternalError,
+    IOFailed,
+    LimitReached,
+    OutOfMemory,
     ProxyFailed,
     RegistryUnreachable,
     Stalled,
@@ -40,20 +44,15 @@ from ..errors import (
     to_values,
 )
 from ..formats.fsverity import Algorithm
-from ..source.imageproxy import ImageProxy
 from .layer import AnyStorer, LayerResult, LayerSpec, import_layer
 from ..store.objects import ObjectStore
+from ..formats.ocidocuments import Descriptor
 from ..formats.reference import Reference
 from ..progress import BYTES, DONE, STARTED, Event, Progress
 from ..store.repository import Repository
-from ..source.skopeosource import Session, is_passing, pause
+from ..source.source import Patient, Source, Transfer, TransferFailed
 from .smallobjects import DirectStorer, Storer
 
-T = TypeVar("T")
-
-# The verdict on a blob may take as long as the blob; who waits for it watches the worker and ends the wait by killing
-# skopeo.
-FOREVER = 1_000_000.0
 CGROUPS = "/sys/fs/cgroup"
 # Seconds that a worker gets to end by itself.
 GRACE = 1.0
@@ -64,17 +63,8 @@ class Job(NamedTuple):
 
     stream: str
     spec: LayerSpec
-    session: Session
+    source: Patient
     reference: Reference
-
-
-class _TransferFailed(Exception):
-    """One attempt failed with ``error``; ``proxy_usable`` tells whether skopeo itself is well."""
-
-    def __init__(self, error: EngineError, proxy_usable: bool) -> None:
-        super().__init__(error)
-        self.error = error
-        self.proxy_usable = proxy_usable
 
 
 def usable_processors() -> int:
@@ -129,7 +119,7 @@ class Worker:
         algorithm: Algorithm,
         timeout: float,
         siblings: Sequence[Worker],
-        sessions: Sequence[Session],
+        sources: Sequence[Source],
     ) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         parent = os.getpid()
@@ -141,8 +131,8 @@ class Worker:
                 self._socket.close()
                 for sibling in siblings:
                     sibling._socket.close()
-                for session in sessions:
-                    session.abandon()
+                for source in sources:
+                    source.abandon()
                 _serve(theirs, objects, algorithm, timeout)
             finally:
                 os._exit(0)
@@ -237,24 +227,23 @@ def _one_layer(
 
 
 class _Verdict(threading.Thread):
-    """skopeo's judgement of one blob, awaited beside the import.
+    """The source's judgement of one blob, awaited beside the import.
 
-    FinishPipe blocks skopeo's only request channel until the blob is drained, so it is sent when the last byte was
-    read, or when the pipe has gone silent: then it is the only way to hear that the source failed, for skopeo leaves a
-    broken transfer's pipe open.
+    Only ``approved`` is a yes: it stays false whatever else happens in here.
     """
 
-    def __init__(self, proxy: ImageProxy, pipe: Any) -> None:
+    def __init__(self, transfer: Transfer) -> None:
         super().__init__(name="verdict", daemon=True)
-        self._proxy = proxy
-        self._pipe = pipe
+        self._transfer = transfer
+        self.approved = False
         self.error: EngineError | None = None
 
     def run(self) -> None:
         try:
-            self._proxy.finish_pipe(self._pipe.pipeid, timeout=FOREVER)
-        except EngineError as error:
-            self.error = error
+            self._transfer.verdict()
+            self.approved = True
+        except BaseException as error:
+            self.error = from_exception(error, "awaiting the source's verdict on the blob")
 
 
 class Fetcher:
@@ -265,7 +254,6 @@ class Fetcher:
         repository: Repository,
         parallel: int,
         timeout: float,
-        retries: int,
         progress: Progress,
         arrived: Callable[[str, bytes], None] = lambda stream, digest: None,
     ) -> None:
@@ -274,14 +262,10 @@ class Fetcher:
         self._repository = repository
         self._parallel = parallel or usable_processors()
         self._timeout = timeout
-        self._retries = retries
         self._progress = progress
-        self._main: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._failure: EngineError | None = None
-        self._over = threading.Event()
         self._moved = 0.0
         self.results: dict[str, LayerResult] = {}
-        self.retried = 0
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Fetch all ``jobs``, largest first. Raises the first error after the layers under way have ended; what was
@@ -290,59 +274,28 @@ class Fetcher:
         todo: queue.SimpleQueue[Job] = queue.SimpleQueue()
         for job in sorted(jobs, key=lambda job: -job.spec.size):
             todo.put(job)
-        sessions = list({id(job.session): job.session for job in jobs}.values())
+        sources = list({id(job.source): job.source for job in jobs}.values())
         workers: list[Worker] = []
         lanes: list[threading.Thread] = []
         try:
             # All forks happen before the first lane starts: a forked child holds only what the forking thread held.
             for _lane in range(min(self._parallel, len(jobs))):
                 objects = self._repository.objects
-                workers.append(Worker(objects, self._repository.algorithm, self._timeout, workers, sessions))
-            for session in sessions:
-                session.in_main = self._in_main
+                workers.append(Worker(objects, self._repository.algorithm, self._timeout, workers, sources))
             lanes = [threading.Thread(target=self._lane, args=(worker, todo), daemon=True) for worker in workers]
             for lane in lanes:
                 lane.start()
-            self._serve_lanes(len(lanes))
-        finally:
-            # In this order: a lane whose worker is gone ends, unless it waits for this thread to do something, which is
-            # then told to it.
-            for worker in workers:
-                worker.close()
-            self._over.set()
             for lane in lanes:
                 lane.join()
-            for session in sessions:
-                session.in_main = lambda function: function()
+        finally:
+            # In this order: a lane whose worker is gone ends.
+            for worker in workers:
+                worker.close()
+            for lane in lanes:
+                if lane.ident is not None:
+                    lane.join()
         if self._failure:
             raise self._failure
-
-    def _serve_lanes(self, count: int) -> None:
-        while count:
-            request = self._main.get()
-            if request is None:
-                count -= 1
-            else:
-                request()
-
-    def _in_main(self, function: Callable[[], T]) -> T:
-        done = threading.Event()
-        outcome: list[Any] = []
-
-        def call() -> None:
-            try:
-                outcome[:] = [function(), None]
-            except BaseException as error:
-                outcome[:] = [None, error]
-            done.set()
-
-        self._main.put(call)
-        while not done.wait(0.2):
-            if self._over.is_set():
-                raise EngineError("The pull was interrupted.", "Run the task again.")
-        if outcome[1] is not None:
-            raise outcome[1]
-        return cast(T, outcome[0])
 
     def _lane(self, worker: Worker, todo: queue.SimpleQueue[Job]) -> None:
         try:
@@ -352,7 +305,7 @@ class Fetcher:
                 except queue.Empty:
                     return
                 with doing(f"importing layer {job.spec.diff_id} of {job.reference.original}"):
-                    result = self._persistently(worker, job)
+                    result = job.source.again(functools.partial(self._attempt, worker, job))
                     self._publish(job, result)
                 self.results[job.stream] = result
                 self._arrived(job.stream, bytes.fromhex(result.stream))
@@ -362,8 +315,6 @@ class Fetcher:
         except BaseException as error:
             # Nothing may pass unnoticed: a lane that ends without a word counts as done.
             self._failure = self._failure or InternalError(describe_crash(error))
-        finally:
-            self._main.put(None)
 
     def _publish(self, job: Job, result: LayerResult) -> None:
         # The barrier first: a name must never lead to bytes that a power cut can still take away.
@@ -372,36 +323,13 @@ class Fetcher:
         imagestreams.name_layer(self._repository, job.stream, digest)
         self._repository.trust(job.spec.diff_id, digest)
 
-    def _persistently(self, worker: Worker, job: Job) -> LayerResult:
-        attempt = 0
-        while True:
-            generation = job.session.generation
-            try:
-                return self._attempt(worker, job)
-            except _TransferFailed as failure:
-                error, usable = failure.error, failure.proxy_usable
-            except EngineError as failure:
-                error, usable = failure, False
-            # A proxy that was replaced on another blob's account took this transfer with it: that is not this blob's
-            # failure.
-            innocent = generation != job.session.generation
-            if not innocent:
-                if not is_passing(error) or attempt >= self._retries:
-                    raise error
-                attempt += 1
-                if not usable:
-                    job.session.replace(generation)
-            self.retried += 1
-            pause(max(attempt, 1), error, self._progress)
-
     def _attempt(self, worker: Worker, job: Job) -> LayerResult:
-        proxy, image = job.session.image(job.reference)
-        pipe = proxy.get_blob(image, job.spec.digest, job.spec.size)
+        transfer = job.source.transfer(job.reference, Descriptor("", job.spec.digest, job.spec.size))
         self._progress(Event(STARTED, job.spec.diff_id, 0, job.spec.size))
         try:
-            worker.send(job.spec, pipe.fd)
+            worker.send(job.spec, transfer.fd)
         finally:
-            os.close(pipe.fd)
+            os.close(transfer.fd)
         verdict: _Verdict | None = None
         while True:
             message = worker.receive()
@@ -411,47 +339,52 @@ class Fetcher:
                 self._progress(Event(BYTES, job.spec.diff_id, message["done"], job.spec.size))
             elif kind in ("silent", "drained"):
                 if verdict is None:
-                    verdict = _Verdict(proxy, pipe)
+                    verdict = _Verdict(transfer)
                     verdict.start()
             elif kind == "error":
                 raise _judge(from_values(message["error"]), verdict)
             else:
                 if verdict is None:
                     raise AssertionError("this must hold: verdict is not None")
-                self._await(verdict)
-                if verdict.error is not None:
-                    # A skopeo that died before it could judge is no judgement; then the blob is fetched again.
-                    if is_passing(verdict.error):
-                        raise verdict.error
-                    raise DigestMismatch(
-                        f"skopeo refuses the blob: {verdict.error.message}", verdict.error.hint, said=verdict.error.said
-                    )
+                self._await(verdict, job.source.name)
+                if not verdict.approved:
+                    raise _refusal(verdict.error, job.source.name)
                 return LayerResult(**message["result"])
 
-    def _await(self, verdict: _Verdict) -> None:
-        """Wait for skopeo's judgement. It may have to queue behind another blob's, which comes when that blob has
+    def _await(self, verdict: _Verdict, name: str) -> None:
+        """Wait for the source's judgement. It may have to queue behind another blob's, which comes when that blob has
         ended: as long as any transfer moves nothing is stuck.
         """
         while verdict.is_alive():
             verdict.join(0.5)
             if verdict.is_alive() and time.monotonic() - self._moved >= self._timeout:
                 raise Stalled(
-                    f"skopeo gave no verdict on the blob within {self._timeout:g} seconds.",
+                    f"{name} gave no verdict on the blob within {self._timeout:g} seconds.",
                     "Check the registry, or raise the timeout.",
                 )
 
 
-def _judge(error: EngineError, verdict: _Verdict | None) -> _TransferFailed:
-    """The worker's error, with skopeo's own words where it has any."""
+def _refusal(error: EngineError | None, name: str) -> EngineError:
+    """The error for a blob in which we found nothing wrong, and the source did not approve."""
+    if error is None:
+        return InternalError(f"{name} gave no verdict on the blob.")
+    # If the source died first there is no verdict: fetch again. If we could not even ask there is none either.
+    if error.passing or isinstance(error, (InternalError, IOFailed, LimitReached, OutOfMemory)):
+        return error
+    return DigestMismatch(f"{name} refuses the blob: {error.message}", error.hint, said=error.said)
+
+
+def _judge(error: EngineError, verdict: _Verdict | None) -> TransferFailed:
+    """The worker's error, with the source's own words where it has any."""
     if verdict is None:
-        return _TransferFailed(error, False)
+        return TransferFailed(error, False)
     verdict.join(1.0)
     said = verdict.error
     if said is not None:
         if isinstance(error, RegistryUnreachable) and said.__class__ is not ProxyFailed:
-            # The worker only sees the pipe end; skopeo knows why. Whatever broke a transfer may be gone at the next
+            # The worker only sees the pipe end; the source knows why. Whatever broke a transfer may be gone at the next
             # try.
             error = type(said)(error.message, said.hint, doing=error.doing, passing=True)
         error.message = f"{error.message} {said.message}"
         error.said = said.said
-    return _TransferFailed(error, not verdict.is_alive())
+    return TransferFailed(error, not verdict.is_alive())

@@ -17,7 +17,7 @@ from ..errors import UnexpectedDigest
 from ..formats.reference import Reference, parse_reference
 from ..store.namerecords import NameRecord
 from ..store.repository import Repository
-from ..source.skopeosource import Session
+from ..source.source import Patient
 
 PRESENT = "present"
 NEW = "new"
@@ -100,7 +100,7 @@ class Plan:
     standing: Standing
     manifest_document: imagestreams.Document | None
     config_document: imagestreams.Document | None
-    session: Session | None = None
+    source: Patient | None = None
     image_refs: dict[str, bytes] = dataclasses.field(default_factory=dict)
     warnings: list[str] = dataclasses.field(default_factory=list)
 
@@ -144,13 +144,13 @@ class Plan:
         return {layer.stream: layer for layer in self.layers if layer.stored is None}
 
 
-def look_up(repository: Repository, request: Request, reference: Reference, session: Session, record: bool) -> Plan:
+def look_up(repository: Repository, request: Request, reference: Reference, source: Patient, record: bool) -> Plan:
     """Ask the source what ``request`` means and hold it against the repository.
 
     With ``record`` a layer stream of another tool that passed its proof is remembered, so that it is hashed only once.
     """
     warnings: list[str] = []
-    resolved = session.resolve(reference)
+    resolved = source.resolve(reference)
     # From here on everything is asked for with the reference that leads to this manifest, whatever a tag does.
     reference, registry_digest, index_digest = resolved.reference, resolved.digest, resolved.index_digest
     manifest = ocidocuments.parse_manifest(resolved.raw)
@@ -159,11 +159,7 @@ def look_up(repository: Repository, request: Request, reference: Reference, sess
     if manifest_document is None:
         _validate("manifest", resolved.raw, warnings)
     config_document = imagestreams.usable(repository, imagestreams.CONFIG, manifest.config.digest)
-    config_raw = (
-        config_document.raw
-        if config_document
-        else session.config(reference, manifest.config, converted=manifest.digest != registry_digest)
-    )
+    config_raw = config_document.raw if config_document else source.config(resolved, manifest)
     config = None
     if ocidocuments.is_container(manifest):
         config = ocidocuments.parse_config(config_raw)
@@ -182,12 +178,12 @@ def look_up(repository: Repository, request: Request, reference: Reference, sess
         standing=Standing.of(repository, request),
         manifest_document=manifest_document,
         config_document=config_document,
-        session=session,
+        source=source,
         warnings=warnings,
     )
-    sources = session.layer_sources(reference, manifest)
-    for blob, source, diff_id in zip(manifest.layers, sources, _diff_ids(manifest, config)):
-        plan.layers.append(_stored_layer(repository, plan, blob, source, diff_id, record, plan.warnings))
+    delivered = source.layers(resolved, manifest)
+    for blob, comes, diff_id in zip(manifest.layers, delivered, _diff_ids(manifest, config)):
+        plan.layers.append(_stored_layer(repository, plan, blob, comes, diff_id, record, plan.warnings))
     return plan
 
 

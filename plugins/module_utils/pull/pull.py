@@ -36,7 +36,8 @@ from ..formats.reference import Reference, parse_reference
 from .plan import Layer, Plan, Request
 from ..progress import IMAGE, PLANNED, SKIPPED, Event, Progress, human
 from ..store.repository import Repository
-from ..source.skopeosource import Session
+from ..source.skopeosource import SkopeoSource
+from ..source.source import Facts, Patient
 from ..source.skopeo import ProxyOptions
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def pull_images(
             outcomes = _carry_out(repository, plans, options, progress, permit, clock)
         for outcome in outcomes:
             outcome.stats["seconds"] = clock.laps()
-            outcome.stats["retries"] += sources.retried
+            outcome.stats["retries"] = sources.retried
         return outcomes
     finally:
         sources.close()
@@ -132,28 +133,28 @@ class _Clock:
 
 
 class _Sources:
-    """The sessions of one pull: one skopeo for all images that it can serve with the same options."""
+    """The sources of one pull: one for all images that it can serve with the same options."""
 
     def __init__(self, options: Options, progress: Progress) -> None:
         self._options = options
         self._progress = progress
-        self._sessions: dict[tuple[str, str, Platform | None], Session] = {}
+        self._sources: dict[tuple[str, str, Platform | None], Patient] = {}
 
-    def session(self, reference: Reference, platform: str) -> Session:
+    def source(self, reference: Reference, platform: str) -> Patient:
         wanted = parse_platform(platform) if platform else None
         key = (reference.transport, reference.registry, wanted)
-        if key not in self._sessions:
+        if key not in self._sources:
             options = dataclasses.replace(self._options.proxy, platform=wanted)
-            self._sessions[key] = Session(options, self._options.retries, self._progress)
-        return self._sessions[key]
+            self._sources[key] = Patient(SkopeoSource(options), self._options.retries, self._progress)
+        return self._sources[key]
 
     @property
     def retried(self) -> int:
-        return sum(session.retried for session in self._sessions.values())
+        return sum(source.retried for source in self._sources.values())
 
     def close(self) -> None:
-        for session in self._sessions.values():
-            session.close()
+        for source in self._sources.values():
+            source.close()
 
 
 def _check_names(repository: Repository, requests: Sequence[Request]) -> None:
@@ -175,9 +176,9 @@ def _plan(repository: Repository, request: Request, options: Options, sources: _
             known = planning.recall(repository, request, [], record)
             if known is not None:
                 return known
-        session = sources.session(reference, request.platform)
+        source = sources.source(reference, request.platform)
         try:
-            return planning.look_up(repository, request, reference, session, record)
+            return planning.look_up(repository, request, reference, source, record)
         except (RegistryUnreachable, Stalled) as error:
             warning = f"{error.text} What is there under {request.name!r} is left as it is."
             known = (
@@ -250,7 +251,6 @@ def _carry_out(
     with repository.importing(), contextlib.ExitStack() as stack:
         begun: dict[str, Ahead] = {}
         fetched = {}
-        retried = 0
         if missing:
             # Loaded here: a run that fetches nothing starts faster without the decoders and the tar splitter.
             from .fetch import Fetcher, Job, usable_processors
@@ -258,13 +258,13 @@ def _carry_out(
 
             jobs = []
             for stream, (plan, layer) in missing.items():
-                if plan.session is None:
-                    raise AssertionError("this must hold: plan.session is not None")
+                if plan.source is None:
+                    raise AssertionError("this must hold: plan.source is not None")
                 jobs.append(
                     Job(
                         stream,
                         LayerSpec(layer.source.digest, layer.source.size, layer.diff_id, layer.compression),
-                        plan.session,
+                        plan.source,
                         plan.reference,
                     )
                 )
@@ -274,9 +274,9 @@ def _carry_out(
                 for ahead in begun.values():
                     ahead.arrived(stream, digest)
 
-            fetcher = Fetcher(repository, options.parallel, options.timeout, options.retries, progress, arrived)
+            fetcher = Fetcher(repository, options.parallel, options.timeout, progress, arrived)
             fetcher.run(jobs)
-            fetched, retried = fetcher.results, fetcher.retried
+            fetched = fetcher.results
         clock.lap("fetch")
         stored = {stream: bytes.fromhex(result.stream) for stream, result in fetched.items()}
         outcomes = []
@@ -295,7 +295,6 @@ def _carry_out(
                 stats["bytes_copied"] += result.bytes_new
                 stats["bytes_inlined"] += result.bytes_inlined
                 stats["bytes_fetched"] += result.fetched
-            stats["retries"] = retried
             streams = mine + [stream for stream in documents_changed if stream not in claimed]
             claimed.update(streams)
             outcomes.append(Outcome(plan, streams, stats, bool(streams) or plan.renames))
@@ -417,6 +416,7 @@ def describe(repository: Repository, outcome: Outcome) -> dict[str, Any]:
     ``changed`` are for the module itself.
     """
     plan = outcome.plan
+    facts = plan.source.facts() if plan.source else Facts()
     # A layer that occurs twice, or that another image of the same task lacks too, is fetched once and counted there.
     to_fetch = {stream: layer.source.size for stream, layer in plan.missing().items() if stream in outcome.streams}
     return {
@@ -443,8 +443,8 @@ def describe(repository: Repository, outcome: Outcome) -> dict[str, Any]:
         ],
         "streams": outcome.streams,
         "stats": outcome.stats,
-        "skopeo_version": plan.session.skopeo_version if plan.session else None,
-        "protocol_version": plan.session.protocol_version if plan.session else None,
+        "skopeo_version": facts.skopeo_version,
+        "protocol_version": facts.protocol_version,
         "changed": outcome.changed,
     }
 

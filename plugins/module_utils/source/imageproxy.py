@@ -142,6 +142,11 @@ class ImageProxy:
         if self.version < _POLICY_ENFORCED and not self.options.insecure_policy:
             check_unenforced_policy(self.options)
 
+    @property
+    def enforces_policy(self) -> bool:
+        """Whether this skopeo holds images against the signature policy."""
+        return self.version >= _POLICY_ENFORCED
+
     # -- images
 
     def open_image(self, reference: Reference | None = None) -> int:

@@ -375,9 +375,11 @@ def policy_is_accept_anything(path: str | None = None) -> bool:
     return not policy_demand(path)
 
 
-def policy_demand(path: str | None = None) -> str:
+def policy_demand(path: str | None = None, transport: str = "") -> str:
     """What the policy asks for beyond accepting everything, as part of a sentence; empty if nothing
     (containers-policy.json(5)).
+
+    With ``transport`` only what holds for its images counts, for whatever scope within it.
     """
     name = policy_path(path)
     try:
@@ -389,14 +391,18 @@ def policy_demand(path: str | None = None) -> str:
         return f"the policy {name} cannot be read ({error})"
     if not isinstance(policy, dict):
         return f"the policy {name} is not a JSON object"
-    scopes: list[tuple[str, Any]] = [("default", policy.get("default"))]
+    scopes: list[tuple[str, Any]] = []
     transports = policy.get("transports", {})
-    for transport, names in (transports if isinstance(transports, dict) else {"transports": None}).items():
+    for kind, names in (transports if isinstance(transports, dict) else {"transports": None}).items():
+        if transport not in ("", kind) and isinstance(names, dict):
+            continue
         scopes += (
-            [(f"{transport}:{scope}", demands) for scope, demands in names.items()]
+            [(f"{kind}:{scope}", demands) for scope, demands in names.items()]
             if isinstance(names, dict)
-            else [(transport, None)]
+            else [(kind, None)]
         )
+    if not transport or f"{transport}:" not in dict(scopes):
+        scopes.insert(0, ("default", policy.get("default")))
     for scope, demands in scopes:
         if (
             not isinstance(demands, list)

@@ -25,8 +25,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3] / "support"))
 from ociimage import Layout
 
 from ansible_collections.composefs.oci.plugins.module_utils.host import filesystem
-from ansible_collections.composefs.oci.plugins.module_utils.pull import fetch, pull
-from ansible_collections.composefs.oci.plugins.module_utils.source import skopeosource
+from ansible_collections.composefs.oci.plugins.module_utils.pull import pull
+from ansible_collections.composefs.oci.plugins.module_utils.source import skopeosource, source
 from ansible_collections.composefs.oci.plugins.module_utils.errors import EngineError, ImageNotFound, ProxyFailed
 from ansible_collections.composefs.oci.plugins.module_utils.source.imageproxy import BlobPipe
 from ansible_collections.composefs.oci.plugins.module_utils.formats.digests import digest_of
@@ -92,8 +92,7 @@ class World:
         monkeypatch.setattr(skopeosource, "ImageProxy", lambda options, reference: FakeProxy(self, options, reference))
         monkeypatch.setattr(skopeosource, "skopeo_version", lambda executable: "1.2.3")
         monkeypatch.setattr(skopeosource, "top_digest", self._top_digest)
-        monkeypatch.setattr(fetch, "pause", lambda attempt, error, progress: None)
-        monkeypatch.setattr(skopeosource, "pause", lambda attempt, error, progress: None)
+        monkeypatch.setattr(source, "pause", lambda attempt, error, progress: None)
         # What a barrier is good for is tested elsewhere; here it would wait for everything else that the machine
         # writes.
         monkeypatch.setattr(filesystem, "sync", lambda fd: None)
@@ -113,6 +112,7 @@ class FakeProxy:
         self.options = options
         self.reference = reference
         self.protocol_version = "0.2.3"
+        self.enforces_policy = False
         self.dead = False
         self.closed = False
         self.started_by: str | None = None

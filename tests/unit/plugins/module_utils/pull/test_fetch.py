@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
+import errno
 import os
 import pathlib
 import signal
@@ -33,6 +35,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     ImageNotFound,
     IOFailed,
     NoSpace,
+    OutOfMemory,
     ProxyFailed,
     RegistryUnreachable,
     Stalled,
@@ -43,7 +46,8 @@ from ansible_collections.composefs.oci.plugins.module_utils.store.objects import
 from ansible_collections.composefs.oci.plugins.module_utils.formats.reference import parse_reference
 from ansible_collections.composefs.oci.plugins.module_utils.progress import DONE, STARTED, Progress
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
-from ansible_collections.composefs.oci.plugins.module_utils.source.skopeosource import Session
+from ansible_collections.composefs.oci.plugins.module_utils.source.skopeosource import SkopeoSource
+from ansible_collections.composefs.oci.plugins.module_utils.source.source import Patient
 from ansible_collections.composefs.oci.plugins.module_utils.source.skopeo import ProxyOptions, passing
 from ansible_collections.composefs.oci.tests.support.tarbytes import member, tar
 
@@ -84,8 +88,8 @@ class Fetch:
         self.repo = repo
         self.events = Events()
         self.layers: list[Layer] = [world.layout.layer(one) for one in TARS[:count]]
-        self.session = Session(ProxyOptions(), retries, Progress(self.events))
-        self.fetcher = Fetcher(repo, parallel, timeout, retries, Progress(self.events))
+        self.source = Patient(SkopeoSource(ProxyOptions()), retries, Progress(self.events))
+        self.fetcher = Fetcher(repo, parallel, timeout, Progress(self.events))
 
     def digest(self, number: int) -> str:
         return str(self.layers[number].descriptor["digest"])
@@ -95,11 +99,11 @@ class Fetch:
         # Given in the wrong order on purpose.
         for one in reversed(self.layers):
             spec = LayerSpec(one.descriptor["digest"], one.descriptor["size"], one.diff_id, "gzip")
-            jobs.append(Job(f"oci-layer-{one.diff_id}", spec, self.session, APP))
+            jobs.append(Job(f"oci-layer-{one.diff_id}", spec, self.source, APP))
         try:
             self.fetcher.run(jobs)
         finally:
-            self.session.close()
+            self.source.close()
             assert children() == [], "no process is left, living or dead"
             assert not [thread for thread in threading.enumerate() if "_lane" in thread.name]
         return self.fetcher.results
@@ -170,7 +174,7 @@ def test_a_passing_fault_is_tried_again_with_another_proxy(world: World, repo: R
     run = Fetch(world, repo, 2, timeout=0.6)
     world.blobs[run.digest(0)] = [b"short" if fault == "short" else fault]
     assert len(run.run()) == 2
-    assert run.fetcher.retried == 1 and len(world.proxies) == 2
+    assert run.source.retried == 1 and len(world.proxies) == 2
     assert len([event for event in run.events.of(STARTED) if event.layer == run.layers[0].diff_id]) == (
         2 if fault == "short" else 1
     )
@@ -183,7 +187,7 @@ def test_retries_come_to_an_end_and_what_is_whole_stays(world: World, repo: Repo
         RegistryUnreachable, match=f"importing layer {run.layers[1].diff_id} of {APP.text}: skopeo says: 503"
     ):
         run.run()
-    assert run.fetcher.retried == 2 and run.named() == [0], "and no new layer was begun"
+    assert run.source.retried == 2 and run.named() == [0], "and no new layer was begun"
 
 
 @pytest.mark.parametrize("error", [ImageNotFound("Unknown blob."), DigestMismatch("Of another size.")])
@@ -192,7 +196,7 @@ def test_a_lasting_fault_is_not_tried_again(world: World, repo: Repository, erro
     world.blobs[run.digest(0)] = [error]
     with pytest.raises(type(error)):
         run.run()
-    assert run.fetcher.retried == 0
+    assert run.source.retried == 0
 
 
 def test_wrong_bytes_register_nothing_and_are_not_tried_again(world: World, repo: Repository) -> None:
@@ -202,7 +206,7 @@ def test_wrong_bytes_register_nothing_and_are_not_tried_again(world: World, repo
     world.blobs[run.digest(0)] = [bytes(blob)]
     with pytest.raises(DigestMismatch, match="where the manifest says"):
         run.run()
-    assert run.named() == [] and run.fetcher.retried == 0
+    assert run.named() == [] and run.source.retried == 0
 
 
 def test_after_an_error_the_layers_under_way_end_and_no_others_begin(world: World, repo: Repository) -> None:
@@ -252,12 +256,34 @@ def test_skopeos_no_counts_although_we_find_nothing_wrong(world: World, repo: Re
     assert run.named() == []
 
 
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), EngineError),
+        (MemoryError(), OutOfMemory),
+        (RuntimeError("can't start new thread"), EngineError),
+        (SystemExit(0), EngineError),
+    ],
+)
+def test_a_verdict_that_fails_in_any_way_is_no_approval(
+    world: World, repo: Repository, monkeypatch: pytest.MonkeyPatch, fault: BaseException, kind: type[EngineError]
+) -> None:
+    def fail(proxy: FakeProxy, pipeid: int, timeout: float | None = None) -> None:
+        raise fault
+
+    monkeypatch.setattr(FakeProxy, "finish_pipe", fail)
+    run = Fetch(world, repo, 1)
+    with pytest.raises(kind):
+        run.run()
+    assert run.named() == [] and run.source.retried == 0
+
+
 def test_a_skopeo_that_dies_before_its_verdict_is_not_a_verdict(world: World, repo: Repository) -> None:
     run = Fetch(world, repo, 1)
     world.verdicts[run.digest(0)] = [
         passing(ProxyFailed("skopeo was killed by signal 9.", "Run the task again.", doing="Fetching"))
     ]
-    assert len(run.run()) == 1 and run.fetcher.retried == 1
+    assert len(run.run()) == 1 and run.source.retried == 1
 
 
 def test_a_transfer_that_breaks_off_is_explained_by_skopeo(
@@ -288,7 +314,7 @@ def test_what_broke_a_transfer_may_be_gone_at_the_next_try(
     run = Fetch(world, repo, 1)
     world.blobs[run.digest(0)] = [world.layout.read(run.digest(0))[:500]]
     world.verdicts[run.digest(0)] = [DigestMismatch("skopeo says: expected 9 bytes in blob, got 500.")]
-    assert len(run.run()) == 1 and run.fetcher.retried == 1
+    assert len(run.run()) == 1 and run.source.retried == 1
 
 
 def test_a_verdict_that_queues_behind_a_moving_transfer_is_waited_for(
@@ -308,7 +334,7 @@ def test_a_verdict_that_queues_behind_a_moving_transfer_is_waited_for(
         real(proxy, pipeid, timeout)
 
     monkeypatch.setattr(FakeProxy, "finish_pipe", slow_first)
-    assert len(run.run()) == 2 and run.fetcher.retried == 0
+    assert len(run.run()) == 2 and run.source.retried == 0
 
 
 def test_a_verdict_that_never_comes_is_a_stall(world: World, repo: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,20 +420,16 @@ def test_a_bug_in_a_worker_is_told_without_secrets(
 def test_a_worker_goes_on_after_a_layer_that_failed(world: World, repo: Repository) -> None:
     run = Fetch(world, repo, 2, timeout=0.5)
     world.blobs[run.digest(0)] = [b"", b"short"]
-    assert len(run.run()) == 2 and run.fetcher.retried == 2
+    assert len(run.run()) == 2 and run.source.retried == 2
 
 
 def test_an_interrupted_pull_leaves_no_process_and_does_not_hang(
     world: World, repo: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The user presses Ctrl-C while a lane waits for the main thread to start skopeo."""
+    """The user presses Ctrl-C while a layer is under way."""
     run = Fetch(world, repo, 1)
-
-    def interrupted() -> Any:
-        time.sleep(0.2)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(run.fetcher._main, "get", interrupted)
+    world.blobs[run.digest(0)] = [b"short"]
+    threading.Timer(0.5, _thread.interrupt_main).start()
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         run.run()
@@ -475,5 +497,5 @@ def test_affinity_binds_as_well(groups: Any, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_option_goes_before_what_is_found(world: World, repo: Repository) -> None:
-    assert Fetcher(repo, 3, 1.0, 0, Progress())._parallel == 3
-    assert Fetcher(repo, 0, 1.0, 0, Progress())._parallel == fetch.usable_processors()
+    assert Fetcher(repo, 3, 1.0, Progress())._parallel == 3
+    assert Fetcher(repo, 0, 1.0, Progress())._parallel == fetch.usable_processors()

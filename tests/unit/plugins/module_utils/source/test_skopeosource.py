@@ -18,7 +18,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from fake_source import REGISTRY, Events, Layout, World
 
 from ansible_collections.composefs.oci.plugins.module_utils.formats import digests, ocidocuments
-from ansible_collections.composefs.oci.plugins.module_utils.source import skopeosource
+from ansible_collections.composefs.oci.plugins.module_utils.source import skopeosource, source
 from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     AuthFailed,
     DigestMismatch,
@@ -34,7 +34,8 @@ from ansible_collections.composefs.oci.plugins.module_utils.errors import (
 from ansible_collections.composefs.oci.plugins.module_utils.formats.ocidocuments import Descriptor
 from ansible_collections.composefs.oci.plugins.module_utils.formats.reference import parse_reference
 from ansible_collections.composefs.oci.plugins.module_utils.progress import MESSAGE, Progress
-from ansible_collections.composefs.oci.plugins.module_utils.source.skopeosource import Session, is_passing
+from ansible_collections.composefs.oci.plugins.module_utils.source.skopeosource import SkopeoSource
+from ansible_collections.composefs.oci.plugins.module_utils.source.source import Facts, Patient, Resolved
 from ansible_collections.composefs.oci.plugins.module_utils.source.skopeo import ProxyOptions, passing
 from ansible_collections.composefs.oci.tests.support.tarbytes import member, tar
 
@@ -55,24 +56,23 @@ def world(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> World:
     return World(layout).install(monkeypatch)
 
 
-def talk(retries: int = 2, sink: Events | None = None, platform: str = "") -> Session:
-    return Session(
-        ProxyOptions(platform=ocidocuments.parse_platform(platform) if platform else None), retries, Progress(sink)
-    )
+def talk(retries: int = 2, sink: Events | None = None, platform: str = "") -> Patient:
+    options = ProxyOptions(platform=ocidocuments.parse_platform(platform) if platform else None)
+    return Patient(SkopeoSource(options), retries, Progress(sink))
 
 
 def test_skopeo_is_started_when_it_is_needed_and_once(world: World) -> None:
     conversation = talk()
-    assert world.proxies == [] and conversation.skopeo_version is None and conversation.protocol_version is None
-    conversation.manifest(APP)
-    conversation.manifest(APP)
-    conversation.manifest(parse_reference(REGISTRY + "other"))
+    assert world.proxies == [] and conversation.facts() == Facts()
+    conversation.resolve(APP)
+    conversation.resolve(APP)
+    conversation.resolve(OTHER)
     assert len(world.proxies) == 1
-    assert [what for method, what in world.requests if method == "OpenImage"] == [
+    assert [what.partition("@")[0] for method, what in world.requests if method == "OpenImage"] == [
         REGISTRY + "app",
         REGISTRY + "other",
     ], "each image is opened once"
-    assert (conversation.skopeo_version, conversation.protocol_version) == ("1.2.3", "0.2.3")
+    assert conversation.facts() == Facts("1.2.3", "0.2.3", "accept_anything")
     conversation.close()
     assert world.proxies[0].closed
 
@@ -82,7 +82,7 @@ def test_after_a_passing_fault_another_skopeo_is_asked(world: World, error: Engi
     world.opening = [error]
     events = Events()
     conversation = talk(sink=events)
-    assert conversation.manifest(APP)[0]
+    assert conversation.resolve(APP).digest
     assert len(world.proxies) == 2 and world.proxies[0].dead and not world.proxies[1].dead
     assert conversation.retried == 1
 
@@ -91,7 +91,7 @@ def test_retries_come_to_an_end(world: World) -> None:
     world.opening = [GONE] * 10
     conversation = talk(retries=2)
     with pytest.raises(RegistryUnreachable):
-        conversation.manifest(APP)
+        conversation.resolve(APP)
     assert len(world.opening) == 7 and conversation.retried == 2
 
 
@@ -99,7 +99,7 @@ def test_retries_come_to_an_end(world: World) -> None:
 def test_what_will_not_pass_is_not_tried_again(world: World, error: EngineError) -> None:
     world.opening = [error]
     with pytest.raises(type(error)):
-        talk().manifest(APP)
+        talk().resolve(APP)
     assert len(world.proxies) == 1
 
 
@@ -107,61 +107,75 @@ def test_a_skopeo_that_does_not_start_is_no_proxy_to_keep(world: World) -> None:
     world.starting = [SkopeoMissing("There is none.")]
     conversation = talk()
     with pytest.raises(SkopeoMissing):
-        conversation.manifest(APP)
-    assert conversation.protocol_version is None
-    assert conversation.manifest(APP)[0], "the next question may find one"
+        conversation.resolve(APP)
+    assert conversation.facts().protocol_version is None
+    assert conversation.resolve(APP).digest, "the next question may find one"
 
 
 def test_pauses_grow_up_to_a_limit_and_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
-    monkeypatch.setattr(skopeosource.time, "sleep", slept.append)
+    monkeypatch.setattr(source.time, "sleep", slept.append)
     events = Events()
     for attempt in range(1, 10):
-        skopeosource.pause(attempt, GONE, Progress(events))
+        source.pause(attempt, GONE, Progress(events))
     assert slept == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0]
     assert [event.text for event in events.of(MESSAGE)][0] == f"{GONE.message} Trying again in 0.5 s."
 
 
 def test_a_later_generation_is_not_killed_on_an_earlier_ones_account(world: World) -> None:
     conversation = talk()
-    conversation.manifest(APP)
-    conversation.replace(0)
-    conversation.manifest(APP)
-    conversation.replace(0)
-    assert [proxy.dead for proxy in world.proxies] == [True, False] and conversation.generation == 1
-    conversation.replace(1)
+    conversation.resolve(APP)
+    conversation.renew(0)
+    conversation.resolve(APP)
+    conversation.renew(0)
+    assert [proxy.dead for proxy in world.proxies] == [True, False] and conversation.source.generation == 1
+    conversation.renew(1)
     assert world.proxies[1].dead
 
 
-def test_skopeo_is_started_by_whoever_may(world: World) -> None:
-    """Its death is tied to the thread that started it."""
+def test_skopeo_is_started_by_a_thread_that_lives_on(world: World) -> None:
+    """Its death is tied to the thread that started it, and a lane ends when it has nothing more to do."""
     conversation = talk()
-    asked: list[Any] = []
-
-    def in_main(function: Any) -> Any:
-        asked.append(threading.current_thread().name)
-        return function()
-
-    conversation.in_main = in_main
-    thread = threading.Thread(target=conversation.manifest, args=(APP,), name="lane")
+    conversation.resolve(APP)
+    assert world.proxies[0].started_by == "MainThread"
+    conversation.renew(0)
+    thread = threading.Thread(target=conversation.resolve, args=(APP,), name="lane")
     thread.start()
     thread.join()
-    assert asked == ["lane"]
+    assert world.proxies[1].started_by == "starter"
+    assert any(thread.name == "starter" for thread in threading.enumerate())
+
+
+def test_a_start_that_fails_in_another_thread_is_told_to_who_asked(world: World) -> None:
+    world.starting = [SkopeoMissing("There is none.")]
+    conversation, found = talk(), []
+
+    def ask() -> None:
+        try:
+            conversation.resolve(APP)
+        except EngineError as error:
+            found.append(error.code)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert found == ["skopeo_missing"]
 
 
 def test_layers_come_from_the_manifest_except_from_a_container_storage(world: World) -> None:
     conversation = talk()
-    manifest = ocidocuments.parse_manifest(conversation.manifest(APP)[1])
-    assert conversation.layer_sources(APP, manifest) == list(manifest.layers)
-    storage = parse_reference("containers-storage:localhost/app")
+    resolved = conversation.resolve(APP)
+    manifest = ocidocuments.parse_manifest(resolved.raw)
+    assert conversation.layers(resolved, manifest) == list(manifest.layers)
+    storage = Resolved(parse_reference("containers-storage:localhost/app"), resolved.digest, resolved.raw)
     tars = (Descriptor("application/vnd.oci.image.layer.v1.tar", "sha256:" + "a" * 64, 10240),)
     world.target = lambda reference: {}  # type: ignore[method-assign]
-    proxy = conversation.image(storage)[0]
-    proxy.layer_infos = lambda image: tars  # type: ignore[method-assign]
-    assert conversation.layer_sources(storage, manifest) == list(tars)
-    proxy.layer_infos = lambda image: tars * 2  # type: ignore[method-assign]
+    proxy = world.proxies[0]
+    proxy.layer_infos = lambda image: tars  # type: ignore[attr-defined]
+    assert conversation.layers(storage, manifest) == list(tars)
+    proxy.layer_infos = lambda image: tars * 2  # type: ignore[attr-defined]
     with pytest.raises(InvalidDocument, match="has 1 layers, and the container storage delivers 2"):
-        conversation.layer_sources(storage, manifest)
+        conversation.layers(storage, manifest)
 
 
 # --- what a reference means
@@ -218,7 +232,7 @@ def signatures(tmp_path: pathlib.Path) -> ProxyOptions:
 
 
 def test_a_signature_policy_judges_the_reference_as_it_is_written(world: World, signatures: ProxyOptions) -> None:
-    resolved = Session(signatures, 0, Progress(None)).resolve(INDEX)
+    resolved = Patient(SkopeoSource(signatures), 0, Progress(None)).resolve(INDEX)
     assert ("OpenImage", INDEX.text) in world.requests and resolved.reference == INDEX
     assert resolved.index_digest == world.target(INDEX)["digest"]
 
@@ -227,7 +241,7 @@ def test_a_tag_that_moves_under_a_signature_policy_is_looked_up_again(world: Wor
     app, other = world.target(APP), world.target(OTHER)
     answers = [app, other, other, app]  # asked by inspect, OpenImage, GetManifest, and inspect again
     world.target = lambda reference: answers.pop(0) if len(answers) > 1 else answers[0]  # type: ignore[method-assign]
-    conversation = Session(signatures, 1, Progress(None))
+    conversation = Patient(SkopeoSource(signatures), 1, Progress(None))
     assert conversation.resolve(APP).digest == answers[0]["digest"] and conversation.retried == 1
 
 
@@ -238,18 +252,26 @@ def test_a_registry_that_contradicts_itself_under_a_signature_policy_is_refused(
     answers = [app, other, other] * 2
     world.target = lambda reference: answers.pop(0)  # type: ignore[method-assign]
     with pytest.raises(UnexpectedDigest, match="a moment ago"):
-        Session(signatures, 1, Progress(None)).resolve(APP)
+        Patient(SkopeoSource(signatures), 1, Progress(None)).resolve(APP)
 
 
-@pytest.mark.parametrize(
-    ("error", "passes"),
-    [
-        (GONE, True),
-        (Stalled("x"), True),
-        (passing(ProxyFailed("x")), True),
-        (ProxyFailed("x"), False),
-        (DigestMismatch("x"), False),
-    ],
-)
-def test_what_may_pass(error: EngineError, passes: bool) -> None:
-    assert is_passing(error) is passes
+def test_closing_waits_for_the_open_question_but_not_for_long(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(skopeosource, "CLOSE_WAIT", 0.2)
+    let_go = threading.Event()
+    monkeypatch.setattr(skopeosource, "skopeo_version", lambda executable: str(let_go.wait(10)))
+    conversation = talk()
+    conversation.resolve(APP)
+    conversation.close()
+    let_go.set()
+
+
+def test_a_question_for_the_version_that_fails_in_any_way_is_no_version(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(executable: Any) -> str:
+        raise MemoryError
+
+    monkeypatch.setattr(skopeosource, "skopeo_version", fail)
+    conversation = talk()
+    conversation.resolve(APP)
+    assert conversation.facts() == Facts(None, "0.2.3", "accept_anything")
