@@ -82,8 +82,8 @@ options:
     description:
       - V(always) asks the registry what the reference means now, and fetches what is missing.
       - V(missing) is content with an image that has the name, was pulled by the same O(ref), and is what O(digest) and
-        O(platform) ask for, without any network. A name that version 0.1.0 or another program gave does for any O(ref)
-        without a digest.
+        O(platform) ask for, without any network, and without asking the signature policy again. A name that version
+        0.1.0 or another program gave does for any O(ref) without a digest.
       - V(newer) is like V(always), but leaves what is there, with a warning, if the registry cannot be reached or does
         not answer in time.
     type: str
@@ -386,6 +386,16 @@ stats:
     bytes_fetched: 29125228
     retries: 0
     seconds: {resolve: 0.11, fetch: 1.2, register: 0.1, total: 1.41}
+policy:
+  description:
+    - How the policy for signatures was applied. V(enforced) if it asks for more than accepting anything and C(skopeo)
+      held the image against it; V(ignored) if it asks for more and nobody did, because O(unenforced_policy=ignore);
+      V(accept_anything) if it asks for nothing.
+    - With O(pull=missing) an image that is there is not held against the policy again; this is what was remembered
+      when it was pulled. V(null) if nobody remembers.
+  returned: when O(images) is not used
+  type: str
+  sample: accept_anything
 images:
   description: What is described above, for every image of O(images).
   returned: when O(images) is used

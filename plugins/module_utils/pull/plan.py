@@ -128,7 +128,15 @@ class Plan:
             manifest=self.digest,
             registry_digest=self.registry_digest,
             index_digest=self.index_digest,
+            policy=self.policy,
         )
+
+    @property
+    def policy(self) -> str | None:
+        """How the policy for signatures was applied: by the source just now, or when the name got its meaning."""
+        if self.source is not None:
+            return self.source.facts().policy
+        return self.standing.record.policy if self.standing.record else None
 
     @property
     def digest(self) -> str:

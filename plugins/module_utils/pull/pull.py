@@ -310,7 +310,7 @@ def _carry_out(
 def _set_name(repository: Repository, plan: Plan) -> None:
     """Let the name lead to the image, and take away the one that it had instead."""
     name = plan.request.name
-    origin = plan.origin if plan.session else plan.standing.record
+    origin = plan.origin if plan.source else plan.standing.record
     if origin is not None:
         namerecords.remember(repository, name, origin)
     repository.tag(name, plan.digest)
@@ -325,7 +325,7 @@ def _remember_origins(repository: Repository, plans: Sequence[Plan]) -> None:
     change of the repository and no reason to fail.
     """
     for plan in plans:
-        if plan.session is not None:
+        if plan.source is not None:
             with contextlib.suppress(EngineError):
                 namerecords.remember(repository, plan.request.name, plan.origin)
 
@@ -443,6 +443,7 @@ def describe(repository: Repository, outcome: Outcome) -> dict[str, Any]:
         ],
         "streams": outcome.streams,
         "stats": outcome.stats,
+        "policy": plan.policy,
         "skopeo_version": facts.skopeo_version,
         "protocol_version": facts.protocol_version,
         "changed": outcome.changed,
@@ -464,6 +465,7 @@ def blank(request: Request) -> dict[str, Any]:
         "layers": [],
         "streams": [],
         "stats": _stats(None),
+        "policy": None,
         "skopeo_version": None,
         "protocol_version": None,
     }
