@@ -343,8 +343,8 @@ def _begin(
     def leave() -> None:
         # A process that kept a connection open would keep its skopeo from seeing that the module is gone.
         for plan in plans:
-            if plan.session is not None:
-                plan.session.abandon()
+            if plan.source is not None:
+                plan.source.abandon()
 
     seen: set[str] = set()
     for plan in plans:
