@@ -50,7 +50,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "host": (
         ("commands", "files", "locks", "machine", "mountinfo", "processes", "watch"),
-        ("deadman", "filesystem", "mountcalls"),
+        ("deadman", "filesystem", "mountcalls", "workers"),
     ),
     "source": (("skopeo", "source"), ("imageproxy",), ("skopeosource",)),
     "store": (
@@ -58,17 +58,17 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("marks",),
         ("repository",),
         ("create", "imagestreams", "namerecords"),
-        ("graph", "proofs"),
+        ("checks", "graph", "proofs"),
     ),
     "pull": (("smallobjects",), ("layer",), ("fetch", "makeimages", "plan"), ("publish",), ("pull",)),
     "operations": (
-        ("diskuse", "journal", "listing"),
+        ("diskuse", "findings", "journal", "listing"),
         ("keeping", "mounting"),
         ("deployment", "dump"),
         ("bootmountmain",),
         ("bootmount",),
-        ("keepers", "lastingmount"),
-        ("activation", "prune"),
+        ("checkobjects", "keepers", "lastingmount"),
+        ("activation", "check", "prune"),
     ),
 }
 # The threshold to Ansible stands at the root and looks into the house; no room looks at it.

@@ -233,12 +233,13 @@ class Graph:
                 # A table with a flipped bit would name another object than the one that is needed.
                 os.close(repository.objects.open(node))  # says so if it is missing
                 raise FormatError(f"Object {node.hex()} does not have the content that its name says.", _REPAIR)
-            if self._is_image(node):
+            if self.is_image(node):
                 return ()
             with repository.open_object_stream(node) as stream:
                 return tuple(dict.fromkeys(stream.named_refs.values()))
 
-    def _is_image(self, node: bytes) -> bool:
+    def is_image(self, node: bytes) -> bool:
+        """Whether an object begins as an EROFS image of composefs. FormatError if it is missing."""
         from ..rootfs import erofs
 
         with os.fdopen(self.repository.objects.open(node), "rb") as file, doing(f"Reading object {node.hex()}"):
@@ -252,7 +253,7 @@ class Graph:
         if node not in self._next:
             return b""  # it could not be read, and the caller has been told
         try:
-            if self._is_image(node):
+            if self.is_image(node):
                 return b"".join(image_objects(self.repository, node)) if follow_image else b""
             with self.repository.open_object_stream(node) as stream:
                 return stream.object_refs.data

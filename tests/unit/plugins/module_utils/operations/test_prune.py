@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 import threading
@@ -23,54 +22,29 @@ from hypothesis import strategies as hs
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from fake_source import REGISTRY, Layout, World, pull_all
+from filled_repository import TAGS, copy_of, fill, make_layout
 
 from ansible_collections.composefs.oci.plugins.module_utils.errors import Busy, FormatError, IncompatibleJournal
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
-from ansible_collections.composefs.oci.plugins.module_utils.host import processes
 from ansible_collections.composefs.oci.plugins.module_utils.operations import bootmount, keepers, prune
 from ansible_collections.composefs.oci.plugins.module_utils.operations.keepers import Keeper
 from ansible_collections.composefs.oci.plugins.module_utils.operations.prune import Pruned, Wish
 from ansible_collections.composefs.oci.plugins.module_utils.progress import Progress
-from ansible_collections.composefs.oci.plugins.module_utils.pull import pull
-from ansible_collections.composefs.oci.plugins.module_utils.store import create, graph, imagestreams
+from ansible_collections.composefs.oci.plugins.module_utils.store import graph, imagestreams
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
-from ansible_collections.composefs.oci.tests.support.tarbytes import DIRECTORY, member, tar
-
-TAGS = ("a", "b", "c", "artifact")
-
-
-def tree(name: str) -> bytes:
-    return tar(
-        member("usr/", type=DIRECTORY), *(member(f"usr/{name}{n}", f"{name}{n}".encode() * 90) for n in range(4))
-    )
 
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
     """A repository with three images, of which each shares a layer with the next, and an artifact. To be copied."""
     base = tmp_path_factory.mktemp("filled")
-    layout = Layout(base / "layout")
-    layout.image([tree("base"), tree("a")], "a")
-    layout.image([tree("base"), tree("b")], "b")
-    layout.image([tree("b"), tree("c")], "c")
-    layout.artifact([("text/plain", b"an artifact " * 30)], "artifact")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processes, "call", lambda what, function, **_more: function())
-        World(layout).install(patch)
-        create.prepare(str(base / "repo"), fsverity.SHA256, create.DISABLED)
-        pull_all(base / "repo", *(pull.Request(REGISTRY + tag, tag) for tag in TAGS))
+    fill(base / "repo", make_layout(base / "layout"))
     yield base / "repo"
 
 
 @pytest.fixture
 def path(filled: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
     return copy_of(filled, tmp_path / "repo")
-
-
-def copy_of(source: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
-    shutil.copytree(source, target, symlinks=True)
-    return target
 
 
 def run(

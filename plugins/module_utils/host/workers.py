@@ -1,0 +1,132 @@
+# Copyright (c) composefs.oci contributors
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
+
+"""Many tasks of one kind, spread over several processes: who is done with one takes the next.
+
+Also how a process makes itself less important than others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import selectors
+import signal
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from . import processes
+from ..errors import EngineError, from_exception, from_values, to_values
+
+# The call has no wrapper in the C library, and a number of its own on every machine.
+_IOPRIO_SET = {
+    "x86_64": 251,
+    "i686": 289,
+    "aarch64": 30,
+    "riscv64": 30,
+    "loongarch64": 30,
+    "armv7l": 314,
+    "ppc64le": 273,
+    "s390x": 282,
+}
+IO_CLASSES = {"best-effort": (2, 7), "idle": (3, 0)}
+"""Names of classes of input and output, and class and level of each for the kernel: always the lowest level."""
+
+
+def yield_to_others(nice: int | None, io_class: str | None) -> None:
+    """Lower the priority of this process for good: by ``nice`` (0 to 19), and for input and output to a class of
+    IO_CLASSES. Where the kernel does not know the latter nothing happens.
+    """
+    if nice:
+        os.nice(nice)
+    number = _IOPRIO_SET.get(os.uname().machine)
+    if io_class and number is not None:
+        kind, level = IO_CLASSES[io_class]
+        ctypes.CDLL(None).syscall(number, 1, 0, kind << 13 | level)
+
+
+def spread(
+    what: str,
+    tasks: int,
+    work: Callable[[int, Callable[[Any], None]], None],
+    take: Callable[[Any], None],
+    count: int,
+) -> None:
+    """Have ``work(number, tell)`` done for every number below ``tasks`` by ``count`` processes.
+
+    What a worker passes to ``tell`` (small values that JSON knows) arrives in ``take`` in this process, in no order.
+    The first error of a worker ends all of them and is raised here; ``what`` is what they do, such as ``checks
+    objects``. One process or less: it is done here.
+    """
+    if min(count, tasks) <= 1:
+        for number in range(tasks):
+            work(number, take)
+        return
+    workers: dict[socket.socket, int] = {}
+    left = iter(range(tasks))
+    try:
+        for _worker in range(min(count, tasks)):
+            ours, pid = _start(what, work, list(workers))
+            workers[ours] = pid
+        with selectors.DefaultSelector() as selector:
+            for ours in workers:
+                selector.register(ours, selectors.EVENT_READ)
+            running = len(workers)
+            while running:
+                for event, _mask in selector.select():
+                    ours = event.fileobj  # type: ignore[assignment]
+                    message = json.loads(ours.recv(processes.MAX_MESSAGE) or b"null")
+                    if message is None:
+                        raise processes.killed(what)
+                    if "error" in message:
+                        raise from_values(message["error"])
+                    if "value" in message:
+                        take(message["value"])
+                        continue
+                    number = next(left, -1)
+                    ours.send(str(number).encode())
+                    if number < 0:
+                        selector.unregister(ours)
+                        running -= 1
+    finally:
+        for ours, pid in workers.items():
+            ours.close()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def _start(
+    what: str, work: Callable[[int, Callable[[Any], None]], None], siblings: list[socket.socket]
+) -> tuple[socket.socket, int]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    parent = os.getpid()
+    pid = os.fork()
+    if pid:
+        theirs.close()
+        return ours, pid
+    # Never return into the caller's stack: whatever happens, this process ends here.
+    try:
+        for sibling in (ours, *siblings):
+            sibling.close()
+        processes.settle(parent)
+
+        def tell(value: Any) -> None:
+            theirs.send(json.dumps({"value": value}).encode())
+
+        try:
+            while True:
+                theirs.send(b'{"next": true}')
+                number = int(theirs.recv(64) or b"-1")
+                if number < 0:
+                    break
+                work(number, tell)
+        except BaseException as error:
+            known: EngineError = from_exception(error, f"The process that {what}")
+            theirs.send(json.dumps({"error": to_values(known)}).encode())
+    finally:
+        os._exit(0)

@@ -1,0 +1,241 @@
+# Copyright (c) composefs.oci contributors
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
+
+"""Every object of a repository against the digest in its name, at the speed of the disk or of all processors."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ..formats import fsverity
+from ..host import workers
+from ..errors import DigestMismatch, VerityUnsupported, doing
+from ..progress import Progress
+from ..store.repository import Repository
+from .findings import OBJECT_DAMAGED, OBJECT_UNREADABLE, OBJECT_UNSEALED, STRAY_FILE, Finding
+
+# Read at once: nearly all objects are smaller. Larger ones are read in such pieces.
+_PIECE = 1 << 20
+_READ_ERRORS = (errno.EIO, getattr(errno, "EUCLEAN", errno.EIO), errno.EBADMSG)
+
+
+class Counted:
+    """How many objects and bytes were read."""
+
+    def __init__(self) -> None:
+        self.objects = 0
+        self.bytes = 0
+
+
+def list_names(repository: Repository) -> tuple[int, list[Finding]]:
+    """The number of objects by name alone, and what lies among them without being one."""
+    count = 0
+    findings: list[Finding] = []
+    if not _exists(repository):
+        return count, findings
+    for name in _listing(repository, "."):
+        path = f"objects/{name}"
+        if len(name) == 2 and _is_hex(name):
+            for entry in _listing(repository, name):
+                if _digest_of(repository, name, entry) is None:
+                    findings.append(_stray(f"{path}/{entry}"))
+                else:
+                    count += 1
+        elif not name.startswith(".tmp-object-"):
+            findings.append(_stray(path))
+    return count, findings
+
+
+def check_objects(
+    repository: Repository, processors: int, total: int, progress: Progress
+) -> tuple[Counted, list[Finding]]:
+    """Read every object and hold it against its name; memory grows with what is damaged only."""
+    counted = Counted()
+    findings: list[Finding] = []
+    begun = told = time.monotonic()
+
+    def take(value: list[Any]) -> None:
+        nonlocal told
+        if len(value) > 2:
+            findings.append(Finding(*value))
+            return
+        counted.objects += value[0]
+        counted.bytes += value[1]
+        now = time.monotonic()
+        if now - told > 0.5 and counted.objects:
+            told = now
+            left = int((now - begun) * max(total - counted.objects, 0) / counted.objects)
+            progress.message(f"Checking objects: {counted.objects} of {total}, {left} s left")
+
+    def work(number: int, tell: Callable[[Any], None]) -> None:
+        _check_directory(repository, f"{number:02x}", tell)
+
+    if _exists(repository):  # which opens it before the processes part
+        workers.spread("checks objects", 256, work, take, processors)
+    return counted, findings
+
+
+def check_one(repository: Repository, digest: bytes) -> Finding | None:
+    """The same for one object, which exists; None if it is right."""
+    name = fsverity.object_path(digest)
+    fault, _size = _fault(repository, repository.objects.dirfd, name, digest, bytearray(_PIECE))
+    return Finding(fault[0], digest.hex(), f"objects/{name}", fault[1]) if fault else None
+
+
+def _exists(repository: Repository) -> bool:
+    # Where there are no objects at all the store stands on the repository's own directory, which holds other things.
+    return repository.objects.dirfd != repository.fd
+
+
+def _listing(repository: Repository, name: str) -> list[str]:
+    with doing(f"Listing {repository.path}/objects/{name}"):
+        try:
+            fd = os.open(
+                name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=repository.objects.dirfd
+            )
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            if error.errno in (errno.ENOTDIR, errno.ELOOP):
+                return []
+            raise
+        try:
+            return sorted(os.listdir(fd))
+        finally:
+            os.close(fd)
+
+
+def _is_hex(text: str) -> bool:
+    return not text.strip("0123456789abcdef")
+
+
+def _digest_of(repository: Repository, first: str, name: str) -> bytes | None:
+    if len(name) != 2 * repository.algorithm.size - 2 or not _is_hex(name):
+        return None
+    return bytes.fromhex(first + name)
+
+
+def _stray(path: str) -> Finding:
+    return Finding(STRAY_FILE, None, path, f"{path} does not belong into a repository.")
+
+
+def _check_directory(repository: Repository, first: str, tell: Callable[[Any], None]) -> None:
+    """Check one of the 256 directories; tells findings as lists, and at times how many objects and bytes that were."""
+    buffer = bytearray(_PIECE)
+    objects = size = 0
+    with doing(f"Checking {repository.path}/objects/{first}"):
+        try:
+            fd = os.open(
+                first, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=repository.objects.dirfd
+            )
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                return
+            raise
+        try:
+            for name in sorted(os.listdir(fd)):
+                digest = _digest_of(repository, first, name)
+                if digest is None:
+                    continue  # it was told already
+                fault, length = _fault(repository, fd, name, digest, buffer)
+                if fault:
+                    tell([fault[0], digest.hex(), f"objects/{first}/{name}", fault[1]])
+                objects += 1
+                size += length
+                if objects % 64 == 0:
+                    tell([objects, size])
+                    objects = size = 0
+        finally:
+            os.close(fd)
+    tell([objects, size])
+
+
+def _fault(
+    repository: Repository, dirfd: int, name: str, digest: bytes, buffer: bytearray
+) -> tuple[tuple[str, str] | None, int]:
+    """Code and message of what is wrong with one object, None if nothing is, and its bytes."""
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=dirfd)
+    except FileNotFoundError:
+        return None, 0  # it went meanwhile
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            return (OBJECT_DAMAGED, f"The object {digest.hex()} is not a regular file."), 0
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise
+        return (OBJECT_UNREADABLE, f"The object {digest.hex()} cannot be opened: {os.strerror(error.errno or 0)}."), 0
+    try:
+        if repository.secure:
+            return _sealed_fault(repository, fd, digest, buffer)
+        size = os.readv(fd, [buffer])
+        algorithm = repository.algorithm
+        if size < _PIECE:
+            # A file that has changed its size meanwhile cannot have been an object.
+            with memoryview(buffer) as view:
+                found = fsverity.digest(view[:size], algorithm)
+        else:
+            hasher = fsverity.Hasher(algorithm)
+            size = 0
+            os.lseek(fd, 0, os.SEEK_SET)
+            while True:
+                length = os.readv(fd, [buffer])
+                if not length:
+                    break
+                with memoryview(buffer) as view:
+                    hasher.update(view[:length])
+                size += length
+            found = hasher.digest()
+        if found != digest:
+            return (
+                OBJECT_DAMAGED,
+                f"The object {digest.hex()} has content with the fs-verity digest {found.hex()}.",
+            ), size
+    except OSError as error:
+        if error.errno == errno.EISDIR:
+            return (OBJECT_DAMAGED, f"The object {digest.hex()} is not a regular file."), 0
+        if error.errno not in _READ_ERRORS:
+            raise
+        return (OBJECT_UNREADABLE, f"The object {digest.hex()} cannot be read: {os.strerror(error.errno or 0)}."), 0
+    else:
+        return None, size
+    finally:
+        os.close(fd)
+
+
+def _sealed_fault(
+    repository: Repository, fd: int, digest: bytes, buffer: bytearray
+) -> tuple[tuple[str, str] | None, int]:
+    """The same where the kernel vouches for what it reads: it is asked for the digest, and made to read everything."""
+    text = digest.hex()
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        return (OBJECT_DAMAGED, f"The object {text} is not a regular file."), 0
+    try:
+        measured = fsverity.measure(fd, repository.algorithm)
+    except (DigestMismatch, VerityUnsupported) as error:
+        return (OBJECT_DAMAGED, f"The object {text}: {error.message}"), 0
+    if measured is None:
+        # Perhaps only the seal is missing: then a copy mends it.
+        hasher = fsverity.Hasher(repository.algorithm)
+        while True:
+            length = os.readv(fd, [buffer])
+            if not length:
+                break
+            hasher.update(bytes(buffer[:length]))
+        code = OBJECT_UNSEALED if hasher.digest() == digest else OBJECT_DAMAGED
+        return (code, f"The object {text} is not protected by fs-verity, which this repository requires."), 0
+    if measured != digest:
+        return (OBJECT_DAMAGED, f"The object {text} has the fs-verity digest {measured.hex()}."), 0
+    # What is in memory was checked when it was read; the disk below may have changed since.
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    size = 0
+    while True:
+        length = os.readv(fd, [buffer])
+        if not length:
+            return None, size
+        size += length
