@@ -425,10 +425,11 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.composefs.oci.plugins.module_utils.pull import pull
 from ansible_collections.composefs.oci.plugins.module_utils.errors import (
-    EngineError,
+    InvalidOption,
     InvalidReference,
     MissingLibrary,
     SkopeoMissing,
+    SkopeoTooOld,
 )
 from ansible_collections.composefs.oci.plugins.module_utils.module import opened_repository, repository_path, run_module
 from ansible_collections.composefs.oci.plugins.module_utils.host import watch
@@ -473,7 +474,7 @@ def options_of(params: dict, check: bool) -> pull.Options:
     """How to pull."""
     for option, least in (("timeout", 1), ("retries", 0), ("parallel", 1)):
         if params[option] is not None and params[option] < least:
-            raise EngineError(f"The option {option} is {params[option]}.", f"It must be at least {least}.")
+            raise InvalidOption(f"The option {option} is {params[option]}.", f"It must be at least {least}.")
     proxy = ProxyOptions(
         executable=(params["executable"],),
         auth_file=params["auth_file"],
@@ -504,7 +505,7 @@ def present(
     progress = Progress(watch.Announcer(life), *(FileSink(path) for path in files if path))
     try:
         outcomes = pull.pull_images(repository, requests, options, progress, life.permit)
-    except (SkopeoMissing, MissingLibrary) as error:
+    except (SkopeoMissing, SkopeoTooOld, MissingLibrary) as error:
         # A fresh host: the task that installs skopeo and libraries was only foretold, too. That names which are not
         # there will come is certain all the same.
         if not module.check_mode or any(repository.tag_digest(request.name) for request in requests):

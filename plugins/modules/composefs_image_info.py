@@ -323,7 +323,7 @@ def main() -> None:
     )
     if module.params["dumpfile"] and not (module.params["name"] or module.params["digest"]):
         module.fail_json(
-            msg="'dumpfile' needs one image: set 'name' or 'digest' as well.", error="invalid_reference", **EMPTY
+            msg="'dumpfile' needs one image: set 'name' or 'digest' as well.", error="invalid_option", **EMPTY
         )
     base: dict[str, Any] = dict(EMPTY)
     run_module(module, lambda module: run(module, base), base)

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..errors import InvalidDocument, PlatformNotFound, UnsupportedMediaType
+from ..errors import InvalidDocument, InvalidPlatform, PlatformNotFound, UnsupportedMediaType
 from .digests import ANY_DIGEST, digest_of, is_digest
 from .strictjson import load_json
 
@@ -103,11 +103,11 @@ class Platform:
 def parse_platform(text: str) -> Platform:
     """The platform behind ``os/architecture[/variant]``; the kernel's names (``x86_64``, ``aarch64``) are taken too.
 
-    Raises PlatformNotFound, whose message shows the form, for anything else.
+    Raises InvalidPlatform, whose message shows the form, for anything else.
     """
     parts = text.split("/") if isinstance(text, str) else []
     if not 2 <= len(parts) <= 3 or not all(_PLATFORM_PART.match(part) for part in parts):
-        raise PlatformNotFound(
+        raise InvalidPlatform(
             f"Cannot understand the platform {text!r:.200}.",
             "Write it as os/architecture[/variant], for example linux/amd64 or linux/arm64/v8.",
         )

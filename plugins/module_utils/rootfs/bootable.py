@@ -14,7 +14,7 @@ import stat as st
 import struct
 from collections.abc import Iterator
 
-from ..errors import InvalidLayer
+from ..errors import InvalidLayer, NotBootable
 from .filetree import Directory, FileSystem, Leaf, Node, count_links
 from .selinux import ReadObject, apply_policy, find, find_directory, read_file, read_policy, remove_labels
 from ..formats.tarheader import show
@@ -25,6 +25,7 @@ MAX_ENTRY = 1 << 20
 #: An Android boot image or unified kernel is checked by its headers, but an object can only be read as a whole.
 MAX_PAYLOAD = 1 << 29
 
+_OTHER_IMAGE = "Pull it without bootable, or use an image made for booting."
 _ENTRY_KEYS = (b"linux", b"initrd", b"efi")
 
 
@@ -32,19 +33,19 @@ def transform_for_boot(filesystem: FileSystem, read_object: ReadObject) -> None:
     """Turn a plain tree (of TreeBuilder.finish) into that of the bootable image, in place.
 
     ``read_object(digest, limit)`` returns the content of an external file: boot loader entries, aboot payloads and the
-    SELinux policy are read. Raises InvalidLayer for boot files that are damaged, for a damaged policy, and when /boot
-    or /sysroot is no directory.
+    SELinux policy are read. Raises InvalidLayer for boot files that are damaged and for a damaged policy,
+    NotBootable when /boot or /sysroot is no directory.
     """
     root = filesystem.root
     check_boot_resources(root, read_object)
     usr = find_directory(root, b"/usr")
     for name in (b"boot", b"sysroot"):
-        directory = find_directory(root, b"/" + name)
+        try:
+            directory = find_directory(root, b"/" + name)
+        except InvalidLayer as error:
+            raise NotBootable(error.message, _OTHER_IMAGE) from error
         if directory is None:
-            raise InvalidLayer(
-                f"The image has no /{name.decode()}, which a bootable image needs.",
-                "Pull it without bootable, or use an image made for booting.",
-            )
+            raise NotBootable(f"The image has no /{name.decode()}, which a bootable image needs.", _OTHER_IMAGE)
         empty(directory, usr.stat if usr is not None else root.stat)
     # Links from /boot into the rest are gone: one name less each, which hardlink labelling and the writer look at.
     count_links(root)

@@ -44,7 +44,7 @@ from ..errors import (
     InvalidReference,
     PolicyRejected,
     ProxyFailed,
-    SkopeoMissing,
+    SkopeoTooOld,
     Stalled,
     UnsupportedMediaType,
 )
@@ -108,8 +108,8 @@ class ImageProxy:
         self.close()
 
     def start(self) -> None:
-        """Start skopeo and agree on a version. Raises SkopeoMissing, PolicyRejected, AuthFailed, Stalled,
-        ProxyFailed.
+        """Start skopeo and agree on a version. Raises SkopeoMissing, SkopeoTooOld, PolicyRejected, AuthFailed,
+        Stalled, ProxyFailed.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
@@ -134,7 +134,7 @@ class ImageProxy:
         self.protocol_version = match.group()
         self.version = (int(match.group(1)), int(match.group(2)), int(match.group(3)))
         if self.version < OLDEST:
-            raise SkopeoMissing(
+            raise SkopeoTooOld(
                 f"skopeo speaks version {self.protocol_version} of the image proxy protocol; 0.2.3 is needed.", INSTALL
             )
         if self.reference.transport == "containers-storage" and self.version < _LAYER_INFO:
@@ -211,8 +211,8 @@ class ImageProxy:
             self._violated("GetLayerInfo", "something else than a list of layers")
         return tuple(self._layer_info(item) for item in value)
 
-    def _too_old_for_storage(self) -> SkopeoMissing:
-        return SkopeoMissing(
+    def _too_old_for_storage(self) -> SkopeoTooOld:
+        return SkopeoTooOld(
             f"skopeo (image proxy protocol {self.protocol_version}) cannot list the layers of {self.reference.text}.",
             "Pulling from containers-storage needs skopeo 1.11 or later.",
         )
@@ -477,7 +477,7 @@ class ImageProxy:
         said = f": {quoted}." if words else "."
         if method == "Initialize":
             error = classify(self.options, "Starting skopeo", words)
-            if words and isinstance(error, (AuthFailed, PolicyRejected, SkopeoMissing)):
+            if words and isinstance(error, (AuthFailed, PolicyRejected, SkopeoTooOld)):
                 raise error
             raise ProxyFailed(
                 f"it {how}{said}",

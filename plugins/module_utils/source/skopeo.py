@@ -40,6 +40,7 @@ from ..errors import (
     ProxyFailed,
     RegistryUnreachable,
     SkopeoMissing,
+    SkopeoTooOld,
     Stalled,
     TlsFailed,
     UnsupportedMediaType,
@@ -351,12 +352,12 @@ def top_digest(options: ProxyOptions, reference: Reference) -> tuple[str, bytes]
 
 
 def check_unenforced_policy(options: ProxyOptions) -> None:
-    """Raise PolicyRejected if the policy asks for more than an old skopeo, which enforces none in its proxy, gives."""
+    """Raise SkopeoTooOld if the policy asks for more than an old skopeo, which enforces none in its proxy, gives."""
     if options.unenforced_policy == "ignore" or options.insecure_policy:
         return
     demand = policy_demand(options.policy)
     if demand:
-        raise PolicyRejected(
+        raise SkopeoTooOld(
             f"This skopeo is too old to enforce a signature policy (1.13 is needed), and {demand}.",
             "Install a newer skopeo, or set the option unenforced_policy to ignore to go on without the checks.",
         )
@@ -439,7 +440,7 @@ _MEANINGS = (
         PlatformNotFound,
         "Choose one of the platforms that the image has, with the option platform.",
     ),
-    _means(r"unknown (?:flag|command|shorthand)", SkopeoMissing, INSTALL),
+    _means(r"unknown (?:flag|command|shorthand)", SkopeoTooOld, INSTALL),
     _means(r"tls handshake timeout", RegistryUnreachable, "Check the network and the registry, and try again later."),
     _means(
         r"server gave http response to https client",

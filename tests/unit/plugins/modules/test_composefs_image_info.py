@@ -102,7 +102,7 @@ def test_a_dumpfile_is_written_once(run: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("values", "error"),
-    [({}, "invalid_reference"), ({"name": "nothing"}, "image_not_found"), ({"name": "bare"}, "image_not_found")],
+    [({}, "invalid_option"), ({"name": "nothing"}, "image_not_found"), ({"name": "bare"}, "image_not_found")],
 )
 def test_a_dumpfile_needs_one_image(run: Any, tmp_path: Path, values: dict[str, Any], error: str) -> None:
     result = run(dumpfile=str(tmp_path / "out"), **values)

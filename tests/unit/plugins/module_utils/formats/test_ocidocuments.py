@@ -13,6 +13,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.formats import diges
 from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     EngineError,
     InvalidDocument,
+    InvalidPlatform,
     PlatformNotFound,
     UnsupportedMediaType,
 )
@@ -86,7 +87,7 @@ def test_platforms(text, result):
     ],
 )
 def test_what_is_no_platform_is_refused(text):
-    with pytest.raises(PlatformNotFound, match="os/architecture"):
+    with pytest.raises(InvalidPlatform, match="os/architecture"):
         ocidocuments.parse_platform(text)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
 from ansible_collections.composefs.oci.plugins.module_utils.rootfs import bootable, dumpfile, erofswriter, filetree
-from ansible_collections.composefs.oci.plugins.module_utils.errors import InvalidLayer
+from ansible_collections.composefs.oci.plugins.module_utils.errors import InvalidLayer, NotBootable
 from ansible_collections.composefs.oci.plugins.module_utils.rootfs.filetree import Directory, Leaf, Stat
 from ansible_collections.composefs.oci.tests.support import layers
 from ansible_collections.composefs.oci.tests.support.tarbytes import DIRECTORY, HARDLINK, SYMLINK, member, tar
@@ -231,7 +231,7 @@ def test_spaces_and_a_return_after_a_path_are_no_part_of_it() -> None:
 @pytest.mark.parametrize("name", ["boot", "sysroot"])
 def test_boot_and_sysroot_must_be_directories(name: str) -> None:
     for layer in (image(without=name), image((name, b""), without=name), image(link(name), without=name)):
-        with pytest.raises(InvalidLayer, match=f"/{name}"):
+        with pytest.raises(NotBootable, match=f"/{name}"):
             layers.tree(layer, bootable=True)
 
 

@@ -31,6 +31,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     ProxyFailed,
     RegistryUnreachable,
     SkopeoMissing,
+    SkopeoTooOld,
     Stalled,
     UnsupportedMediaType,
 )
@@ -204,13 +205,13 @@ def test_a_nonsensical_list_of_layers_is_refused(item):
 
 def test_containers_storage_needs_a_newer_skopeo_and_says_which():
     proxy = fake({"version": "0.2.3"}, parse_reference("containers-storage:localhost/x"))
-    with pytest.raises(SkopeoMissing, match=r"skopeo 1\.11"):
+    with pytest.raises(SkopeoTooOld, match=r"skopeo 1\.11"):
         proxy.start()
 
 
 @pytest.mark.parametrize("version", ["0.2.2", "0.1.9", "0.0.0"])
 def test_a_protocol_that_is_too_old_is_refused(version):
-    with pytest.raises(SkopeoMissing, match=r"0\.2\.3 is needed"):
+    with pytest.raises(SkopeoTooOld, match=r"0\.2\.3 is needed"):
         fake({"version": version}).start()
 
 
@@ -342,7 +343,7 @@ def test_a_skopeo_that_dies_is_told_with_its_words(method, plan, how):
 
 
 def test_a_skopeo_that_dies_at_once_says_why():
-    with pytest.raises(SkopeoMissing, match='unknown command "experimental-image-proxy"'):
+    with pytest.raises(SkopeoTooOld, match='unknown command "experimental-image-proxy"'):
         fake({"Initialize": {"stderr": 'unknown command "experimental-image-proxy" for "skopeo"\n', "exit": 1}}).start()
     with pytest.raises(AuthFailed, match="authentication file"):
         fake({"Initialize": {"stderr": "credential file is not accessible: authentication file\n", "exit": 1}}).start()

@@ -27,6 +27,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     ImageNotFound,
     PlatformNotFound,
     PolicyRejected,
+    SkopeoTooOld,
     ProxyFailed,
     RegistryUnreachable,
     Stalled,
@@ -285,7 +286,7 @@ def test_a_policy_that_is_not_enforced_is_not_passed_over(layout, accept, tmp_pa
     (tmp_path / "reject.json").write_text('{"default":[{"type":"reject"}]}')
     strict = dataclasses.replace(accept, policy=str(tmp_path / "reject.json"))
     reference = layout.publish(layout.image())
-    with pytest.raises(PolicyRejected), ImageProxy(strict, reference) as proxy:
+    with pytest.raises((PolicyRejected, SkopeoTooOld)), ImageProxy(strict, reference) as proxy:
         proxy.open_image()
     with ImageProxy(dataclasses.replace(strict, insecure_policy=True), reference) as proxy:
         assert proxy.open_image() > 0

@@ -22,7 +22,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     PolicyRejected,
     ProxyFailed,
     RegistryUnreachable,
-    SkopeoMissing,
+    SkopeoTooOld,
     TlsFailed,
     UnsupportedMediaType,
 )
@@ -111,7 +111,7 @@ HEARD = [
     ),
     ("no FSLayers in manifest", UnsupportedMediaType),
     ("exceeded maximum allowed size of 4194304 bytes", InvalidDocument),
-    ("unknown flag: --nope", SkopeoMissing),
+    ("unknown flag: --nope", SkopeoTooOld),
     ("invalid character '<' looking for beginning of value", ProxyFailed),
     ("", ProxyFailed),
 ]
@@ -250,7 +250,7 @@ def test_a_policy_that_accepts_anything_needs_no_enforcement(tmp_path, policy):
 def test_a_policy_that_asks_for_more_is_refused_where_it_is_not_enforced(tmp_path, policy):
     path = tmp_path / "policy.json"
     path.write_text(json.dumps(policy))
-    with pytest.raises(PolicyRejected, match="unenforced_policy") as caught:
+    with pytest.raises(SkopeoTooOld, match="unenforced_policy") as caught:
         skopeo.check_unenforced_policy(ProxyOptions(policy=str(path)))
     assert str(path) in str(caught.value)
     skopeo.check_unenforced_policy(ProxyOptions(policy=str(path), unenforced_policy="ignore"))
