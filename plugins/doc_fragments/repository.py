@@ -18,3 +18,21 @@ options:
         other user.
     type: path
 """
+
+    # For every module but those that mount.
+    UNSAFE = r"""
+options:
+  unsafe_repository:
+    description:
+      - What to do with a repository that somebody else than root and the user that runs the task owns or can write to.
+        Whoever can write there can change what is read between two looks, and in a repository without fs-verity the
+        content of every image.
+      - V(refuse) fails with RV(error=unsafe_repository). That includes root in a repository of another user; run the
+        task as its owner instead, with C(become_user).
+      - V(accept) goes on with a warning. Symbolic links below the repository are not followed even then, nor are those
+        on the way to it that somebody else made. M(composefs.oci.composefs_mount) never accepts such a repository.
+    type: str
+    choices: [refuse, accept]
+    default: refuse
+    version_added: 1.0.0
+"""

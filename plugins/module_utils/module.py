@@ -18,6 +18,7 @@ from typing import Any, Callable, Protocol
 
 from . import text
 from .errors import NotARepository, from_exception
+from .host import beneath
 from .store.repository import Repository, default_path
 
 
@@ -47,12 +48,15 @@ def opened_repository(module: Module, path: str) -> Iterator[Repository]:
     On a fresh host an earlier task only foretold that it would make the repository, and a run of the whole playbook in
     check mode goes on.
     """
+    unsafe = module.params.get("unsafe_repository", beneath.REFUSE)
     try:
-        repository = Repository.open(path)
+        repository = Repository.open(path, unsafe=unsafe)
     except NotARepository:
         if not module.check_mode or (os.path.lexists(path) and (not os.path.isdir(path) or os.listdir(path))):
             raise
     else:
+        if repository.root.fault:
+            module.warn(f"The repository is not safe: {path} {repository.root.fault}.")
         with repository:
             yield repository
         return

@@ -24,6 +24,7 @@ extends_documentation_fragment:
   - composefs.oci.attributes
   - composefs.oci.attributes.actiongroup_composefs
   - composefs.oci.repository
+  - composefs.oci.repository.unsafe
 attributes:
   check_mode:
     support: full
@@ -574,6 +575,7 @@ def main() -> None:
             **image,
             "images": {"type": "list", "elements": "dict", "options": dict(image)},
             "repository": {"type": "path"},
+            "unsafe_repository": {"type": "str", "choices": ["refuse", "accept"], "default": "refuse"},
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
             "pull": {"type": "str", "choices": ["always", "missing", "newer"], "default": "always"},
             "auth_file": {"type": "path"},

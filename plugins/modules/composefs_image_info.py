@@ -18,6 +18,7 @@ extends_documentation_fragment:
   - composefs.oci.attributes
   - composefs.oci.attributes.actiongroup_composefs
   - composefs.oci.repository
+  - composefs.oci.repository.unsafe
 attributes:
   check_mode:
     support: full
@@ -315,6 +316,7 @@ def main() -> None:
             "name": {"type": "str"},
             "digest": {"type": "str"},
             "repository": {"type": "path"},
+            "unsafe_repository": {"type": "str", "choices": ["refuse", "accept"], "default": "refuse"},
             "disk_use": {"type": "bool", "default": False},
             "dumpfile": {"type": "path"},
         },

@@ -75,7 +75,8 @@ options:
     description:
       - The user that shall own the directory. Without it a new directory belongs to the user that runs the task, and an
         existing one is left alone.
-      - Files inside are not touched; whoever works in the repository should be the owner.
+      - Files inside are not touched; whoever works in the repository should be the owner. Tasks of other users, root
+        among them, refuse it then, as RV(unsafe) tells.
     type: str
   group:
     description:
@@ -83,8 +84,10 @@ options:
     type: str
   mode:
     description:
-      - The permissions of the directory, as with M(ansible.builtin.file). Without it a new directory gets V(0700), and
-        an existing one is left alone.
+      - The permissions of the directory, as with M(ansible.builtin.file). Without it a directory that becomes a
+        repository can be entered by its owner only (V(0700)), and one that is a repository already is left alone.
+      - Files and directories inside get V(0644) and V(0755) whatever the umask is, so this decides who can read them.
+        One that others can write to is not safe, as RV(unsafe) tells.
       - Objects hold the files of images with all their secrets, readable by anyone who gets into the directory.
     type: raw
 notes:
@@ -152,6 +155,15 @@ upgraded:
   returned: always
   type: bool
   sample: false
+unsafe:
+  description:
+    - Whether somebody else than root and the user that runs the task owns the repository or can write to it. Then other
+      modules refuse it in tasks of this user, unless they are told to accept it, and it cannot be mounted from.
+    - This module warns and goes on, so that O(owner) and O(mode) can give it away or mend it.
+  returned: always
+  type: bool
+  sample: false
+  version_added: 1.0.0
 algorithm:
   description: The hash of the repository's fs-verity digests, V(sha256) or V(sha512).
   returned: always
@@ -199,7 +211,6 @@ error:
 """
 
 import grp
-import os
 import pwd
 from collections.abc import Callable
 from typing import Any
@@ -210,7 +221,6 @@ from ansible_collections.composefs.oci.plugins.module_utils.formats import fsver
 from ansible_collections.composefs.oci.plugins.module_utils.host import filesystem
 from ansible_collections.composefs.oci.plugins.module_utils.store import create
 from ansible_collections.composefs.oci.plugins.module_utils.errors import EngineError, IOFailed, doing
-from ansible_collections.composefs.oci.plugins.module_utils.text import from_file_name
 from ansible_collections.composefs.oci.plugins.module_utils.module import repository_path, run_module
 
 ARGUMENT_SPEC = {
@@ -226,6 +236,7 @@ ARGUMENT_SPEC = {
 FACTS = (
     "created",
     "upgraded",
+    "unsafe",
     "algorithm",
     "verity",
     "verity_supported",
@@ -242,9 +253,18 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
     path = base["path"] = repository_path(module, "path" if params["path"] else "repository")
     require_account(params["owner"], pwd.getpwnam, "user")
     require_account(params["group"], grp.getgrnam, "group")
+    with create.Place(path) as place:
+        return prepare(module, place, base)
+
+
+def prepare(module: AnsibleModule, place: create.Place, base: dict[str, Any]) -> dict[str, Any]:
+    """The same for the directory as it was opened once: whatever its name comes to mean meanwhile, it is this one."""
+    params, path = module.params, place.path
     algorithm = fsverity.ALGORITHMS[params["algorithm"]]
-    before = {"path": path, "state": state_of(path)}
-    done = create.prepare(path, algorithm, params["verity"], check=module.check_mode)
+    before = {"path": path, "state": place.state}
+    done = create.prepare_place(
+        place, algorithm, params["verity"], check=module.check_mode, private=params["mode"] is None
+    )
     verity = "required" if done.secure else "optional"
     description = {
         "algorithm": done.metadata.algorithm.name,
@@ -255,26 +275,26 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
     changed = base["changed"] = done.created or done.upgraded
     if changed:
         after.update(description)
-    changed = base["changed"] = set_attributes(module, path, changed, before, after)
+    changed = base["changed"] = set_attributes(module, place, changed, before, after)
+    unsafe = place.unsafe
+    if unsafe:
+        module.warn(
+            f"The repository is not safe for tasks of this user: {unsafe} Tasks of its owner can use it, others with "
+            f"'unsafe_repository: accept'; it cannot be mounted from."
+        )
     result = {
         "changed": changed,
         "created": done.created,
         "upgraded": done.upgraded,
+        "unsafe": bool(unsafe),
         **description,
-        **place(path, algorithm),
+        **describe_place(place, algorithm),
     }
     if result["filesystem"] == "overlay":
         module.warn(
             f"The repository {path} lies on an overlay file system: images can be stored there, but not mounted."
         )
     return {**result, "diff": {"before": before, "after": after}} if module._diff else result
-
-
-def state_of(path: str) -> str:
-    """What the directory is before the task, in words for the diff."""
-    if os.path.lexists(f"{path}/meta.json"):
-        return "present"
-    return "directory" if os.path.isdir(path) else "absent"
 
 
 def require_account(name: str | None, look_up: Callable[[str], Any], kind: str) -> None:
@@ -287,40 +307,37 @@ def require_account(name: str | None, look_up: Callable[[str], Any], kind: str) 
 
 
 def set_attributes(
-    module: AnsibleModule, path: str, changed: bool, before: dict[str, Any], after: dict[str, Any]
+    module: AnsibleModule, place: create.Place, changed: bool, before: dict[str, Any], after: dict[str, Any]
 ) -> bool:
     """Owner, group and mode by Ansible's own means, which know symbolic modes and check mode; whether
     anything changed.
     """
     params = module.params
-    if module.check_mode and not os.path.isdir(path):
+    if place.root is None:
         after.update({name: params[name] for name in ("owner", "group", "mode") if params[name] is not None})
         return changed
     diff: dict[str, Any] = {"before": before, "after": after}
-    path = from_file_name(path)  # Ansible encodes it as UTF-8 by itself
+    # Ansible's functions take paths and do not follow links. This one leads through the descriptor to the directory.
+    path = f"/proc/self/fd/{place.root.fd}/."
     changed = module.set_owner_if_different(path, params["owner"], changed, diff)
     changed = module.set_group_if_different(path, params["group"], changed, diff)
     return module.set_mode_if_different(path, params["mode"], changed, diff)
 
 
-def place(path: str, algorithm: fsverity.Algorithm) -> dict[str, Any]:
+def describe_place(place: create.Place, algorithm: fsverity.Algorithm) -> dict[str, Any]:
     """What the file system of the repository, or of the directory it would be made in, is and has."""
-    with doing(f"Looking at the file system of {path}"):
-        fd = os.open(filesystem.nearest_directory(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    with doing(f"Looking at the file system of {place.path}"), place.opened() as fd:
+        free_bytes, free_inodes = filesystem.free_space(fd)
         try:
-            free_bytes, free_inodes = filesystem.free_space(fd)
-            try:
-                supported = filesystem.missing_ability(fd, algorithm) is None
-            except EngineError:
-                supported = None
-            return {
-                "filesystem": filesystem.type_of(fd),
-                "verity_supported": supported,
-                "free_bytes": free_bytes,
-                "free_inodes": free_inodes,
-            }
-        finally:
-            os.close(fd)
+            supported = filesystem.missing_ability(fd, algorithm) is None
+        except EngineError:
+            supported = None
+        return {
+            "filesystem": filesystem.type_of(fd),
+            "verity_supported": supported,
+            "free_bytes": free_bytes,
+            "free_inodes": free_inodes,
+        }
 
 
 def main() -> None:

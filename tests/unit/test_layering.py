@@ -49,8 +49,8 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("bootable",),
     ),
     "host": (
-        ("commands", "files", "locks", "machine", "mountinfo", "processes", "watch"),
-        ("deadman", "filesystem", "mountcalls", "workers"),
+        ("commands", "files", "machine", "mountinfo", "processes", "watch"),
+        ("beneath", "deadman", "filesystem", "locks", "mountcalls", "workers"),
     ),
     "source": (("skopeo", "source"), ("imageproxy",), ("skopeosource",)),
     "store": (

@@ -11,10 +11,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import sys
 
 from ..formats import fsverity
 from . import files
 from ..errors import EngineError, IOFailed, PermissionDenied, ReadOnly, VerityUnsupported, from_os_error
+
+_AT_EMPTY_PATH = 0x1000
+_STATX_MNT_ID_UNIQUE = 0x4000
+_STX_MNT_ID = 144
 
 
 def type_of(fd: int) -> str:
@@ -32,6 +37,24 @@ def type_of(fd: int) -> str:
     except (OSError, StopIteration, ValueError, IndexError):
         pass
     return "unknown"
+
+
+def mount_id(fd: int) -> str:
+    """What tells the mount that the open file was reached through from any other mount of this boot; empty where the
+    kernel cannot tell (before 6.8). See statx(2), STATX_MNT_ID_UNIQUE.
+    """
+    try:
+        import ctypes
+
+        library = ctypes.CDLL(None, use_errno=True)
+        buffer = ctypes.create_string_buffer(256)
+        failed = library.statx(fd, b"", _AT_EMPTY_PATH, _STATX_MNT_ID_UNIQUE, buffer)
+    except (ImportError, AttributeError, OSError):
+        return ""
+    mask = int.from_bytes(buffer.raw[:4], sys.byteorder)
+    if failed or not mask & _STATX_MNT_ID_UNIQUE:
+        return ""
+    return str(int.from_bytes(buffer.raw[_STX_MNT_ID : _STX_MNT_ID + 8], sys.byteorder))
 
 
 def free_space(fd: int) -> tuple[int, int | None]:

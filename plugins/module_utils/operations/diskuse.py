@@ -6,14 +6,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from ..formats import fsverity
 from ..store import imagestreams
 from ..store import graph as graphs
-from ..errors import EngineError, from_os_error
+from ..errors import EngineError
 from ..store.graph import Graph, Root
 from ..store.repository import Repository
 
@@ -76,12 +74,6 @@ def _readable(graph: Graph, root: Root) -> bool:
 
 def _size(repository: Repository, digest: bytes, sizes: dict[bytes, int]) -> int:
     if digest not in sizes:
-        try:
-            sizes[digest] = os.stat(
-                fsverity.object_path(digest), dir_fd=repository.objects.dirfd, follow_symlinks=False
-            ).st_size
-        except FileNotFoundError:
-            sizes[digest] = 0
-        except OSError as error:
-            raise from_os_error(error, f"Looking at object {digest.hex()}") from error
+        found = repository.objects.stat(digest)
+        sizes[digest] = found.st_size if found is not None else 0
     return sizes[digest]

@@ -25,8 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from . import keepers
 from ..formats import fsverity
-from ..host import locks
-from ..errors import Busy, EngineError, FormatError, doing
+from ..errors import EngineError, FormatError, doing
 from ..progress import Progress
 from ..store import graph as graphs
 from ..store import marks
@@ -106,25 +105,13 @@ def prune(
     if check or not plan.result.changed:
         return plan.result
     progress.message("Waiting until nobody else uses the repository")
-    with _alone(repository, wish.timeout):
+    with repository.exclusive(wish.timeout):
         again = Graph.read(repository, prove=True, before=plan.graph)
         if again.names() != plan.graph.names() or keepers.roots(again, look(repository)) != plan.roots:
             plan = _plan(repository, wish, progress, look, again)
         if plan.result.changed:
             _sweep(repository, plan, progress)
     return plan.result
-
-
-@contextlib.contextmanager
-def _alone(repository: Repository, timeout: float) -> Iterator[None]:
-    try:
-        with repository.exclusive(timeout):
-            yield
-    except Busy as error:
-        who = locks.holders(repository.fd)
-        if who:
-            error.message += f" It is held by {', '.join(map(str, who))}."
-        raise
 
 
 # --- what is dead

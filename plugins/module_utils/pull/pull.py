@@ -248,7 +248,8 @@ def _carry_out(
         # All of them before the first one starts, so that a share of the whole can be told from the beginning.
         progress(Event(PLANNED, layer.diff_id, 0, layer.source.size))
     _require_space(repository, [layer for _plan, layer in missing.values()])
-    with repository.importing(), contextlib.ExitStack() as stack:
+    with repository.importing() as found, contextlib.ExitStack() as stack:
+        plans[0].warnings += found.warnings
         begun: dict[str, Ahead] = {}
         fetched = {}
         if missing:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from ..formats import digests, fsverity, repolayout
-from ..errors import EngineError, FormatError, doing, from_os_error
+from ..errors import EngineError, FormatError, doing
 from .imagestreams import CONFIG
 from .repository import Repository
 
@@ -325,18 +325,14 @@ def list_links(repository: Repository, directory: str, recursive: bool = True) -
 
     Directories are entered if ``recursive``; else they count as entries, but for ``refs``. No link is followed.
     """
-    parts = directory.split("/")
-    fd = os.dup(repository.fd)
     try:
-        for depth, part in enumerate(parts):
-            try:
-                inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
-            except FileNotFoundError:
-                return
-            except OSError as error:
-                raise from_os_error(error, f"Listing {repository.path}/{'/'.join(parts[: depth + 1])}") from error
-            os.close(fd)
-            fd = inner
+        with doing(f"Listing {repository.path}/{directory}"):
+            fd = repository.root.open_directory(directory)
+    except EngineError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return
+        raise
+    try:
         yield from _links_in(repository, fd, directory, recursive)
     finally:
         os.close(fd)
@@ -358,7 +354,8 @@ def _links_in(repository: Repository, fd: int, directory: str, recursive: bool) 
         if not stat.S_ISDIR(found.st_mode):
             yield Link(path, text, found.st_mtime)
         elif recursive:
-            inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+            with doing(f"Listing {repository.path}/{path}"):
+                inner = repository.root.open_directory(name, under=(fd, directory))
             try:
                 yield from _links_in(repository, inner, path, recursive)
             finally:

@@ -14,50 +14,83 @@ files in ``.composefs-oci/imports/``. Why they suffice:
    and it is removed only after a barrier that came after the last. So an object that this engine linked and that is not
    durable is younger than some mark.
 2. Its owner holds a lock (flock) on the mark as long as it lives; worker processes inherit the lock, so it lives as
-   long as any of them.
-3. A mark whose owner is gone and that was made since this boot means that a process was killed. What it wrote is whole,
-   for objects are linked only when complete, and the page cache survives a process: one barrier makes it durable, and
-   the mark can go.
-4. A mark of another boot means a power cut, a crash of the kernel or a reset. Every object that is not older than the
-   mark is read and hashed, and removed if it is not what its name says. A barrier makes the removals durable before the
-   mark goes: they could be lost where the removal of the mark is not. Should the recovery itself be cut off, the mark
-   is still there.
-5. Nobody imports while a mark of another boot exists: whoever finds one takes its lock, waiting for someone else's
-   recovery if need be.
+   long as any of them. Only the owner of the file and root can open it, so nobody else can make a dead one seem alive.
+3. A mark whose owner is gone, and that was made since this boot and through this very mount of the file system, means
+   that a process was killed. What it wrote is whole, for objects are linked only when complete, and the page cache
+   survives a process: one barrier makes it durable, and the mark can go.
+4. A mark of another boot means a power cut, a crash of the kernel or a reset. One of another mount means that the file
+   system may have gone down and come back, with what had reached the disk. Every object that is not older than the mark
+   is read and hashed, and removed if it is not what its name says. A barrier makes the removals durable before the mark
+   goes: they could be lost where the removal of the mark is not. Should the recovery itself be cut off, the mark is
+   still there.
+5. Nobody imports while someone recovers: whoever finds marks takes a lock of its own for that, waiting for someone
+   else's recovery if need be.
 
 "Not older" is judged by the change time of the inode, which only the clock of the host sets and which linking sets
-anew. Clocks get adjusted, so a day of tolerance is allowed, and a mark from the future says that the clock cannot be
-relied on: then every object is hashed.
+anew. Clocks get adjusted, so a day of tolerance is allowed across boots, and as much as it was adjusted within one. A
+mark from the future says that the clock cannot be relied on: then every object is hashed.
+
+A mount is told from the next by its unique number (statx(2), since Linux 6.8). Where there is none, every mark of a
+dead import counts as one of another mount, which costs reading what the import had stored.
+
+What is removed as a mark is one: by its name, a regular file of one link that root or the caller made, with a mark's
+content. Anything else in the directory is left alone, told as a warning, and blocks nobody.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
+import re
+import stat
 import time
 from typing import NamedTuple
 
-from ..host import files, filesystem
-from ..errors import doing
+from ..host import beneath, files, filesystem, locks
+from ..errors import FormatError, doing
 from .objects import ObjectStore
 
 DIRECTORY = ".composefs-oci"
 IMPORTS = f"{DIRECTORY}/imports"
-_TOLERANCE = 24 * 3600.0
+LOCKS = f"{DIRECTORY}/locks"
+RECOVERY_LOCK = "recovery"
+LOCK_WAIT = 600.0
+DAY = 24 * 3600.0
+_TOLERANCE = DAY
+_MINUTE = 60.0
 _MAX_MARK = 4096
+_NAME = re.compile("[0-9a-f]{16}")
+# Names that this engine gives to what is not whole yet, by the directory: left over only where a process was killed.
+_LITTER = {
+    "objects": re.compile(re.escape(files.OBJECT_PREFIX) + "[0-9a-f]{12}"),
+    "": re.compile(r"\.symlink-[0-9a-f]{12}|\.tmp-meta\.json-[0-9a-f]{12}"),
+    IMPORTS: re.compile(r"\.[0-9a-f]{12}"),
+}
 
 
 class Recovery(NamedTuple):
-    """What was found: marks of dead imports, objects hashed because of them, and objects removed because they were
-    torn.
+    """What was found: marks of dead imports, objects hashed because of them, objects removed because they were torn,
+    what is wrong but blocks nobody, and unfinished files removed.
     """
 
     marks: int = 0
     checked: int = 0
     removed: int = 0
+    warnings: tuple[str, ...] = ()
+    litter: int = 0
+
+
+class _Mark(NamedTuple):
+    """What a mark says: the boot and the mount it was made in (empty if unknown), and when, in seconds since the epoch
+    and since that boot.
+    """
+
+    boot: str
+    mount: str
+    started: float
+    uptime: float | None
 
 
 def boot_id() -> str:
@@ -74,43 +107,42 @@ class ImportMark:
     if we die.
     """
 
-    def __init__(self, root: int) -> None:
-        """``root`` is the repository's directory, open for reading. NoSpace and other EngineErrors when the system
-        refuses.
-        """
+    def __init__(self, root: beneath.Root) -> None:
+        """``root`` is the repository's directory. NoSpace and other EngineErrors when the system refuses."""
         with doing("Marking the import as begun"):
-            for path in (DIRECTORY, IMPORTS):
-                files.make_directory(root, path)
-            content = (
-                json.dumps({"boot_id": boot_id(), "pid": os.getpid(), "started": time.time()}).encode("ascii") + b"\n"
-            )
-            self._root = root
-            self._name = f"{IMPORTS}/{os.urandom(8).hex()}"
-            self._fd = self._create(content)
+            document = {
+                "boot_id": boot_id(),
+                "mount": filesystem.mount_id(root.fd),
+                "pid": os.getpid(),
+                "started": time.time(),
+                "uptime": time.clock_gettime(time.CLOCK_BOOTTIME),
+            }
+            self._name = os.urandom(8).hex()
+            self._directory = root.open_directory(IMPORTS, make=True)
+            self._fd = -1
             try:
-                for path in (IMPORTS, DIRECTORY, "."):
-                    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)
-                    try:
-                        os.fsync(directory)
-                    finally:
-                        os.close(directory)
+                self._fd = self._create(json.dumps(document).encode("ascii") + b"\n")
+                os.fsync(self._directory)
+                with root.directory(DIRECTORY) as above:
+                    os.fsync(above)
+                os.fsync(root.fd)
             except BaseException:
                 self.remove()
+                self.abandon()
                 raise
 
     def _create(self, content: bytes) -> int:
         # Locked before it has a name that others look at, so that nobody can take it for a dead one.
-        with files.opened_directory(IMPORTS, self._root) as directory:
-            draft = files.draft(directory, mode=0o644, prefix=".")
-            try:
-                fcntl.flock(draft.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                files.write_all(draft.fd, content)
-                os.fsync(draft.fd)
-                draft.link(os.path.basename(self._name))
-                fd, draft.fd = draft.fd, -1
-                return fd
-            finally:
-                draft.close()
+        draft = files.draft(self._directory, prefix=".")
+        try:
+            fcntl.flock(draft.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            files.write_all(draft.fd, content)
+            os.fsync(draft.fd)
+            draft.link(self._name)
+            fd, draft.fd = draft.fd, -1
+            return fd
+        finally:
+            draft.close()
 
     def remove(self) -> None:
         """Take the mark away; only after a barrier. It need not be durable: a mark that comes back costs a check,
@@ -118,7 +150,7 @@ class ImportMark:
         """
         if self._fd >= 0:
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._name, dir_fd=self._root)
+                os.unlink(self._name, dir_fd=self._directory)
             self.abandon()
 
     def abandon(self) -> None:
@@ -126,101 +158,183 @@ class ImportMark:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+        if self._directory >= 0:
+            os.close(self._directory)
+            self._directory = -1
 
 
-def recover(root: int, objects: ObjectStore) -> Recovery:
-    """Deal with every mark whose import died: see the argument above. ``root`` is the repository's directory, open for
-    reading.
+def recover(root: beneath.Root, objects: ObjectStore, wait: float = LOCK_WAIT) -> Recovery:
+    """Deal with every mark whose import died: see the argument above. ``root`` is the repository's directory.
 
-    Waits for another process's recovery. EngineError if a damaged object cannot be removed; the mark stays then.
+    Waits up to ``wait`` seconds for another process's recovery, Busy then. EngineError if a damaged object cannot be
+    removed; the mark stays then.
+    """
+    with doing("Looking after unfinished imports"):
+        now = time.time()
+        names = [name for name in sorted(root.list(IMPORTS)) if not name.startswith(".")]
+        warnings = [_stray(root, name, "has no mark's name") for name in names if not _NAME.fullmatch(name)]
+        names = [name for name in names if _NAME.fullmatch(name)]
+        done, living = Recovery(), [now]
+        if names:
+            directory = root.open_directory(LOCKS, os.O_PATH, make=True)
+            try:
+                with locks.lock_file(directory, RECOVERY_LOCK, wait, f"Someone else repairs {root.path}"):
+                    done = _recover(root, objects, names, living, warnings, wait)
+            finally:
+                os.close(directory)
+        return done._replace(warnings=tuple(warnings), litter=tidy(root, min(living)))
+
+
+def tidy(root: beneath.Root, before: float) -> int:
+    """Remove what killed processes left of files that were not whole yet: how many there were.
+
+    Only what has such a name, belongs to root or the caller, and is older than ``before`` (seconds since the epoch), so
+    that nobody who lives can be at work on it. What cannot be removed stays: it harms nobody.
+    """
+    removed = 0
+    for path, pattern in _LITTER.items():
+        with contextlib.suppress(FileNotFoundError), root.directory(path) as directory:
+            for name in filter(pattern.fullmatch, os.listdir(directory)):
+                with contextlib.suppress(OSError):
+                    found = os.stat(name, dir_fd=directory, follow_symlinks=False)
+                    right = stat.S_ISREG(found.st_mode) or (stat.S_ISLNK(found.st_mode) and ".symlink-" in name)
+                    if right and root.is_ours(found) and max(found.st_ctime, found.st_mtime) < before:
+                        os.unlink(name, dir_fd=directory)
+                        removed += 1
+    return removed
+
+
+def _recover(
+    root: beneath.Root,
+    objects: ObjectStore,
+    names: list[str],
+    living: list[float],
+    warnings: list[str],
+    wait: float,
+) -> Recovery:
+    """The same for marks, under the lock for that. ``living`` gets the starts of imports that live, ``warnings`` what
+    is no mark.
     """
     marks = checked = removed = 0
-    with doing("Looking after unfinished imports"):
-        try:
-            directory = os.open(IMPORTS, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)
-        except FileNotFoundError:
-            return Recovery()
-        try:
-            # Names that begin with a dot are not marks yet.
-            names = [name for name in sorted(os.listdir(directory)) if not name.startswith(".")]
-        finally:
-            os.close(directory)
+    boot, mount = boot_id(), filesystem.mount_id(root.fd)
+    with root.directory(IMPORTS) as directory:
         for name in names:
-            fd = _dead(root, name)
-            if fd is None:
+            fd = _open(root, directory, name, warnings)
+            if fd < 0:
                 continue
             try:
+                mark = _read(fd)
+                if not _lock_dead(fd, root, mark, boot, living, wait):
+                    continue
                 marks += 1
-                boot, started = _read(fd)
-                if not boot or boot != boot_id():
-                    found = _remove_torn(objects, started)
-                    checked += found[0]
-                    removed += found[1]
-                filesystem.sync(root)
-                os.unlink(f"{IMPORTS}/{name}", dir_fd=root)
+                if mark is None or not boot or mark.boot != boot:
+                    since = mark.started - _TOLERANCE if mark else 0.0
+                    found = _remove_torn(objects, since, mark.started if mark else 0.0)
+                elif not mount or mark.mount != mount:
+                    found = _remove_torn(objects, mark.started - _MINUTE - _adjusted(mark), mark.started)
+                else:
+                    found = (0, 0)
+                checked += found[0]
+                removed += found[1]
+                filesystem.sync(root.fd)
+                if mark is None:
+                    # It may be torn itself, or may be something precious. It has been taken for the worst; under this
+                    # name it is not a mark any more.
+                    os.rename(name, f".damaged-{name}", src_dir_fd=directory, dst_dir_fd=directory)
+                    warnings.append(_stray(root, f".damaged-{name}", "has a mark's name but not its content"))
+                else:
+                    os.unlink(name, dir_fd=directory)
             finally:
                 os.close(fd)
     return Recovery(marks, checked, removed)
 
 
-def _dead(root: int, name: str) -> int | None:
-    """The locked mark ``name`` if its owner is gone, else None. Waits if someone else is just recovering from it."""
+def _open(root: beneath.Root, directory: int, name: str, warnings: list[str]) -> int:
+    """A descriptor of what seems to be a mark, -1 if it is gone or is none. OSError passes."""
     try:
-        fd = os.open(f"{IMPORTS}/{name}", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=root)
+        fd = files.open_regular(directory, name, os.O_RDWR)
     except FileNotFoundError:
-        return None
-    try:
-        # A mark of this boot that is locked belongs to a running import, or to someone who just syncs: nothing to wait
-        # for in either case. One of another boot cannot have a running owner on this host: it is being recovered from,
-        # and its objects must not be relied on until that is done.
-        same_boot = _read(fd)[0] == boot_id() != ""
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB if same_boot else fcntl.LOCK_EX)
-        if os.fstat(fd).st_nlink:
-            return fd
-    except BlockingIOError:
-        pass
-    except BaseException:
+        return -1
+    except FormatError:
+        warnings.append(_stray(root, name, "is not a regular file"))
+        return -1
+    found = os.fstat(fd)
+    why = ""
+    if not root.is_ours(found):
+        why = f"belongs to user {found.st_uid}"
+    elif found.st_nlink > 1:
+        why = "has other names, too"
+    elif found.st_size > _MAX_MARK:
+        why = "is too large for a mark"
+    if why:
+        warnings.append(_stray(root, name, why))
+    if why or not found.st_nlink:
         os.close(fd)
-        raise
-    os.close(fd)
-    return None
+        return -1
+    return fd
 
 
-def _read(fd: int) -> tuple[str, float]:
-    """Boot id and start (seconds since the epoch) in a mark; of the unknown boot and from the beginning of time if it
-    is damaged.
-    """
+def _lock_dead(fd: int, root: beneath.Root, mark: _Mark | None, boot: str, living: list[float], wait: float) -> bool:
+    """Lock a mark whose owner is gone; False if the owner lives, or the mark went meanwhile."""
+    if mark is not None and mark.boot == boot != "":
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            living.append(mark.started)
+            return False
+    else:
+        # It cannot have a running owner on this host: version 0.1.0 of this collection is recovering from it, and its
+        # objects must not be relied on until that is done.
+        locks.acquire(fd, locks.EXCLUSIVE, wait, f"Someone else repairs {root.path}")
+    return os.fstat(fd).st_nlink > 0
+
+
+def _read(fd: int) -> _Mark | None:
+    """What the mark says; None if it is damaged."""
     try:
         document = json.loads(os.pread(fd, _MAX_MARK, 0))
         boot, started = document["boot_id"], document["started"]
-        if isinstance(boot, str) and isinstance(started, (int, float)):
-            return boot, float(started)
-    except (ValueError, KeyError, TypeError):
+        mount, uptime = document.get("mount", ""), document.get("uptime")
+        if (
+            isinstance(boot, str)
+            and isinstance(mount, str)
+            and isinstance(started, (int, float))
+            and isinstance(uptime, (int, float, type(None)))
+        ):
+            return _Mark(boot, mount, float(started), uptime)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
-    return "", 0.0
+    return None
 
 
-def _remove_torn(objects: ObjectStore, started: float) -> tuple[int, int]:
-    """Hash every object not older than ``started`` and remove those that are not what their name says;
-    numbers of both.
+def _adjusted(mark: _Mark) -> float:
+    """By how many seconds the clock was adjusted since the mark of this boot was made."""
+    if mark.uptime is None:
+        return _TOLERANCE
+    return abs((time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)) - (mark.started - mark.uptime))
+
+
+def _stray(root: beneath.Root, name: str, why: str) -> str:
+    return (
+        f"{root.path}/{IMPORTS}/{name} {why}: this collection did not make it and leaves it alone. Find out who put it "
+        f"there, then remove it."
+    )
+
+
+def _remove_torn(objects: ObjectStore, oldest: float, started: float) -> tuple[int, int]:
+    """Hash every object not older than ``oldest`` (every one if ``started`` lies in the future) and remove those that
+    are not what their name says; numbers of both.
     """
     checked = removed = 0
-    oldest = started - _TOLERANCE if started <= time.time() else 0.0
-    for name, digest in objects.names():
-        if digest is None:
-            continue
-        try:
-            found = os.stat(name, dir_fd=objects.dirfd, follow_symlinks=False)
-        except FileNotFoundError:
+    if started > time.time():
+        oldest = 0.0
+    for _name, digest in objects.names():
+        found = objects.stat(digest) if digest is not None else None
+        if digest is None or found is None or not stat.S_ISREG(found.st_mode):
             continue
         if max(found.st_ctime, found.st_mtime) < oldest:
             continue
         checked += 1
         if not objects.verify(digest):
-            try:
-                os.unlink(name, dir_fd=objects.dirfd)
-                removed += 1
-            except OSError as error:
-                if error.errno != errno.ENOENT:
-                    raise
+            removed += objects.remove(digest)
     return checked, removed

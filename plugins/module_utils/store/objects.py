@@ -18,16 +18,16 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import resource
 import stat
 from collections.abc import Iterable, Iterator
 
 from ..formats import fsverity
-from ..host import files
+from ..host import beneath, files
 from ..errors import Busy, DigestMismatch, FormatError, IOFailed, VerityUnsupported, from_os_error
 
 TEMPORARY_PREFIX = files.OBJECT_PREFIX
 FILE_MODE = 0o644
-DIRECTORY_MODE = 0o755
 _COPY_TRIES = 3
 _PIECE = 1 << 20
 
@@ -59,7 +59,8 @@ class ObjectStats:
 
 
 class ObjectStore:
-    """Objects of one repository. ``dirfd`` is its ``objects/`` (O_PATH will do) and stays the caller's.
+    """Objects of one repository. ``root`` is its directory and ``dirfd`` its ``objects/`` (O_PATH will do); both stay
+    the caller's. The 256 directories in there are opened once, by the rules of ``beneath``, and kept: ``close``.
 
     ``verity``: every object must be sealed, and what is there already is measured by the kernel (a *secure*
     repository). Otherwise ``try_verity`` says whether sealing is tried and its lack accepted; the first refusal of the
@@ -70,14 +71,29 @@ class ObjectStore:
     for the first image of a repository.
     """
 
-    def __init__(self, dirfd: int, algorithm: fsverity.Algorithm, verity: bool, try_verity: bool) -> None:
+    def __init__(
+        self, root: beneath.Root, dirfd: int, algorithm: fsverity.Algorithm, verity: bool, try_verity: bool
+    ) -> None:
         self.dirfd = dirfd
+        self._root = root
+        self._directories = [-1] * 256
+        self._kept = 0
+        # A share only of the descriptors that this process may have, for there is more to open than directories.
+        self._keep = max(8, min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
         self.algorithm = algorithm
         self.verity = verity
         self.hash_first = True
         self.stats = ObjectStats()
         self._seal = verity or try_verity
         self._tmpfile = True
+
+    def close(self) -> None:
+        """Close the directories that were opened; they are opened again when they are needed."""
+        for first, fd in enumerate(self._directories):
+            if fd >= 0:
+                os.close(fd)
+                self._directories[first] = -1
+        self._kept = 0
 
     # --- writing
     # ----------------------------------------------------------------------------------------------------------------
@@ -95,13 +111,11 @@ class ObjectStore:
 
     def put_known(self, digest: bytes, data: fsverity.Bytes, prove: bool = False) -> None:
         """Like put(), for a caller who computed the digest of ``data`` already, perhaps in another thread."""
-        text = digest.hex()
-        name = f"{text[:2]}/{text[2:]}"
         size = len(data)
         try:
-            state = self._state(name, digest, size)
+            state = self._state(digest, size)
         except OSError as error:
-            raise from_os_error(error, f"Looking for object {text}") from error
+            raise from_os_error(error, f"Looking for object {digest.hex()}") from error
         if prove and state == _PRESENT and not self.verify(digest):
             state = _WRONG
         if state == _PRESENT:
@@ -115,7 +129,7 @@ class ObjectStore:
                 files.write_all(draft.fd, data, written)
             if self._seal:
                 self._seal_draft(draft, digest)
-            self._place(draft, name, digest, size, state)
+            self._place(draft, digest, size, state)
         except OSError as error:
             raise from_os_error(error, f"Storing an object of {size} bytes") from error
         finally:
@@ -148,9 +162,29 @@ class ObjectStore:
         required.
         """
         try:
-            return self._state(fsverity.object_path(digest), digest, size) == _PRESENT
+            return self._state(digest, size) == _PRESENT
         except OSError as error:
             raise from_os_error(error, f"Looking for object {digest.hex()}") from error
+
+    def stat(self, digest: bytes) -> os.stat_result | None:
+        """What the file system says of the object, None if it is not there. EngineError if that cannot be told."""
+        try:
+            directory = self._directory(digest[0])
+            return os.stat(digest[1:].hex(), dir_fd=directory, follow_symlinks=False) if directory >= 0 else None
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise from_os_error(error, f"Looking at object {digest.hex()}") from error
+
+    def remove(self, digest: bytes) -> bool:
+        """Remove the object; False if it is not there. OSError passes."""
+        directory = self._directory(digest[0])
+        try:
+            if directory >= 0:
+                os.unlink(digest[1:].hex(), dir_fd=directory)
+            return directory >= 0
+        except FileNotFoundError:
+            return False
 
     def open(self, digest: bytes) -> int:
         """A read-only descriptor of the object, the caller's to close.
@@ -159,16 +193,15 @@ class ObjectStore:
         checked where there is one, but most objects have none: see ``verify``. FormatError if the object is missing or
         another one.
         """
-        name = fsverity.object_path(digest)
         try:
-            fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self.dirfd)
+            fd = self._open(digest)
         except FileNotFoundError as error:
             raise FormatError(f"Object {digest.hex()} is missing from the repository.", _REPAIR) from error
+        except FormatError as error:
+            raise FormatError(f"Object {digest.hex()} is not a regular file.", _REPAIR) from error
         except OSError as error:
             raise from_os_error(error, f"Opening object {digest.hex()}") from error
         try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise FormatError(f"Object {digest.hex()} is not a regular file.", _REPAIR)
             if self._seal:
                 measured = self._measured(fd)
                 if measured is None and self.verity:
@@ -218,11 +251,11 @@ class ObjectStore:
         damaged.
         """
         try:
-            fd = os.open(fsverity.object_path(digest), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self.dirfd)
-        except (FileNotFoundError, NotADirectoryError):
+            fd = self._open(digest)
+        except (FileNotFoundError, FormatError):
             return False
         except OSError as error:
-            if error.errno in (*_DAMAGED, errno.ELOOP):
+            if error.errno in _DAMAGED:
                 return False
             raise from_os_error(error, f"Opening object {digest.hex()}") from error
         try:
@@ -239,18 +272,18 @@ class ObjectStore:
         the name is none.
         """
         for first in range(256):
+            if self._directory(first) < 0:
+                continue
             try:
-                fd = os.open(f"{first:02x}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.dirfd)
+                fd = self._root.open_directory(f"{first:02x}", under=(self.dirfd, "objects"))
+                try:
+                    entries = os.listdir(fd)
+                finally:
+                    os.close(fd)
             except FileNotFoundError:
                 continue
             except OSError as error:
                 raise from_os_error(error, f"Listing objects/{first:02x}") from error
-            try:
-                entries = os.listdir(fd)
-            except OSError as error:
-                raise from_os_error(error, f"Listing objects/{first:02x}") from error
-            finally:
-                os.close(fd)
             for entry in entries:
                 name = f"{first:02x}/{entry}"
                 try:
@@ -266,10 +299,41 @@ class ObjectStore:
     # --- how
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _state(self, name: str, digest: bytes, size: int | None) -> int:
-        """Whether the object of this name is absent, present, or there but wrong. OSError if that cannot be told."""
+    def _directory(self, first: int, make: bool = False) -> int:
+        """The descriptor (O_PATH) of one of the 256 directories, -1 if there is none; with ``make`` it is made.
+
+        Kept open, so that no object pays for looking at its directory; UnsafeRepository and OSError the first time.
+        """
+        fd = self._directories[first]
+        if fd < 0:
+            if self._kept >= self._keep:
+                self.close()
+            try:
+                fd = self._root.open_directory(f"{first:02x}", os.O_PATH, make=make, under=(self.dirfd, "objects"))
+            except FileNotFoundError:
+                if make:
+                    raise
+                return -1
+            self._directories[first] = fd
+            self._kept += 1
+        return fd
+
+    def _open(self, digest: bytes) -> int:
+        """A read-only descriptor of the object's file. FormatError if something else is there; OSError passes."""
+        directory = self._directory(digest[0])
+        if directory < 0:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return files.open_regular(directory, digest[1:].hex())
+
+    def _state(self, digest: bytes, size: int | None) -> int:
+        """Whether the object is absent, present, or there but wrong. OSError if that cannot be told."""
+        directory = self._directories[digest[0]]
+        if directory < 0:
+            directory = self._directory(digest[0])
+            if directory < 0:
+                return _ABSENT
         try:
-            found = os.stat(name, dir_fd=self.dirfd, follow_symlinks=False)
+            found = os.stat(digest[1:].hex(), dir_fd=directory, follow_symlinks=False)
         except FileNotFoundError:
             return _ABSENT
         if not stat.S_ISREG(found.st_mode) or (size is not None and found.st_size != size):
@@ -278,9 +342,9 @@ class ObjectStore:
             return _PRESENT
         fd = -1
         try:
-            fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self.dirfd)
+            fd = self._open(digest)
             measured = self._measured(fd)
-        except DigestMismatch:
+        except (DigestMismatch, FormatError):
             return _WRONG
         except FileNotFoundError:
             return _ABSENT
@@ -387,27 +451,30 @@ class ObjectStore:
         draft.name, copy.name = copy.name, draft.name
         copy.close()  # which is the old file now
 
-    def _place(self, draft: files.Draft, name: str, digest: bytes, size: int, state: int) -> None:
+    def _place(self, draft: files.Draft, digest: bytes, size: int, state: int) -> None:
         """Give the finished file its name, or find that someone else was faster. OSError passes."""
         stats = self.stats
+        first, name = digest[0], digest[1:].hex()
         for _attempt in range(8):
+            directory = self._directory(first, make=True)
             if state == _WRONG:
-                draft.replace(name, prefix=TEMPORARY_PREFIX)
+                draft.replace(name, directory, TEMPORARY_PREFIX)
                 stats.replaced += 1
                 break
             try:
-                draft.link(name)
+                draft.link(name, directory)
                 break
             except FileExistsError:
-                state = self._state(name, digest, size)
+                state = self._state(digest, size)
                 if state == _PRESENT:
                     stats.present += 1
                     stats.bytes_present += size
                     return
             except FileNotFoundError:
-                made = files.make_directory(self.dirfd, name[:2], DIRECTORY_MODE)
-                if not made and not os.path.exists("/proc/self/fd"):
+                if not os.path.exists("/proc/self/fd"):
                     raise IOFailed("Objects are linked through /proc, which is not mounted.", "Mount it.") from None
+                # The directory was removed, so what is kept is not the one that others see.
+                self.close()
         else:
             raise Busy(
                 f"Object {digest.hex()} appears and vanishes while it is being stored.",
@@ -453,7 +520,7 @@ class ObjectWriter:
         store, draft, size = self._store, self._draft, self.size
         try:
             digest = self._hasher.digest() if self._hasher is not None else None
-            state = store._state(fsverity.object_path(digest), digest, size) if digest is not None else None
+            state = store._state(digest, size) if digest is not None else None
             if prove and digest is not None and state == _PRESENT and not store.verify(digest):
                 state = _WRONG
             if state != _PRESENT:
@@ -461,9 +528,8 @@ class ObjectWriter:
                     digest = store._seal_draft(draft, digest) or digest
                 if digest is None:
                     digest = store._hash(draft.fd)
-                name = fsverity.object_path(digest)
                 if state is None:
-                    state = store._state(name, digest, size)
+                    state = store._state(digest, size)
                     if prove and state == _PRESENT and not store.verify(digest):
                         state = _WRONG
             if digest is None:
@@ -472,7 +538,7 @@ class ObjectWriter:
                 store.stats.present += 1
                 store.stats.bytes_present += size
             else:
-                store._place(draft, name, digest, size, state)
+                store._place(draft, digest, size, state)
             return digest, size
         except OSError as error:
             raise from_os_error(error, f"Storing an object of {size} bytes") from error

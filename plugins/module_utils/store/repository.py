@@ -14,17 +14,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
+import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from ..formats import digests, fsverity, repolayout
-from ..host import files, filesystem
+from ..host import beneath, files, filesystem, locks
 from . import marks
 from ..errors import (
-    Busy,
     DigestMismatch,
     EngineError,
     FormatError,
@@ -32,6 +31,7 @@ from ..errors import (
     IncompatibleRepository,
     InvalidReference,
     NotARepository,
+    UnsafeRepository,
     VerityUnsupported,
     doing,
     from_os_error,
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 SYSTEM_PATH = "/sysroot/composefs"
 USER_PATH = "~/.var/lib/composefs"
-LOCK_WAIT = 600.0
+LOCK_WAIT = marks.LOCK_WAIT
 _TRUSTED = f"{marks.DIRECTORY}/trusted"
 _TEMPORARY_LINK = ".symlink-"
 
@@ -57,58 +57,69 @@ class Repository:
     that was written or found here does not vanish before it has a name.
     """
 
-    def __init__(self, path: str, fd: int, metadata: Metadata, secure: bool) -> None:
-        """For ``open``. ``fd``: the repository's directory, locked; taken over."""
-        self.path = path
+    def __init__(self, root: beneath.Root, metadata: Metadata, secure: bool) -> None:
+        """For ``open``. ``root``: the repository's directory, locked; taken over. Whatever else lies below it is opened
+        through it.
+        """
+        self.root = root
+        self.path = root.path
         self.metadata = metadata
         self.secure = secure
         self.algorithm = metadata.algorithm
-        self.fd = fd
         self._writable = False
         self._objects_fd = -1
         self._objects: ObjectStore | None = None
         self._mark: marks.ImportMark | None = None
 
     @classmethod
-    def open(cls, path: str, *, write: bool = False, wait: float = LOCK_WAIT) -> Repository:
+    def open(
+        cls, path: str, *, write: bool = False, wait: float = LOCK_WAIT, unsafe: str = beneath.REFUSE
+    ) -> Repository:
         """Open the repository at ``path``, waiting up to ``wait`` seconds for its lock (Busy then).
 
-        NotARepository if there is none, IncompatibleRepository if it needs what is not known here. With ``write`` also
-        ReadOnly or PermissionDenied; without it, ``require_writable`` asks later. Creates nothing.
+        NotARepository if there is none, IncompatibleRepository if it needs what is not known here, UnsafeRepository if
+        somebody else than root and the caller owns it or can write to it, unless ``unsafe`` is ACCEPT. With ``write``
+        also ReadOnly or PermissionDenied; without it, ``require_writable`` asks later. Creates nothing.
         """
         path = os.path.abspath(path)
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            root = beneath.open_root(path, unsafe == beneath.ACCEPT)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise NotARepository(f"There is no composefs repository at {path}.", _MAKE) from error
         except OSError as error:
             raise from_os_error(error, f"Opening the repository {path}") from error
         try:
             with doing(f"Opening the repository {path}"):
-                _lock(fd, fcntl.LOCK_SH, wait)
-                metadata, secure = _read_metadata(path, fd)
+                root.require_safe()
+                _lock(root.fd, locks.SHARED, wait)
+                metadata, secure = read_metadata(root)
                 metadata.check_readable()
-            repository = cls(path, fd, metadata, secure)
+            repository = cls(root, metadata, secure)
             if write:
                 repository.require_writable()
             return repository
         except BaseException:
-            os.close(fd)
+            root.close()
             raise
+
+    @property
+    def fd(self) -> int:
+        """The repository's own directory, open for reading."""
+        return self.root.fd
 
     def close(self) -> None:
         """Let go of the lock and everything else; an import that was not ended stays marked as unfinished."""
         if self._mark is not None:
             self._mark.abandon()
             self._mark = None
+        if self._objects is not None:
+            self._objects.close()
+            self._objects = None
         if self._objects_fd >= 0:
             os.close(self._objects_fd)
             self._objects_fd = -1
-            self._objects = None
-        if self.fd >= 0:
-            # Closing, not unlocking: workers that still run hold the same lock, and it must last as long as they.
-            os.close(self.fd)
-            self.fd = -1
+        # Closing, not unlocking: workers that still run hold the same lock, and it must last as long as they.
+        self.root.close()
 
     def __enter__(self) -> Repository:
         return self
@@ -132,14 +143,37 @@ class Repository:
         """
         with doing(f"Locking the repository {self.path}"):
             try:
-                _lock(self.fd, fcntl.LOCK_EX, wait)
+                _lock(self.fd, locks.EXCLUSIVE, wait)
             except BaseException:
-                _lock(self.fd, fcntl.LOCK_SH, wait)
+                _lock(self.fd, locks.SHARED, wait)
                 raise
         try:
             yield
         finally:
-            _lock(self.fd, fcntl.LOCK_SH, wait)
+            _lock(self.fd, locks.SHARED, wait)
+
+    @contextlib.contextmanager
+    def lock(
+        self,
+        name: str,
+        wait: float = LOCK_WAIT,
+        tell: Callable[[str], None] | None = None,
+        keep: bool = True,
+    ) -> Iterator[bool]:
+        """Hold the lock ``name`` of this repository for the duration of a ``with``: ``publish``, ``layer-<diff_id>``.
+
+        Among programs of this collection only. Busy, with the holders, after ``wait`` seconds; ``tell`` is called with
+        the holders when there is something to wait for, and the value tells whether there was. A holder that dies frees
+        it. ``keep``: the file stays for the next.
+        """
+        self.require_writable()
+        with doing(f"Locking {self.path}/{marks.LOCKS}/{name}"):
+            directory = self.root.open_directory(marks.LOCKS, os.O_PATH, make=True)
+        try:
+            with locks.lock_file(directory, name, wait, f"The lock {name} of {self.path} was taken", tell, keep) as had:
+                yield had
+        finally:
+            os.close(directory)
 
     # --- objects
     # ----------------------------------------------------------------------------------------------------------------
@@ -152,15 +186,13 @@ class Repository:
         if self._objects is None or (self._writable and self._objects_fd < 0):
             try:
                 with doing(f"Opening {self.path}/objects"):
-                    if self._writable:
-                        self._mkdir("objects")
-                    self._objects_fd = os.open("objects", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd)
+                    self._objects_fd = self.root.open_directory("objects", os.O_PATH, make=self._writable)
             except EngineError as error:
                 if self._writable or not isinstance(error.__cause__, FileNotFoundError):
                     raise
             # No object's name exists in the repository's own directory, so that stands for the empty store.
             dirfd = self._objects_fd if self._objects_fd >= 0 else self.fd
-            self._objects = ObjectStore(dirfd, self.algorithm, verity=self.secure, try_verity=True)
+            self._objects = ObjectStore(self.root, dirfd, self.algorithm, verity=self.secure, try_verity=True)
             self._objects.hash_first = bool(self.streams())
         return self._objects
 
@@ -171,7 +203,7 @@ class Repository:
         filesystem.sync(self.fd)
         if self._objects_fd >= 0 and os.fstat(self._objects_fd).st_dev != os.fstat(self.fd).st_dev:
             with doing(f"Opening {self.path}/objects"):
-                fd = os.open("objects", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd)
+                fd = self.root.open_directory("objects")
             try:
                 filesystem.sync(fd)
             finally:
@@ -182,10 +214,13 @@ class Repository:
         ``imports``.
         """
         self.require_writable()
-        if self.secure or self._mark is not None:
+        if self._mark is not None:
             return marks.Recovery()
-        found = marks.recover(self.fd, self.objects)
-        self._mark = marks.ImportMark(self.fd)
+        if self.secure:
+            # Without marks nobody knows who else is importing; nobody does so for days.
+            return marks.Recovery(litter=marks.tidy(self.root, time.time() - marks.DAY))
+        found = marks.recover(self.root, self.objects)
+        self._mark = marks.ImportMark(self.root)
         return found
 
     def end_import(self) -> None:
@@ -279,9 +314,9 @@ class Repository:
         """
         base = f"{repolayout.IMAGE_REFS}/{prefix}"
         found: dict[str, bytes] = {}
-        for path in self._walk(base):
+        for path, target in self._walk(base):
             with contextlib.suppress(FormatError):
-                name = (self._readlink(path) or "").rsplit("/", 1)[-1]
+                name = target.rsplit("/", 1)[-1]
                 found[path[len(base) + 1 :]] = fsverity.parse_hex(name, self.algorithm)
         return found
 
@@ -317,8 +352,8 @@ class Repository:
         ``stream``).
         """
         found: dict[str, str] = {}
-        for path in self._walk(repolayout.TAGS):
-            digest = repolayout.manifest_of_target(self._readlink(path) or "")
+        for path, target in self._walk(repolayout.TAGS):
+            digest = repolayout.manifest_of_target(target)
             name = repolayout.decode_tag(path[len(repolayout.TAGS) + 1 :])
             # A name with a slash may also lie in a directory, put there by hand; the encoded form is the one that tools
             # write.
@@ -359,8 +394,24 @@ class Repository:
     # ----------------------------------------------------------------------------------------------------------------
 
     def trusted(self, diff_id: str) -> bytes | None:
-        """The stream object whose tar was once proven to have the digest ``diff_id``, or None."""
-        text = self._readlink(f"{_TRUSTED}/{diff_id}") if digests.is_oci_digest(diff_id) else None
+        """The stream object whose tar was once proven to have the digest ``diff_id``, or None.
+
+        A proof counts only if root or the caller made it, in directories that nobody else can write to: whoever may
+        rename there can give a proof another name.
+        """
+        if not digests.is_oci_digest(diff_id):
+            return None
+        try:
+            with doing(f"Reading {self.path}/{_TRUSTED}"), self.root.directory(_TRUSTED, os.O_PATH, strict=True) as fd:
+                text = self._own_link(fd, diff_id)
+        except UnsafeRepository:
+            if self.root.accept:
+                return None
+            raise
+        except EngineError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return None
+            raise
         try:
             return fsverity.parse_hex(text, self.algorithm) if text is not None else None
         except FormatError:
@@ -408,8 +459,9 @@ class Repository:
     def _readlink(self, path: str) -> str | None:
         """The text of a symbolic link, None if there is nothing. FormatError if something else is there."""
         try:
-            return os.readlink(path, dir_fd=self.fd)
-        except (FileNotFoundError, NotADirectoryError):
+            with self.root.parent(path) as (fd, name):
+                return os.readlink(name, dir_fd=fd)
+        except FileNotFoundError:
             return None
         except OSError as error:
             if error.errno == errno.EINVAL:
@@ -418,33 +470,40 @@ class Repository:
                 return None
             raise from_os_error(error, f"Reading {self.path}/{path}") from error
 
-    def _list(self, path: str) -> list[str]:
+    def _own_link(self, dir_fd: int, name: str) -> str | None:
+        """The text of a symbolic link that root or the caller made, None if there is none. OSError passes."""
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd)
+            fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
         except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise from_os_error(error, f"Listing {self.path}/{path}") from error
+            return None
         try:
-            return [name for name in os.listdir(fd) if _is_text(name)]
+            # One descriptor for both looks: between two, another link could take the name.
+            found = os.fstat(fd)
+            return os.readlink("", dir_fd=fd) if stat.S_ISLNK(found.st_mode) and self.root.is_ours(found) else None
         finally:
             os.close(fd)
 
-    def _walk(self, path: str) -> Iterator[str]:
-        """Every symbolic link below the directory ``path``, relative to the repository; anything else but directories
-        is passed over.
+    def _list(self, path: str) -> list[str]:
+        with doing(f"Listing {self.path}/{path}"):
+            return [name for name in self.root.list(path) if _is_text(name)]
+
+    def _walk(self, path: str) -> Iterator[tuple[str, str]]:
+        """Every symbolic link below the directory ``path``, relative to the repository, and its text; anything else but
+        directories is passed over.
         """
-        for name in sorted(self._list(path)):
-            inner = f"{path}/{name}"
-            try:
-                os.readlink(inner, dir_fd=self.fd)
-            except FileNotFoundError:
-                continue
-            except OSError:
-                if os.path.isdir(f"/proc/self/fd/{self.fd}/{inner}"):
-                    yield from self._walk(inner)
-                continue
-            yield inner
+        try:
+            with doing(f"Listing {self.path}/{path}"), self.root.directory(path) as fd:
+                names = sorted(name for name in os.listdir(fd) if _is_text(name))
+                found = [(f"{path}/{name}", _text_of_link(fd, name)) for name in names]
+        except EngineError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return
+            raise
+        for inner, text in found:
+            if text is None:
+                yield from self._walk(inner)
+            elif text:
+                yield inner, text
 
     def _link(self, name: str, target: str) -> bool:
         return self._symlink(name, repolayout.link_text(name, target))
@@ -459,18 +518,15 @@ class Repository:
         self.require_writable()
         if self._readlink(name) == text:
             return False
-        with doing(f"Linking {self.path}/{name}"):
-            parents = name.split("/")[:-1]
-            for depth in range(len(parents)):
-                self._mkdir("/".join(parents[: depth + 1]))
+        with doing(f"Linking {self.path}/{name}"), self.root.parent(name, make=True) as (directory, last):
             try:
-                os.symlink(text, name, dir_fd=self.fd)
+                os.symlink(text, last, dir_fd=directory)
                 return True
             except FileExistsError:
-                temporary = _TEMPORARY_LINK + os.urandom(6).hex()
+                temporary = files.temporary_name(_TEMPORARY_LINK)
                 os.symlink(text, temporary, dir_fd=self.fd)
             try:
-                os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+                os.rename(temporary, last, src_dir_fd=self.fd, dst_dir_fd=directory)
             except BaseException:
                 os.unlink(temporary, dir_fd=self.fd)
                 raise
@@ -480,15 +536,12 @@ class Repository:
         self.require_writable()
         if self._readlink(name) is None:
             return False
-        with doing(f"Removing {self.path}/{name}"):
+        with doing(f"Removing {self.path}/{name}"), self.root.parent(name) as (directory, last):
             try:
-                os.unlink(name, dir_fd=self.fd)
+                os.unlink(last, dir_fd=directory)
             except FileNotFoundError:
                 return False
         return True
-
-    def _mkdir(self, path: str) -> None:
-        files.make_directory(self.fd, path)
 
 
 def default_path() -> str:
@@ -520,33 +573,39 @@ def _is_text(name: str) -> bool:
 
 def _lock(fd: int, kind: int, wait: float) -> None:
     """flock the open directory, asking again for ``wait`` seconds; Busy after that."""
-    deadline = time.monotonic() + wait
-    pause = 0.01
-    while True:
-        try:
-            fcntl.flock(fd, kind | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                who = "garbage is being collected" if kind == fcntl.LOCK_SH else "it is in use"
-                raise Busy(f"The repository stayed locked for {wait:g} seconds: {who}.", "Try again later.") from None
-        time.sleep(pause)
-        pause = min(pause * 2, 0.5)
+    why = "garbage is being collected" if kind == locks.SHARED else "it is in use"
+    locks.acquire(fd, kind, wait, f"The repository stayed locked ({why})")
 
 
-def _read_metadata(path: str, fd: int) -> tuple[Metadata, bool]:
-    """meta.json, and whether it is sealed: that alone makes a repository secure, there is no field for it."""
+def _text_of_link(fd: int, name: str) -> str | None:
+    """The text of a link, None for a directory, empty for anything else and for what is gone. OSError passes."""
     try:
-        file = os.open(NAME, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=fd)
+        return os.readlink(name, dir_fd=fd)
     except FileNotFoundError:
-        if os.path.isdir(f"/proc/self/fd/{fd}/objects"):
+        return ""
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    try:
+        return None if stat.S_ISDIR(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode) else ""
+    except FileNotFoundError:
+        return ""
+
+
+def read_metadata(root: beneath.Root) -> tuple[Metadata, bool]:
+    """meta.json, and whether it is sealed: that alone makes a repository secure, there is no field for it."""
+    path = root.path
+    try:
+        file = root.open_file(NAME)
+    except FileNotFoundError:
+        if os.path.isdir(f"/proc/self/fd/{root.fd}/objects"):
             raise NotARepository(
                 f"{path} has objects but no {NAME}: it was made by a program older than composefs-rs 0.7.",
                 "The module composefs_repository upgrades it, and so does any cfsctl command that writes.",
             ) from None
         raise NotARepository(f"{path} is no composefs repository: it has no {NAME}.", _MAKE) from None
     try:
-        raw = os.read(file, MAX_SIZE)
+        raw = files.read_all(file, MAX_SIZE, NAME)
         metadata = Metadata.parse(raw)
         try:
             measured = fsverity.measure(file, metadata.algorithm)

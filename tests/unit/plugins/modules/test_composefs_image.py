@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "module_utils"))
 from fake_source import REGISTRY, Layout, World
 from ociimage import sha256
 
+from ansible_collections.composefs.oci.plugins.doc_fragments import repository as repository_fragment
 from ansible_collections.composefs.oci.plugins.module_utils.formats import codecs, fsverity, ocischemas
 from ansible_collections.composefs.oci.plugins.module_utils.host import processes
 from ansible_collections.composefs.oci.plugins.module_utils.pull import pull
@@ -179,7 +180,10 @@ def test_documentation_and_argument_spec_say_the_same(monkeypatch: pytest.Monkey
         composefs_image.main()
     documented = yaml.safe_load(composefs_image.DOCUMENTATION)["options"]
     spec = found["argument_spec"]
-    assert set(documented) | {"repository"} == set(spec)
+    fragment = repository_fragment.ModuleDocFragment
+    for text in (fragment.DOCUMENTATION, fragment.UNSAFE):
+        documented.update(yaml.safe_load(text)["options"])
+    assert set(documented) == set(spec)
     for name, option in documented.items():
         for key in ("type", "choices", "default", "elements"):
             assert option.get(key) == spec[name].get(key), name

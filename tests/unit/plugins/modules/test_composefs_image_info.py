@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -114,3 +115,11 @@ def test_the_documentation_has_the_return_values_of_the_code(run: Any) -> None:
     documented = yaml.safe_load(composefs_image_info.RETURN)
     assert set(documented) | {"changed"} == SHAPE | {"error"}
     assert set(documented["images"]["contains"]) == set(run()["images"][0]) == set(documented["images"]["sample"][0])
+
+
+def test_a_repository_that_others_can_change_is_refused_unless_that_is_accepted(run: Any, path: str) -> None:
+    os.chmod(path, 0o777)
+    result = run()
+    assert result["failed"] and result["error"] == "unsafe_repository" and "chmod" in result["msg"]
+    accepted = run(unsafe_repository="accept")
+    assert len(accepted["images"]) == 2 and "written by others" in str(accepted["warnings"])

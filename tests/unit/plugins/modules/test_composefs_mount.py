@@ -365,3 +365,10 @@ def test_the_documentation_has_the_options_and_return_values_of_the_code() -> No
     spec = {name: {key: option[key] for key in keys if key in option} for name, option in options.items()}
     assert spec == {name: option for name, option in composefs_mount.ARGUMENT_SPEC.items() if name != "repository"}
     assert set(yaml.safe_load(composefs_mount.RETURN)) | {"changed"} == SHAPE | {"error"}
+
+
+def test_nothing_is_mounted_from_a_repository_that_others_can_change(host: Host, run: Any) -> None:
+    os.chmod(host.repository, 0o777)
+    result = run(image=host.images[0])
+    assert result["failed"] and result["error"] == "unsafe_repository" and not host.there
+    assert "unsafe_repository" not in composefs_mount.ARGUMENT_SPEC

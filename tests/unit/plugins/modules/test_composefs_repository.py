@@ -155,3 +155,50 @@ def test_documentation_and_argument_spec_say_the_same() -> None:
 
 def test_what_is_returned_is_documented() -> None:
     assert set(yaml.safe_load(composefs_repository.RETURN)) == (SHAPE - {"changed"}) | {"error"}
+
+
+# --- a place that others can change
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_repository_that_others_can_change_is_told_and_stays_idempotent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(tmp_path / "repo")
+    made = run(capsys, path=path, verity="disabled", mode="0770")
+    assert made["unsafe"] is True and "written by others" in str(made["warnings"])
+    again = run(capsys, path=path, verity="disabled", mode="0770")
+    assert (again["changed"], again["unsafe"]) == (False, True)
+    mended = run(capsys, path=path, verity="disabled", mode="0755")
+    assert (mended["changed"], mended["unsafe"]) == (True, False)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+def test_a_repository_of_somebody_else_is_told_and_stays_idempotent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(tmp_path / "repo")
+    for changed in (True, False):
+        result = run(capsys, path=path, verity="disabled", owner="12345")
+        assert (result["changed"], result["unsafe"]) == (changed, True)
+    assert os.stat(path).st_uid == 12345 and os.stat(f"{path}/meta.json").st_uid == 0
+
+
+def test_owner_and_mode_are_set_where_the_repository_is_although_its_name_moves(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who may write to the directory above can put a link in its place at any moment."""
+    path, victim = tmp_path / "repo", tmp_path / "victim"
+    victim.mkdir(mode=0o700)
+    real = create.prepare_place
+
+    def late(*arguments: Any, **options: Any) -> Any:
+        done = real(*arguments, **options)
+        path.rename(tmp_path / "moved")
+        path.symlink_to(victim)
+        return done
+
+    monkeypatch.setattr(create, "prepare_place", late)
+    assert run(capsys, path=str(path), verity="disabled", mode="0755")["changed"]
+    assert stat.S_IMODE((tmp_path / "moved").stat().st_mode) == 0o755
+    assert stat.S_IMODE(victim.stat().st_mode) == 0o700 and os.listdir(victim) == []

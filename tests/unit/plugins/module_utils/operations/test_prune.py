@@ -258,7 +258,7 @@ def test_a_repository_in_use_is_busy_and_tells_who_uses_it(path: pathlib.Path) -
     ) as other:
         assert other.stdout and other.stdout.readline() == b"ok\n"
         before = everything(path)
-        with pytest.raises(Busy, match=rf"held by {other.pid} \(python"):
+        with pytest.raises(Busy, match=rf"held by process {other.pid} \(python"):
             run(path, Wish(timeout=0.1))
         assert everything(path) == before and run(path, check=True).changed
         other.communicate(b"\n")

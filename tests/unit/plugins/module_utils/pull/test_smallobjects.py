@@ -16,6 +16,7 @@ import pytest
 from ansible_collections.composefs.oci.plugins.module_utils import errors
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
 from ansible_collections.composefs.oci.plugins.module_utils.pull import smallobjects
+from ansible_collections.composefs.oci.plugins.module_utils.host import beneath
 from ansible_collections.composefs.oci.plugins.module_utils.store.objects import ObjectStore
 
 
@@ -23,7 +24,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.store.objects import
 def objects(tmp_path: pathlib.Path) -> Iterator[ObjectStore]:
     (tmp_path / "objects").mkdir()
     fd = os.open(tmp_path / "objects", os.O_PATH | os.O_DIRECTORY)
-    yield ObjectStore(fd, fsverity.SHA256, verity=False, try_verity=False)
+    yield ObjectStore(beneath.Root(os.dup(fd), str(tmp_path)), fd, fsverity.SHA256, verity=False, try_verity=False)
     os.close(fd)
 
 

@@ -88,12 +88,15 @@ def test_required_verity_that_is_missing_is_said_before_anything_is_made(
     assert create.prepare(str(tmp_path / "a/b"), SHA256, "preferred", check=check).secure is False
 
 
-def test_an_empty_directory_becomes_a_repository_and_keeps_its_mode(tmp_path: Path) -> None:
+def test_an_empty_directory_becomes_a_repository_that_others_cannot_enter(tmp_path: Path) -> None:
     path = tmp_path / "repo"
-    path.mkdir(mode=0o750)
+    path.mkdir(mode=0o755)
     (path / "lost+found").mkdir()
     assert create.prepare(str(path), SHA256, "disabled").created
-    assert stat.S_IMODE(path.stat().st_mode) == 0o750
+    assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    path.chmod(0o755)
+    create.prepare(str(path), SHA256, "disabled")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o755, "what is a repository already is left alone"
 
 
 def test_a_directory_with_other_things_in_it_is_left_alone(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
+from ansible_collections.composefs.oci.plugins.module_utils.host import beneath
 from ansible_collections.composefs.oci.plugins.module_utils.store import objects
 from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     Busy,
@@ -35,10 +36,17 @@ class Place:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.dirfd = os.open(path, os.O_PATH | os.O_DIRECTORY)
+        self.root = beneath.Root(os.open(path, os.O_RDONLY | os.O_DIRECTORY), str(path))
+        self.stores: list[objects.ObjectStore] = []
 
     def store(self, verity: bool = False, algorithm: fsverity.Algorithm = SHA256) -> objects.ObjectStore:
-        return objects.ObjectStore(self.dirfd, algorithm, verity=verity, try_verity=True)
+        self.stores.append(objects.ObjectStore(self.root, self.root.fd, algorithm, verity=verity, try_verity=True))
+        return self.stores[-1]
+
+    def close(self) -> None:
+        for store in self.stores:
+            store.close()
+        self.root.close()
 
     def file(self, digest: bytes) -> Path:
         return self.path / fsverity.object_path(digest)
@@ -57,11 +65,12 @@ class Place:
 def place(tmp_path: Path) -> Iterator[Place]:
     found = Place(tmp_path)
     yield found
-    os.close(found.dirfd)
+    found.close()
 
 
 def open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    """How many descriptors are open but for those of directories, which a store keeps."""
+    return sum(not os.path.isdir(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd"))
 
 
 @pytest.mark.parametrize("algorithm", [fsverity.SHA256, fsverity.SHA512], ids=lambda a: a.name)
