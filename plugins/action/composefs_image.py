@@ -32,7 +32,8 @@ from ansible_collections.composefs.oci.plugins.module_utils.progress import summ
 display = Display()
 
 # How often the host is looked at from within one command there, and how many times, before the command comes back.
-LOOK, LOOKS = 0.25, 4
+LOOK = 0.25
+LOOKS = 4
 # Seconds between two lines where a line cannot be drawn over the one before.
 RARELY = 30.0
 # Seconds that ending a job may take after an interrupt.

@@ -10,6 +10,7 @@ missing, which are those packages that could be installed but are not.
 
 from __future__ import annotations
 
+import glob
 import importlib
 import json
 import os
@@ -64,6 +65,13 @@ def image_based() -> str:
     return ""
 
 
+def has_package_lists() -> bool:
+    """Whether apt was ever told what there is to be had. Images for clouds and containers come without."""
+    code, line = output("apt-config", "shell", "DIRECTORY", "Dir::State::lists/d")
+    directory = line.partition("'")[2].rpartition("'")[0] if code == 0 else ""
+    return bool(glob.glob(os.path.join(directory or "/var/lib/apt/lists", "*_Packages*")))
+
+
 def missing_packages(names: list[str]) -> list[str]:
     """Those of ``names`` that are not installed, less those that apt is known not to have."""
     missing = []
@@ -72,8 +80,8 @@ def missing_packages(names: list[str]) -> list[str]:
             code, status = output("dpkg-query", "--show", "--showformat=${db:Status-Status}", name)
             if code or status != "installed":
                 missing.append(name)
-        # apt without package lists knows nothing at all; only then is its ignorance no news.
-        if missing and shutil.which("apt-cache") and output("apt-cache", "show", "--no-all-versions", "skopeo")[0] == 0:
+        # apt without package lists knows what is installed and nothing else; only then is its ignorance no news.
+        if missing and shutil.which("apt-cache") and has_package_lists():
             missing = [
                 name
                 for name in missing
