@@ -101,7 +101,7 @@ def operations(dice: random.Random) -> bytes:
             number = len(data)
             at += number
         elif what == tardiff.DICT:
-            data = codecs.zstd_patch(file, data, level=1)
+            data = codecs.PatchMaker(file, 1).make(data)
             number, at = len(data), len(file)
         out += bytes((what,)) + tardiff.leb128(number) + data
     return bytes(out)

@@ -60,9 +60,15 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("create", "imagestreams", "namerecords"),
         ("checks", "graph", "proofs"),
     ),
-    "pull": (("smallobjects",), ("layer",), ("fetch", "makeimages", "plan"), ("publish",), ("pull",)),
+    "pull": (
+        ("smallobjects", "sourcefiles"),
+        ("layer",),
+        ("fetch", "makeimages", "plan"),
+        ("deltas", "publish"),
+        ("pull",),
+    ),
     "operations": (
-        ("diskuse", "findings", "journal", "listing"),
+        ("diskuse", "findings", "journal", "listing", "makedelta"),
         ("keeping", "mounting"),
         ("deployment", "dump"),
         ("bootmountmain",),

@@ -535,29 +535,42 @@ class _ZstdCompressor:
 # patches: frames whose raw prefix is another file
 
 
-def zstd_patch(base: Buffer, data: Buffer, *, level: int = 12, backend: str | None = None) -> bytes:
-    """``data`` as one zstd frame that may refer to every byte of ``base`` (``zstd --patch-from``).
+class PatchMaker:
+    """Makes frames that may refer to every byte of ``base`` (``zstd --patch-from``). MissingLibrary."""
 
-    Whoever reads the frame needs the same ``base`` and a window of the size of ``data``, rounded up to a power of two;
-    the window need not hold the base. MissingLibrary.
-    """
-    name, module = _zstd_module(backend)
-    window = max((len(data) - 1).bit_length(), 10)
-    if name == "zstandard":
-        raw = module.ZstdCompressionDict(base, dict_type=module.DICT_TYPE_RAWCONTENT)
-        parameters = module.ZstdCompressionParameters.from_level(
-            level, source_size=len(data), dict_size=len(base), window_log=window, enable_ldm=True
-        )
-        frame: bytes = module.ZstdCompressor(dict_data=raw, compression_params=parameters).compress(data)
+    def __init__(self, base: Buffer, level: int = 12, *, backend: str | None = None) -> None:
+        self._level = level
+        self._base_size = len(base)
+        self._name, self._module = _zstd_module(backend)
+        if self._name == "zstandard":
+            self._dict = self._module.ZstdCompressionDict(base, dict_type=self._module.DICT_TYPE_RAWCONTENT)
+        else:
+            self._dict = self._module.ZstdDict(base, is_raw=True)
+
+    def make(self, data: Buffer) -> bytes:
+        """``data`` as one frame. Who reads it needs the same base, and a window of the size of ``data`` rounded up to
+        a power of two: the window need not hold the base.
+        """
+        module = self._module
+        window = max((len(data) - 1).bit_length(), 10)
+        if self._name == "zstandard":
+            parameters = module.ZstdCompressionParameters.from_level(
+                self._level,
+                source_size=len(data),
+                dict_size=self._base_size,
+                window_log=window,
+                enable_ldm=True,
+            )
+            frame: bytes = module.ZstdCompressor(dict_data=self._dict, compression_params=parameters).compress(data)
+            return frame
+        options = {
+            module.CompressionParameter.compression_level: self._level,
+            module.CompressionParameter.window_log: window,
+            module.CompressionParameter.enable_long_distance_matching: 1,
+        }
+        compressor = module.ZstdCompressor(options=options, zstd_dict=self._dict.as_prefix)
+        frame = compressor.compress(data, module.ZstdCompressor.FLUSH_FRAME)
         return frame
-    options = {
-        module.CompressionParameter.compression_level: level,
-        module.CompressionParameter.window_log: window,
-        module.CompressionParameter.enable_long_distance_matching: 1,
-    }
-    prefix = module.ZstdDict(base, is_raw=True).as_prefix
-    frame = module.ZstdCompressor(options=options, zstd_dict=prefix).compress(data, module.ZstdCompressor.FLUSH_FRAME)
-    return frame
 
 
 class Patches:

@@ -33,8 +33,11 @@ from ..errors import (
     InternalError,
     IOFailed,
     LimitReached,
+    NoSpace,
     OutOfMemory,
+    PermissionDenied,
     ProxyFailed,
+    ReadOnly,
     RegistryUnreachable,
     Stalled,
     describe_crash,
@@ -54,17 +57,24 @@ from ..source.source import Patient, Source, Transfer, TransferFailed
 from .smallobjects import DirectStorer, Storer
 
 CGROUPS = "/sys/fs/cgroup"
+# No other source of a layer helps against these.
+_OF_THIS_HOST = (NoSpace, ReadOnly, PermissionDenied, IOFailed)
 # Seconds that a worker gets to end by itself.
 GRACE = 1.0
 
 
 class Job(NamedTuple):
-    """One missing layer: the stream it will become and where its blob comes from."""
+    """One missing layer: the stream it will become and where its blob comes from.
+
+    ``otherwise`` is what to do if that fails: a delta may be stale, damaged or gone, and the layer's own blob is what
+    counts.
+    """
 
     stream: str
     spec: LayerSpec
     source: Patient
     reference: Reference
+    otherwise: Any = None  # another Job
 
 
 def usable_processors() -> int:
@@ -266,6 +276,8 @@ class Fetcher:
         self._failure: EngineError | None = None
         self._moved = 0.0
         self.results: dict[str, LayerResult] = {}
+        # Stream -> why its first source did not serve.
+        self.disappointments: dict[str, str] = {}
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Fetch all ``jobs``, largest first. Raises the first error after the layers under way have ended; what was
@@ -274,7 +286,8 @@ class Fetcher:
         todo: queue.SimpleQueue[Job] = queue.SimpleQueue()
         for job in sorted(jobs, key=lambda job: -job.spec.size):
             todo.put(job)
-        sources = list({id(job.source): job.source for job in jobs}.values())
+        every = [*jobs, *(job.otherwise for job in jobs if job.otherwise)]
+        sources = list({id(job.source): job.source for job in every}.values())
         workers: list[Worker] = []
         lanes: list[threading.Thread] = []
         try:
@@ -305,7 +318,7 @@ class Fetcher:
                 except queue.Empty:
                     return
                 with doing(f"importing layer {job.spec.diff_id} of {job.reference.original}"):
-                    result = job.source.again(functools.partial(self._attempt, worker, job))
+                    result = self._somehow(worker, job)
                     self._publish(job, result)
                 self.results[job.stream] = result
                 self._arrived(job.stream, bytes.fromhex(result.stream))
@@ -322,6 +335,32 @@ class Fetcher:
         digest = bytes.fromhex(result.stream)
         imagestreams.name_layer(self._repository, job.stream, digest)
         self._repository.trust(job.spec.diff_id, digest)
+
+    def _somehow(self, worker: Worker, job: Job) -> LayerResult:
+        """By the job's own way, and by the other one where that fails for a reason of its own."""
+        usable = True
+
+        def attempt() -> LayerResult:
+            nonlocal usable
+            try:
+                return self._attempt(worker, job)
+            except TransferFailed as failure:
+                usable = failure.usable
+                raise
+
+        if job.otherwise is None:
+            return job.source.again(attempt)
+        try:
+            return job.source.again(attempt)
+        except _OF_THIS_HOST:
+            raise
+        except EngineError as error:
+            self.disappointments[job.stream] = error.text
+            self._progress.message(f"The delta does not serve layer {job.spec.diff_id}: {error.text}")
+            if not usable:
+                # The broken transfer is still in the way of the next one.
+                job.source.renew(job.source.source.generation)
+        return job.otherwise.source.again(functools.partial(self._attempt, worker, job.otherwise))
 
     def _attempt(self, worker: Worker, job: Job) -> LayerResult:
         transfer = job.source.transfer(job.reference, Descriptor("", job.spec.digest, job.spec.size))

@@ -21,7 +21,7 @@ import select
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, BinaryIO, NamedTuple, Union, cast
 
 from ..formats import codecs, splitstream, tar
@@ -47,17 +47,22 @@ SPOOL_LIMIT = 4 * 1024 * 1024
 
 
 AnyStorer = Union[Storer, DirectStorer]
+# The compression of a blob that is a program of formats.tardiff.
+TAR_DIFF = "tar-diff"
 
 
 class LayerSpec(NamedTuple):
     """What a blob was announced to be. ``digest`` and ``diff_id`` are ``sha256:<hex>``; ``compression`` is None for a
-    raw blob.
+    raw blob, and TAR_DIFF for one that writes the tar, at most ``limit`` bytes, from files of the EROFS image ``image``
+    (object digest in hex).
     """
 
     digest: str
     size: int
     diff_id: str
     compression: str | None
+    image: str = ""
+    limit: int = 0
 
 
 class LayerResult(NamedTuple):
@@ -150,34 +155,63 @@ class _Failure(NamedTuple):
     error: BaseException
 
 
+_Pieces = Generator[bytes, None, None]
 _Item = Any  # bytes, _Failure, or None at the end
+
+
+def _decoded(source: PipeSource, spec: LayerSpec) -> _Pieces:
+    """The tar of a blob that holds it."""
+    decoder = codecs.open_decoder(cast(str, spec.compression), source)
+    while True:
+        data = decoder.read(CHUNK)
+        if not data:
+            return
+        yield data
+
+
+def _from_files(source: PipeSource, spec: LayerSpec, objects: ObjectStore, algorithm: Algorithm) -> _Pieces:
+    """The tar of a blob that writes it from the files of another image, in pieces of about CHUNK bytes."""
+    from ..formats import tardiff  # late: most layers are not made so
+    from .sourcefiles import SourceFiles
+
+    with contextlib.closing(SourceFiles(objects, algorithm, bytes.fromhex(spec.image))) as files:
+        gathered: list[bytes] = []
+        size = 0
+        for piece in tardiff.apply(source.read, files.open, spec.limit):
+            gathered.append(piece)
+            size += len(piece)
+            if size >= CHUNK:
+                yield b"".join(gathered)
+                gathered.clear()
+                size = 0
+        yield b"".join(gathered)
 
 
 class _Decoder(threading.Thread):
     """Reads, hashes and decodes into a bounded queue; whatever goes wrong is delivered through the queue as well."""
 
-    def __init__(self, source: PipeSource, compression: str) -> None:
+    def __init__(self, source: PipeSource, spec: LayerSpec, objects: ObjectStore, algorithm: Algorithm) -> None:
         super().__init__(name="decoder", daemon=True)
         self._source = source
-        self._compression = compression
+        self._pieces = _from_files(source, spec, objects, algorithm) if spec.image else _decoded(source, spec)
         self._queue: queue.Queue[_Item] = queue.Queue(QUEUE_DEPTH)
         # An uncompressed blob is its own tar: one hash serves both.
-        self.sha256 = source.sha256 if compression == "none" else hashlib.sha256()
+        self._plain = spec.compression == "none"
+        self.sha256 = source.sha256 if self._plain else hashlib.sha256()
         self.size = 0
 
     def run(self) -> None:
         try:
-            decoder = codecs.open_decoder(self._compression, self._source)
-            read, put = decoder.read, self._queue.put
-            update = None if self._compression == "none" else self.sha256.update
-            while not self._source.cancelled:
-                data = read(CHUNK)
-                if not data:
-                    break
+            put = self._queue.put
+            update = None if self._plain else self.sha256.update
+            for data in self._pieces:
                 if update:
                     update(data)
                 self.size += len(data)
                 put(data)
+                if self._source.cancelled:
+                    break
+            self._pieces.close()
         except BaseException as error:
             self._queue.put(_Failure(error))
         else:
@@ -277,7 +311,7 @@ def _import_tar(
         writer = splitstream.Writer(algorithm, splitstream.LAYER, spool)
         sink = _Sink(objects, storer, writer)
         splitter = tar.Splitter(sink)
-        decoder = _Decoder(source, cast(str, spec.compression))
+        decoder = _Decoder(source, spec, objects, algorithm)
         decoder.start()
         try:
             for chunk in decoder.chunks():

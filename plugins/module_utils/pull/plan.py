@@ -37,12 +37,24 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True)
+class LayerDelta:
+    """A tar-diff that can stand in for a layer's blob: where it is, and the EROFS image (object digest) of the image
+    whose files it copies from.
+    """
+
+    descriptor: ocidocuments.Descriptor
+    source: Patient
+    reference: Reference
+    image: bytes
+
+
+@dataclasses.dataclass(frozen=True)
 class Layer:
     """One layer of an image.
 
     ``blob`` is what the manifest announces; ``source`` is what the transport delivers instead where that differs
     (``containers-storage:`` delivers uncompressed tars). ``stored`` is the object digest of a layer stream that is
-    there and proved.
+    there and proved. ``delta`` is tried before the source.
     """
 
     blob: ocidocuments.Descriptor
@@ -50,6 +62,12 @@ class Layer:
     stream: str
     source: ocidocuments.Descriptor
     stored: bytes | None
+    delta: LayerDelta | None = None
+
+    @property
+    def to_fetch(self) -> int:
+        """The bytes that have to cross the network if the layer is missing."""
+        return self.delta.descriptor.size if self.delta else self.source.size
 
     @property
     def status(self) -> str:

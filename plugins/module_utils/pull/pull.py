@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -51,7 +52,7 @@ NEWER = "newer"
 @dataclasses.dataclass(frozen=True)
 class Options:
     """How to pull. ``timeout`` is the longest silence in seconds; ``parallel`` 0 means as many layers at once as
-    processors.
+    processors; ``deltas`` are references of delta artifacts, or ``auto`` for those beside the image.
     """
 
     policy: str = ALWAYS
@@ -61,6 +62,7 @@ class Options:
     images: publish.Images = publish.Images()
     check: bool = False
     proxy: ProxyOptions = dataclasses.field(default_factory=ProxyOptions)
+    deltas: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass
@@ -71,6 +73,8 @@ class Outcome:
     streams: list[str]
     stats: dict[str, Any]
     changed: bool
+    # Layer stream -> what delivered it in the end, where that is not what the plan says.
+    delivered: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def pull_images(
@@ -93,6 +97,7 @@ def pull_images(
     sources = _Sources(options, progress)
     try:
         plans = [_plan(repository, request, options, sources, progress) for request in requests]
+        _choose_deltas(repository, plans, options, sources)
         clock.lap("resolve")
         predictions = [publish.predict(repository, plan, options.images) for plan in plans]
         settled = not any(predictions) and not any(plan.renames for plan in plans)
@@ -197,6 +202,20 @@ def _plan(repository: Repository, request: Request, options: Options, sources: _
         raise from_os_error(error, f"Looking up {request.ref}") from error
 
 
+def _choose_deltas(repository: Repository, plans: Sequence[Plan], options: Options, sources: _Sources) -> None:
+    for text in options.deltas:
+        if text != "auto":
+            parse_reference(text)
+    if not options.deltas or not any(plan.missing() for plan in plans):
+        return
+    from . import deltas  # late: most runs lack no layer
+
+    for plan in plans:
+        deltas.choose(
+            repository, plan, options.deltas, functools.partial(sources.source, platform=plan.request.platform)
+        )
+
+
 def _untouched(plans: Sequence[Plan], predictions: Sequence[list[str]]) -> list[Outcome]:
     """Outcomes of a run that writes nothing. A layer that several images lack is counted with the first, as a real run
     would fetch it.
@@ -205,7 +224,7 @@ def _untouched(plans: Sequence[Plan], predictions: Sequence[list[str]]) -> list[
     claimed: set[str] = set()
     for plan, predicted in zip(plans, predictions):
         streams = [stream for stream in predicted if stream not in claimed]
-        fetched = sum(layer.source.size for stream, layer in plan.missing().items() if stream not in claimed)
+        fetched = sum(layer.to_fetch for stream, layer in plan.missing().items() if stream not in claimed)
         claimed.update(streams)
         stats = {**_stats(plan), "bytes_fetched": fetched}
         outcomes.append(Outcome(plan, streams, stats, bool(streams) or plan.renames))
@@ -246,29 +265,18 @@ def _carry_out(
             missing.setdefault(stream, (plan, layer))
     for _plan, layer in missing.values():
         # All of them before the first one starts, so that a share of the whole can be told from the beginning.
-        progress(Event(PLANNED, layer.diff_id, 0, layer.source.size))
+        progress(Event(PLANNED, layer.diff_id, 0, layer.to_fetch))
     _require_space(repository, [layer for _plan, layer in missing.values()])
     with repository.importing() as found, contextlib.ExitStack() as stack:
         plans[0].warnings += found.warnings
         begun: dict[str, Ahead] = {}
         fetched = {}
+        delivered: dict[str, str] = {}
         if missing:
             # Loaded here: a run that fetches nothing starts faster without the decoders and the tar splitter.
-            from .fetch import Fetcher, Job, usable_processors
-            from .layer import LayerSpec
+            from .fetch import Fetcher, usable_processors
 
-            jobs = []
-            for stream, (plan, layer) in missing.items():
-                if plan.source is None:
-                    raise AssertionError("this must hold: plan.source is not None")
-                jobs.append(
-                    Job(
-                        stream,
-                        LayerSpec(layer.source.digest, layer.source.size, layer.diff_id, layer.compression),
-                        plan.source,
-                        plan.reference,
-                    )
-                )
+            jobs = [_job(stream, plan, layer) for stream, (plan, layer) in missing.items()]
             begun = _begin(repository, plans, options.images, usable_processors(), stack)
 
             def arrived(stream: str, digest: bytes) -> None:
@@ -278,6 +286,10 @@ def _carry_out(
             fetcher = Fetcher(repository, options.parallel, options.timeout, progress, arrived)
             fetcher.run(jobs)
             fetched = fetcher.results
+            for stream, error in fetcher.disappointments.items():
+                plan, layer = missing[stream]
+                plan.warnings.append(f"The layer {layer.diff_id} was fetched whole, for its delta failed: {error}")
+                delivered[stream] = _transport(plan)
         clock.lap("fetch")
         stored = {stream: bytes.fromhex(result.stream) for stream, result in fetched.items()}
         outcomes = []
@@ -298,7 +310,7 @@ def _carry_out(
                 stats["bytes_fetched"] += result.fetched
             streams = mine + [stream for stream in documents_changed if stream not in claimed]
             claimed.update(streams)
-            outcomes.append(Outcome(plan, streams, stats, bool(streams) or plan.renames))
+            outcomes.append(Outcome(plan, streams, stats, bool(streams) or plan.renames, delivered))
         # Only now, when every document is in place, do the names appear: an image of this task that cannot be stored
         # leaves all names alone.
         permit()
@@ -346,6 +358,9 @@ def _begin(
         for plan in plans:
             if plan.source is not None:
                 plan.source.abandon()
+            for layer in plan.layers:
+                if layer.delta is not None:
+                    layer.delta.source.abandon()
 
     seen: set[str] = set()
     for plan in plans:
@@ -358,9 +373,33 @@ def _begin(
     return begun
 
 
+def _job(stream: str, plan: Plan, layer: Layer) -> Any:
+    """The fetcher's job for a missing layer, by its delta first if there is one."""
+    from .fetch import Job
+    from .layer import TAR_DIFF, LayerSpec
+
+    if plan.source is None:
+        raise AssertionError("this must hold: plan.source is not None")
+    spec = LayerSpec(layer.source.digest, layer.source.size, layer.diff_id, layer.compression)
+    job = Job(stream, spec, plan.source, plan.reference)
+    delta = layer.delta
+    if delta is None:
+        return job
+    from ..formats.tardiff import output_limit
+
+    blob, limit = delta.descriptor, output_limit(layer.source.size)
+    spec = LayerSpec(blob.digest, blob.size, layer.diff_id, TAR_DIFF, delta.image.hex(), limit)
+    return Job(stream, spec, delta.source, delta.reference, job)
+
+
+def _transport(plan: Plan) -> str:
+    """What results call the place that an image itself comes from."""
+    return "registry" if plan.reference.is_remote else plan.reference.transport
+
+
 def _require_space(repository: Repository, layers: Sequence[Layer]) -> None:
     """Refuse before the first byte when not even the blobs as they are compressed would fit."""
-    needed = sum(layer.source.size for layer in layers)
+    needed = sum(layer.to_fetch for layer in layers)
     # Every layer needs at least its splitstream, every image its documents.
     inodes = len(layers) + 2
     free, free_inodes = repository.free_space()
@@ -419,7 +458,7 @@ def describe(repository: Repository, outcome: Outcome) -> dict[str, Any]:
     plan = outcome.plan
     facts = plan.source.facts() if plan.source else Facts()
     # A layer that occurs twice, or that another image of the same task lacks too, is fetched once and counted there.
-    to_fetch = {stream: layer.source.size for stream, layer in plan.missing().items() if stream in outcome.streams}
+    to_fetch = {stream: layer.to_fetch for stream, layer in plan.missing().items() if stream in outcome.streams}
     return {
         **blank(plan.request),
         "digest": plan.digest,
@@ -439,6 +478,7 @@ def describe(repository: Repository, outcome: Outcome) -> dict[str, Any]:
                 "media_type": layer.blob.media_type,
                 "status": layer.status,
                 "bytes_to_fetch": to_fetch.pop(layer.stream, 0),
+                "source": _delivers(outcome, layer),
             }
             for layer in plan.layers
         ],
@@ -449,6 +489,14 @@ def describe(repository: Repository, outcome: Outcome) -> dict[str, Any]:
         "protocol_version": facts.protocol_version,
         "changed": outcome.changed,
     }
+
+
+def _delivers(outcome: Outcome, layer: Layer) -> str | None:
+    """Where a missing layer comes from, or came from; None for one that was there."""
+    if layer.stored is not None:
+        return None
+    planned = "delta" if layer.delta else _transport(outcome.plan)
+    return outcome.delivered.get(layer.stream, planned)
 
 
 def blank(request: Request) -> dict[str, Any]:

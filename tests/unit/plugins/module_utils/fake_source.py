@@ -76,8 +76,14 @@ class World:
         self.verdicts: dict[str, list[EngineError]] = {}
 
     def target(self, reference: Reference) -> dict[str, Any]:
-        tag = reference.text[len(REGISTRY) :].partition("@")[0].partition(":")[0]
-        for entry in json.loads((self.layout.path / "index.json").read_text())["manifests"]:
+        tag = reference.text[len(REGISTRY) :].partition("@")[0]
+        if ":sha256-" not in tag:  # which is how what lies beside an image is called
+            tag = tag.partition(":")[0]
+        entries = json.loads((self.layout.path / "index.json").read_text())["manifests"]
+        for entry in entries:
+            if entry["digest"] == reference.digest:
+                return dict(entry)
+        for entry in entries:
             if entry["annotations"]["org.opencontainers.image.ref.name"] == tag:
                 return dict(entry)
         raise ImageNotFound(

@@ -94,6 +94,10 @@ def op(operation: int, number: int, data: bytes = b"") -> bytes:
     return bytes([operation]) + leb128(number) + data
 
 
+def patch_of(base: bytes, data: bytes, backend: str | None = None) -> bytes:
+    return codecs.PatchMaker(base, backend=backend).make(data)
+
+
 def frame(data: bytes) -> bytes:
     compressor = codecs.zstd_compressor()
     return compressor.compress(data) + compressor.flush()
@@ -138,7 +142,7 @@ def test_each_operation_does_what_the_format_says(version: int) -> None:
 def test_a_patch_decodes_against_the_whole_file_and_leaves_the_position_at_its_end() -> None:
     base = random.Random(1).randbytes(50_000)
     wanted = base[100:20_000] + b"new" + base[:400]
-    patch = codecs.zstd_patch(base, wanted)
+    patch = patch_of(base, wanted)
     assert len(patch) < 200
     blob = program(op(OPEN, 1, b"f"), op(SEEK, 77), op(DICT, len(patch), patch), op(DATA, 1, b"."))
     assert output(blob, {b"f": base}) == wanted + b"."
@@ -149,7 +153,7 @@ def test_a_patch_decodes_against_the_whole_file_and_leaves_the_position_at_its_e
 
 def test_several_patches_share_one_open_file() -> None:
     base = random.Random(2).randbytes(50_000)
-    one, two = codecs.zstd_patch(base, base[:30_000]), codecs.zstd_patch(base, base[20_000:])
+    one, two = patch_of(base, base[:30_000]), patch_of(base, base[20_000:])
     blob = program(op(OPEN, 1, b"f"), op(DICT, len(one), one), op(DICT, len(two) + 7, two + b"padding"))
     with pytest.raises(InvalidLayer, match="Garbage follows"):
         output(blob, {b"f": base})
@@ -158,7 +162,7 @@ def test_several_patches_share_one_open_file() -> None:
 
 
 def test_a_patch_is_no_operation_of_version_1() -> None:
-    patch = codecs.zstd_patch(b"base", b"data")
+    patch = patch_of(b"base", b"data")
     blob = program(op(OPEN, 3, b"two"), op(DICT, len(patch), patch), version=1)
     with pytest.raises(InvalidLayer, match="no operation 5"):
         output(blob, FILES)
@@ -169,7 +173,7 @@ def test_a_patch_is_no_operation_of_version_1() -> None:
 def test_frames_with_a_prefix_are_read_by_every_library(backend: str, other: str) -> None:
     base = random.Random(3).randbytes(3_000_000)
     wanted = base[1_000_000:] + b"x" * 100_000 + base[:900_000]
-    patch = codecs.zstd_patch(base, wanted, backend=backend)
+    patch = patch_of(base, wanted, backend=backend)
     assert len(patch) < 3_000
     decoder = codecs.Patches(base, backend=other).open(io.BytesIO(patch))
     found = bytearray()
@@ -182,7 +186,7 @@ def test_frames_with_a_prefix_are_read_by_every_library(backend: str, other: str
 @every_zstd
 def test_a_patch_that_ends_early_or_has_another_base_is_an_error(backend: str) -> None:
     base = random.Random(4).randbytes(100_000)
-    patch = codecs.zstd_patch(base, base[50_000:] + b"more", backend=backend)
+    patch = patch_of(base, base[50_000:] + b"more", backend=backend)
     cut = codecs.Patches(base, backend=backend).open(io.BytesIO(patch[:-3]))
     with pytest.raises(InvalidLayer):
         while cut.read(1 << 20):
@@ -247,7 +251,7 @@ def test_output_is_bounded() -> None:
 
 
 def test_bases_of_patches_count_as_output() -> None:
-    patch = codecs.zstd_patch(FILES[b"etc/one"], b"x")
+    patch = patch_of(FILES[b"etc/one"], b"x")
     one = op(OPEN, 7, b"etc/one") + op(DICT, len(patch), patch)
     with pytest.raises(InvalidLayer, match="more than 10000 bytes"):
         output(program(one * 10), FILES, limit=10_000)
@@ -263,7 +267,7 @@ def test_operations_without_output_are_bounded(monkeypatch: pytest.MonkeyPatch) 
 
 def test_bases_and_results_of_patches_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tardiff, "MAX_BASE", 1000)
-    patch = codecs.zstd_patch(b"base", bytes(1001))
+    patch = patch_of(b"base", bytes(1001))
     with pytest.raises(InvalidLayer, match="decodes to more than 1000"):
         output(program(op(OPEN, 3, b"two"), op(DICT, len(patch), patch)), FILES)
     with pytest.raises(InvalidLayer, match="a patch for a file of 1024 bytes"):
@@ -347,7 +351,7 @@ def test_what_the_writer_wrote_the_reader_follows(steps: list[tuple[str, object]
             expected += bytes((a + b) & 255 for a, b in zip(data, file[at:]))
             at += len(data)
         else:
-            writer.dict(codecs.zstd_patch(file, value))
+            writer.dict(patch_of(file, value))
             expected += value
             at = len(file)
     writer.finish()

@@ -1,0 +1,316 @@
+# Copyright (c) composefs.oci contributors
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
+
+"""Make a delta between two stored images: an OCI layout with a tar-diff for each layer that the source image lacks.
+
+A tar-diff is made by walking the layer as it is stored. What stands inline is literal, a file that the source image
+has under any name is copied, and one that has an older version there becomes a patch of it where that pays. Each
+tar-diff is applied once and hashed before it is believed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import mmap
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..errors import DigestMismatch, FormatError, ImageNotFound, InvalidOption, doing
+from ..formats import codecs, digests, ocidocuments, splitstream, tar, tardiff
+from ..formats.ocidocuments import Descriptor
+from ..progress import Progress
+from ..pull import deltas
+from ..pull.sourcefiles import SourceFiles
+from ..rootfs.erofsreader import ErofsImage
+from ..rootfs.filetree import Leaf, walk
+from ..store import imagestreams
+from ..store.repository import Repository
+
+if TYPE_CHECKING:
+    from ..formats.codecs import Buffer
+
+# Files beyond this are not patched: whoever applies a patch holds its base in memory.
+MAX_PATCHED = 64 << 20
+MIN_PATCHED = 1 << 10
+# A large file is patched in pieces, so that who applies it needs a window of a piece only.
+_PATCH = 16 << 20
+_PIECE = 256 * 1024
+_COMPARE_LEVEL = 3
+LAYOUT_TAG = "delta"
+
+
+class Stored(NamedTuple):
+    """A stored container image: its documents, its configuration and the EROFS image (object digest) of its tree."""
+
+    manifest: ocidocuments.Manifest
+    config: ocidocuments.Config
+    image: bytes
+    streams: dict[str, bytes]
+
+
+class Made(NamedTuple):
+    """What was made: the artifact's manifest, and for each layer its diff_id, blob digest and size and the tar-diff's
+    size in bytes.
+    """
+
+    manifest: bytes
+    layers: list[dict[str, Any]]
+
+    @property
+    def digest(self) -> str:
+        return digests.digest_of(self.manifest)
+
+
+def find(repository: Repository, text: str) -> Stored:
+    """The image under the name or with the manifest digest ``text``. ImageNotFound, FormatError."""
+    digest = text if digests.is_digest(text) else repository.tag_digest(text)
+    document = imagestreams.read(repository, imagestreams.MANIFEST, digest) if digest else None
+    if document is None:
+        raise ImageNotFound(f"There is no image {text} in the repository {repository.path}.", "Pull it first.")
+    manifest = ocidocuments.parse_manifest(document.raw)
+    if not ocidocuments.is_container(manifest):
+        raise InvalidOption(f"{text} is an artifact, not a container image.", "Deltas are made between images.")
+    config_document = imagestreams.read(repository, imagestreams.CONFIG, manifest.config.digest)
+    image = deltas.source_image(repository, manifest.config.digest)
+    if config_document is None or image is None:
+        raise ImageNotFound(f"The image {text} has no EROFS image in {repository.path}.", "Pull it again.")
+    config = ocidocuments.parse_config(config_document.raw)
+    streams = {diff_id: config_document.refs[diff_id] for diff_id in config.diff_ids if diff_id in config_document.refs}
+    if len(streams) != len(set(config.diff_ids)):
+        raise FormatError(f"The image {text} does not lead to all of its layers.", "Pull it again.")
+    return Stored(manifest, config, image, streams)
+
+
+def make(
+    repository: Repository, source: Stored, target: Stored, directory: str, level: int, progress: Progress
+) -> Made:
+    """Write the delta from ``source`` to ``target`` as an OCI layout into the empty ``directory``, under LAYOUT_TAG.
+
+    Memory grows with the number of files of the source image, and by a patch of MAX_PATCHED bytes.
+    """
+    if source.config.diff_ids == target.config.diff_ids:
+        raise InvalidOption("Source and target have the same layers, so there is nothing between them.", "")
+    layout = _Layout(directory)
+    known = _Known(repository, source.image)
+    kept = set(source.config.diff_ids)
+    done: dict[str, Descriptor] = {}
+    told = []
+    for blob, diff_id in ocidocuments.pairs(target.manifest, target.config):
+        if diff_id in kept or blob.digest in done:
+            continue
+        progress.message(f"Making the delta of layer {diff_id}")
+        with doing(f"Making the delta of layer {diff_id}"):
+            with layout.blob() as output:
+                _diff(repository, target.streams[diff_id], known, output.write, level)
+            done[blob.digest] = Descriptor(tardiff.MEDIA_TYPE, output.digest, output.size)
+            _prove(repository, layout.path(output.digest), source.image, diff_id, blob.size)
+        told.append({"diff_id": diff_id, "digest": blob.digest, "size": blob.size, "bytes": output.size})
+    documents = [
+        Descriptor(media_type, layout.put(raw), len(raw))
+        for media_type, raw in (
+            (ocidocuments.OCI_MANIFEST, target.manifest.raw),
+            (ocidocuments.OCI_CONFIG, target.config.raw),
+        )
+    ]
+    layout.put(deltas.EMPTY_CONFIG)
+    manifest = deltas.compose(documents[0], documents[1], source.manifest.config.digest, list(done.items()))
+    layout.finish(manifest)
+    return Made(manifest, told)
+
+
+class _Known:
+    """The regular files of the source image: by content, by path, and by path with all numbers taken for equal."""
+
+    def __init__(self, repository: Repository, image: bytes) -> None:
+        fd = repository.objects.open(image)
+        try:
+            with ErofsImage.open(fd, repository.algorithm) as opened:
+                root = opened.tree()
+        finally:
+            os.close(fd)
+        self.objects = repository.objects
+        self._by_digest: dict[bytes, bytes] = {}
+        self._by_path: dict[bytes, Leaf] = {}
+        self._alike: dict[bytes, list[bytes]] = {}
+        for path, node in walk(root):
+            if isinstance(node, Leaf) and node.digest is not None:
+                path = path.lstrip(b"/")
+                if len(path) <= tardiff.MAX_PATH:
+                    self._by_digest.setdefault(node.digest, path)
+                    self._by_path[path] = node
+                    self._alike.setdefault(_numberless(path), []).append(path)
+
+    def same(self, digest: bytes) -> bytes | None:
+        """A path of the file with this content."""
+        return self._by_digest.get(digest)
+
+    def older(self, path: bytes) -> tuple[bytes, Leaf] | None:
+        """The file at ``path``, or the only one whose path differs from it in nothing but numbers."""
+        if path not in self._by_path:
+            alike = self._alike.get(_numberless(path), [])
+            if len(alike) != 1:
+                return None
+            path = alike[0]
+        return path, self._by_path[path]
+
+
+def _numberless(path: bytes) -> bytes:
+    return re.sub(rb"[0-9]+", b"0", path)
+
+
+def _normal(path: bytes) -> bytes:
+    """A path of an archive as the tree has it."""
+    return b"/".join(part for part in path.split(b"/") if part not in (b"", b"."))
+
+
+def _diff(repository: Repository, stream: bytes, known: _Known, write: Callable[[bytes], object], level: int) -> None:
+    """Write the tar-diff of one stored layer."""
+    writer = tardiff.Writer(write, level)
+    with repository.open_object_stream(stream, splitstream.LAYER) as opened:
+        waiting: list[bytes | splitstream.ExternalRef] = []
+
+        def passing() -> Iterator[bytes | splitstream.ExternalRef]:
+            for chunk in opened.chunks():
+                waiting.append(chunk)
+                yield chunk
+
+        # The reader takes a chunk only when it needs it, so what waits when it tells of an entry ends with the entry's
+        # own content.
+        for entry, content in tar.EntryReader.entries(passing()):
+            if isinstance(content, splitstream.ExternalRef):
+                waiting.pop()
+            for chunk in waiting:
+                writer.data(chunk)  # type: ignore[arg-type]  # a reference anywhere else is refused by the reader
+            waiting.clear()
+            if isinstance(content, splitstream.ExternalRef):
+                _file(writer, known, _normal(entry.path), content.digest, level)
+        for chunk in waiting:
+            writer.data(chunk)  # type: ignore[arg-type]
+    writer.finish()
+
+
+def _file(writer: tardiff.Writer, known: _Known, path: bytes, digest: bytes, level: int) -> None:
+    """The content of one file, by the cheapest means."""
+    fd = known.objects.open(digest)
+    try:
+        size = os.fstat(fd).st_size
+        same = known.same(digest)
+        if same is not None:
+            writer.open(same)
+            writer.copy(size)
+            return
+        older = known.older(path) if MIN_PATCHED < size <= MAX_PATCHED else None
+        if older is not None and 0 < older[1].size <= MAX_PATCHED:
+            frames = _patch(known, older[1], fd, size, level)
+            if frames is not None:
+                writer.open(older[0])
+                for frame in frames:
+                    writer.dict(frame)
+                return
+        at = 0
+        while at < size:
+            piece = os.pread(fd, min(_PIECE, size - at), at)
+            if not piece:
+                raise FormatError(f"Object {digest.hex()} became shorter.", "Check the repository.")
+            writer.data(piece)
+            at += len(piece)
+    finally:
+        os.close(fd)
+
+
+def _patch(known: _Known, older: Leaf, fd: int, size: int, level: int) -> list[bytes] | None:
+    """Frames that make the file ``fd`` from ``older``; None unless they are much smaller than it is alone."""
+    if older.digest is None:
+        return None
+    base_fd = known.objects.open(older.digest)
+    try:
+        base = _mapped(base_fd)
+    finally:
+        os.close(base_fd)
+    data = memoryview(_mapped(fd))
+    pieces = [data[at : at + _PATCH] for at in range(0, size, _PATCH)]
+    patches = codecs.PatchMaker(base, level)
+    frames = [patches.make(piece) for piece in pieces]
+    compressor = codecs.zstd_compressor(level=_COMPARE_LEVEL)
+    alone = sum(len(compressor.compress(bytes(piece))) for piece in pieces) + len(compressor.flush())
+    return frames if 3 * sum(map(len, frames)) < 2 * alone else None
+
+
+def _mapped(fd: int) -> Buffer:
+    return mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
+
+
+def _prove(repository: Repository, path: str, image: bytes, diff_id: str, layer_size: int) -> None:
+    """Apply the tar-diff in the file ``path``; DigestMismatch unless it makes the layer."""
+    sha256 = hashlib.sha256()
+    with (
+        open(path, "rb") as file,
+        contextlib.closing(SourceFiles(repository.objects, repository.algorithm, image)) as files,
+    ):
+        for piece in tardiff.apply(file.read, files.open, tardiff.output_limit(layer_size)):
+            sha256.update(piece)
+    if "sha256:" + sha256.hexdigest() != diff_id:
+        raise DigestMismatch(
+            f"The delta makes a layer with the digest sha256:{sha256.hexdigest()}.",
+            "One of the two images is damaged; check the repository.",
+        )
+
+
+class _Layout:
+    """An OCI layout in the making."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        os.makedirs(os.path.join(directory, "blobs", "sha256"))
+
+    def path(self, digest: str) -> str:
+        return os.path.join(self._directory, "blobs", "sha256", digest[7:])
+
+    @contextlib.contextmanager
+    def blob(self) -> Iterator[_Blob]:
+        blob = _Blob(os.path.join(self._directory, "blobs", "new"))
+        try:
+            yield blob
+        finally:
+            blob.file.close()
+        os.rename(blob.file.name, self.path(blob.digest))
+
+    def put(self, data: bytes) -> str:
+        with self.blob() as blob:
+            blob.write(data)
+        return blob.digest
+
+    def finish(self, manifest: bytes) -> None:
+        entry = {
+            "mediaType": ocidocuments.OCI_MANIFEST,
+            "digest": self.put(manifest),
+            "size": len(manifest),
+            "annotations": {"org.opencontainers.image.ref.name": LAYOUT_TAG},
+        }
+        for name, document in (
+            ("index.json", {"schemaVersion": 2, "mediaType": ocidocuments.OCI_INDEX, "manifests": [entry]}),
+            ("oci-layout", {"imageLayoutVersion": "1.0.0"}),
+        ):
+            with open(os.path.join(self._directory, name), "w", encoding="ascii") as file:
+                json.dump(document, file)
+
+
+class _Blob:
+    def __init__(self, path: str) -> None:
+        self.file = open(path, "wb")  # noqa: SIM115 -- closed by who made it
+        self.size = 0
+        self._sha256 = hashlib.sha256()
+
+    @property
+    def digest(self) -> str:
+        return "sha256:" + self._sha256.hexdigest()
+
+    def write(self, data: bytes) -> None:
+        self.file.write(data)
+        self._sha256.update(data)
+        self.size += len(data)
