@@ -171,6 +171,19 @@ options:
       - How often to try again after a stalled transfer or a passing fault of the registry, with growing pauses.
     type: int
     default: 3
+  deltas:
+    description:
+      - Where to look for deltas of layers that are missing, in this order. Each is V(auto), for what lies beside the
+        image in its registry under the tag that M(composefs.oci.composefs_delta) gives it, or the reference of a delta.
+      - With V(auto) the registry is asked only if the name leads to an older image already. It is asked for the delta
+        from that image, then from up to three other stored images of the same registry repository. A tag that is
+        missing or refused is the same as no delta.
+      - Nothing of a delta is trusted. A layer that it makes is hashed as a whole, and fetched whole, with a warning, if
+        anything is wrong. An empty list asks for none.
+    type: list
+    elements: str
+    default: [auto]
+    version_added: 0.2.0
   progress_file:
     description:
       - A file on the host that is kept up to date with the progress of the task as a JSON document, for anybody to
@@ -325,9 +338,14 @@ layers:
       type: str
     bytes_to_fetch:
       description:
-        - The bytes that were fetched for the layer, or would be in check mode.
+        - The bytes that were fetched for the layer, or would be in check mode; those of its delta if there is one.
         - A layer that occurs several times in a task is counted where it occurs first.
       type: int
+    source:
+      description:
+        - Where the layer came from, or would come from in check mode. V(registry), V(delta), or the transport of a
+          local reference such as V(oci). V(null) if it was there already.
+      type: str
   sample:
     - digest: sha256:1f7ce2fa46ab3942feabee654933948821303a5a821789dddab2d8c3df59e227
       diff_id: sha256:c6e5b1e8f4b0a3a34e2e37a0f5ae6a4dbf1f9fa3a2a1eb4f7a56b3ef40e49f65
@@ -335,6 +353,7 @@ layers:
       media_type: application/vnd.oci.image.layer.v1.tar+gzip
       status: new
       bytes_to_fetch: 29125228
+      source: registry
 streams:
   description: The streams that this run registered in the repository, or would register in check mode.
   returned: when O(images) is not used
@@ -495,6 +514,7 @@ def options_of(params: dict, check: bool) -> pull.Options:
         images=Images(plain=params["erofs"], bootable=params["bootable"]),
         check=check,
         proxy=proxy,
+        deltas=tuple(params["deltas"]),
     )
 
 
@@ -591,6 +611,7 @@ def main() -> None:
             "parallel": {"type": "int"},
             "timeout": {"type": "int", "default": 60},
             "retries": {"type": "int", "default": 3},
+            "deltas": {"type": "list", "elements": "str", "default": ["auto"]},
             "progress_file": {"type": "path"},
         },
         mutually_exclusive=[

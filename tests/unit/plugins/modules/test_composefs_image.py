@@ -458,3 +458,20 @@ def test_progress_ends_when_the_task_fails(run: Any, tmp_path: Path) -> None:
 
 def test_a_progress_file_that_cannot_be_written_does_no_harm(run: Any, tmp_path: Path) -> None:
     assert run(ref=REGISTRY + "app", progress_file=str(tmp_path / "no such directory/file"))["changed"]
+
+
+def test_deltas_are_looked_for_where_a_layer_is_missing_and_not_if_the_list_is_empty(run: Any, world: World) -> None:
+    def asked() -> int:
+        found = len([what for method, what in world.requests if method == "OpenImage" and ".delta-" in what])
+        world.requests.clear()
+        return found
+
+    run(ref=REGISTRY + "app", name="x")
+    assert asked() == 0, "there is nothing to start from"
+    for number, options in enumerate(({}, {"deltas": ["auto"]}, {"deltas": []})):
+        world.layout.image([tar(member(f"usr/{number}", b"4" * 300))], "app")
+        result = run(ref=REGISTRY + "app", name="x", **options)
+        assert result["changed"] and result["warnings"] == []
+        assert asked() == (1 if options != {"deltas": []} else 0)
+        run(ref=REGISTRY + "app", name="x", **options)
+        assert asked() == 0
