@@ -360,7 +360,8 @@ class Fetcher:
             if not usable:
                 # The broken transfer is still in the way of the next one.
                 job.source.renew(job.source.source.generation)
-        return job.otherwise.source.again(functools.partial(self._attempt, worker, job.otherwise))
+        otherwise: Job = job.otherwise
+        return otherwise.source.again(functools.partial(self._attempt, worker, otherwise))
 
     def _attempt(self, worker: Worker, job: Job) -> LayerResult:
         transfer = job.source.transfer(job.reference, Descriptor("", job.spec.digest, job.spec.size))
