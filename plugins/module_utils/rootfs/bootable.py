@@ -37,15 +37,11 @@ def transform_for_boot(filesystem: FileSystem, read_object: ReadObject) -> None:
     NotBootable when /boot or /sysroot is no directory.
     """
     root = filesystem.root
+    # Asked for first: what is to be booted from may be looked for only where these are directories.
+    directories = [_required(root, name) for name in (b"boot", b"sysroot")]
     check_boot_resources(root, read_object)
     usr = find_directory(root, b"/usr")
-    for name in (b"boot", b"sysroot"):
-        try:
-            directory = find_directory(root, b"/" + name)
-        except InvalidLayer as error:
-            raise NotBootable(error.message, _OTHER_IMAGE) from error
-        if directory is None:
-            raise NotBootable(f"The image has no /{name.decode()}, which a bootable image needs.", _OTHER_IMAGE)
+    for directory in directories:
         empty(directory, usr.stat if usr is not None else root.stat)
     # Links from /boot into the rest are gone: one name less each, which hardlink labelling and the writer look at.
     count_links(root)
@@ -54,6 +50,16 @@ def transform_for_boot(filesystem: FileSystem, read_object: ReadObject) -> None:
         remove_labels(root)
     else:
         apply_policy(root, policy)
+
+
+def _required(root: Directory, name: bytes) -> Directory:
+    try:
+        directory = find_directory(root, b"/" + name)
+    except InvalidLayer as error:
+        raise NotBootable(error.message, _OTHER_IMAGE) from error
+    if directory is None:
+        raise NotBootable(f"The image has no /{name.decode()}, which a bootable image needs.", _OTHER_IMAGE)
+    return directory
 
 
 def check_boot_resources(root: Directory, read_object: ReadObject) -> None:
