@@ -11,11 +11,9 @@ from __future__ import annotations
 import ast
 import os
 import pathlib
-import re
 from collections.abc import Iterator
 
 import pytest
-from ansible_collections.composefs.oci.plugins.module_utils import errors
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 ENGINE = ROOT / "plugins" / "module_utils"
@@ -238,21 +236,6 @@ def test_no_file_names_a_place_on_the_machine_it_was_written_on() -> None:
     for path in sources():
         text = path.read_bytes()
         assert [place for place in places if place.encode() in text] == [], path
-
-
-def codes() -> set[str]:
-    found, left = set(), [errors.EngineError]
-    while left:
-        kind = left.pop()
-        found.add(kind.code)
-        left += kind.__subclasses__()
-    return found
-
-
-def test_the_page_of_errors_is_complete() -> None:
-    page = ROOT / "docs" / "docsite" / "rst" / "errors.rst"
-    listed = re.findall(r"^ {3}\* - ``([a-z_]+)``$", page.read_text(encoding="utf-8"), re.MULTILINE)
-    assert sorted(listed) == sorted(codes())
 
 
 def test_every_module_is_in_the_action_group() -> None:
