@@ -232,10 +232,10 @@ def test_what_is_no_json_object_is_refused(parse, text):
 
 
 def test_huge_numbers_cost_no_time():
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(InvalidDocument, match="more than 40 digits"):
         ocidocuments.parse_manifest(b'{"a":' + b"9" * (ocidocuments.MAX_MANIFEST - 100) + b"}")
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_a_config_knows_its_layers_and_labels():

@@ -470,12 +470,12 @@ def hostile_directories(blocks: int) -> bytes:
 def test_directories_that_share_their_blocks_cost_no_more_than_the_image_has_bytes() -> None:
     image = hostile_directories(100)
     reader = erofsreader.ErofsImage(image)
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(FormatError, match="overlap"):
         reader.objects()
     with pytest.raises(FormatError):
         reader.tree()
-    assert time.monotonic() - started < 2
+    assert time.process_time() - started < 2
 
 
 def test_shared_xattrs_that_overlap_cost_no_more_than_the_image_has_bytes() -> None:

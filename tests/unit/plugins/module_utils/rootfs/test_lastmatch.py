@@ -153,10 +153,10 @@ def test_states_of_a_directory_serve_its_children() -> None:
 
 
 def test_no_expression_of_the_automaton_runs_away() -> None:
-    started = time.monotonic()
+    started = time.process_time()
     for regex in (rb"/(a+)+b", rb"/(a|aa)*b", rb"/(a*)*(a*)*b", rb"/(.*a){20}b", rb"/a?{30}a{30}c"):
         assert not takes(regex, b"/" + b"a" * 3000)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize(
@@ -169,10 +169,10 @@ def test_no_expression_of_the_automaton_runs_away() -> None:
     ],
 )
 def test_expressions_that_need_much_room_are_refused_in_time(regex: bytes) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(InvalidLayer, match="too"):
         LastMatch([Pattern(regex)])
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_work_and_memory_of_matching_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

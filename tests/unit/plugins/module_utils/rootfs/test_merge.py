@@ -506,11 +506,11 @@ def test_ten_thousand_nested_directories_are_possible() -> None:
         path += "d/"
         items.append(folder(path))
     items.append(item(path + "f", content=b"x"))
-    started = time.monotonic()
+    started = time.process_time()
     root = build(items)
     deepest, node = max(filetree.walk(root), key=lambda found: len(found[0]))
     assert (len(deepest), node.data) == (20_002, b"x")
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_what_lies_deeper_than_the_bound_is_refused_without_making_it() -> None:
@@ -519,11 +519,11 @@ def test_what_lies_deeper_than_the_bound_is_refused_without_making_it() -> None:
 
 
 def test_long_runs_of_dots_and_slashes_cost_no_more_than_their_length() -> None:
-    started = time.monotonic()
+    started = time.process_time()
     assert names(
         build([USR, item(b"a" + b"/." * 500_000), item(b"b" + b"/" * 1_000_000), item(b"/." * 300_000 + b"/c")])
     ) == {"/a", "/b", "/c"}
-    assert time.monotonic() - started < 2
+    assert time.process_time() - started < 2
 
 
 def test_directories_that_no_layer_sent_are_bounded() -> None:

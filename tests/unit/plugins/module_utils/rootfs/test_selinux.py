@@ -324,9 +324,9 @@ def test_thousands_of_lines_and_ten_thousands_of_paths_take_moments() -> None:
     tools = Directory(leaf, {b"tool%d-%d" % (number, number): Leaf(leaf) for number in range(3000)})
     root = Directory(leaf, {b"usr": Directory(leaf, {**folders, b"bin": tools})})
     filetree.count_links(root)
-    started = time.monotonic()
+    started = time.process_time()
     selinux.apply_policy(root, Policy(rules, {b"/usr/d7": b"/usr/d8"}))
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
     found = dict(filetree.walk(root))
     assert (
         label(found[b"/usr/d5/lib9.so.9"]) == "so5"
