@@ -27,6 +27,7 @@ extends_documentation_fragment:
   - composefs.oci.attributes
   - composefs.oci.attributes.actiongroup_composefs
   - composefs.oci.repository
+  - composefs.oci.repository.unsafe
 attributes:
   check_mode:
     support: full
@@ -258,6 +259,7 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "repository": {"type": "path"},
+            "unsafe_repository": {"type": "str", "choices": ["refuse", "accept"], "default": "refuse"},
             "remove": {"type": "list", "elements": "str", "default": []},
             "keep": {"type": "list", "elements": "str", "default": []},
             "keep_last": {"type": "int", "default": 0},

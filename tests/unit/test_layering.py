@@ -248,3 +248,10 @@ def test_every_module_is_in_the_action_group() -> None:
 def test_every_module_says_so_in_its_documentation() -> None:
     for path in (ROOT / "plugins" / "modules").glob("composefs_*.py"):
         assert "composefs.oci.attributes.actiongroup_composefs" in path.read_text(encoding="utf-8"), path
+
+
+def test_every_module_but_those_that_mount_can_be_told_to_accept_an_unsafe_repository() -> None:
+    for path in sorted((ROOT / "plugins" / "modules").glob("composefs_*.py")):
+        text = path.read_text(encoding="utf-8")
+        if "  - composefs.oci.repository\n" in text and path.stem not in ("composefs_mount", "composefs_deployment"):
+            assert "  - composefs.oci.repository.unsafe\n" in text and '"unsafe_repository": {' in text, path.name

@@ -16,7 +16,6 @@ from typing import Any
 
 from . import bootmount
 from .journal import HOST, Places
-from ..formats import fsverity
 from ..host import mountinfo
 from ..errors import FormatError, IncompatibleJournal, doing
 from ..store.graph import Graph, Root
@@ -79,12 +78,7 @@ def roots(graph: Graph, found: list[Keeper]) -> list[Root]:
 
 
 def _exists(repository: Repository, digest: bytes) -> bool:
-    with doing(f"Looking for object {digest.hex()}"):
-        try:
-            os.stat(fsverity.object_path(digest), dir_fd=repository.objects.dirfd, follow_symlinks=False)
-        except FileNotFoundError:
-            return False
-    return True
+    return repository.objects.stat(digest) is not None
 
 
 def _mounted() -> list[Keeper]:

@@ -225,7 +225,7 @@ def _entries(repository: Repository, problems: list[Problem]) -> Iterator[list[t
         found = []
         with doing(f"Listing {repository.path}/objects/{first:02x}"):
             try:
-                fd = _open_directory(repository.objects.dirfd, f"{first:02x}")
+                fd = repository.root.open_directory(f"objects/{first:02x}")
             except FileNotFoundError:
                 yield []
                 continue
@@ -248,10 +248,6 @@ def _entries(repository: Repository, problems: list[Problem]) -> Iterator[list[t
         yield found
 
 
-def _open_directory(parent: int, name: str) -> int:
-    return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=parent)
-
-
 def _leftovers(repository: Repository) -> list[tuple[str, str, int]]:
     """What crashed writers left: drafts of objects, links and marks; and what a repair set aside. Kind, path and bytes.
 
@@ -259,26 +255,23 @@ def _leftovers(repository: Repository) -> list[tuple[str, str, int]]:
     """
     found = []
     for directory, prefixes, kind in (
-        (".", (".symlink-",), LEFTOVERS),
+        ("", (".symlink-",), LEFTOVERS),
         ("objects", (".tmp-object-",), LEFTOVERS),
         (marks.IMPORTS, (".",), LEFTOVERS),
         (_SET_ASIDE, ("",), DAMAGED),
     ):
-        with doing(f"Listing {repository.path}/{directory}"):
-            try:
-                fd = _open_directory(repository.fd, directory)
-            except FileNotFoundError:
-                continue
-            try:
-                for name in sorted(os.listdir(fd)):
-                    if not name.startswith(prefixes):
-                        continue
-                    entry = os.stat(name, dir_fd=fd, follow_symlinks=False)
-                    if stat.S_ISREG(entry.st_mode) or stat.S_ISLNK(entry.st_mode):
-                        path = name if directory == "." else f"{directory}/{name}"
-                        found.append((kind, path, entry.st_size if stat.S_ISREG(entry.st_mode) else 0))
-            finally:
-                os.close(fd)
+        with (
+            doing(f"Listing {repository.path}/{directory}"),
+            contextlib.suppress(FileNotFoundError),
+            repository.root.directory(directory) as fd,
+        ):
+            for name in sorted(os.listdir(fd)):
+                if not name.startswith(prefixes):
+                    continue
+                entry = os.stat(name, dir_fd=fd, follow_symlinks=False)
+                if stat.S_ISREG(entry.st_mode) or stat.S_ISLNK(entry.st_mode):
+                    path = f"{directory}/{name}" if directory else name
+                    found.append((kind, path, entry.st_size if stat.S_ISREG(entry.st_mode) else 0))
     return found
 
 
@@ -290,20 +283,18 @@ def _sweep(repository: Repository, plan: _Plan, progress: Progress) -> None:
     for name in plan.result.names:
         repository.untag(name)
     for path in (*plan.links, *plan.files):
-        _unlink(repository.fd, path, f"{repository.path}/{path}")
+        with doing(f"Removing {repository.path}/{path}"), repository.root.parent(path) as (fd, name):
+            _unlink(fd, name, f"{repository.path}/{path}")
     # A link that comes back after a power cut must not lead to an object that did not.
     repository.sync()
     done = 0
     for first, names in enumerate(plan.dead):
         if not names:
             continue
-        with doing(f"Removing objects of {repository.path}/objects/{first:02x}"):
-            fd = _open_directory(repository.objects.dirfd, f"{first:02x}")
-            try:
-                for name in names:
-                    _unlink(fd, name, f"{repository.path}/objects/{first:02x}/{name}")
-            finally:
-                os.close(fd)
+        place = f"objects/{first:02x}"
+        with doing(f"Removing objects of {repository.path}/{place}"), repository.root.directory(place, os.O_PATH) as fd:
+            for name in names:
+                _unlink(fd, name, f"{repository.path}/{place}/{name}")
         done += len(names)
         progress.message(f"Removing objects: {done} of {plan.result.objects}")
     # What is reported as removed must not come back after a power cut.

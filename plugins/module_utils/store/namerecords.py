@@ -20,10 +20,9 @@ import datetime
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from typing import Any
 
-from ..errors import FormatError, doing
+from ..errors import EngineError, doing
 from ..formats import digests, repolayout
 from ..host import files
 from .marks import DIRECTORY
@@ -81,12 +80,14 @@ def remember(repository: Repository, name: str, record: NameRecord) -> None:
         document["before"] = dataclasses.asdict(standing)
     with doing(f"Remembering where the name {name!r} in {repository.path} comes from"):
         repository.require_writable()
-        _write(repository.fd, _file_name(name), json.dumps(document, indent=1).encode() + b"\n")
+        # Not synced: whoever sets the tag makes both durable with one barrier.
+        with repository.root.directory(NAMES, os.O_PATH, make=True) as directory:
+            files.write_whole(directory, _file_name(name), json.dumps(document, indent=1).encode() + b"\n", sync=False)
 
 
 def forget(repository: Repository, name: str) -> None:
     """Remove the record of ``name``, after the tag. What cannot be removed does no harm, for it counts no more."""
-    with contextlib.suppress(OSError), _opened(repository.fd) as directory:
+    with contextlib.suppress(OSError, EngineError), repository.root.directory(NAMES, os.O_PATH) as directory:
         os.unlink(_file_name(name), dir_fd=directory)
 
 
@@ -99,9 +100,8 @@ def records(repository: Repository) -> dict[str, NameRecord]:
 def strays(repository: Repository) -> list[str]:
     """The names whose tag is gone although a record, or what stands for one, is left; for who cleans up."""
     try:
-        with _opened(repository.fd) as directory:
-            found = os.listdir(directory)
-    except OSError:
+        found = repository.root.list(NAMES)
+    except (OSError, EngineError):
         return []
     tags = {_file_name(name) for name in repository.tags()}
     return sorted(
@@ -120,9 +120,8 @@ def _file_name(name: str) -> str:
 def _load(repository: Repository, name: str) -> list[NameRecord]:
     """The record in the file and the one that it replaced, if it tells."""
     try:
-        with _opened(repository.fd) as directory:
-            document = json.loads(files.read_whole(directory, _file_name(name), _MAX_RECORD))
-    except (OSError, ValueError, RecursionError, FormatError):
+        document = json.loads(repository.root.read_file(f"{NAMES}/{_file_name(name)}", _MAX_RECORD))
+    except (OSError, ValueError, RecursionError, EngineError):
         return []
     if not isinstance(document, dict):
         return []
@@ -138,29 +137,3 @@ def _parse(values: object) -> NameRecord | None:
     if not fields["ref"] or not digests.is_oci_digest(fields["manifest"] or ""):
         return None
     return NameRecord(**{**fields, "since": fields["since"] or ""})  # type: ignore[arg-type]
-
-
-@contextlib.contextmanager
-def _opened(root: int, make: bool = False) -> Iterator[int]:
-    """The directory of records; no link is followed on the way. OSError."""
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
-    if make:
-        files.make_directory(root, DIRECTORY)
-    outer = os.open(DIRECTORY, flags, dir_fd=root)
-    try:
-        inner = os.path.basename(NAMES)
-        if make:
-            files.make_directory(outer, inner)
-        directory = os.open(inner, flags, dir_fd=outer)
-    finally:
-        os.close(outer)
-    try:
-        yield directory
-    finally:
-        os.close(directory)
-
-
-def _write(root: int, name: str, data: bytes) -> None:
-    with _opened(root, make=True) as directory:
-        # Not synced: whoever sets the tag makes both durable with one barrier.
-        files.write_whole(directory, name, data, sync=False)
