@@ -104,6 +104,13 @@ def _guard(module: Module) -> None:
         module.warn = lambda warning: warn(text.printable(warning))  # type: ignore[method-assign]
 
 
+def _tell_nothing_of_files(module: Any) -> None:
+    """``AnsibleModule`` adds mode, owner, size and a ``state`` of its own to every result that has a ``path``, whatever
+    that is the path of.
+    """
+    module.add_path_info = lambda values: values
+
+
 def run_module(module: Module, main: Callable[[Any], Mapping[str, Any]], base: Mapping[str, Any] | None = None) -> None:
     """Call ``main(module)`` and leave through ``exit_json`` with what it returns, or through ``fail_json``.
 
@@ -113,6 +120,7 @@ def run_module(module: Module, main: Callable[[Any], Mapping[str, Any]], base: M
     """
     _occupy_standard_descriptors()
     _guard(module)
+    _tell_nothing_of_files(module)
     try:
         result = main(module)
     except Exception as raised:  # the last resort: a traceback must never reach the user

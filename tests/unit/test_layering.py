@@ -72,7 +72,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("bootmountmain",),
         ("bootmount",),
         ("checkobjects", "keepers", "lastingmount"),
-        ("activation", "check", "prune"),
+        ("activation", "check", "mountlisting", "prune"),
     ),
 }
 # The threshold to Ansible stands at the root and looks into the house; no room looks at it.

@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Callable
 
 from ..errors import (
     Busy,
@@ -30,6 +29,7 @@ from ..errors import (
 from ..formats.digests import is_oci_digest
 from ..host import deadman, mountinfo
 from ..host.mountinfo import Mounted
+from ..store import namerecords
 from ..store.repository import Repository
 from . import bootmount, deployment, journal, keeping, lastingmount, mounting
 from .deployment import Host
@@ -105,8 +105,14 @@ def _activate(repository: Repository, wanted: Deployment, path: str, host: Host,
     if persistent:
         bootmount.unit_text(target, where, host.places)
     settings = deployment.settings_of(target, base.bootable, persistent)
+    record = _record(repository, name, asked, manifest)
     image = Image(
-        target.image_id, manifest, asked if asked != manifest else None, None, journal.stamp(), wanted.rollout
+        target.image_id,
+        manifest,
+        asked if asked != manifest else record.index_digest if record else None,
+        record.ref if record else None,
+        journal.stamp(),
+        wanted.rollout,
     )
     if _is_current(before, image, settings, where, shown, target):
         after = before if check or before is None else _finish(before, before, host, wanted.keep_previous)
@@ -129,7 +135,7 @@ def _activate(repository: Repository, wanted: Deployment, path: str, host: Host,
         journal.boot_id(),
         token,
         image.index_digest,
-        None,
+        image.ref,
         name,
         where,
         settings,
@@ -146,16 +152,8 @@ def _activate(repository: Repository, wanted: Deployment, path: str, host: Host,
         bootmount.install(host.places)
         journal.write(tried, host.places)
         if wanted.confirm_within:
-            words = [
-                bootmount.interpreter_to_run(),
-                "-I",
-                host.places.application,
-                "revert",
-                "--token",
-                token,
-                "--",
-                path,
-            ]
+            program = [bootmount.interpreter_to_run(), "-I", host.places.application]
+            words = [*program, "revert", "--token", token, *host.places.words, "--", path]
             deadman.arm(
                 lastingmount.timer_name(path), wanted.confirm_within, words, host.run, lastingmount.has_systemd(host)
             )
@@ -263,6 +261,15 @@ def _manifest(repository: Repository, name: str | None, digest: str | None) -> t
             _PREFETCH,
         )
     return digest, digest
+
+
+def _record(repository: Repository, name: str | None, asked: str, manifest: str) -> namerecords.NameRecord | None:
+    """What is remembered of where the image came from."""
+    for one in (f"{name}@{asked}", name) if name is not None else ():
+        record = namerecords.read(repository, one)
+        if record is not None and record.manifest == manifest:
+            return record
+    return None
 
 
 _PREFETCH = "Fetch it first with composefs_image: activating never does."
@@ -401,8 +408,6 @@ def _finish(before: Journal, after: Journal, host: Host, keep_previous: int) -> 
     if current is None:
         return after
     with Repository.open(after.repository) as repository:
-        if after.name is not None and current.digest is not None:
-            _try(lambda: repository.tag(after.name or "", current.digest or ""), host)
         wish = deployment.wish_of(after.mount, current.image_id, after.path)
         target = mounting.decide(repository, wish)
         asked = current.index_digest or current.digest
@@ -411,6 +416,8 @@ def _finish(before: Journal, after: Journal, host: Host, keep_previous: int) -> 
         )
         if missing:
             lastingmount.Keeper(repository, names, current.image_id, current.digest, host).keep()
+        if after.name is not None:
+            _move_name(repository, after.name, current, names.pin, host)
         unit = bootmount.current(after.path, host.places)
         lastingmount.have_unit(target, after.repository, after.mount.persistent, unit, host, False)
         if len(after.previous) > keep_previous:
@@ -419,8 +426,10 @@ def _finish(before: Journal, after: Journal, host: Host, keep_previous: int) -> 
         return lastingmount.trim(repository, before, after, host)
 
 
-def _try(function: Callable[[], object], host: Host) -> None:
+def _move_name(repository: Repository, name: str, current: Image, pin: str | None, host: Host) -> None:
+    """Let the plain name follow what was confirmed."""
     try:
-        function()
+        if current.digest is not None and repository.tag_digest(name) != current.digest:
+            keeping.name_like(repository, name, pin or name, current.digest)
     except EngineError as error:
         host.warn(str(error))

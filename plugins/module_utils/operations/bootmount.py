@@ -103,7 +103,7 @@ Conflicts=umount.target
 [Service]
 Type=oneshot
 RemainAfterExit=yes
-ExecStart={_command([*program, "boot", "--", target.path])}
+ExecStart={_command([*program, "boot", *places.words, "--", target.path])}
 ExecStop={_command([*program, "unmount", "--", target.path])}
 TimeoutSec=120
 

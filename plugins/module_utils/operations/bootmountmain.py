@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from . import deployment, mounting
 from ..errors import EngineError
 from ..store.repository import Repository
+from .journal import HOST, Places
 
 # Nothing collects garbage for long while a host boots; a boot must not wait for ever.
 _LOCK_WAIT = 60.0
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str]) -> int:
     to stderr.
     """
     options = _parser().parse_args(arguments)
-    host = deployment.Host(warn=_warn)
+    host = deployment.Host(Places(library=getattr(options, "library", HOST.library)), warn=_warn)
     try:
         if options.verb == "boot":
             deployment.boot(options.path, host)
@@ -68,10 +69,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="mount.pyz", description="Mount a composefs image of a repository, or unmount it."
     )
     verbs = parser.add_subparsers(dest="verb", required=True)
-    verbs.add_parser("boot", help="mount what the journal of a path calls current").add_argument("path")
+    boot = verbs.add_parser("boot", help="mount what the journal of a path calls current")
+    boot.add_argument("path")
     revert = verbs.add_parser("revert", help="take back what is on trial at a path")
     revert.add_argument("--token", required=True, help="the trial that is meant; any other is left alone")
     revert.add_argument("path")
+    for verb in (boot, revert):
+        verb.add_argument("--library", default=HOST.library, help="where the journals lie")
     mount = verbs.add_parser("mount", help="mount unless exactly this is mounted there")
     mount.add_argument("--repository", required=True)
     mount.add_argument("--image", required=True, help="the id of the image, in hex")

@@ -163,7 +163,7 @@ def boot(path: str, host: Host) -> None:
             with Repository.open(found.repository, wait=_LOCK_WAIT) as repository:
                 mounting.ensure_mounted(repository, wish_of(found.mount, found.current.image_id, path))
         after = settled(found, now, found.current is not None)
-        if after == found or not locked or found.version > journal.VERSION:
+        if (after == found and not complaint) or not locked or found.version > journal.VERSION:
             return
         try:
             journal.write(after, host.places)

@@ -52,6 +52,11 @@ class Places(NamedTuple):
     def journals(self) -> str:
         return f"{self.library}/deployments"
 
+    @property
+    def words(self) -> list[str]:
+        """What the program has to be told to find the journals: nothing where they lie as ever."""
+        return [] if self.library == Places().library else ["--library", self.library]
+
 
 HOST = Places()
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from ..errors import EngineError, InvalidReference
 from ..formats import repolayout
+from ..store import namerecords
 from ..store.repository import Repository
 from . import journal
 
@@ -92,11 +93,20 @@ def keep(repository: Repository, names: Names, image_id: str, manifest: str | No
     """Make the names, durably. ReadOnly, PermissionDenied and others where the repository cannot be written."""
     repository.require_writable()
     changed = repository.link_image_ref(names.link, bytes.fromhex(image_id))
-    if names.pin is not None and names.own and manifest is not None:
-        changed |= repository.tag(names.pin, manifest) != manifest
+    if names.pin is not None and names.own and manifest is not None and repository.tag_digest(names.pin) != manifest:
+        name_like(repository, names.pin, split_pin(names.pin)[0], manifest)
+        changed = True
     if changed:
         # A journal that names the image may be on the disk before anything else is synced.
         repository.sync()
+
+
+def name_like(repository: Repository, name: str, other: str, manifest: str) -> None:
+    """Make ``name`` mean ``manifest``, and let it come from where ``other`` comes from, if that means the same."""
+    record = namerecords.read(repository, other)
+    if record is not None and record.manifest == manifest:
+        namerecords.remember(repository, name, record)
+    repository.tag(name, manifest)
 
 
 def there(repository: Repository, path: str, image_id: str, name: str | None, digest: str | None) -> list[str]:
@@ -138,6 +148,7 @@ def release(repository: Repository, links: Iterable[str], pins: Iterable[str], u
         try:
             if pin not in others:
                 repository.untag(pin)
+                namerecords.forget(repository, pin)
         except EngineError as error:
             complaints.append(str(error))
     return complaints

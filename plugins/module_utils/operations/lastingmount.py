@@ -19,6 +19,7 @@ from ..errors import Busy, EngineError, PermissionDenied, ReadOnly, VerityUnsupp
 from ..formats.digests import is_oci_digest
 from ..host import deadman, filesystem
 from ..host.mountinfo import Mounted
+from ..store import namerecords
 from ..store.repository import Repository
 from . import bootmount, deployment, journal, keeping, mounting
 from .deployment import Host
@@ -59,8 +60,10 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class _Identity:
-    name: str | None
-    digest: str | None
+    name: str | None = None
+    digest: str | None = None
+    index_digest: str | None = None
+    ref: str | None = None
 
 
 # ---- plain mounts ----------------------------------------------------------------------------------------------------
@@ -100,7 +103,7 @@ def _have_mounted(
         bootmount.unit_text(target, where, host.places)  # what no unit can hold is refused before anything is mounted
     identity = _identify(repository, request.wish.image, target.image_id, before)
     names, missing = keeping.foresee(repository, path, target.image_id, *_of(identity), _listed(host))
-    image = Image(target.image_id, identity.digest, since=journal.stamp())
+    image = Image(target.image_id, identity.digest, identity.index_digest, identity.ref, journal.stamp())
     settings = deployment.settings_of(target, request.wish.bootable, persistent)
     after = moved(before, path, where, identity.name, settings, image, request)
     keeper = Keeper(repository, names, target.image_id, identity.digest, host)
@@ -137,7 +140,9 @@ def have_unmounted(path: str, host: Host, check: bool = False, rollout: str | No
         if found.changed and not check:
             mounting.require_capability(f"Unmounting {path}")
         return found
-    if not _have_unmounted(path, host, rollout, True).changed:
+    # A task that was killed at the very end may have left its lock, and what only the last one cleans up.
+    left = os.path.lexists(f"{journal.file_of(path, host.places)}.lock")
+    if not left and not _have_unmounted(path, host, rollout, True).changed:
         return Result(False, None, None, None)
     with lock(path, host, strict=False):
         return _have_unmounted(path, host, rollout, False)
@@ -270,14 +275,21 @@ def _identify(repository: Repository, image: str, image_id: str, before: Journal
     known = before.current if before is not None else None
     if manifest is None:
         if before is not None and known is not None and known.image_id == image_id:
-            return _Identity(before.name, known.digest)
-        return _Identity(None, None)
+            return _Identity(before.name, known.digest, known.index_digest, known.ref)
+        return _Identity()
     if not is_oci_digest(image.lstrip("@")):
-        return _Identity(keeping.split_pin(image)[0], manifest)
-    if before is not None and before.name is not None and keeping.find_pin(repository, before.name, manifest):
-        return _Identity(before.name, manifest)
-    names = sorted(keeping.split_pin(tag)[0] for tag, found in repository.tags().items() if found == manifest)
-    return _Identity(names[0] if names else None, manifest)
+        name: str | None = keeping.split_pin(image)[0]
+    elif before is not None and before.name is not None and keeping.find_pin(repository, before.name, manifest):
+        name = before.name
+    else:
+        names = sorted(keeping.split_pin(tag)[0] for tag, found in repository.tags().items() if found == manifest)
+        name = names[0] if names else None
+    record = next(
+        (record for one in (image, name) if one and (record := namerecords.read(repository, one)) is not None), None
+    )
+    if record is None or record.manifest != manifest:
+        return _Identity(name, manifest)
+    return _Identity(name, manifest, record.index_digest, record.ref)
 
 
 def _listed(host: Host) -> frozenset[str]:
@@ -305,6 +317,7 @@ def moved(
     if before is not None and before.repository == repository:
         previous = tuple(old for old in before.images() if old.image_id != image.image_id)
         if before.current is not None and before.current.image_id == image.image_id:
+            # Where it came from was remembered when it was mounted first, and a name may come from elsewhere by now.
             image = dataclasses.replace(before.current, digest=image.digest)
     return dataclasses.replace(
         found,

@@ -36,6 +36,7 @@ from trixie_skopeo import trixie_skopeo
 
 if TYPE_CHECKING:
     from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
+    from deploying import App
 
 SBIN = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 
@@ -234,6 +235,41 @@ def cfsctl() -> Callable[..., str]:
         return done.stdout.decode(errors="surrogateescape")
 
     return run
+
+
+# ---- mounts that last ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def versions(disk: pathlib.Path) -> Layout:
+    """Three versions of an application: tags ``v1``, ``v2``, ``v3``."""
+    from deploying import make_versions
+
+    return make_versions(disk / "versions")
+
+
+@pytest.fixture
+def app(place: pathlib.Path, repository_path: pathlib.Path, versions: Layout, skopeo: str) -> Iterator[App]:
+    """A host with a repository, a mount point and journals of its own; skipped where nothing can be mounted."""
+    from ansible_collections.composefs.oci.plugins.module_utils.errors import MountFailed
+    from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
+    from deploying import App
+
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    made = App(place, repository_path, versions)
+    try:
+        made.pull("v1", "trial")
+        try:
+            made.mount("trial")
+        except MountFailed as error:
+            pytest.skip(f"this kernel cannot mount composefs images: {error}")
+        made.unmount()
+        with Repository.open(str(repository_path), write=True) as repository:
+            repository.untag("trial")
+        yield made
+    finally:
+        made.clean()
 
 
 # ---- images and registries -------------------------------------------------------------------------------------------

@@ -9,99 +9,17 @@ from __future__ import annotations
 import os
 import pathlib
 import subprocess
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import pytest
-from ansible_collections.composefs.oci.plugins.module_utils.errors import ImageNotFound, MountFailed
+from ansible_collections.composefs.oci.plugins.module_utils.errors import ImageNotFound
 from ansible_collections.composefs.oci.plugins.module_utils.host import mountinfo
 from ansible_collections.composefs.oci.plugins.module_utils.operations import (
-    deployment,
     journal,
-    lastingmount,
     mounting,
 )
-from ansible_collections.composefs.oci.plugins.module_utils.operations.journal import Places
-from ansible_collections.composefs.oci.plugins.module_utils.operations.mounting import Wish
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
-from ociimage import Layout
-from pulling import pull_one
-from tarbytes import DIRECTORY, member, tar
-
-VERSIONS = ("v1", "v2", "v3")
-
-
-def content(version: str) -> bytes:
-    return f"this is {version}\n".encode() * 1000
-
-
-@pytest.fixture(scope="module")
-def layout(disk: pathlib.Path) -> Layout:
-    """Three versions of an application."""
-    made = Layout(disk / "versions")
-    for version in VERSIONS:
-        archive = tar(member("usr/", type=DIRECTORY, mode=0o755), member("usr/data", content(version)))
-        made.image([archive], version)
-    return made
-
-
-class App:
-    """A host with a repository, a mount point, and journals of its own."""
-
-    def __init__(self, place: pathlib.Path, repository: pathlib.Path, layout: Layout) -> None:
-        self.repository = repository
-        self.point = place / "app"
-        self.layout = layout
-        self.warnings: list[str] = []
-        self.places = Places(str(place / "units"), str(place / "library"), str(place / "no systemd"))
-        self.host = deployment.Host(self.places, warn=self.warnings.append)
-
-    def pull(self, version: str, name: str = "app") -> str:
-        return str(pull_one(self.repository, f"oci:{self.layout.path}:{version}", name)["digest"])
-
-    def mount(self, image: str = "app", check: bool = False, **options: Any) -> lastingmount.Result:
-        wish = Wish(image, str(self.point), replace=options.pop("replace", True))
-        with Repository.open(str(self.repository)) as repository:
-            return lastingmount.have_mounted(repository, lastingmount.MountRequest(wish, **options), self.host, check)
-
-    def unmount(self) -> lastingmount.Result:
-        return lastingmount.have_unmounted(str(self.point), self.host)
-
-    def data(self) -> bytes:
-        subprocess.run(["sh", "-c", "echo 3 > /proc/sys/vm/drop_caches"], check=False)
-        return (self.point / "usr/data").read_bytes()
-
-    def journal(self) -> Any:
-        return journal.read(str(self.point), self.places)
-
-    def tags(self) -> set[str]:
-        with Repository.open(str(self.repository)) as repository:
-            return set(repository.tags())
-
-    def links(self) -> set[str]:
-        with Repository.open(str(self.repository)) as repository:
-            return {name.split("/")[-1] for name in repository.image_refs("composefs-oci")}
-
-
-@pytest.fixture
-def app(place: pathlib.Path, repository_path: pathlib.Path, layout: Layout, skopeo: str) -> Iterator[App]:
-    if os.geteuid() != 0:
-        pytest.skip("mounting needs root")
-    made = App(place, repository_path, layout)
-    try:
-        made.pull("v1", "trial")
-        try:
-            made.mount("trial")
-        except MountFailed as error:
-            pytest.skip(f"this kernel cannot mount composefs images: {error}")
-        made.unmount()
-        with Repository.open(str(repository_path), write=True) as repository:
-            repository.untag("trial")
-        yield made
-    finally:
-        for mounted in reversed(mountinfo.mounts()):
-            if mounted.path.startswith(f"{os.path.realpath(place)}/"):
-                subprocess.run(["umount", "--lazy", mounted.path], check=False)
+from deploying import App, content
 
 
 def test_what_is_mounted_outlives_a_pull_under_its_name_and_a_collection(app: App, cfsctl: Callable[..., str]) -> None:

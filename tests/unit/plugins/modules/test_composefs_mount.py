@@ -18,16 +18,13 @@ import pytest
 pytest.importorskip("ansible.module_utils.basic", exc_type=ImportError)
 
 import yaml
-from ansible.module_utils import basic
 
-from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
-from ansible_collections.composefs.oci.plugins.module_utils.host import mountcalls, mountinfo
-from ansible_collections.composefs.oci.plugins.module_utils.operations import bootmount, journal, mounting
-from ansible_collections.composefs.oci.plugins.module_utils.store import create
-from ansible_collections.composefs.oci.plugins.module_utils.errors import MountFailed, ReadOnly
+from ansible_collections.composefs.oci.plugins.module_utils.operations import bootmount, journal
+from ansible_collections.composefs.oci.plugins.module_utils.errors import ReadOnly
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ansible_collections.composefs.oci.plugins.modules import composefs_mount
 from ansible_collections.composefs.oci.tests.support.moduleargs import arguments
+from ansible_collections.composefs.oci.tests.support.mounthost import Host
 
 SHAPE = {
     "changed",
@@ -42,59 +39,6 @@ SHAPE = {
     "digest",
     "keeps",
 }
-
-
-class Host:
-    """What is mounted, and where units lie."""
-
-    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.there: dict[str, mountinfo.Mounted] = {}
-        self.repository = str(tmp_path / "repo")
-        self.path = str(tmp_path / "app")
-        self.places = bootmount.Places(str(tmp_path / "units"), str(tmp_path / "library"), str(tmp_path / "running"))
-        self.told: list[str] = []
-        self.warnings: list[str] = []
-        self.refuses = False
-        (tmp_path / "running").mkdir()
-        create.prepare(self.repository, fsverity.SHA256, create.DISABLED)
-        with Repository.open(self.repository, write=True) as opened:
-            self.images = [opened.objects.put(text).hex() for text in (b"one", b"two")]
-            for image in self.images:
-                opened.link_image(bytes.fromhex(image))
-        monkeypatch.setattr(mountinfo, "at", self.there.get)
-        monkeypatch.setattr(mountinfo, "hidden_at", lambda _path: [])
-        monkeypatch.setattr(mountinfo, "children", lambda _of: [])
-        monkeypatch.setattr(mounting, "require_capability", lambda _what: None)
-        monkeypatch.setattr(mountcalls, "mount", self.mount)
-        monkeypatch.setattr(mountcalls, "replace", self.mount)
-        monkeypatch.setattr(mountcalls, "unmount", self.there.pop)
-        monkeypatch.setattr(bootmount, "HOST", self.places)
-        monkeypatch.setattr(basic.AnsibleModule, "run_command", self.run_command)
-        monkeypatch.setattr(basic.AnsibleModule, "warn", lambda _module, text, **_options: self.warnings.append(text))
-
-    def mount(self, request: mountcalls.Request, path: str) -> None:
-        if self.refuses:
-            raise MountFailed("The kernel refused.")
-        settings = {"ro": "", **({"verity": "require"} if request.verity else {})}
-        self.there[path] = mountinfo.Mounted(
-            1,
-            0,
-            path,
-            "overlay",
-            f"composefs:{request.image_id}",
-            frozenset(("ro", "relatime", *request.options)),
-            settings,
-        )
-
-    def unit(self) -> str | None:
-        return bootmount.current(self.path, self.places)
-
-    def journal(self) -> Any:
-        return journal.read(self.path, self.places)
-
-    def run_command(self, words: list[str], **_options: Any) -> tuple[int, str, str]:
-        self.told.append(" ".join(words))
-        return 0, "", ""
 
 
 @pytest.fixture
@@ -141,6 +85,7 @@ def test_an_image_is_mounted_once(host: Host, run: Any) -> None:
         }
         assert result["diff"]["before"]["mounted"] is None and result["diff"]["after"]["mounted"]["image_id"] == one
         assert bool(host.there) != check
+    assert not {"state", "mode", "owner", "size"} & set(result), "nothing of the directory"
     again = run(image=one)
     assert not again["changed"] and again["previous_image_id"] == one == again["image_id"]
     assert again["diff"]["before"] == again["diff"]["after"]
@@ -208,7 +153,7 @@ def test_a_persistent_mount_has_a_unit_that_stays_unless_it_is_asked_away(host: 
     assert run(image=one, persistent=True, verity="disabled")["unit"] == name
     assert not run(image=one, persistent=True, verity="disabled")["changed"]
     text = host.unit()
-    assert text and one not in text and f'"boot" "--" "{host.path}"' in text
+    assert text and one not in text and f'"boot" "--library" "{host.places.library}" "--" "{host.path}"' in text
     # A task that says nothing of it leaves it, and moves what it brings back.
     result = run(image=two, state="remounted")
     assert result["changed"] and result["unit"] == name and host.unit() == text
@@ -290,13 +235,13 @@ def test_a_mount_of_version_0_1_0_is_taken_over_without_touching_it(host: Host, 
     name = bootmount.unit_name(host.path)
     unit = Path(host.places.units, name)
     # As 0.1.0 left it: a unit that names the image, no journal, no link.
-    unit.write_text(unit.read_text().replace('"boot" "--"', f'"mount" "--image" "{one}" "--"') + f"Image={one}\n")
+    unit.write_text(unit.read_text().replace('"boot" "--', f'"mount" "--image" "{one}" "--') + f"Image={one}\n")
     shutil.rmtree(host.places.journals)
     shutil.rmtree(f"{host.repository}/images/refs")
     assert bootmount.persistent(host.places)[0].image_id == one
     mounted = dict(host.there)
     assert run(image=one)["unit"] == name
-    assert host.there == mounted and '"boot" "--"' in unit.read_text() and host.journal().current.image_id == one
+    assert host.there == mounted and '"boot" "--' in unit.read_text() and host.journal().current.image_id == one
     assert os.path.exists(f"{host.repository}/images/refs/composefs-oci/{journal.stem(host.path)}/{one}")
     assert not run(image=one)["changed"]
 

@@ -83,7 +83,11 @@ def test_the_unit_mounts_what_the_journal_calls_current(places: Places) -> None:
         target(upperdir="/var/u", workdir="/var/w", options=("nodev",)), "/srv/repo", places, "/usr/bin/python3"
     )
     found = fields(text)
-    assert found["ExecStart"] == f'"/usr/bin/python3" "-I" "{places.application}" "boot" "--" "/srv/app"'
+    assert found["ExecStart"] == (
+        f'"/usr/bin/python3" "-I" "{places.application}" "boot" "--library" "{places.library}" "--" "/srv/app"'
+    )
+    usual = fields(bootmount.unit_text(target(), "/srv/repo"))["ExecStart"]
+    assert usual.endswith('/var/lib/composefs-oci/mount.pyz" "boot" "--" "/srv/app"')
     assert found["ExecStop"] == f'"/usr/bin/python3" "-I" "{places.application}" "unmount" "--" "/srv/app"'
     assert found["RequiresMountsFor"] == f'"/srv/repo" "/srv" "{places.library}" "/usr/bin" "/var/u" "/var/w"'
     assert (found["WantedBy"], found["Before"]) == (LOCAL, f"{LOCAL} umount.target")

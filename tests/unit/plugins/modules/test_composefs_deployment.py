@@ -1,0 +1,176 @@
+# Copyright (c) composefs.oci contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""composefs_deployment and composefs_deployment_info through AnsibleModule, with a stand-in for the kernel's mounts and
+for systemd. What they do to a real host is in the integration tests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ansible.module_utils.basic", exc_type=ImportError)
+
+import yaml
+
+from ansible_collections.composefs.oci.plugins.module_utils.operations import journal
+from ansible_collections.composefs.oci.plugins.module_utils.store import imagestreams
+from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
+from ansible_collections.composefs.oci.plugins.modules import composefs_deployment, composefs_deployment_info
+from ansible_collections.composefs.oci.tests.support.moduleargs import arguments
+from ansible_collections.composefs.oci.tests.support.mounthost import Host
+
+SHAPE = set(yaml.safe_load(composefs_deployment.RETURN)) - {"error"} | {"changed"}
+
+
+def put(repository: Repository, image: str) -> str:
+    """A manifest whose configuration leads to the image; its digest, which gets the name ``app@DIGEST``."""
+    from ansible_collections.composefs.oci.plugins.module_utils.formats import oci
+
+    config = json.dumps(
+        {"architecture": "amd64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": []}, "x": image}
+    )
+    stream = imagestreams.store(
+        repository, imagestreams.CONFIG, config.encode(), {imagestreams.image_ref(1): bytes.fromhex(image)}
+    )
+    digest = oci.digest_of(config.encode())
+    repository.register(imagestreams.CONFIG + digest, stream)
+    descriptor = {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": digest, "size": len(config)}
+    raw = json.dumps({"schemaVersion": 2, "mediaType": oci.OCI_MANIFEST, "config": descriptor, "layers": []}).encode()
+    refs = {imagestreams.CONFIG_REF + digest: stream}
+    manifest = oci.digest_of(raw)
+    repository.register(
+        imagestreams.MANIFEST + manifest, imagestreams.store(repository, imagestreams.MANIFEST, raw, refs)
+    )
+    repository.tag(f"app@{manifest}", manifest)
+    return manifest
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    made = Host(tmp_path, monkeypatch)
+    with Repository.open(made.repository, write=True) as repository:
+        made.digests = [put(repository, image) for image in made.images]
+    return made
+
+
+@pytest.fixture
+def run(host: Host, capsys: pytest.CaptureFixture[str]) -> Any:
+    def task(module: Any = composefs_deployment, check: bool = False, **values: Any) -> dict[str, Any]:
+        common = {"_ansible_remote_tmp": "/tmp", "_ansible_diff": True, "_ansible_check_mode": check}
+        values = {"path": host.path, "repository": host.repository, **values}
+        with arguments({**common, **values}), pytest.raises(SystemExit):
+            module.main()
+        result: dict[str, Any] = json.loads(capsys.readouterr().out)
+        if module is composefs_deployment:
+            assert set(result) >= SHAPE
+        return result
+
+    return task
+
+
+def test_activate_and_confirm_with_a_timer_of_systemd(host: Host, run: Any) -> None:
+    one, two = host.digests
+    assert run(name="app", digest=one, confirm_within=0)["state"] == "confirmed"
+    foretold = run(check=True, name="app", digest=two, rollout="r1")
+    result = run(digest=two, rollout="r1", reload=["systemctl", "try-restart", "app"], who="anna@control")
+    for told in (foretold, result):
+        assert (told["changed"], told["state"], told["digest"], told["image_id"]) == (
+            True,
+            "activated",
+            two,
+            host.images[1],
+        )
+        assert (told["previous_digest"], told["previous_image_id"]) == (one, host.images[0])
+        assert told["diff"]["before"]["digest"] == one and told["diff"]["after"]["digest"] == two
+    assert result["deadline"] and result["rollout"] == "r1" and f"app@{two}" in result["pins"]
+    (timer,) = [words for words in host.told if words.startswith("systemd-run")]
+    stem = journal.stem(host.path)
+    assert (
+        f"--on-active=300 --timer-property=AccuracySec=1s --unit=composefs-oci-revert-{stem} --property=Type=exec"
+        in timer
+    )
+    token = host.journal().pending.token
+    assert timer.endswith(f"revert --token {token} --library {host.places.library} -- {host.path}")
+    assert host.told[-1] == "systemctl try-restart app"
+    busy = run(digest=one, rollout="r2")
+    assert busy["error"] == "busy" and "r1" in busy["msg"] and "anna@control" in busy["msg"]
+    info = run(composefs_deployment_info)["deployments"][0]
+    assert info["state"] == "activated" and info["pending"]["digest"] == two and "token" not in info["pending"]
+    foretold = run(check=True, state="confirmed", digest=two, rollout="r1")
+    assert foretold["changed"] and foretold["state"] == "confirmed" and host.journal().pending is not None
+    result = run(state="confirmed", digest=two, rollout="r1", persistent=True)
+    assert (result["changed"], result["state"], result["deadline"]) == (True, "confirmed", None)
+    assert f"systemctl --no-ask-password stop composefs-oci-revert-{stem}.timer" in host.told
+    assert not run(state="confirmed", digest=two)["changed"]
+    info = run(composefs_deployment_info)["deployments"][0]
+    assert (info["state"], info["current"]["digest"], info["previous"][0]["digest"]) == ("current", two, one)
+    assert set(info) >= set(yaml.safe_load(composefs_deployment_info.RETURN)["deployments"]["contains"])
+
+
+def test_reverted_and_absent(host: Host, run: Any) -> None:
+    one, two = host.digests
+    run(name="app", digest=one, confirm_within=0)
+    run(digest=two, rollout="r1")
+    assert not run(state="reverted", rollout="r2")["changed"]
+    for check in (True, False):
+        result = run(check=check, state="reverted", rollout="r1", reason="health")
+        assert (result["changed"], result["state"], result["reason"], result["digest"]) == (
+            True,
+            "reverted",
+            "health",
+            one,
+        )
+    assert result["seconds"] is not None
+    late = run(state="confirmed", digest=two, rollout="r1")
+    assert late["error"] == "reverted" and "health" in late["msg"]
+    for check in (True, False):
+        result = run(check=check, state="absent")
+        assert (result["changed"], result["state"], result["image_id"]) == (True, "absent", None)
+    assert host.there == {} and not os.path.exists(host.places.library)
+    assert not run(state="absent")["changed"] and run(composefs_deployment_info)["deployments"] == []
+
+
+def test_persistent_writes_the_unit_when_it_is_confirmed(host: Host, run: Any) -> None:
+    one, _two = host.digests
+    refused = run(name="app", digest=one, persistent=True)
+    assert refused["error"] == "verity_unsupported" and host.there == {}
+    activated = run(name="app", digest=one, persistent=True, verity="disabled", rollout="r1")
+    assert activated["state"] == "activated" and host.unit() is None and os.path.exists(host.places.application)
+    assert run(state="confirmed")["unit"] and '"boot"' in str(host.unit())
+    assert host.journal().boot is None and host.journal().mount.persistent
+
+
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [
+        ({"name": "app"}, "image_not_found"),
+        ({"name": "app", "digest": "sha256:" + "0" * 64}, "image_not_found"),
+        ({"name": "app", "digest": "latest"}, "invalid_option"),
+        ({}, "invalid_option"),
+        ({"name": "app", "confirm_within": -1}, "invalid_option"),
+        ({"state": "confirmed"}, "reverted"),
+        ({"name": "app", "repository": "/nowhere"}, "not_a_repository"),
+    ],
+)
+def test_what_goes_wrong_has_its_code_and_changes_nothing(
+    host: Host, run: Any, values: dict[str, Any], error: str
+) -> None:
+    for check in (True, False):
+        result = run(check=check, **values)
+        assert result["failed"] and result["error"] == error and not result["changed"]
+    assert host.there == {} and not os.path.exists(host.places.library)
+
+
+@pytest.mark.parametrize("module", [composefs_deployment, composefs_deployment_info])
+def test_the_documentation_has_the_options_of_the_code(module: Any) -> None:
+    options = yaml.safe_load(module.DOCUMENTATION)["options"]
+    keys = ("type", "default", "choices", "elements", "required")
+    spec = {name: {key: option[key] for key in keys if key in option} for name, option in options.items()}
+    assert spec == module.ARGUMENT_SPEC
