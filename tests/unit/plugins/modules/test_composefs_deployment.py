@@ -19,6 +19,7 @@ pytest.importorskip("ansible.module_utils.basic", exc_type=ImportError)
 
 import yaml
 
+from ansible_collections.composefs.oci.plugins.module_utils.formats import digests, ocidocuments
 from ansible_collections.composefs.oci.plugins.module_utils.operations import journal
 from ansible_collections.composefs.oci.plugins.module_utils.store import imagestreams
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
@@ -31,7 +32,6 @@ SHAPE = set(yaml.safe_load(composefs_deployment.RETURN)) - {"error"} | {"changed
 
 def put(repository: Repository, image: str) -> str:
     """A manifest whose configuration leads to the image; its digest, which gets the name ``app@DIGEST``."""
-    from ansible_collections.composefs.oci.plugins.module_utils.formats import oci
 
     config = json.dumps(
         {"architecture": "amd64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": []}, "x": image}
@@ -39,12 +39,14 @@ def put(repository: Repository, image: str) -> str:
     stream = imagestreams.store(
         repository, imagestreams.CONFIG, config.encode(), {imagestreams.image_ref(1): bytes.fromhex(image)}
     )
-    digest = oci.digest_of(config.encode())
+    digest = digests.digest_of(config.encode())
     repository.register(imagestreams.CONFIG + digest, stream)
     descriptor = {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": digest, "size": len(config)}
-    raw = json.dumps({"schemaVersion": 2, "mediaType": oci.OCI_MANIFEST, "config": descriptor, "layers": []}).encode()
+    raw = json.dumps(
+        {"schemaVersion": 2, "mediaType": ocidocuments.OCI_MANIFEST, "config": descriptor, "layers": []}
+    ).encode()
     refs = {imagestreams.CONFIG_REF + digest: stream}
-    manifest = oci.digest_of(raw)
+    manifest = digests.digest_of(raw)
     repository.register(
         imagestreams.MANIFEST + manifest, imagestreams.store(repository, imagestreams.MANIFEST, raw, refs)
     )
