@@ -459,7 +459,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.formats.reference im
 from ansible_collections.composefs.oci.plugins.module_utils.progress import FileSink, Progress
 from ansible_collections.composefs.oci.plugins.module_utils.pull.publish import Images
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
-from ansible_collections.composefs.oci.plugins.module_utils.source.skopeo import ProxyOptions
+from ansible_collections.composefs.oci.plugins.module_utils.source.options import ProxyOptions
 
 
 def requests_of(params: dict) -> list[pull.Request]:

@@ -50,7 +50,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("commands", "files", "machine", "mountinfo", "processes", "watch"),
         ("beneath", "deadman", "filesystem", "locks", "mountcalls", "workers"),
     ),
-    "source": (("skopeo", "source"), ("imageproxy",), ("skopeosource",)),
+    "source": (("archive", "options", "source"), ("layout", "policy", "skopeo"), ("imageproxy",), ("skopeosource",)),
     "store": (
         ("objects",),
         ("marks",),
@@ -59,8 +59,9 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("checks", "graph", "proofs"),
     ),
     "pull": (
-        ("smallobjects", "sourcefiles"),
+        ("local", "smallobjects", "sourcefiles"),
         ("layer",),
+        ("objectlayer", "sources"),
         ("fetch", "makeimages", "plan"),
         ("deltas", "publish"),
         ("pull",),

@@ -11,7 +11,7 @@ specification leaves it open: the most capable variant wins, an entry without a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ..errors import DigestMismatch, InvalidDocument, PlatformNotFound
@@ -38,7 +38,11 @@ def choose(raw: bytes, wanted: Platform, read: Callable[[Descriptor], bytes]) ->
     Their bytes are proved against the descriptors here. Raises PlatformNotFound if nothing fits, InvalidDocument and
     UnsupportedMediaType for documents out of bounds, DigestMismatch.
     """
-    leaves = _Walk(wanted, read).leaves(raw)
+    return among(_Walk(wanted, read).leaves(raw), wanted)
+
+
+def among(leaves: Sequence[Chosen], wanted: Platform) -> Chosen:
+    """The manifest for ``wanted`` among several. Raises PlatformNotFound."""
     for platform in wanted.candidates():
         for leaf in leaves:
             if platform == leaf.platform:
@@ -83,9 +87,13 @@ class _Walk:
 def proved(raw: bytes, descriptor: Descriptor, what: str) -> bytes:
     """``raw``, if it has the digest and size of ``descriptor``; else DigestMismatch."""
     if len(raw) != descriptor.size or digest_of(raw) != descriptor.digest:
-        raise DigestMismatch(
+        raise mismatch(
             f"The {what} has {len(raw)} bytes with the digest {digest_of(raw)}; {descriptor.size} bytes with "
-            f"{descriptor.digest} were announced.",
-            "The image is damaged; ask its publisher.",
+            f"{descriptor.digest} were announced."
         )
     return raw
+
+
+def mismatch(message: str) -> DigestMismatch:
+    """The error for a part of an image that is not what was announced."""
+    return DigestMismatch(message, "The image is damaged; ask its publisher.")

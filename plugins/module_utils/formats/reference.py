@@ -36,7 +36,8 @@ class Reference:
 
     For ``docker``, ``registry`` is the host (with its port), ``repository`` the path on it, and ``tag`` and ``digest``
     what the text names; if it names both the digest wins and ``name`` has no tag, since skopeo refuses both at once.
-    Else these are empty.
+    For ``composefs``, ``repository`` is the path of one on this host, and either ``tag`` a name in it or ``digest``
+    that of a manifest. Else these are empty.
     """
 
     transport: str
@@ -66,12 +67,16 @@ class Reference:
         """
         if self.transport == "dir":
             return self.name
+        if self.transport == "composefs":
+            return self.repository
         return self.name.split(":", 1)[0] if self.transport in _LOCAL else ""
 
     def pinned(self, digest: str) -> Reference:
         """The reference to the same repository by ``sha256:<hex>``: what a tag meant a moment ago. Only registries can
         be asked so.
         """
+        if self.transport == "composefs" and is_digest(digest):
+            return replace(self, name=f"{self.repository}#{digest}", tag="", digest=digest)
         if self.transport != "docker" or not is_digest(digest):
             return self
         return replace(self, name=f"{self.registry}/{self.repository}@{digest}", digest=digest)
@@ -79,7 +84,8 @@ class Reference:
 
 def parse_reference(text: str) -> Reference:
     """The reference behind ``text``: ``HOST/NAME[:TAG][@DIGEST]``, ``docker://…``, ``registry:…``, ``oci:PATH[:TAG]``,
-    ``oci-archive:…``, ``docker-archive:…``, ``dir:PATH``, ``containers-storage:…`` or ``docker-daemon:…``.
+    ``oci-archive:…``, ``docker-archive:…``, ``dir:PATH``, ``containers-storage:…``, ``docker-daemon:…`` or
+    ``composefs:/PATH#NAME``.
 
     Raises InvalidReference, whose message never repeats what may be a password.
     """
@@ -105,6 +111,8 @@ def parse_reference(text: str) -> Reference:
         return _in_registry(text, rest[2:], short=True)
     if prefix == "registry" and colon and not re.match(r"[0-9]{1,5}/", rest):
         return _in_registry(text, rest[2:] if rest.startswith("//") else rest, short=True)
+    if colon and prefix == "composefs":
+        return _in_repository(text, rest)
     if colon and prefix in TRANSPORTS:
         return _elsewhere(text, prefix, rest)
     if text[0] in "./~" or (colon and rest.startswith("/")) or "://" in text:
@@ -167,6 +175,17 @@ def _in_registry(text: str, name: str, short: bool) -> Reference:
     return Reference("docker", full, text, registry=host, repository=repository, tag=tag, digest=digest)
 
 
+def _in_repository(text: str, rest: str) -> Reference:
+    path, sharp, what = rest.partition("#")
+    if not path.startswith("/") or not sharp or not what:
+        raise InvalidReference(
+            f"The image reference {_safe(text)} does not name an image in a repository.",
+            "Write composefs:/path/to/repository#NAME, or #sha256: and the digest of a manifest.",
+        )
+    digest = what if is_digest(what) else ""
+    return Reference("composefs", rest, text, repository=path, tag="" if digest else what, digest=digest)
+
+
 def _elsewhere(text: str, transport: str, rest: str) -> Reference:
     if transport == "containers-storage" and rest.startswith("sha256:"):
         rest = rest[len("sha256:") :]  # skopeo knows image ids without it only
@@ -180,9 +199,13 @@ def _elsewhere(text: str, transport: str, rest: str) -> Reference:
 
 def default_name(text: str) -> str:
     """The name that an image gets that is pulled by the reference ``text``: the reference as it is written, with its
-    transport in front, which is what ``cfsctl`` gives it. Raises InvalidReference.
+    transport in front, which is what ``cfsctl`` gives it; that of an image in another repository is what it is called
+    there. Raises InvalidReference.
     """
-    if parse_reference(text).transport != "docker":
+    reference = parse_reference(text)
+    if reference.transport == "composefs":
+        return reference.tag or reference.digest
+    if reference.transport != "docker":
         return text
     return "docker://" + _without_transport(text)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -143,7 +144,7 @@ class Worker:
                     sibling._socket.close()
                 for source in sources:
                     source.abandon()
-                _serve(theirs, objects, algorithm, timeout)
+                _serve(theirs, objects, algorithm, timeout, sources)
             finally:
                 os._exit(0)
         theirs.close()
@@ -153,6 +154,16 @@ class Worker:
         message = json.dumps(spec._asdict()).encode()
         try:
             self._socket.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))])
+        except OSError as error:
+            raise processes.killed("imports layers") from error
+
+    def send_objects(self, spec: LayerSpec, source: int, reference: Reference) -> None:
+        """Have the worker take over the objects of a layer from the source of this number. Raises IOFailed if it is
+        gone.
+        """
+        message = {**spec._asdict(), "source": source, "reference": dataclasses.asdict(reference)}
+        try:
+            self._socket.send(json.dumps(message).encode())
         except OSError as error:
             raise processes.killed("imports layers") from error
 
@@ -187,7 +198,9 @@ class Worker:
             os.waitpid(self.pid, 0)
 
 
-def _serve(control: socket.socket, objects: ObjectStore, algorithm: Algorithm, timeout: float) -> None:
+def _serve(
+    control: socket.socket, objects: ObjectStore, algorithm: Algorithm, timeout: float, sources: Sequence[Source] = ()
+) -> None:
     def tell(kind: str, **values: Any) -> None:
         control.send(json.dumps({"kind": kind, **values}).encode())
 
@@ -200,9 +213,14 @@ def _serve(control: socket.socket, objects: ObjectStore, algorithm: Algorithm, t
             )
             if not message:
                 return
-            fd = array.array("i", ancillary[0][2])[0]
+            order = json.loads(message)
             try:
-                _one_layer(fd, LayerSpec(**json.loads(message)), objects, storer, algorithm, timeout, tell)
+                if "source" in order:
+                    source, reference = sources[order.pop("source")], Reference(**order.pop("reference"))
+                    _one_object_layer(source, reference, LayerSpec(**order), objects, tell)
+                else:
+                    fd = array.array("i", ancillary[0][2])[0]
+                    _one_layer(fd, LayerSpec(**order), objects, storer, algorithm, timeout, tell)
             except BrokenPipeError:
                 return
             except Exception as error:
@@ -221,6 +239,24 @@ def _one_layer(
     timeout: float,
     tell: Callable[..., None],
 ) -> None:
+    on_bytes = _reporter(tell)
+    result = import_layer(
+        fd, spec, objects, algorithm, timeout, on_bytes, lambda: tell("silent"), lambda: tell("drained"), storer
+    )
+    tell("result", result=result._asdict())
+
+
+def _one_object_layer(
+    source: Source, reference: Reference, spec: LayerSpec, objects: ObjectStore, tell: Callable[..., None]
+) -> None:
+    from .objectlayer import import_objects  # late: most layers come as blobs
+
+    offer = source.layer_objects(reference, spec.diff_id)
+    tell("result", result=import_objects(offer, spec, objects, _reporter(tell))._asdict())
+
+
+def _reporter(tell: Callable[..., None]) -> Callable[[int], None]:
+    """A function that tells how many bytes are done, ten times a second at most."""
     next_report = 0.0
 
     def on_bytes(done: int) -> None:
@@ -230,10 +266,7 @@ def _one_layer(
             next_report = now + 0.1
             tell("bytes", done=done)
 
-    result = import_layer(
-        fd, spec, objects, algorithm, timeout, on_bytes, lambda: tell("silent"), lambda: tell("drained"), storer
-    )
-    tell("result", result=result._asdict())
+    return on_bytes
 
 
 class _Verdict(threading.Thread):
@@ -275,6 +308,7 @@ class Fetcher:
         self._progress = progress
         self._failure: EngineError | None = None
         self._moved = 0.0
+        self._sources: list[Patient] = []
         self.results: dict[str, LayerResult] = {}
         # Stream -> why its first source did not serve.
         self.disappointments: dict[str, str] = {}
@@ -287,7 +321,7 @@ class Fetcher:
         for job in sorted(jobs, key=lambda job: -job.spec.size):
             todo.put(job)
         every = [*jobs, *(job.otherwise for job in jobs if job.otherwise)]
-        sources = list({id(job.source): job.source for job in every}.values())
+        self._sources = sources = list({id(job.source): job.source for job in every}.values())
         workers: list[Worker] = []
         lanes: list[threading.Thread] = []
         try:
@@ -364,12 +398,17 @@ class Fetcher:
         return otherwise.source.again(functools.partial(self._attempt, worker, otherwise))
 
     def _attempt(self, worker: Worker, job: Job) -> LayerResult:
-        transfer = job.source.transfer(job.reference, Descriptor("", job.spec.digest, job.spec.size))
-        self._progress(Event(STARTED, job.spec.diff_id, 0, job.spec.size))
-        try:
-            worker.send(job.spec, transfer.fd)
-        finally:
-            os.close(transfer.fd)
+        transfer = None
+        if job.source.delivers_objects:
+            worker.send_objects(job.spec, self._sources.index(job.source), job.reference)
+            self._progress(Event(STARTED, job.spec.diff_id, 0, job.spec.size))
+        else:
+            transfer = job.source.transfer(job.reference, Descriptor("", job.spec.digest, job.spec.size))
+            self._progress(Event(STARTED, job.spec.diff_id, 0, job.spec.size))
+            try:
+                worker.send(job.spec, transfer.fd)
+            finally:
+                os.close(transfer.fd)
         verdict: _Verdict | None = None
         while True:
             message = worker.receive()
@@ -378,11 +417,14 @@ class Fetcher:
             if kind == "bytes":
                 self._progress(Event(BYTES, job.spec.diff_id, message["done"], job.spec.size))
             elif kind in ("silent", "drained"):
-                if verdict is None:
+                if verdict is None and transfer is not None:
                     verdict = _Verdict(transfer)
                     verdict.start()
             elif kind == "error":
-                raise _judge(from_values(message["error"]), verdict)
+                raise _judge(from_values(message["error"]), verdict, transfer is not None and transfer.remote)
+            elif transfer is None:
+                # Nobody but us judges objects.
+                return LayerResult(**message["result"])
             else:
                 if verdict is None:
                     raise AssertionError("this must hold: verdict is not None")
@@ -414,8 +456,13 @@ def _refusal(error: EngineError | None, name: str) -> EngineError:
     return DigestMismatch(f"{name} refuses the blob: {error.message}", error.hint, said=error.said)
 
 
-def _judge(error: EngineError, verdict: _Verdict | None) -> TransferFailed:
+def _judge(error: EngineError, verdict: _Verdict | None, remote: bool) -> TransferFailed:
     """The worker's error, with the source's own words where it has any."""
+    if isinstance(error, RegistryUnreachable) and not remote:
+        # The worker only sees where the bytes end. No network can have cut them, so trying again is of no use.
+        error = DigestMismatch(error.message, "The image is damaged: copy or make it again.", doing=error.doing)
+    elif isinstance(error, Stalled) and not remote:
+        error.passing = False
     if verdict is None:
         return TransferFailed(error, False)
     verdict.join(1.0)

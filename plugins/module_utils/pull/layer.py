@@ -264,7 +264,8 @@ class _Sink:
             self._object.abort()
 
 
-def _spool(objects: ObjectStore) -> BinaryIO:
+def spool(objects: ObjectStore) -> BinaryIO:
+    """A temporary file for compressed chunks."""
     # On the repository's own file system, so that a full /tmp is no concern; unnamed, so that a crash leaves nothing.
     return cast(BinaryIO, tempfile.SpooledTemporaryFile(SPOOL_LIMIT, dir=f"/proc/self/fd/{objects.dirfd}"))
 
@@ -289,7 +290,7 @@ def import_layer(
     result.
     """
     source = PipeSource(fd, spec.size, timeout, on_bytes, on_silence)
-    before = _counters(objects)
+    before = counters(objects)
     try:
         if spec.compression is None:
             return _import_blob(source, spec, objects, algorithm, on_drained, before)
@@ -305,10 +306,10 @@ def _import_tar(
     storer: AnyStorer,
     algorithm: Algorithm,
     on_drained: Callable[[], None],
-    before: _Counters,
+    before: Counters,
 ) -> LayerResult:
-    with contextlib.closing(_spool(objects)) as spool:
-        writer = splitstream.Writer(algorithm, splitstream.LAYER, spool)
+    with contextlib.closing(spool(objects)) as chunks:
+        writer = splitstream.Writer(algorithm, splitstream.LAYER, chunks)
         sink = _Sink(objects, storer, writer)
         splitter = tar.Splitter(sink)
         decoder = _Decoder(source, spec, objects, algorithm)
@@ -337,7 +338,7 @@ def _import_tar(
                     f"the configuration says {spec.diff_id}.",
                     "The image is broken or hostile; nothing was registered.",
                 )
-        return _finish(source, writer, objects, before, restored)
+        return layer_result(writer, objects, before, source.fetched, restored)
 
 
 def _import_blob(
@@ -346,7 +347,7 @@ def _import_blob(
     objects: ObjectStore,
     algorithm: Algorithm,
     on_drained: Callable[[], None],
-    before: _Counters,
+    before: Counters,
 ) -> LayerResult:
     output = objects.writer()
     try:
@@ -363,7 +364,7 @@ def _import_blob(
         raise
     writer = splitstream.Writer(algorithm, splitstream.BLOB)
     writer.external(digest, size)
-    return _finish(source, writer, objects, before, 0)
+    return layer_result(writer, objects, before, source.fetched, 0)
 
 
 def check_blob(source: PipeSource, spec: LayerSpec) -> None:
@@ -409,28 +410,32 @@ def _restore_padding(sha256: Any, spec: LayerSpec, splitter: tar.Splitter) -> in
     return 0
 
 
-class _Counters(NamedTuple):
+class Counters(NamedTuple):
+    """What a store did up to a moment."""
+
     new: int
     present: int
     bytes_new: int
     bytes_present: int
 
 
-def _counters(objects: ObjectStore) -> _Counters:
+def counters(objects: ObjectStore) -> Counters:
+    """What the store did so far."""
     stats = objects.stats
-    return _Counters(stats.new, stats.present, stats.bytes_new, stats.bytes_present)
+    return Counters(stats.new, stats.present, stats.bytes_new, stats.bytes_present)
 
 
-def _finish(
-    source: PipeSource, writer: splitstream.Writer, objects: ObjectStore, before: _Counters, restored: int
+def layer_result(
+    writer: splitstream.Writer, objects: ObjectStore, before: Counters, fetched: int, restored: int
 ) -> LayerResult:
+    """Store the splitstream and tell what the layer brought since ``before``."""
     # Counted before the splitstream itself is stored: the figures are about what the layer brought.
-    after = _counters(objects)
+    after = counters(objects)
     new, present, bytes_new, bytes_present = (b - a for a, b in zip(before, after))
     stream = objects.put_pieces(writer.finish())
     return LayerResult(
         stream.hex(),
-        source.fetched,
+        fetched,
         writer.size,
         new,
         present,

@@ -35,11 +35,11 @@ from ..errors import (
 from ..formats.ocidocuments import Platform, parse_platform
 from ..formats.reference import Reference, parse_reference
 from .plan import Layer, Plan, Request
+from .sources import open_source
 from ..progress import IMAGE, PLANNED, SKIPPED, Event, Progress, human
 from ..store.repository import Repository
-from ..source.skopeosource import SkopeoSource
 from ..source.source import Facts, Patient
-from ..source.skopeo import ProxyOptions
+from ..source.options import ProxyOptions
 
 if TYPE_CHECKING:
     from .makeimages import Ahead
@@ -150,7 +150,7 @@ class _Sources:
         key = (reference.transport, reference.registry, wanted)
         if key not in self._sources:
             options = dataclasses.replace(self._options.proxy, platform=wanted)
-            self._sources[key] = Patient(SkopeoSource(options), self._options.retries, self._progress)
+            self._sources[key] = Patient(open_source(options, reference), self._options.retries, self._progress)
         return self._sources[key]
 
     @property

@@ -52,7 +52,9 @@ from ..formats.digests import digest_of, is_digest
 from ..formats.ocidocuments import Descriptor, MAX_CONFIG, MAX_LAYERS, MAX_MANIFEST, MAX_SIZE
 from ..formats.reference import Reference
 from ..formats.strictjson import load_json
-from .skopeo import INSTALL, Child, ProxyOptions, check_unenforced_policy, classify, command, passing, readable, scrub
+from .options import ProxyOptions
+from .policy import check_unenforced_policy
+from .skopeo import INSTALL, Child, classify, command, passing, readable, scrub
 
 REQUEST = 32768  # the longest request that skopeo reads
 REPLY = (
@@ -140,7 +142,7 @@ class ImageProxy:
         if self.reference.transport == "containers-storage" and self.version < _LAYER_INFO:
             raise self._too_old_for_storage()
         if self.version < _POLICY_ENFORCED and not self.options.insecure_policy:
-            check_unenforced_policy(self.options)
+            check_unenforced_policy(self.options, self.reference.transport)
 
     @property
     def enforces_policy(self) -> bool:
@@ -436,7 +438,9 @@ class ImageProxy:
         ):
             self._violated(method, f"{packet[:100]!r}")
         if not reply["success"]:
-            raise classify(self.options, what, reply.get("error", ""), reply.get("error_code"))
+            raise classify(
+                self.options, what, reply.get("error", ""), reply.get("error_code"), self.reference.transport
+            )
         pipeid = reply.get("pipeid", 0)
         if pipeid.__class__ is not int or not 0 <= pipeid < 2**32:
             self._violated(method, f"the pipe {pipeid!r:.100}")
@@ -452,6 +456,7 @@ class ImageProxy:
             f"no answer for {seconds:g} seconds.",
             "Check the network and the registry, or raise the option timeout.",
             doing=what,
+            passing=self.reference.is_remote,
         )
 
     def _violated(self, method: str, got: str) -> NoReturn:

@@ -23,7 +23,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ..errors import (
@@ -46,9 +45,9 @@ from ..errors import (
     UnsupportedMediaType,
 )
 from ..formats.digests import digest_of
-from ..formats.ocidocuments import MAX_MANIFEST, Platform
+from ..formats.ocidocuments import MAX_MANIFEST
 from ..formats.reference import Reference
-from ..formats.strictjson import load_json
+from .options import ProxyOptions
 
 _E = TypeVar("_E", bound=EngineError)
 
@@ -56,28 +55,6 @@ INSTALL = "Install skopeo 1.6 or later (the role composefs.oci.skopeo does), or 
 _MAX_LOG = 256 * 1024
 _MAX_WORDS = 2000
 _PR_SET_PDEATHSIG = 1
-
-
-@dataclass(frozen=True)
-class ProxyOptions:
-    """How skopeo is run and how it reaches the source; the modules' options of the same names say more.
-
-    ``timeout`` is in seconds: the longest silence within one request. ``policy`` is the path of a policy.json, None the
-    host's. ``unenforced_policy`` (``refuse`` or ``ignore``) says what to do where skopeo is too old to enforce it.
-    """
-
-    executable: tuple[str, ...] = ("skopeo",)
-    auth_file: str | None = None
-    username: str | None = None
-    password: str | None = field(default=None, repr=False)
-    tls_verify: bool | None = None
-    cert_dir: str | None = None
-    policy: str | None = None
-    insecure_policy: bool = False
-    unenforced_policy: str = "refuse"
-    platform: Platform | None = None
-    tmpdir: str | None = None
-    timeout: float = 120.0
 
 
 # -- one process
@@ -336,7 +313,13 @@ def top_digest(options: ProxyOptions, reference: Reference) -> tuple[str, bytes]
         status = child.wait(options.timeout)
         if status != 0:
             # It repeats the reference, which is named anyway.
-            raise classify(options, what, re.sub(r'\AError parsing image name "[^"]*": ', "", child.words()))
+            raise classify(
+                options,
+                what,
+                re.sub(r'\AError parsing image name "[^"]*": ', "", child.words()),
+                None,
+                reference.transport,
+            )
     finally:
         child.close()
     found = digest_of(raw)
@@ -346,72 +329,6 @@ def top_digest(options: ProxyOptions, reference: Reference) -> tuple[str, bytes]
             "The registry or something on the way to it is damaged or lies.",
         )
     return found, raw
-
-
-# -- the signature policy
-
-
-def check_unenforced_policy(options: ProxyOptions) -> None:
-    """Raise SkopeoTooOld if the policy asks for more than an old skopeo, which enforces none in its proxy, gives."""
-    if options.unenforced_policy == "ignore" or options.insecure_policy:
-        return
-    demand = policy_demand(options.policy)
-    if demand:
-        raise SkopeoTooOld(
-            f"This skopeo is too old to enforce a signature policy (1.13 is needed), and {demand}.",
-            "Install a newer skopeo, or set the option unenforced_policy to ignore to go on without the checks.",
-        )
-
-
-def policy_path(path: str | None) -> str:
-    """The policy.json that skopeo reads: the one given, else the user's, else the system's."""
-    if path:
-        return path
-    users = os.path.join(os.environ.get("HOME") or os.path.expanduser("~"), ".config/containers/policy.json")
-    return users if os.path.exists(users) else "/etc/containers/policy.json"
-
-
-def policy_is_accept_anything(path: str | None = None) -> bool:
-    """Whether the policy accepts every image from everywhere, so that it does not matter whether it is enforced."""
-    return not policy_demand(path)
-
-
-def policy_demand(path: str | None = None, transport: str = "") -> str:
-    """What the policy asks for beyond accepting everything, as part of a sentence; empty if nothing
-    (containers-policy.json(5)).
-
-    With ``transport`` only what holds for its images counts, for whatever scope within it.
-    """
-    name = policy_path(path)
-    try:
-        with open(name, "rb") as file:
-            policy = load_json(file.read(MAX_MANIFEST + 1), MAX_MANIFEST, f"policy {name}")
-    except FileNotFoundError:
-        return f"there is no policy {name}, without which newer ones refuse every image"
-    except (OSError, EngineError) as error:
-        return f"the policy {name} cannot be read ({error})"
-    if not isinstance(policy, dict):
-        return f"the policy {name} is not a JSON object"
-    scopes: list[tuple[str, Any]] = []
-    transports = policy.get("transports", {})
-    for kind, names in (transports if isinstance(transports, dict) else {"transports": None}).items():
-        if transport not in ("", kind) and isinstance(names, dict):
-            continue
-        scopes += (
-            [(f"{kind}:{scope}", demands) for scope, demands in names.items()]
-            if isinstance(names, dict)
-            else [(kind, None)]
-        )
-    if not transport or f"{transport}:" not in dict(scopes):
-        scopes.insert(0, ("default", policy.get("default")))
-    for scope, demands in scopes:
-        if (
-            not isinstance(demands, list)
-            or not demands
-            or any(item != {"type": "insecureAcceptAnything"} for item in demands)
-        ):
-            return f"the policy {name} asks for more than insecureAcceptAnything ({scope!r:.200})"
-    return ""
 
 
 # -- skopeo's words
@@ -512,6 +429,19 @@ _MEANINGS = (
 )
 
 
+# The same words about what lies on this host: there is no network, no registry and nobody to log in to.
+_MEANT_LOCALLY: dict[type[EngineError], tuple[type[EngineError], str]] = {
+    RegistryUnreachable: (InvalidDocument, "What the reference names is damaged or incomplete: copy or make it again."),
+    AuthFailed: (PermissionDenied, "Run as a user that may read it, for example with become."),
+    TlsFailed: (ProxyFailed, ""),
+}
+_PROXY = re.compile(r"\b407\b|proxy authentication required")
+_PROXY_HINT = (
+    "The HTTP proxy on the way wants credentials: put them into its address in the task's environment (HTTPS_PROXY), "
+    "or name the registry in NO_PROXY."
+)
+
+
 def unwrap_log(log: bytes) -> str:
     """What skopeo said on stderr: its fatal and error messages without the logger's decoration; if there is none,
     everything.
@@ -574,9 +504,11 @@ def _once(text: str) -> str:
     return ": ".join(parts)
 
 
-def classify(options: ProxyOptions, what: str, words: str, code: object = None) -> EngineError:
+def classify(
+    options: ProxyOptions, what: str, words: str, code: object = None, transport: str = "docker"
+) -> EngineError:
     """The error for skopeo's ``words`` (and, since protocol 0.2.8, its error code) about ``what``, a phrase such as
-    ``Opening docker://…``.
+    ``Opening docker://…``. What words mean depends on the ``transport``: only a registry is reached through a network.
     """
     # Paths, addresses and names are none of skopeo's words: an image may well be called unauthorized.
     said = _NAMES.sub(" ", _shorten(words).lower().replace("/policy.json: no such file", "/x no signature policy"))
@@ -589,9 +521,15 @@ def classify(options: ProxyOptions, what: str, words: str, code: object = None) 
     else:
         if code == "retryable":
             kind = RegistryUnreachable
+    passes: bool | None = None
+    if transport != "docker":
+        kind, hint = _MEANT_LOCALLY.get(kind, (kind, hint))
+    elif kind in (AuthFailed, ProxyFailed) and _PROXY.search(said):
+        # Credentials for the registry would not help, and neither would patience.
+        kind, hint, passes = RegistryUnreachable, _PROXY_HINT, False
     quoted = _once(scrub(options, words)).rstrip(".") or "nothing"
-    said = f"{quoted}{'' if quoted[-1] in '?!…' else '.'}"
-    return kind(f"skopeo says: {said}", hint, doing=what, said=said)
+    quoted += "" if quoted[-1] in "?!…" else "."
+    return kind(f"skopeo says: {quoted}", hint, doing=what, said=quoted, passing=passes)
 
 
 def passing(error: _E) -> _E:

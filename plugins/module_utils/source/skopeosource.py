@@ -24,7 +24,9 @@ from .imageproxy import BlobPipe, ImageProxy, fetch_config
 from ..formats.digests import digest_of
 from ..formats.ocidocuments import Descriptor, Manifest
 from ..formats.reference import Reference
-from .skopeo import ProxyOptions, policy_demand, policy_path, skopeo_version, top_digest
+from .options import ProxyOptions
+from .policy import policy_demand, policy_path
+from .skopeo import skopeo_version, top_digest
 from .source import ACCEPT_ANYTHING, ENFORCED, IGNORED, Facts, Resolved, Source, Transfer
 
 T = TypeVar("T")
@@ -45,6 +47,7 @@ class SkopeoTransfer(Transfer):
 
     def __init__(self, proxy: ImageProxy, pipe: BlobPipe) -> None:
         super().__init__(pipe.fd)
+        self.remote = proxy.reference.is_remote
         self._proxy = proxy
         self._pipeid = pipe.pipeid
 

@@ -58,7 +58,11 @@ class Facts(NamedTuple):
 
 
 class Transfer:
-    """A blob on its way. ``fd`` is where it arrives; whoever takes the transfer closes it."""
+    """A blob on its way. ``fd`` is where it arrives; whoever takes the transfer closes it. ``remote`` tells whether it
+    comes through a network, which may fail for a while.
+    """
+
+    remote = False
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -111,10 +115,13 @@ class LayerObjects:
 
 
 class Source:
-    """A source of images. ``name`` is what errors call it; ``generation`` counts how often it was renewed."""
+    """A source of images. ``name`` is what errors call it; ``generation`` counts how often it was renewed;
+    ``delivers_objects`` says in which form the layers come.
+    """
 
     name = "the source"
     generation = 0
+    delivers_objects = False
 
     def resolve(self, reference: Reference) -> Resolved:
         """What ``reference`` means now, of one answer: see Resolved. Raises ImageNotFound, PlatformNotFound and what
@@ -136,9 +143,11 @@ class Source:
         """Begin to deliver a blob. Sources that deliver objects have none."""
         raise NotImplementedError
 
-    def layer_objects(self, reference: Reference, diff_id: str) -> LayerObjects | None:
-        """The objects of a layer; None if this source delivers blobs. Called in the process that stores them."""
-        return None
+    def layer_objects(self, reference: Reference, diff_id: str) -> LayerObjects:
+        """The objects of a layer, of a source that delivers such. Called in the process that stores them, which was
+        forked after resolve().
+        """
+        raise NotImplementedError
 
     def facts(self) -> Facts:
         """What is known about the source by now."""
@@ -179,6 +188,7 @@ class Patient(Source):
         self.source = source
         self.retried = 0
         self.name = source.name
+        self.delivers_objects = source.delivers_objects
         self._retries = retries
         self._progress = progress
 
@@ -219,7 +229,7 @@ class Patient(Source):
     def transfer(self, reference: Reference, blob: Descriptor) -> Transfer:
         return self.source.transfer(reference, blob)
 
-    def layer_objects(self, reference: Reference, diff_id: str) -> LayerObjects | None:
+    def layer_objects(self, reference: Reference, diff_id: str) -> LayerObjects:
         return self.source.layer_objects(reference, diff_id)
 
     def facts(self) -> Facts:

@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
 import os
 import resource
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from ..formats import fsverity
 from ..host import beneath, files
@@ -30,6 +31,10 @@ TEMPORARY_PREFIX = files.OBJECT_PREFIX
 FILE_MODE = 0o644
 _COPY_TRIES = 3
 _PIECE = 1 << 20
+
+# Not in fcntl. Where a file system, or two of them, cannot share blocks, one of these says so.
+_FICLONE = 0x40049409
+_NO_CLONE = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.EPERM, errno.ETXTBSY, errno.ENOSYS)
 
 _ABSENT, _PRESENT, _WRONG = range(3)
 
@@ -153,6 +158,29 @@ class ObjectStore:
         except BaseException:
             output.abort()
             raise
+
+    def link_in(self, fd: int, digest: bytes, size: int) -> bool:
+        """Make the regular file ``fd``, whose content was proved to have ``digest``, an object by a hard link; False if
+        that cannot be. EngineError when the system refuses otherwise.
+        """
+        try:
+            if self._seal and self._measured(fd) != digest and self.verity:
+                return False
+            if self._state(digest, size) != _ABSENT:
+                return False
+            directory = self._directory(digest[0], make=True)
+            draft = files.Draft(os.dup(fd), self.dirfd)
+            try:
+                draft.link(digest[1:].hex(), directory)
+            finally:
+                draft.close()
+        except OSError as error:
+            if error.errno in (errno.EXDEV, errno.EMLINK, errno.EPERM, errno.EEXIST, errno.ENOENT):
+                return False
+            raise from_os_error(error, f"Linking object {digest.hex()}") from error
+        self.stats.new += 1
+        self.stats.bytes_new += size
+        return True
 
     # --- reading
     # ----------------------------------------------------------------------------------------------------------------
@@ -511,11 +539,40 @@ class ObjectWriter:
         if self._hasher is not None:
             self._hasher.update(data)
 
-    def commit(self, prove: bool = False) -> tuple[bytes, int]:
+    def clone(self, fd: int, seen: Callable[[bytes], None] | None = None) -> bool:
+        """Take over the content of the regular file ``fd`` without copying it; False if the file systems cannot do
+        that. Nothing may have been written before.
+
+        What is hashed is our own file: whatever happens to the other one. ``seen`` is given the content, too.
+        """
+        try:
+            fcntl.ioctl(self._draft.fd, _FICLONE, fd)
+        except OSError as error:
+            if error.errno in _NO_CLONE:
+                return False
+            raise from_os_error(error, "Cloning an object") from error
+        try:
+            self.size = os.fstat(self._draft.fd).st_size
+            offset = 0
+            while (self._hasher is not None or seen is not None) and offset < self.size:
+                data = os.pread(self._draft.fd, _PIECE, offset)
+                if not data:
+                    break
+                offset += len(data)
+                if self._hasher is not None:
+                    self._hasher.update(data)
+                if seen is not None:
+                    seen(data)
+        except OSError as error:
+            raise from_os_error(error, "Reading a cloned object") from error
+        return True
+
+    def commit(self, prove: bool = False, expect: bytes | None = None) -> tuple[bytes, int]:
         """Make it an object: its fs-verity digest (raw bytes) and size in bytes. The writer is closed, also when this
         fails.
 
-        An object that is there already is judged as by ``put``, with ``prove`` by its content.
+        An object that is there already is judged as by ``put``, with ``prove`` by its content. DigestMismatch, and no
+        object, if it has another digest than ``expect``.
         """
         store, draft, size = self._store, self._draft, self.size
         try:
@@ -534,6 +591,11 @@ class ObjectWriter:
                         state = _WRONG
             if digest is None:
                 raise AssertionError("this must hold: digest is not None")
+            if expect is not None and digest != expect:
+                raise DigestMismatch(
+                    f"What should be object {expect.hex()} has the fs-verity digest {digest.hex()}.",
+                    "The source is damaged or was tampered with; nothing was registered.",
+                )
             if state == _PRESENT:
                 store.stats.present += 1
                 store.stats.bytes_present += size

@@ -8,7 +8,7 @@ import json
 import time
 
 import pytest
-from ansible_collections.composefs.oci.plugins.module_utils.source import skopeo
+from ansible_collections.composefs.oci.plugins.module_utils.source import policy as rules, skopeo
 from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     AuthFailed,
     DigestMismatch,
@@ -225,8 +225,8 @@ ANY = {"type": "insecureAcceptAnything"}
 def test_a_policy_that_accepts_anything_needs_no_enforcement(tmp_path, policy):
     path = tmp_path / "policy.json"
     path.write_text(json.dumps(policy))
-    assert skopeo.policy_is_accept_anything(str(path))
-    skopeo.check_unenforced_policy(ProxyOptions(policy=str(path)))
+    assert rules.policy_is_accept_anything(str(path))
+    rules.check_unenforced_policy(ProxyOptions(policy=str(path)))
 
 
 @pytest.mark.parametrize(
@@ -251,10 +251,10 @@ def test_a_policy_that_asks_for_more_is_refused_where_it_is_not_enforced(tmp_pat
     path = tmp_path / "policy.json"
     path.write_text(json.dumps(policy))
     with pytest.raises(SkopeoTooOld, match="unenforced_policy") as caught:
-        skopeo.check_unenforced_policy(ProxyOptions(policy=str(path)))
+        rules.check_unenforced_policy(ProxyOptions(policy=str(path)))
     assert str(path) in str(caught.value)
-    skopeo.check_unenforced_policy(ProxyOptions(policy=str(path), unenforced_policy="ignore"))
-    skopeo.check_unenforced_policy(ProxyOptions(policy=str(path), insecure_policy=True))
+    rules.check_unenforced_policy(ProxyOptions(policy=str(path), unenforced_policy="ignore"))
+    rules.check_unenforced_policy(ProxyOptions(policy=str(path), insecure_policy=True))
 
 
 @pytest.mark.parametrize(
@@ -263,17 +263,17 @@ def test_a_policy_that_asks_for_more_is_refused_where_it_is_not_enforced(tmp_pat
 def test_a_policy_that_cannot_be_read_does_not_accept_anything(tmp_path, content):
     path = tmp_path / "policy.json"
     path.write_text(content)
-    assert not skopeo.policy_is_accept_anything(str(path))
-    assert not skopeo.policy_is_accept_anything(str(tmp_path / "missing.json"))
-    assert not skopeo.policy_is_accept_anything(str(tmp_path))
+    assert not rules.policy_is_accept_anything(str(path))
+    assert not rules.policy_is_accept_anything(str(tmp_path / "missing.json"))
+    assert not rules.policy_is_accept_anything(str(tmp_path))
 
 
 def test_the_users_policy_comes_before_the_systems(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert skopeo.policy_path(None) == "/etc/containers/policy.json"
+    assert rules.policy_path(None) == "/etc/containers/policy.json"
     users = tmp_path / ".config" / "containers" / "policy.json"
     users.parent.mkdir(parents=True)
     users.write_text('{"default":[{"type":"reject"}]}')
-    assert skopeo.policy_path(None) == str(users)
-    assert not skopeo.policy_is_accept_anything()
-    assert skopeo.policy_path("/given.json") == "/given.json"
+    assert rules.policy_path(None) == str(users)
+    assert not rules.policy_is_accept_anything()
+    assert rules.policy_path("/given.json") == "/given.json"

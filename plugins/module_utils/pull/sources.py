@@ -1,0 +1,43 @@
+# Copyright (c) composefs.oci contributors
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
+
+"""Which source an image comes from."""
+
+from __future__ import annotations
+
+from ..errors import PolicyRejected
+from ..formats.reference import Reference
+from ..source.options import ProxyOptions
+from ..source.policy import judged_without_skopeo
+from ..source.source import Source
+
+_LAYOUTS = ("oci", "oci-archive")
+
+
+def open_source(options: ProxyOptions, reference: Reference) -> Source:
+    """The source for ``reference``; ``options.platform`` is the platform to choose.
+
+    What needs no other program is read without one, unless the policy for signatures asks for more than that: then
+    skopeo reads, which can tell. Raises PolicyRejected.
+    """
+    if reference.transport == "composefs":
+        policy = judged_without_skopeo(options, "composefs")
+        if policy is None:
+            raise PolicyRejected(
+                "The signature policy asks for more than accepting anything, and nobody can check signatures of an "
+                f"image in {reference.path}.",
+                "Accept anything of the transport composefs in the policy, or set unenforced_policy to ignore.",
+            )
+        from .local import LocalSource  # late, as the others: a task needs one of them
+
+        return LocalSource(policy)
+    if reference.transport in _LAYOUTS:
+        policy = judged_without_skopeo(options, reference.transport)
+        if policy is not None:
+            from ..source.layout import LayoutSource
+
+            return LayoutSource(options.platform, policy)
+    from ..source.skopeosource import SkopeoSource
+
+    return SkopeoSource(options)

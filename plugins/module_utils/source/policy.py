@@ -1,0 +1,119 @@
+# Copyright (c) composefs.oci contributors
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
+
+"""The policy for signatures (containers-policy.json(5)): whether it asks for anything, and what that means for whom.
+
+Nothing here verifies a signature. skopeo does, and where it cannot, or does not read, the policy must ask for nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from ..errors import EngineError, PolicyRejected, SkopeoTooOld
+from ..formats.ocidocuments import MAX_MANIFEST
+from ..formats.strictjson import load_json
+from .options import ProxyOptions
+from .source import ACCEPT_ANYTHING, IGNORED
+
+
+def judged_without_skopeo(options: ProxyOptions, transport: str) -> str | None:
+    """How the policy is applied to images of ``transport`` that skopeo does not read: ``accept_anything`` or
+    ``ignored``. None if only skopeo may read them.
+
+    Raises PolicyRejected if there is a policy that cannot be read.
+    """
+    if options.insecure_policy or options.unenforced_policy == "ignore":
+        return ACCEPT_ANYTHING if _asks_for_nothing(options, transport, strict=False) else IGNORED
+    return ACCEPT_ANYTHING if _asks_for_nothing(options, transport, strict=True) else None
+
+
+def _asks_for_nothing(options: ProxyOptions, transport: str, strict: bool) -> bool:
+    name = policy_path(options.policy)
+    if not options.policy and not os.path.lexists(name):
+        return True
+    try:
+        policy = _read(name)
+    except (OSError, EngineError, ValueError) as error:
+        if not strict:
+            return False
+        raise PolicyRejected(
+            f"The signature policy {name} cannot be read: {error}.".replace("..", "."),
+            "Repair it as containers-policy.json(5) says, or name another one with signature_policy.",
+        ) from error
+    return not _demand(policy, name, transport)
+
+
+def check_unenforced_policy(options: ProxyOptions, transport: str = "") -> None:
+    """Raise SkopeoTooOld if the policy asks for more, of images of ``transport`` if given, than an old skopeo, which
+    enforces none in its proxy, gives.
+    """
+    if options.unenforced_policy == "ignore" or options.insecure_policy:
+        return
+    demand = policy_demand(options.policy, transport)
+    if demand:
+        raise SkopeoTooOld(
+            f"This skopeo is too old to enforce a signature policy (1.13 is needed), and {demand}.",
+            "Install a newer skopeo, or set the option unenforced_policy to ignore to go on without the checks.",
+        )
+
+
+def policy_path(path: str | None) -> str:
+    """The policy.json that skopeo reads: the one given, else the user's, else the system's."""
+    if path:
+        return path
+    users = os.path.join(os.environ.get("HOME") or os.path.expanduser("~"), ".config/containers/policy.json")
+    return users if os.path.exists(users) else "/etc/containers/policy.json"
+
+
+def policy_is_accept_anything(path: str | None = None) -> bool:
+    """Whether the policy accepts every image from everywhere, so that it does not matter whether it is enforced."""
+    return not policy_demand(path)
+
+
+def policy_demand(path: str | None = None, transport: str = "") -> str:
+    """What the policy asks for beyond accepting everything, as part of a sentence; empty if nothing
+    (containers-policy.json(5)).
+
+    With ``transport`` only what holds for its images counts, for whatever scope within it.
+    """
+    name = policy_path(path)
+    try:
+        return _demand(_read(name), name, transport)
+    except FileNotFoundError:
+        return f"there is no policy {name}, without which newer ones refuse every image"
+    except (OSError, EngineError, ValueError) as error:
+        return f"the policy {name} cannot be read ({error})"
+
+
+def _read(name: str) -> dict[str, Any]:
+    with open(name, "rb") as file:
+        policy = load_json(file.read(MAX_MANIFEST + 1), MAX_MANIFEST, f"policy {name}")
+    if not isinstance(policy, dict):
+        raise ValueError("it is not a JSON object")
+    return policy
+
+
+def _demand(policy: dict[str, Any], name: str, transport: str) -> str:
+    scopes: list[tuple[str, Any]] = []
+    transports = policy.get("transports", {})
+    for kind, names in (transports if isinstance(transports, dict) else {"transports": None}).items():
+        if transport not in ("", kind) and isinstance(names, dict):
+            continue
+        scopes += (
+            [(f"{kind}:{scope}", demands) for scope, demands in names.items()]
+            if isinstance(names, dict)
+            else [(kind, None)]
+        )
+    if not transport or f"{transport}:" not in dict(scopes):
+        scopes.insert(0, ("default", policy.get("default")))
+    for scope, demands in scopes:
+        if (
+            not isinstance(demands, list)
+            or not demands
+            or any(item != {"type": "insecureAcceptAnything"} for item in demands)
+        ):
+            return f"the policy {name} asks for more than insecureAcceptAnything ({scope!r:.200})"
+    return ""
