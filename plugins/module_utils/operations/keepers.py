@@ -9,23 +9,19 @@ journals of mounts keep for going back.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
-from typing import Any
 
 from . import bootmount
+from . import journal
 from .journal import HOST, Places
 from ..host import mountinfo
-from ..errors import FormatError, IncompatibleJournal, doing
+from ..errors import EngineError, doing
 from ..store.graph import Graph, Root
 from ..store.imagestreams import MANIFEST
 from ..store.repository import Repository
 
 MOUNT, UNIT, JOURNAL = "mount", "unit", "journal"
-JOURNALS = "deployments"
-_VERSION = 1
-_MAX_JOURNAL = 1 << 20
 _DIGEST = re.compile("(?<![0-9a-f])(?:[0-9a-f]{128}|[0-9a-f]{64})(?![0-9a-f])")
 _OBJECT = re.compile("(?<![0-9a-f])([0-9a-f]{2})/([0-9a-f]{126}|[0-9a-f]{62})(?![0-9a-f])")
 
@@ -46,7 +42,7 @@ class Keeper:
 def keepers(repository: Repository, places: Places = HOST) -> list[Keeper]:
     """Everything on this host that may need something of ``repository``.
 
-    FormatError or IncompatibleJournal for a journal that cannot be understood: what it keeps is unknown then.
+    IncompatibleJournal for a journal that cannot be understood: what it keeps is unknown then.
     """
     return [
         *_mounted(),
@@ -111,69 +107,23 @@ def _loops() -> list[tuple[str, str]]:
 
 
 def _journals(repository: Repository, places: Places) -> list[Keeper]:
-    directory = f"{places.library}/{JOURNALS}"
-    with doing(f"Listing {directory}"):
-        try:
-            names = sorted(name for name in os.listdir(directory) if name.endswith(".json"))
-        except (FileNotFoundError, NotADirectoryError):
-            return []
     found = []
-    for name in names:
-        journal = _read(f"{directory}/{name}")
-        if journal is not None and _same(journal["repository"], repository):
-            found.append(_keeper(f"{directory}/{name}", journal))
-    return found
-
-
-def _read(path: str) -> dict[str, Any] | None:
-    """A journal of one mount point; None if it went meanwhile."""
-    hint = "Repair or remove it: what it keeps for going back is unknown until then."
-    with doing(f"Reading the journal {path}"):
-        try:
-            with open(path, "rb") as file:
-                raw = file.read(_MAX_JOURNAL)
-        except FileNotFoundError:
-            return None
-        try:
-            journal = json.loads(raw)
-        except ValueError as error:
-            raise FormatError("It is no JSON document.", hint) from error
-        if not isinstance(journal, dict) or not isinstance(journal.get("version"), int):
-            raise FormatError("It is no journal of a mount.", hint)
-        if journal["version"] > _VERSION:
-            raise IncompatibleJournal(
-                f"It has version {journal['version']}, and {_VERSION} is the highest known here.",
-                "Use the version of the collection that wrote it, or a later one.",
-            )
-        if not isinstance(journal.get("repository"), str):
-            raise FormatError("It does not name its repository.", hint)
-    return journal
-
-
-def _keeper(path: str, journal: dict[str, Any]) -> Keeper:
-    with doing(f"Reading the journal {path}"):
-        previous = journal.get("previous") or []
-        entries = [journal.get("current"), journal.get("pending"), *(previous if isinstance(previous, list) else [0])]
-        if any(entry is not None and not isinstance(entry, dict) for entry in entries):
-            raise FormatError("What it keeps cannot be understood.", "Repair or remove it.")
-        images: set[str] = set()
-        manifests: set[str] = set()
-        for entry in entries:
-            for key, texts in (("image_id", images), ("from", images), ("digest", manifests)):
-                value = (entry or {}).get(key)
-                if isinstance(value, str):
-                    texts.add(value)
-                elif value is not None:
-                    raise FormatError(f"Its {key} is no text.", "Repair or remove it.")
-        pins = journal.get("pins") or []
-        names = [journal.get("name"), *(pins if isinstance(pins, list) else [])]
-        return Keeper(
-            JOURNAL,
-            str(journal.get("path") or path),
-            frozenset(images),
-            frozenset(manifests),
-            frozenset(name for name in names if isinstance(name, str)),
+    for file, one in journal.journals(places).items():
+        if isinstance(one, EngineError):
+            one.hint = f"What it keeps for going back is unknown until then. {one.hint}".strip()
+            raise one
+        pending = one.pending
+        entries = [one.current, *one.previous, pending]
+        # What is on trial may come from another repository than what was there before.
+        if not any(_same(place, repository) for place in {one.repository, pending and pending.repository} if place):
+            continue
+        images = {entry.image_id for entry in entries if entry} | {pending.origin if pending else None}
+        manifests = {entry.digest for entry in entries if entry}
+        names = {one.name, pending.name if pending else None, *one.pins}
+        found.append(
+            Keeper(JOURNAL, one.path or file, *(frozenset(filter(None, one)) for one in (images, manifests, names)))
         )
+    return found
 
 
 def _same(path: str, repository: Repository) -> bool:

@@ -26,7 +26,8 @@ from filled_repository import TAGS, copy_of, fill, make_layout
 
 from ansible_collections.composefs.oci.plugins.module_utils.errors import Busy, FormatError, IncompatibleJournal
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
-from ansible_collections.composefs.oci.plugins.module_utils.operations import bootmount, keepers, prune
+from ansible_collections.composefs.oci.plugins.module_utils.operations import keepers, prune
+from ansible_collections.composefs.oci.plugins.module_utils.operations.journal import Places
 from ansible_collections.composefs.oci.plugins.module_utils.operations.keepers import Keeper
 from ansible_collections.composefs.oci.plugins.module_utils.operations.prune import Pruned, Wish
 from ansible_collections.composefs.oci.plugins.module_utils.progress import Progress
@@ -316,24 +317,24 @@ def test_cut_off_at_any_removal_it_leaves_no_link_to_nothing_and_the_next_run_en
 
 
 @pytest.fixture
-def places(tmp_path: pathlib.Path) -> bootmount.Places:
+def places(tmp_path: pathlib.Path) -> Places:
     for name in ("units", "library/deployments"):
         (tmp_path / name).mkdir(parents=True)
-    return bootmount.Places(str(tmp_path / "units"), str(tmp_path / "library"), str(tmp_path / "running"))
+    return Places(str(tmp_path / "units"), str(tmp_path / "library"), str(tmp_path / "running"))
 
 
-def look(path: pathlib.Path, places: bootmount.Places) -> list[Keeper]:
+def look(path: pathlib.Path, places: Places) -> list[Keeper]:
     with Repository.open(str(path)) as repository:
         return [keeper for keeper in keepers.keepers(repository, places) if keeper.kind != keepers.MOUNT]
 
 
-def journal(places: bootmount.Places, name: str = "srv-app", **values: Any) -> pathlib.Path:
+def journal(places: Places, name: str = "srv-app", **values: Any) -> pathlib.Path:
     path = pathlib.Path(places.library, "deployments", f"{name}.json")
     path.write_text(json.dumps({"version": 1, "path": "/srv/app", "name": "app", "pending": None, **values}))
     return path
 
 
-def test_current_previous_and_pending_of_a_journal_are_kept(path: pathlib.Path, places: bootmount.Places) -> None:
+def test_current_previous_and_pending_of_a_journal_are_kept(path: pathlib.Path, places: Places) -> None:
     with Repository.open(str(path), write=True) as repository:
         digests = {name: repository.tag_digest(name) or "" for name in TAGS}
         for name in TAGS:
@@ -342,11 +343,14 @@ def test_current_previous_and_pending_of_a_journal_are_kept(path: pathlib.Path, 
         places,
         repository=str(path),
         current={"digest": digests["a"], "image_id": image_of(path, digests["a"])},
-        previous=[{"digest": digests["artifact"], "image_id": None}],
-        pending={"digest": digests["c"], "from": None},
+        previous=[{"digest": digests["artifact"], "image_id": "0" * 64}],
+        pending={
+            **dict.fromkeys(("who", "since", "deadline", "boot", "token"), ""),
+            **{"digest": digests["c"], "image_id": "1" * 64, "from": None, "rollout": None},
+        },
         pins=["app@x"],
     )
-    journal(places, "elsewhere", repository="/elsewhere", current={"digest": digests["b"]})
+    journal(places, "elsewhere", repository="/elsewhere", current={"digest": digests["b"], "image_id": "2" * 64})
     (pathlib.Path(places.library) / "deployments/srv-app.json~").write_text("an older one, and broken")
     need = look(path, places)
     assert [(keeper.place, sorted(keeper.names)) for keeper in need] == [("/srv/app", ["app", "app@x"])]
@@ -364,25 +368,22 @@ def image_of(path: pathlib.Path, digest: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("text", "error"),
+    "text",
     [
-        ("{", FormatError),
-        ("[]", FormatError),
-        ('{"version": 1}', FormatError),
-        ('{"version": 1, "repository": "REPO", "current": 5}', FormatError),
-        ('{"version": 1, "repository": "REPO", "current": {"digest": 5}}', FormatError),
-        ('{"version": 2, "repository": "REPO"}', IncompatibleJournal),
+        "{",
+        "[]",
+        '{"version": 1}',
+        '{"version": 1, "path": "/srv", "repository": "REPO", "current": 5}',
+        '{"version": 2, "path": "/srv", "repository": "REPO"}',
     ],
 )
-def test_a_journal_that_cannot_be_understood_stops_everything(
-    path: pathlib.Path, places: bootmount.Places, text: str, error: type[Exception]
-) -> None:
+def test_a_journal_that_cannot_be_understood_stops_everything(path: pathlib.Path, places: Places, text: str) -> None:
     journal(places).write_text(text.replace("REPO", str(path)))
-    with pytest.raises(error, match=r"Reading the journal .*srv-app.json"):
+    with pytest.raises(IncompatibleJournal, match=r"srv-app.json"):
         look(path, places)
 
 
-def test_units_of_this_repository_are_kept(path: pathlib.Path, places: bootmount.Places) -> None:
+def test_units_of_this_repository_are_kept(path: pathlib.Path, places: Places) -> None:
     for number, repository in enumerate((str(path), "/elsewhere")):
         pathlib.Path(places.units, f"composefs-oci-x{number}.service").write_text(
             f"[X-Composefs]\nPath=/srv/x{number}\nRepository={repository}\nImage={'a' * 64}\n"
