@@ -74,6 +74,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("bootmount",),
         ("checkobjects", "keepers", "lastingmount"),
         ("activation", "check", "mountlisting", "prune"),
+        ("repair",),
     ),
 }
 # The threshold to Ansible stands at the root and looks into the house; no room looks at it.

@@ -191,7 +191,10 @@ class _Check:
             code, text = words[problem.code]
             self.add(code, None, problem.path, text.format(problem.path))
             if code == DANGLING_REFERENCE:
-                self.findings[-1].names = [_name_of(problem.path)]
+                name = _name_of(problem.path)
+                self.findings[-1].names = [name]
+                if name != problem.path and name in self.repository.tags():
+                    self.findings[-1].repairable = SOURCE
         for name, digest in self.graph.images.items():
             if name != digest.hex():
                 self.add(BAD_LINK, digest, f"images/{name}", f"images/{name} leads to another image.", LOCAL)
@@ -457,6 +460,12 @@ class _Check:
         bad = self.damaged()
         reached = self.graph.reached_by(bad, self.roots)
         local = _mendable(self.repository, self.graph, bad, self.configs)
+        # What such a stream holds are digests that can be looked up again, as long as its document is there.
+        local |= {
+            node
+            for name, node in self.graph.streams.items()
+            if name.startswith((imagestreams.MANIFEST, imagestreams.CONFIG))
+        }
         for finding in self.findings:
             if not finding.object:
                 continue

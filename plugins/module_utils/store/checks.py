@@ -57,6 +57,15 @@ def set_aside(repository: Repository, path: str) -> bool:
     return True
 
 
-def set_object_aside(repository: Repository, digest: bytes) -> bool:
-    """The same for an object."""
-    return set_aside(repository, f"objects/{fsverity.object_path(digest)}")
+def keep_copy(repository: Repository, digest: bytes) -> None:
+    """Give an object a second name there before it is replaced. It is only for who wants to look at it later, so what
+    cannot be kept is not.
+    """
+    root = repository.root
+    target = f"{digest.hex()}.{os.urandom(4).hex()}"
+    with (
+        contextlib.suppress(OSError, EngineError),
+        root.directory(DAMAGED, os.O_PATH, make=True) as aside,
+        root.parent(f"objects/{fsverity.object_path(digest)}") as (fd, name),
+    ):
+        os.link(name, target, src_dir_fd=fd, dst_dir_fd=aside, follow_symlinks=False)

@@ -88,6 +88,8 @@ class ObjectStore:
         self.algorithm = algorithm
         self.verity = verity
         self.hash_first = True
+        self.suspects: set[bytes] = set()
+        """Objects that a check found damaged: they are taken for present only if their content proves right."""
         self.stats = ObjectStats()
         self._seal = verity or try_verity
         self._tmpfile = True
@@ -355,6 +357,10 @@ class ObjectStore:
 
     def _state(self, digest: bytes, size: int | None) -> int:
         """Whether the object is absent, present, or there but wrong. OSError if that cannot be told."""
+        state = self._seeming_state(digest, size)
+        return _WRONG if state == _PRESENT and digest in self.suspects and not self.verify(digest) else state
+
+    def _seeming_state(self, digest: bytes, size: int | None) -> int:
         directory = self._directories[digest[0]]
         if directory < 0:
             directory = self._directory(digest[0])

@@ -40,6 +40,10 @@ def proved_layer(
         # An artifact's layer is a raw blob, but the same bytes stored as a layer serve as well; a container needs a
         # split tar.
         with repository.open_object_stream(stored, splitstream.LAYER if tar else None) as opened:
+            suspects = repository.objects.suspects
+            if any(digest in suspects and not repository.objects.contains(digest) for digest in opened.object_refs):
+                warnings.append(f"The stored layer {stream} has damaged objects and is replaced.")
+                return None
             if repository.trusted(diff_id) == stored:
                 return stored
             found = "sha256:" + tar_sha256(opened, repository.objects)

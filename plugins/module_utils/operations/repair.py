@@ -1,0 +1,462 @@
+# Copyright (c) composefs.oci contributors
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
+
+"""Mend what a check found: from what is here, from another repository, or from where each image came from.
+
+An object is never missing for the sake of its repair: a damaged one stays where it is, with a second name among the
+damaged things, until a good one is renamed over it. Whoever has the old file open, such as a mount, goes on with it.
+Whatever was mended, the check is made once more in the end, and what it still finds is told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from . import check, keepers
+from .findings import (
+    BAD_LINK,
+    IMAGE_DAMAGED,
+    IMAGE_UNLISTED,
+    IMAGE_WRONG,
+    LAYER_POISONED,
+    LOCAL,
+    MOUNT_LOST,
+    NO,
+    OBJECT_DAMAGED,
+    OBJECT_UNREADABLE,
+    OBJECT_UNSEALED,
+    PROOF_WRONG,
+    STREAM_DAMAGED,
+    STREAM_UNNAMED,
+    Finding,
+)
+from ..formats import fsverity, ocidocuments
+from ..formats.digests import digest_of
+from ..errors import EngineError, FormatError, InvalidOption, doing
+from ..progress import Progress
+from ..pull import plan as planning
+from ..pull import publish, pull
+from ..pull.plan import Request
+from ..store import checks, imagestreams, marks, namerecords
+from ..store import graph as graphs
+from ..store.repository import Repository
+
+_PIECE = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Repaired:
+    """What was done about one finding, or would be. ``how``: ``set_aside``, ``rebuilt`` from what is here, ``copied``
+    from another repository, ``fetched`` from where the image came from.
+    """
+
+    code: str
+    object: str | None
+    path: str
+    how: str
+    message: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Means:
+    """Where to get what is not here: ``source``, the path of another repository or of an OCI layout, and how to reach
+    registries.
+    """
+
+    source: str | None = None
+    options: pull.Options = dataclasses.field(default_factory=pull.Options)
+
+
+@dataclasses.dataclass
+class Result:
+    """``findings``: what is still wrong, or, foretold, what is wrong now. ``complaints``: why something could not be
+    mended, in words.
+    """
+
+    findings: list[Finding]
+    repaired: list[Repaired]
+    complaints: list[str]
+    checked: dict[str, object]
+
+    @property
+    def changed(self) -> bool:
+        return bool(self.repaired)
+
+
+def repair(
+    repository: Repository,
+    wish: check.Wish,
+    means: Means,
+    progress: Progress,
+    foretell: bool = False,
+    look: Callable[[Repository], list[keepers.Keeper]] = keepers.keepers,
+) -> Result:
+    """Check, mend and check again; with ``foretell`` only check and tell what would be mended how."""
+    report = check.check(repository, wish, progress, look, remember=False)
+    source = _Source(repository, means)
+    try:
+        if foretell or not report.findings:
+            told = [_foretold(repository, finding, source) for finding in report.findings]
+            return Result(report.findings, [one for one in told if one], [], report.checked)
+        repository.require_writable()
+        first = report
+        repaired: list[Repaired] = []
+        complaints: list[str] = []
+        # What was hidden behind the first findings, such as a name that had been given to something else, shows then.
+        for _round in range(2):
+            work = _Repair(repository, report.findings, source, means, progress, look)
+            work.run()
+            repository.objects.suspects = set()
+            report = check.check(repository, wish, progress, look)
+            repaired += work.told(report.findings)
+            complaints += [one for one in work.complaints if one not in complaints]
+            if not any(one.repairable == LOCAL for one in report.findings):
+                break
+        known = {(one.code, one.object, one.path) for one in first.findings}
+        done = {(one.code, one.object, one.path): one for one in repaired}
+        return Result(report.findings, [one for key, one in done.items() if key in known], complaints, report.checked)
+    finally:
+        source.close()
+
+
+class _Source:
+    """Another repository or a layout to take things from."""
+
+    def __init__(self, repository: Repository, means: Means) -> None:
+        self.path = os.path.abspath(means.source) if means.source else None
+        self.other: Repository | None = None
+        if self.path is None:
+            return
+        if os.path.exists(f"{self.path}/oci-layout") or os.path.isfile(self.path):
+            return
+        self.other = Repository.open(self.path)
+        if self.other.algorithm != repository.algorithm:
+            raise InvalidOption(
+                f"{self.path} names its objects by {self.other.algorithm.name}, {repository.path} by "
+                f"{repository.algorithm.name}.",
+                "Choose another 'source'.",
+            )
+
+    def has(self, digest: bytes) -> bool:
+        """Whether the other repository has a good object of this digest."""
+        return self.other is not None and self.other.objects.verify(digest)
+
+    def reference(self, repository: Repository, name: str, manifest: str) -> str | None:
+        """The reference by which to fetch the image ``name``, None if nothing is known of it."""
+        if self.path is not None and self.other is None:
+            kind = "oci-archive" if os.path.isfile(self.path) else "oci"
+            return f"{kind}:{self.path}@{manifest}" if kind == "oci" else f"{kind}:{self.path}"
+        record = namerecords.read(repository, name)
+        if record is not None:
+            return record.ref
+        # Names that earlier versions and cfsctl gave are references themselves, most of the time.
+        base = name.partition("@sha256:")[0]
+        return base if "://" in base and base.partition("://")[0] == "docker" else None
+
+    def close(self) -> None:
+        if self.other is not None:
+            self.other.close()
+
+
+def _foretold(repository: Repository, finding: Finding, source: _Source) -> Repaired | None:
+    """What would be done about a finding, None if nothing can be."""
+    text = "would be mended"
+    if finding.repairable == NO:
+        return None
+    digest = bytes.fromhex(finding.object) if finding.object else None
+    if finding.repairable == LOCAL:
+        how = "rebuilt" if finding.names else "set_aside"
+    elif digest is not None and source.has(digest):
+        how = "copied"
+    else:
+        tags = repository.tags()
+        if not any(name in tags and source.reference(repository, name, tags[name]) for name in finding.names):
+            return None
+        how = "fetched"
+    return Repaired(finding.code, finding.object, finding.path, how, f"{finding.path} {text}: {how}.")
+
+
+class _Repair:
+    """One repair: what it did about which object."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        findings: Sequence[Finding],
+        source: _Source,
+        means: Means,
+        progress: Progress,
+        look: Callable[[Repository], list[keepers.Keeper]],
+    ) -> None:
+        self.repository = repository
+        self.findings = findings
+        self.source = source
+        self.means = means
+        self.progress = progress
+        self.look = look
+        self.complaints: list[str] = []
+        self.how: dict[int, str] = {}
+        """What was done about the finding of this number."""
+        self.names: list[str] = []
+        self.by_image: dict[str, str] = {}
+        """How each image was mended."""
+
+    def run(self) -> None:
+        repository = self.repository
+        bad = {bytes.fromhex(one.object) for one in self.findings if one.object and one.code != IMAGE_UNLISTED}
+        repository.objects.suspects = set(bad)
+        affected = {name for one in self.findings for name in one.names}
+        tags = repository.tags()
+        self.names = [name for name in tags if name in affected]
+        with repository.importing():
+            for digest in sorted(bad):
+                checks.keep_copy(repository, digest)
+            for number, finding in enumerate(self.findings):
+                with self._told(finding.path):
+                    self._mend_here(number, finding)
+            repository.sync()
+        for name in self.names:
+            self.progress.message(f"Mending {name}")
+            with self._told(name):
+                self._mend_image(name, tags[name])
+        self._drop_what_is_left()
+
+    @contextlib.contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except EngineError as error:
+            self.complaints.append(f"{what}: {error}")
+
+    def _mend_here(self, number: int, finding: Finding) -> None:
+        """Links, proofs, seals, and what the other repository has."""
+        repository, code = self.repository, finding.code
+        digest = bytes.fromhex(finding.object) if finding.object else None
+        if code == STREAM_UNNAMED and digest is not None and repository.objects.contains(digest):
+            repository.register(finding.path[len("streams/") :], digest)
+            self.how[number] = "rebuilt"
+        elif code == IMAGE_UNLISTED and digest is not None and repository.objects.contains(digest):
+            repository.link_image(digest)
+            self.how[number] = "rebuilt"
+        elif code == BAD_LINK and finding.repairable == LOCAL:
+            checks.set_aside(repository, finding.path)
+            self.how[number] = "set_aside"
+        elif code == PROOF_WRONG:
+            diff_id = finding.path.rpartition(imagestreams.LAYER)[2]
+            checks.set_aside(repository, f"{marks.DIRECTORY}/trusted/{diff_id}")
+            self.how[number] = "set_aside"
+        elif code == OBJECT_UNSEALED and digest is not None:
+            # Written anew, the copy is sealed and takes the place of the other.
+            path = f"objects/{finding.object[:2]}/{finding.object[2:]}" if finding.object else ""
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=repository.fd)
+            with os.fdopen(fd, "rb") as file:
+                repository.objects.put_pieces(iter(lambda: file.read(_PIECE), b""))
+            self.how[number] = "rebuilt"
+        elif code in (LAYER_POISONED, STREAM_DAMAGED, IMAGE_DAMAGED) and digest is not None:
+            # The object is what its name says, but that is not what the links that lead to it stand for.
+            if repository.objects.contains(digest):
+                for path in self._links_to(digest, finding):
+                    checks.set_aside(repository, path)
+                    self.how[number] = "set_aside"
+        elif digest is not None and self.source.has(digest) and not repository.objects.contains(digest):
+            self._copy(digest)
+            self.how[number] = "copied"
+
+    def _links_to(self, digest: bytes, finding: Finding) -> list[str]:
+        if finding.path.startswith("streams/"):
+            return [finding.path]
+        graph = graphs.Graph.read(self.repository)
+        links = (("streams", graph.streams), ("images", graph.images))
+        return [f"{kind}/{name}" for kind, found in links for name, one in found.items() if one == digest]
+
+    def _copy(self, digest: bytes) -> None:
+        other = self.source.other
+        if other is None:
+            return
+        with doing(f"Copying object {digest.hex()} from {other.path}"):
+            with os.fdopen(other.objects.open(digest), "rb") as file:
+                found = self.repository.objects.put_pieces(iter(lambda: file.read(_PIECE), b""))
+            if found != digest:
+                raise FormatError(f"It has the digest {found.hex()} there.", "Check that repository, too.")
+
+    # --- images
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _mend_image(self, name: str, manifest: str) -> None:
+        """Have the image under ``name`` whole again, with the same manifest: from what is here if that suffices."""
+        repository = self.repository
+        images = self._wanted_images(manifest)
+        self._drop_wrong_images(manifest)
+        for attempt in (False, True):
+            if attempt and not self._rebuild_documents(manifest):
+                break
+            request = Request(f"docker://invalid.invalid/x@{manifest}", name)
+            plan = planning.recall(repository, request, [], True, same_reference=False)
+            if plan is not None:
+                with repository.importing():
+                    publish.publish(repository, plan, images, {}, self.progress)
+                self.by_image[name] = "rebuilt"
+                return
+        ref = self.source.reference(repository, name, manifest)
+        if ref is None:
+            raise FormatError(
+                f"Nothing is remembered of where {name} came from.",
+                "Pull it once more, or set 'source' to a repository or layout that has it.",
+            )
+        options = dataclasses.replace(self.means.options, images=images)
+        pull.pull_images(repository, [Request(ref, name, digest=self._asked(name, manifest))], options, self.progress)
+        self.by_image[name] = "fetched"
+        if repository.tag_digest(name) != manifest:
+            raise FormatError(f"{ref} is another image now.", "Pull the image by its digest.")
+
+    def _asked(self, name: str, manifest: str) -> str:
+        record = namerecords.read(self.repository, name)
+        return (record.registry_digest if record and self.source.path is None else None) or manifest
+
+    def _wanted_images(self, manifest: str) -> publish.Images:
+        """The EROFS images that the configuration had, as far as that can be read."""
+        document = imagestreams.refs_of(
+            self.repository, imagestreams.MANIFEST, self.repository.stream(imagestreams.MANIFEST + manifest) or b""
+        )
+        for key, stream in (document or {}).items():
+            if key.startswith(imagestreams.CONFIG_REF):
+                refs = imagestreams.refs_of(self.repository, imagestreams.CONFIG, stream)
+                if refs is not None:
+                    keys = [one for one in refs if imagestreams.is_image_ref(one)]
+                    boot = any(one.startswith(imagestreams.BOOT_REF) for one in keys)
+                    return publish.Images(any(not one.startswith(imagestreams.BOOT_REF) for one in keys), boot)
+        return publish.Images()
+
+    def _drop_wrong_images(self, manifest: str) -> None:
+        """Let the configuration forget EROFS images that are not what its layers make; they are then made anew."""
+        repository = self.repository
+        wrong = {
+            bytes.fromhex(one.object)
+            for one in self.findings
+            if one.code in (IMAGE_WRONG, IMAGE_DAMAGED) and one.object
+        }
+        document = imagestreams.usable(repository, imagestreams.MANIFEST, manifest) if wrong else None
+        for key, stream in (document.refs if document else {}).items():
+            if not key.startswith(imagestreams.CONFIG_REF):
+                continue
+            digest = key[len(imagestreams.CONFIG_REF) :]
+            config = imagestreams.read_object(repository, imagestreams.CONFIG, digest, stream)
+            refs = {one: image for one, image in config.refs.items() if image not in wrong}
+            if len(refs) == len(config.refs):
+                continue
+            with repository.importing():
+                changed = imagestreams.store(repository, imagestreams.CONFIG, config.raw, refs)
+                moved = {
+                    one: imagestreams.store(repository, imagestreams.MANIFEST, doc.raw, {**doc.refs, key: changed})
+                    for one, doc in imagestreams.manifests_of_config(repository, digest, changed).items()
+                }
+                repository.sync()
+                imagestreams.replace(repository, digest, changed, moved)
+
+    def _rebuild_documents(self, manifest: str) -> bool:
+        """Write the streams of manifest and configuration anew, if their documents are among the objects and all layers
+        are there; whether that was so.
+        """
+        repository = self.repository
+        raw = self._find_document(manifest)
+        if raw is None:
+            return False
+        parsed = ocidocuments.parse_manifest(raw)
+        config_raw = self._find_document(parsed.config.digest, parsed.config.size)
+        if config_raw is None:
+            return False
+        container = ocidocuments.is_container(parsed)
+        layers = [layer.digest for layer in parsed.layers]
+        if container:
+            layers = [one for _layer, one in ocidocuments.pairs(parsed, ocidocuments.parse_config(config_raw))]
+        refs = {}
+        for layer in layers:
+            stream = repository.stream(imagestreams.LAYER + layer)
+            if stream is None or not repository.objects.contains(stream):
+                return False
+            refs[layer] = stream
+        with repository.importing():
+            config = imagestreams.store(repository, imagestreams.CONFIG, config_raw, refs if container else {})
+            lead = {imagestreams.CONFIG_REF + parsed.config.digest: config}
+            stream = imagestreams.store(repository, imagestreams.MANIFEST, raw, {**lead, **refs})
+            # Others that lead to the same configuration follow it.
+            moved = {
+                one: imagestreams.store(repository, imagestreams.MANIFEST, other.raw, {**other.refs, **lead})
+                for one, other in imagestreams.manifests_of_config(repository, parsed.config.digest, config).items()
+            }
+            repository.sync()
+            imagestreams.replace(repository, parsed.config.digest, config, {**moved, manifest: stream})
+        return True
+
+    def _find_document(self, digest: str, size: int | None = None) -> bytes | None:
+        """The document with the OCI digest ``digest`` among all objects; None if none is it."""
+        repository = self.repository
+        for kind in (imagestreams.MANIFEST, imagestreams.CONFIG):
+            known = imagestreams.usable(repository, kind, digest)
+            if known is not None:
+                return known.raw
+        for name, object_digest in repository.objects.names():
+            if object_digest is None:
+                continue
+            with contextlib.suppress(EngineError, OSError):
+                found = os.stat(name, dir_fd=repository.objects.dirfd, follow_symlinks=False)
+                if found.st_size > ocidocuments.MAX_CONFIG or found.st_size != (size or found.st_size):
+                    continue
+                raw = repository.objects.read(object_digest, ocidocuments.MAX_CONFIG)
+                if digest_of(raw) == digest:
+                    return raw
+        return None
+
+    # --- the end
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _drop_what_is_left(self) -> None:
+        """Set aside damaged objects that could not be mended, so that nobody takes them for present, and whatever
+        damaged nobody needs. What is mounted keeps what it has.
+        """
+        repository = self.repository
+        graph = graphs.Graph.read(repository)
+        with self._told("mounts"):
+            mounted = [root for root in keepers.roots(graph, self.look(repository)) if root.kind == keepers.MOUNT]
+            damaged = {
+                bytes.fromhex(one.object): number
+                for number, one in enumerate(self.findings)
+                if one.object and one.code in (OBJECT_DAMAGED, OBJECT_UNREADABLE)
+            }
+            left = {digest for digest in damaged if not repository.objects.contains(digest)}
+            held = {digest for digest, roots in graph.reached_by(left, mounted).items() if roots}
+            for digest in left - held:
+                if checks.set_aside(repository, f"objects/{fsverity.object_path(digest)}"):
+                    self.how[damaged[digest]] = "set_aside"
+            for digest in sorted(held):
+                self.complaints.append(f"The damaged object {digest.hex()} was left in place, for it is mounted.")
+
+    def told(self, still: Iterable[Finding]) -> list[Repaired]:
+        """What was done, by finding; what is found still was not mended."""
+        left = {(one.object or one.path) for one in still}
+        done = []
+        in_use = "A mount of this image may show the old content until it is made anew."
+        for number, finding in enumerate(self.findings):
+            how = self.how.get(number)
+            if (finding.object or finding.path) in left and how != "set_aside":
+                continue
+            if how is None:
+                if finding.repairable == NO or finding.code == MOUNT_LOST:
+                    continue
+                hows = {self.by_image.get(name) for name in finding.names}
+                how = "fetched" if "fetched" in hows and finding.repairable != LOCAL else "rebuilt"
+            words = {
+                "set_aside": "was set aside",
+                "rebuilt": "was made anew of what is here",
+                "copied": f"was copied from {self.source.path}",
+                "fetched": "was fetched again",
+            }
+            text = f"{finding.path} {words[how]}."
+            if any(name.startswith(f"{keepers.MOUNT} ") for name in finding.names):
+                text += f" {in_use}"
+            done.append(Repaired(finding.code, finding.object, finding.path, how, text))
+        return done
