@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import stat
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -43,7 +42,7 @@ from .findings import (
 )
 from ..formats import fsverity, ocidocuments, repolayout
 from ..host import workers
-from ..errors import EngineError, FormatError, ImageNotFound, InvalidDocument, from_os_error
+from ..errors import EngineError, FormatError, ImageNotFound, InvalidDocument
 from ..progress import Progress
 from ..store import checks, imagestreams, proofs
 from ..store import graph as graphs
@@ -253,13 +252,8 @@ class _Check:
 
     def _size(self, digest: bytes) -> int | None:
         """The bytes of an object, None if it is not there."""
-        try:
-            found = os.stat(fsverity.object_path(digest), dir_fd=self.repository.objects.dirfd, follow_symlinks=False)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            raise from_os_error(error, f"Looking for object {digest.hex()}") from error
-        return found.st_size if stat.S_ISREG(found.st_mode) else None
+        found = self.repository.objects.stat(digest)
+        return found.st_size if found is not None and stat.S_ISREG(found.st_mode) else None
 
     def _absent(self, digest: bytes, needed_by: str) -> bool:
         """Whether an object is missing; told once each."""

@@ -84,8 +84,21 @@ def check_objects(
 def check_one(repository: Repository, digest: bytes) -> Finding | None:
     """The same for one object, which exists; None if it is right."""
     name = fsverity.object_path(digest)
-    fault, _size = _fault(repository, repository.objects.dirfd, name, digest, bytearray(_PIECE))
+    with doing(f"Checking {repository.path}/objects/{name}"):
+        try:
+            fd = _open_directory(repository, name[:2])
+        except FileNotFoundError:
+            return None  # that it is missing is told elsewhere
+        try:
+            fault, _size = _fault(repository, fd, name[3:], digest, bytearray(_PIECE))
+        finally:
+            os.close(fd)
     return Finding(fault[0], digest.hex(), f"objects/{name}", fault[1]) if fault else None
+
+
+def _open_directory(repository: Repository, name: str) -> int:
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
+    return os.open(name, flags, dir_fd=repository.objects.dirfd)
 
 
 def _exists(repository: Repository) -> bool:
@@ -96,9 +109,7 @@ def _exists(repository: Repository) -> bool:
 def _listing(repository: Repository, name: str) -> list[str]:
     with doing(f"Listing {repository.path}/objects/{name}"):
         try:
-            fd = os.open(
-                name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=repository.objects.dirfd
-            )
+            fd = _open_directory(repository, name)
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -131,9 +142,7 @@ def _check_directory(repository: Repository, first: str, tell: Callable[[Any], N
     objects = size = 0
     with doing(f"Checking {repository.path}/objects/{first}"):
         try:
-            fd = os.open(
-                first, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=repository.objects.dirfd
-            )
+            fd = _open_directory(repository, first)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                 return

@@ -16,7 +16,7 @@ from . import bootmount
 from . import journal
 from .journal import HOST, Places
 from ..host import mountinfo
-from ..errors import EngineError, doing
+from ..errors import EngineError
 from ..store.graph import Graph, Root
 from ..store.imagestreams import MANIFEST
 from ..store.repository import Repository
@@ -68,13 +68,11 @@ def roots(graph: Graph, found: list[Keeper]) -> list[Root]:
                 added.append(Root(keeper.kind, name, node))
         for image in sorted(keeper.images):
             # Much that stands in the list of mounts only looks like the digest of an image: it leads nowhere then.
-            if len(image) == size and (image in graph.images or _exists(repository, bytes.fromhex(image))):
+            if len(image) == size and (
+                image in graph.images or repository.objects.stat(bytes.fromhex(image)) is not None
+            ):
                 added.append(Root(keeper.kind, name, bytes.fromhex(image), True))
     return added
-
-
-def _exists(repository: Repository, digest: bytes) -> bool:
-    return repository.objects.stat(digest) is not None
 
 
 def _mounted() -> list[Keeper]:

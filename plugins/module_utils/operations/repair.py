@@ -251,9 +251,7 @@ class _Repair:
             self.how[number] = "set_aside"
         elif code == OBJECT_UNSEALED and digest is not None:
             # Written anew, the copy is sealed and takes the place of the other.
-            path = f"objects/{finding.object[:2]}/{finding.object[2:]}" if finding.object else ""
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=repository.fd)
-            with os.fdopen(fd, "rb") as file:
+            with os.fdopen(repository.root.open_file(f"objects/{fsverity.object_path(digest)}"), "rb") as file:
                 repository.objects.put_pieces(iter(lambda: file.read(_PIECE), b""))
             self.how[number] = "rebuilt"
         elif code in (LAYER_POISONED, STREAM_DAMAGED, IMAGE_DAMAGED) and digest is not None:
@@ -319,9 +317,8 @@ class _Repair:
 
     def _wanted_images(self, manifest: str) -> publish.Images:
         """The EROFS images that the configuration had, as far as that can be read."""
-        document = imagestreams.refs_of(
-            self.repository, imagestreams.MANIFEST, self.repository.stream(imagestreams.MANIFEST + manifest) or b""
-        )
+        there = self.repository.stream(imagestreams.MANIFEST + manifest)
+        document = imagestreams.refs_of(self.repository, imagestreams.MANIFEST, there) if there else None
         for key, stream in (document or {}).items():
             if key.startswith(imagestreams.CONFIG_REF):
                 refs = imagestreams.refs_of(self.repository, imagestreams.CONFIG, stream)
@@ -399,12 +396,12 @@ class _Repair:
             known = imagestreams.usable(repository, kind, digest)
             if known is not None:
                 return known.raw
-        for name, object_digest in repository.objects.names():
+        for _name, object_digest in repository.objects.names():
             if object_digest is None:
                 continue
             with contextlib.suppress(EngineError, OSError):
-                found = os.stat(name, dir_fd=repository.objects.dirfd, follow_symlinks=False)
-                if found.st_size > ocidocuments.MAX_CONFIG or found.st_size != (size or found.st_size):
+                found = repository.objects.stat(object_digest)
+                if found is None or found.st_size > ocidocuments.MAX_CONFIG or found.st_size != (size or found.st_size):
                     continue
                 raw = repository.objects.read(object_digest, ocidocuments.MAX_CONFIG)
                 if digest_of(raw) == digest:
