@@ -197,11 +197,13 @@ class Bench:
         extra = ["--parallel", str(self.options.parallel)] if self.options.parallel else []
         return [
             self.options.python,
-            str(HERE / "pull.py"),
+            str(HERE.parent / "dev" / "run_engine.py"),
+            "--repository",
+            str(repository),
+            "pull",
             *extra,
             "--skopeo",
             self.options.skopeo,
-            str(repository),
             reference,
             "bench",
         ]

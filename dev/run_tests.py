@@ -29,6 +29,7 @@ import xml.etree.ElementTree
 from collections.abc import Callable, Iterator, Sequence
 
 import environment
+import nearby
 from environment import NAME, NAMESPACE, ROOT, VENV, Missing, say
 
 LOGS = VENV / "logs"
@@ -183,9 +184,14 @@ def other_pythons() -> list[tuple[int, int]]:
     return found if OPTIONS.all_pythons else sorted({found[0], found[-1]} if found else set())
 
 
+def on_processors() -> list[str]:
+    """The arguments that spread a run of pytest over the processors: all of them, or two beside another part."""
+    return ["-n", str(min(2, os.cpu_count() or 1) if OPTIONS.shared else os.cpu_count() or 1), "--dist", "worksteal"]
+
+
 def own_python(part: Part) -> None:
     """Unit and property tests with the controller's Python."""
-    part.pytest(VENV / "bin" / "python", "tests/unit")
+    part.pytest(VENV / "bin" / "python", *on_processors(), "tests/unit")
     for wanted in ((3, 9), (3, 13)):
         if wanted not in (*other_pythons(), sys.version_info[:2]):
             part.counts.skips.append(
@@ -206,10 +212,25 @@ def unit_on(version: tuple[int, int]) -> Callable[[Part], None]:
         for name in ("__init__.py", "_vendor", "release.py", "module_utils"):
             with contextlib.suppress(FileExistsError):
                 (library / name).symlink_to(source / name)
-        part.pytest(interpreter, "tests/unit", label=label, env=tool_environment(PYTHONPATH=str(library.parent)))
+        part.pytest(
+            interpreter,
+            *on_processors(),
+            "tests/unit",
+            label=label,
+            env=tool_environment(PYTHONPATH=str(library.parent)),
+        )
 
     run.__doc__ = f"Unit and property tests with Python {version[0]}.{version[1]}, as on managed hosts."
     return run
+
+
+def near(part: Part) -> None:
+    """Quick unit tests of what differs from the branch main, and of what imports it: for while you work."""
+    chosen = nearby.tests(nearby.changed_files())
+    if not chosen:
+        raise Failed("nothing differs from main that has unit tests")
+    part.write("".join(f"{path}\n" for path in chosen))
+    part.pytest(VENV / "bin" / "python", *on_processors(), "-m", "not slow", *chosen)
 
 
 def integration(part: Part) -> None:
@@ -353,6 +374,7 @@ def guests(part: Part) -> None:
 
 PARTS: dict[str, tuple[Callable[[Part], None], float]] = {
     # Name: function, seconds after which it is ended.
+    "near": (near, 300),
     "sanity": (sanity, 2400),
     "hosts": (hosts, 2400),
     "guests": (guests, 2400),
@@ -377,7 +399,7 @@ NEEDS = {
     "demo": environment.DEMO_COMMANDS,
     "sanity": {"shellcheck": "shellcheck"},
 }
-OPTIONS = argparse.Namespace(all_pythons=False, sanity=[])
+OPTIONS = argparse.Namespace(all_pythons=False, sanity=[], shared=False)
 
 running: dict[str, Part] = {}
 running_lock = threading.Lock()
@@ -461,7 +483,8 @@ def main() -> int:
         for name, parts in GROUPS.items():
             say(f"{name:14} {', '.join(parts)}")
         return 0
-    chosen = list(dict.fromkeys(choose(arguments.parts))) or list(PARTS)
+    chosen = list(dict.fromkeys(choose(arguments.parts))) or [name for name in PARTS if name != "near"]
+    OPTIONS.shared = len(chosen) > 1 and arguments.jobs > 1
     # The long ones first, so that they do not wait for the short ones.
     chosen.sort(key=lambda name: -PARTS[name][1])
 

@@ -16,7 +16,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TextIO
+from typing import Any, NamedTuple, Protocol
 import contextlib
 
 from .text import LINE_LIMIT, printable
@@ -90,7 +90,7 @@ class Progress:
 
 
 class Board:
-    """What all events so far add up to; both visible sinks draw from it."""
+    """What all events so far add up to; whoever shows a pull draws from it."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
@@ -221,56 +221,3 @@ class FileSink:
         ) as file:
             json.dump(self.state(finished), file)
         os.replace(aside, self._path)
-
-
-class TerminalSink:
-    """One line a layer on a terminal: bar, bytes, rate, time left; redrawn in place at most ten times a second."""
-
-    WIDTH = 24
-
-    def __init__(self, stream: TextIO, interval: float = 0.1) -> None:
-        self._stream = stream
-        self._interval = interval
-        self._board = Board()
-        self._last = float("-inf")
-        self._drawn = 0
-
-    def event(self, event: Event) -> None:
-        self._board.take(event)
-        now = self._board.clock()
-        if event.kind == BYTES and now - self._last < self._interval:
-            return
-        self._last = now
-        self._draw()
-
-    def close(self) -> None:
-        self._draw()
-
-    def line(self, name: str) -> str:
-        """The text of one layer's line."""
-        layer = self._board.layers[name]
-        short = name.partition(":")[2][:12] or name[:12]
-        if layer.state == SKIPPED:
-            return f"{short}  already present"
-        part = layer.done / layer.total if layer.total else 1.0
-        full = int(part * self.WIDTH)
-        rate = layer.done / max(self._board.clock() - layer.started, 0.001)
-        eta = (
-            f"  {int((layer.total - layer.done) / rate)} s left"
-            if rate > 0 and layer.state == BYTES and part < 1
-            else ""
-        )
-        ending = "  done" if layer.state == DONE else eta
-        return (
-            f"{short}  [{'#' * full}{'.' * (self.WIDTH - full)}] {human(layer.done)} of {human(layer.total)}  "
-            f"{human(rate)}/s{ending}"
-        )
-
-    def _draw(self) -> None:
-        lines = [self.line(name) for name in self._board.layers]
-        if self._board.text:
-            lines.append(self._board.text)
-        up = f"\x1b[{self._drawn}F" if self._drawn else ""
-        self._stream.write(up + "".join(f"\x1b[2K{text}\n" for text in lines))
-        self._stream.flush()
-        self._drawn = len(lines)

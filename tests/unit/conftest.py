@@ -15,6 +15,8 @@ import pathlib
 import sys
 import types
 
+import pytest
+
 
 def _provide_collection() -> None:
     name = "ansible_collections.composefs.oci"
@@ -43,3 +45,7 @@ if os.environ.get("CI") and importlib.util.find_spec("hypothesis") is not None:
 
     settings.register_profile("ci", derandomize=True, database=None)
     settings.load_profile("ci")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes more than half a second; dev/test near leaves it out")

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import pathlib
@@ -169,18 +168,6 @@ def test_a_failing_sink_is_silenced_and_the_pull_goes_on() -> None:
     emit.message("two")
     emit.close()
     assert broken.calls == 1
-
-
-def test_terminal_draws_a_line_a_layer_in_place() -> None:
-    stream = io.StringIO()
-    sink = progress.TerminalSink(stream, interval=0)
-    sink.event(Event(SKIPPED, A, 10, 10))
-    sink.event(Event(STARTED, B, 0, 100))
-    sink.event(Event(BYTES, B, 50, 100))
-    sink.event(Event(DONE, B, 100, 100))
-    last = stream.getvalue().rsplit("\x1b[2F", 1)[1]
-    assert "aaaaaaaaaaaa  already present" in last
-    assert "bbbbbbbbbbbb  [########################] 100 B of 100 B" in last and "done" in last
 
 
 def test_human_units() -> None:
