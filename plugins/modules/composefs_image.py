@@ -75,7 +75,8 @@ options:
   state:
     description:
       - V(present) pulls the image and names it.
-      - V(absent) removes the name. The data stays until the repository is pruned.
+      - V(absent) removes the name. The data stays until the repository is pruned. If the image is mounted a warning
+        says where.
     type: str
     choices: [present, absent]
     default: present
@@ -445,6 +446,7 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.composefs.oci.plugins.module_utils.pull import pull
 from ansible_collections.composefs.oci.plugins.module_utils.errors import (
+    EngineError,
     InvalidOption,
     InvalidReference,
     MissingLibrary,
@@ -452,7 +454,8 @@ from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     SkopeoTooOld,
 )
 from ansible_collections.composefs.oci.plugins.module_utils.module import opened_repository, repository_path, run_module
-from ansible_collections.composefs.oci.plugins.module_utils.host import watch
+from ansible_collections.composefs.oci.plugins.module_utils.host import mountinfo, watch
+from ansible_collections.composefs.oci.plugins.module_utils.operations import listing
 from ansible_collections.composefs.oci.plugins.module_utils.formats.digests import is_digest
 from ansible_collections.composefs.oci.plugins.module_utils.formats.reference import parse_reference
 from ansible_collections.composefs.oci.plugins.module_utils.formats.reference import default_name, other_names
@@ -569,6 +572,7 @@ def run(module: AnsibleModule, base: dict, life: watch.Life) -> dict:
             images = present(module, repository, requests, options, life)
         else:
             images = [pull.forget(repository, request, module.check_mode) for request in requests]
+            warn_of_mounts(module, repository, images)
     # A list, for each must lose the key.
     changes = [image.pop("changed") for image in images]
     result = {"changed": any(changes), "repository": path}
@@ -585,6 +589,21 @@ def run(module: AnsibleModule, base: dict, life: watch.Life) -> dict:
     else:
         result.update(images[0])
     return result
+
+
+def warn_of_mounts(module: AnsibleModule, repository: Repository, images: list[dict]) -> None:
+    """Say of each image whose name goes where it is mounted: it stays there, and its bytes stay, too."""
+    for image in images:
+        try:
+            described = listing.describe_image(repository, image["previous_digest"] or "")
+        except EngineError:
+            continue
+        paths = mountinfo.showing(described["image_ids"].values())
+        if paths:
+            module.warn(
+                f"The image of the name {image['name']} is mounted at {', '.join(paths)}. It stays there, and is kept "
+                f"in {repository.path} until it is unmounted."
+            )
 
 
 def main() -> None:

@@ -191,6 +191,10 @@ images:
     image_ids:
       description: All EROFS images of the configuration by the names under which it refers to them.
       type: dict
+    mounted_at:
+      description: Where one of its EROFS images is mounted on this host, whoever mounted it.
+      type: list
+      elements: str
     disk_use:
       description: What the image occupies in the repository. V(null) without O(disk_use).
       type: dict
@@ -241,6 +245,7 @@ images:
       boot_image_id:
       image_ids:
         composefs.image.v1: 14a26c957c84f6eb774b91205476adc13196c7c33b9dd97d08d43725ecb90b63
+      mounted_at: [/srv/app]
       disk_use: {own: 48037181, shared: 29810442, own_objects: 1210, shared_objects: 1921}
 dumpfile:
   description: The absolute path of the dumpfile. V(null) without O(dumpfile).
@@ -260,6 +265,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
+from ansible_collections.composefs.oci.plugins.module_utils.host import mountinfo
 from ansible_collections.composefs.oci.plugins.module_utils.operations import dump
 from ansible_collections.composefs.oci.plugins.module_utils.operations.diskuse import disk_use
 from ansible_collections.composefs.oci.plugins.module_utils.errors import ImageNotFound
@@ -278,6 +284,7 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
         images, complaints = list_images(repository, params["name"] or "", params["digest"] or "")
         use = disk_use(repository, [image["digest"] for image in images]) if params["disk_use"] else {}
         for image in images:
+            image["mounted_at"] = mountinfo.showing(image["image_ids"].values())
             image["disk_use"] = use[image["digest"]]._asdict() if image["digest"] in use else None
         for complaint in complaints:
             module.warn(f"An image cannot be described: {complaint}")

@@ -111,6 +111,12 @@ def everywhere() -> list[tuple[str, str]]:
     return found
 
 
+def showing(images: Iterable[str]) -> list[str]:
+    """The paths at which one of the images (ids in hex) is mounted, sorted."""
+    wanted = set(images)
+    return sorted({mounted.path for mounted in composefs_mounts() if mounted.image_id in wanted})
+
+
 def at(path: str) -> Mounted | None:
     """The mount that ``path`` shows, None if it is no mount point or does not exist.
 

@@ -45,11 +45,6 @@ def deployments(host: Host, only: str | None = None) -> tuple[list[dict[str, Any
     return [_deployment(journals[path]) for path in wanted], complaints
 
 
-def mounted_at(images: set[str]) -> list[str]:
-    """The paths at which one of the EROFS images (ids in hex) is mounted, sorted."""
-    return sorted({there.path for there in mountinfo.composefs_mounts() if there.image_id in images})
-
-
 def state_of(found: Journal, shown: Mounted | None) -> str:
     """``activated``, ``revert_failed``, ``current``, ``drifted`` (something else, or nothing, is mounted), or
     ``reverted`` (nothing was ever confirmed).

@@ -336,8 +336,8 @@ class Repository:
         """Remove ``images/refs/<name>``, and the directory it was the last in; False if it was not there."""
         path = f"{repolayout.IMAGE_REFS}/{name}"
         removed = self._unlink(path)
-        with contextlib.suppress(OSError):
-            os.rmdir(os.path.dirname(path), dir_fd=self.fd)
+        with contextlib.suppress(OSError, EngineError), self.root.parent(os.path.dirname(path)) as (directory, last):
+            os.rmdir(last, dir_fd=directory)
         return removed
 
     # --- tags

@@ -23,7 +23,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     ImageNotFound,
     Reverted,
 )
-from ansible_collections.composefs.oci.plugins.module_utils.host import deadman
+from ansible_collections.composefs.oci.plugins.module_utils.host import deadman, mountinfo
 from ansible_collections.composefs.oci.plugins.module_utils.operations import (
     deployment,
     journal,
@@ -245,7 +245,7 @@ def test_mounts_and_deployments_are_told(app: App, cfsctl: Callable[..., str]) -
     cfsctl("--repo", app.repository, "oci", "mount", "--fuse", "no", f"app@{third}", other)
     (foreign,), _complaints = mountlisting.mounts(app.host, str(other))
     assert (foreign["image_id"], foreign["unit"]) == (image_of(app, f"app@{third}"), None)
-    assert mountlisting.mounted_at({foreign["image_id"]}) == [os.path.realpath(other)]
+    assert mountinfo.showing({foreign["image_id"]}) == [os.path.realpath(other)]
 
 
 # ---- at boot ---------------------------------------------------------------------------------------------------------

@@ -6,10 +6,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import subprocess
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from ansible_collections.composefs.oci.plugins.module_utils.errors import ImageNotFound
@@ -122,3 +124,32 @@ def test_a_mount_of_another_boot_is_forgotten_with_all_it_kept(app: App, monkeyp
     app.mount()
     assert app.tags() == {"app", f"app@{third}"} and len(app.links()) == 1
     assert app.journal().previous == () and app.journal().boot == "another"
+
+
+def test_a_name_that_goes_while_its_image_is_mounted_is_warned_about(
+    app: App, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("ansible.module_utils.basic")
+    from ansible.module_utils import basic
+    from ansible_collections.composefs.oci.plugins.modules import composefs_image, composefs_image_info
+    from ansible_collections.composefs.oci.tests.support.moduleargs import arguments
+
+    app.pull("v2")
+    app.mount()
+    warnings: list[str] = []
+
+    def run(module: Any, **values: Any) -> Any:
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            arguments({"_ansible_remote_tmp": "/tmp", "repository": str(app.repository), "name": "app", **values}),
+            pytest.raises(SystemExit),
+        ):
+            patch.setattr(basic.AnsibleModule, "warn", lambda _module, text, **_options: warnings.append(text))
+            module.main()
+        return json.loads(capsys.readouterr().out)
+
+    assert run(composefs_image_info)["images"][0]["mounted_at"] == [os.path.realpath(app.point)]
+    for check in (True, False):
+        assert run(composefs_image, state="absent", _ansible_check_mode=check)["changed"]
+        assert os.path.realpath(app.point) in warnings.pop() and not warnings
+    assert app.data() == content("v2")
