@@ -47,7 +47,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("bootable",),
     ),
     "host": (
-        ("commands", "files", "machine", "mountinfo", "processes", "watch"),
+        ("commands", "files", "machine", "mountinfo", "processes", "safety", "watch"),
         ("beneath", "deadman", "filesystem", "locks", "mountcalls", "workers"),
     ),
     "source": (("archive", "options", "source"), ("layout", "policy", "skopeo"), ("imageproxy",), ("skopeosource",)),

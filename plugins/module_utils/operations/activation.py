@@ -103,6 +103,7 @@ def _activate(repository: Repository, wanted: Deployment, path: str, host: Host,
     if wanted.persistent:
         bootmount.require_systemd(host.places)
     if persistent:
+        bootmount.require_safe(where, host.places)
         bootmount.unit_text(target, where, host.places)
     settings = deployment.settings_of(target, base.bootable, persistent)
     record = _record(repository, name, asked, manifest)

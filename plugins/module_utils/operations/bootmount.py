@@ -21,16 +21,19 @@ import zipfile
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..host import files, mountinfo
+from ..host import commands, files, mountinfo, safety
 from ..host.commands import Run
 from . import journal, mounting
 from .journal import HOST, Places
-from ..errors import FormatError, IOFailed, MountFailed, doing
+from ..errors import FormatError, IOFailed, MountFailed, UnsafeRepository, doing
 
 PREFIX = "composefs-oci-"
 LOCAL, REMOTE = "local-fs.target", "remote-fs.target"
 NAME_MAX = 255
 _PACKAGE = "composefs_oci"
+_PLATFORM_PYTHONS = ("/usr/bin/python3", "/usr/libexec/platform-python")
+# What the program needs of an interpreter.
+_TRIAL = "import sys, ctypes, zipfile; sys.exit(sys.version_info < (3, 9))"
 _REMOTE_KINDS = frozenset(
     (
         "nfs",
@@ -116,9 +119,44 @@ Repository={repository}
 """
 
 
-def interpreter_to_run() -> str:
-    """The Python that units and timers run."""
-    return sys.executable
+def interpreter_to_run(run: Run = commands.run) -> str:
+    """The Python that units and timers run: that of this task, or where that is one of a virtual environment, or can be
+    changed by others, the platform's own. MountFailed if none is fit to be run by root at every boot.
+    """
+    own = os.path.abspath(sys.executable or "/")
+    virtual = sys.prefix != sys.base_prefix
+    reason = "it is one of a virtual environment" if virtual else safety.fault(own)
+    if not reason:
+        return own
+    for other in _PLATFORM_PYTHONS:
+        if os.path.exists(other) and not safety.fault(other) and not run([other, "-I", "-c", _TRIAL])[0]:
+            return other
+    fault = safety.fault(own)
+    if fault:
+        raise MountFailed(
+            f"The Python of this task, {own}, is not safe to be run by root at boot: {fault}.",
+            "Install the platform's own Python, 3.9 or later, or set ansible_python_interpreter to one that only root "
+            "can change.",
+        )
+    return own
+
+
+def require_safe(repository: str, places: Places = HOST) -> None:
+    """UnsafeRepository, MountFailed unless only root can change what is mounted at boot, and the program that does
+    it.
+    """
+    fault = safety.fault(repository)
+    if fault:
+        raise UnsafeRepository(
+            f"What lies in {repository} cannot be mounted at every boot: {fault}.",
+            "Have every directory on the way belong to root and be writable for nobody else.",
+        )
+    fault = safety.fault(places.application)
+    if fault:
+        raise MountFailed(
+            f"The program {places.application}, which root runs at boot, could be changed by others: {fault}.",
+            "Have every directory on the way belong to root and be writable for nobody else.",
+        )
 
 
 def current(path: str, places: Places = HOST) -> str | None:

@@ -100,6 +100,7 @@ def _have_mounted(
         bootmount.require_systemd(host.places)
     where = os.path.realpath(repository.path)
     if persistent:
+        bootmount.require_safe(where, host.places)
         bootmount.unit_text(target, where, host.places)  # what no unit can hold is refused before anything is mounted
     identity = _identify(repository, request.wish.image, target.image_id, before)
     names, missing = keeping.foresee(repository, path, target.image_id, *_of(identity), _listed(host))

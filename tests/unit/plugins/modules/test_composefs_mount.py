@@ -181,6 +181,22 @@ def test_without_systemd_persistent_is_refused_before_mounting(
     assert sorted(os.listdir(f"{host.repository}/images")) == sorted(host.images), "nothing that would keep it"
 
 
+@pytest.mark.parametrize("check", [True, False])
+def test_an_unsafe_repository_is_never_mounted_from(host: Host, run: Any, check: bool) -> None:
+    os.chmod(host.repository, 0o777)
+    result = run(check, image=host.images[0])
+    assert result["error"] == "unsafe_repository" and host.there == {}
+    os.chmod(host.repository, 0o755)
+    parent = os.path.dirname(host.repository)
+    mode = os.stat(parent).st_mode & 0o777
+    os.chmod(parent, 0o777)
+    try:
+        result = run(check, image=host.images[0], persistent=True, verity="disabled")
+    finally:
+        os.chmod(parent, mode)
+    assert result["error"] == "unsafe_repository" and host.there == {} and host.unit() is None
+
+
 def test_what_is_mounted_is_remembered_and_kept(host: Host, run: Any) -> None:
     one, two = host.images
     base = f"{host.repository}/images/refs/composefs-oci/{journal.stem(host.path)}"

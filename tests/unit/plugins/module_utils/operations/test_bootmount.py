@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from ansible_collections.composefs.oci.plugins.module_utils.host import mountinfo
 from ansible_collections.composefs.oci.plugins.module_utils.operations import bootmount, journal
-from ansible_collections.composefs.oci.plugins.module_utils.errors import IOFailed, MountFailed
+from ansible_collections.composefs.oci.plugins.module_utils.errors import IOFailed, MountFailed, UnsafeRepository
 from ansible_collections.composefs.oci.plugins.module_utils.operations.mounting import Target
 from ansible_collections.composefs.oci.plugins.module_utils.operations.bootmount import LOCAL, REMOTE, Places
 
@@ -127,6 +127,54 @@ def test_a_repository_on_the_network_waits_for_it(places: Places, monkeypatch: p
         lambda path: "# x\nUUID=1 /srv ext4 defaults,_netdev 0 2\n" if path == "/etc/fstab" else None,
     )
     assert bootmount.is_remote("/srv/repo") and not bootmount.is_remote("/var")
+
+
+# ---- what root runs at boot ------------------------------------------------------------------------------------------
+
+
+def test_the_platforms_python_is_preferred_over_a_virtual_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def run(words: list[str]) -> tuple[int, str, str]:
+        tried.append(words[0])
+        return int(words[0] != "/usr/libexec/platform-python"), "", ""
+
+    platform = ("/usr/bin/python3", "/usr/libexec/platform-python")
+    monkeypatch.setattr(os.path, "exists", lambda path: path in platform)
+    monkeypatch.setattr(bootmount.safety, "fault", lambda _path: "")
+    monkeypatch.setattr(sys, "executable", "/opt/venv/bin/python")
+    monkeypatch.setattr(sys, "prefix", "/opt/venv")
+    monkeypatch.setattr(sys, "base_prefix", "/usr")
+    assert bootmount.interpreter_to_run(run) == "/usr/libexec/platform-python" and tried == list(platform)
+    assert bootmount.interpreter_to_run(lambda _words: (1, "", "")) == "/opt/venv/bin/python"
+    monkeypatch.setattr(sys, "prefix", "/usr")
+    assert bootmount.interpreter_to_run(run) == "/opt/venv/bin/python", "then it is none"
+
+
+def test_an_interpreter_that_others_can_change_is_not_run_at_boot(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.touch(mode=0o777)
+    python.chmod(0o777)
+    monkeypatch.setattr(sys, "executable", str(python))
+    assert bootmount.interpreter_to_run(lambda _words: (0, "", "")) in bootmount._PLATFORM_PYTHONS
+    with pytest.raises(MountFailed, match="can be written by others"):
+        bootmount.interpreter_to_run(lambda _words: (1, "", ""))
+
+
+@pytest.mark.parametrize("which", ["repository", "library"])
+def test_a_place_that_others_can_change_is_not_relied_on_at_boot(
+    places: Places, tmp_path: pathlib.Path, which: str
+) -> None:
+    repository = tmp_path / "shared/repo"
+    repository.mkdir(parents=True)
+    os.mkdir(places.library)
+    bootmount.require_safe(str(repository), places)
+    os.chmod(repository.parent if which == "repository" else places.library, 0o777)
+    with pytest.raises((UnsafeRepository, MountFailed), match="can be written by others") as refused:
+        bootmount.require_safe(str(repository), places)
+    assert refused.value.code == ("unsafe_repository" if which == "repository" else "mount_failed")
 
 
 # ---- on the host -----------------------------------------------------------------------------------------------------
