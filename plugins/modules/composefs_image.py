@@ -185,6 +185,28 @@ options:
     elements: str
     default: [auto]
     version_added: 0.2.0
+  max_size:
+    description:
+      - What the layers that the task fetches may unpack to, all together, in bytes or as a text such as V(10 GB), which
+        is 10 times 1024 to the third bytes. More fails with V(too_large) while it is unpacked, before it has a name.
+      - Without it, what has to be written anew may take the space that is free on the file system of the repository.
+      - In any case the layers may have no more than 20 million members.
+    type: str
+    version_added: 0.2.0
+  min_rate:
+    description:
+      - The least number of bytes a second, taken over 30 seconds of waiting, at which a layer must come. One that comes
+        more slowly counts as stalled, so that a source that sends a byte now and then cannot hold a task for ever. With
+        V(0) any rate will do.
+    type: int
+    default: 1024
+    version_added: 0.2.0
+  deadline:
+    description:
+      - After how many seconds, at least V(1), nothing more is fetched, whatever the reason. The task then fails with
+        V(stalled). Layers that arrived are kept for the next run. Without it a pull may take as long as it needs.
+    type: int
+    version_added: 0.2.0
   progress_file:
     description:
       - A file on the host that is kept up to date with the progress of the task as a JSON document, for anybody to
@@ -443,6 +465,7 @@ error:
 import os
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.common.text.formatters import human_to_bytes
 
 from ansible_collections.composefs.oci.plugins.module_utils.pull import pull
 from ansible_collections.composefs.oci.plugins.module_utils.errors import (
@@ -493,6 +516,19 @@ def requests_of(params: dict) -> list[pull.Request]:
     return requests
 
 
+def size_of(text: str | None) -> int | None:
+    """The bytes that ``text`` means."""
+    if text is None:
+        return None
+    try:
+        size = int(human_to_bytes(text))
+    except ValueError as error:
+        raise InvalidOption(f"The option max_size is {text!r}.", "Write bytes, or a size such as 10 GB.") from error
+    if size < 1:
+        raise InvalidOption(f"The option max_size is {text!r}.", "It must be at least 1.")
+    return size
+
+
 def options_of(params: dict, check: bool) -> pull.Options:
     """How to pull."""
     for option, least in (("timeout", 1), ("retries", 0), ("parallel", 1)):
@@ -509,7 +545,13 @@ def options_of(params: dict, check: bool) -> pull.Options:
         unenforced_policy=params["unenforced_policy"],
         timeout=params["timeout"],
     )
+    for option, least in (("min_rate", 0), ("deadline", 1)):
+        if params[option] is not None and params[option] < least:
+            raise InvalidOption(f"The option {option} is {params[option]}.", f"It must be at least {least}.")
     return pull.Options(
+        max_size=size_of(params["max_size"]),
+        min_rate=params["min_rate"],
+        deadline=params["deadline"],
         policy=params["pull"],
         parallel=params["parallel"] or 0,
         timeout=params["timeout"],
@@ -631,6 +673,9 @@ def main() -> None:
             "timeout": {"type": "int", "default": 60},
             "retries": {"type": "int", "default": 3},
             "deltas": {"type": "list", "elements": "str", "default": ["auto"]},
+            "max_size": {"type": "str"},
+            "min_rate": {"type": "int", "default": 1024},
+            "deadline": {"type": "int"},
             "progress_file": {"type": "path"},
         },
         mutually_exclusive=[

@@ -59,7 +59,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("checks", "graph", "proofs"),
     ),
     "pull": (
-        ("local", "smallobjects", "sourcefiles"),
+        ("limits", "local", "smallobjects", "sourcefiles"),
         ("layer",),
         ("objectlayer", "sources"),
         ("fetch", "makeimages", "plan"),

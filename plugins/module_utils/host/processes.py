@@ -13,14 +13,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import IOFailed, from_exception, from_values, to_values
+from ..errors import EngineError, IOFailed, LimitReached, from_exception, from_values, to_values
 
 MAX_MESSAGE = 64 * 1024
+MEMORY_LIMIT = 1280 << 20
+"""Bytes that a child may have besides what it was born with: more than the largest image within bounds needs, and less
+than what takes a host down.
+"""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -34,12 +39,52 @@ def settle(parent: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)  # the parent died before the kernel was told to tell
+    limit_memory(MEMORY_LIMIT)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
     if null > 2:
         os.close(null)
+
+
+def limit_memory(extra: int) -> None:
+    """Let this process have ``extra`` bytes more than it has now, so that what comes from outside cannot take the
+    host's memory. Then memory ends with a MemoryError, which explain() tells from that of a host without memory.
+
+    RLIMIT_DATA counts what is private and can be written (since Linux 4.7); the limit on addresses would count
+    libraries and the stacks of threads that nobody uses, too. See setrlimit(2).
+    """
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        now = _data()
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        if soft == resource.RLIM_INFINITY or now + extra < soft:
+            resource.setrlimit(resource.RLIMIT_DATA, (now + extra, hard))
+
+
+def _data() -> int:
+    """The bytes that RLIMIT_DATA counts."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmData:"))
+
+
+def explain(error: BaseException, what: str) -> EngineError:
+    """The engine error for what ended the work of a child, ``what`` being what it did."""
+    if not isinstance(error, MemoryError):
+        return from_exception(error, what)
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    # Telling takes memory, too, and what held it may still be referred to.
+    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+    # What the work holds is still there, for the error refers to it: little of it means that the host has no more.
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        if soft == resource.RLIM_INFINITY or _data() < soft // 2:
+            return from_exception(error, what)
+    return LimitReached(
+        f"That needs more memory than the {soft >> 20} MiB (RLIMIT_DATA) that a process of a pull may have.",
+        "The image is hostile or far beyond what is usual; look at what it consists of. If a limit of the user is "
+        "lower, raise that (ulimit -d).",
+        doing=what,
+    )
 
 
 def killed(what: str) -> IOFailed:
@@ -80,7 +125,7 @@ class Task:
                 try:
                     answer = {"value": function(hear)}
                 except BaseException as error:
-                    answer = {"error": to_values(from_exception(error, f"The process that {what}"))}
+                    answer = {"error": to_values(explain(error, f"The process that {what}"))}
                 theirs.send(json.dumps(answer).encode())
             finally:
                 os._exit(0)

@@ -55,6 +55,7 @@ from ..formats.reference import Reference
 from ..progress import BYTES, DONE, STARTED, Event, Progress
 from ..store.repository import Repository
 from ..source.source import Patient, Source, Transfer, TransferFailed
+from .limits import Budget, Limits, Tally
 from .smallobjects import DirectStorer, Storer
 
 CGROUPS = "/sys/fs/cgroup"
@@ -131,6 +132,7 @@ class Worker:
         timeout: float,
         siblings: Sequence[Worker],
         sources: Sequence[Source],
+        budget: Budget | None = None,
     ) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         parent = os.getpid()
@@ -144,7 +146,7 @@ class Worker:
                     sibling._socket.close()
                 for source in sources:
                     source.abandon()
-                _serve(theirs, objects, algorithm, timeout, sources)
+                _serve(theirs, objects, algorithm, timeout, sources, budget)
             finally:
                 os._exit(0)
         theirs.close()
@@ -199,7 +201,12 @@ class Worker:
 
 
 def _serve(
-    control: socket.socket, objects: ObjectStore, algorithm: Algorithm, timeout: float, sources: Sequence[Source] = ()
+    control: socket.socket,
+    objects: ObjectStore,
+    algorithm: Algorithm,
+    timeout: float,
+    sources: Sequence[Source] = (),
+    budget: Budget | None = None,
 ) -> None:
     def tell(kind: str, **values: Any) -> None:
         control.send(json.dumps({"kind": kind, **values}).encode())
@@ -217,15 +224,15 @@ def _serve(
             try:
                 if "source" in order:
                     source, reference = sources[order.pop("source")], Reference(**order.pop("reference"))
-                    _one_object_layer(source, reference, LayerSpec(**order), objects, tell)
+                    _one_object_layer(source, reference, LayerSpec(**order), objects, tell, budget)
                 else:
                     fd = array.array("i", ancillary[0][2])[0]
-                    _one_layer(fd, LayerSpec(**order), objects, storer, algorithm, timeout, tell)
+                    _one_layer(fd, LayerSpec(**order), objects, storer, algorithm, timeout, tell, budget)
             except BrokenPipeError:
                 return
             except Exception as error:
                 storer.reset()
-                tell("error", error=to_values(from_exception(error, "in the process that imports it")))
+                tell("error", error=to_values(processes.explain(error, "in the process that imports it")))
     finally:
         storer.close()
 
@@ -238,21 +245,39 @@ def _one_layer(
     algorithm: Algorithm,
     timeout: float,
     tell: Callable[..., None],
+    budget: Budget | None,
 ) -> None:
     on_bytes = _reporter(tell)
     result = import_layer(
-        fd, spec, objects, algorithm, timeout, on_bytes, lambda: tell("silent"), lambda: tell("drained"), storer
+        fd, spec, objects, algorithm, timeout, on_bytes, lambda: tell("silent"), lambda: tell("drained"), storer, budget
     )
     tell("result", result=result._asdict())
 
 
 def _one_object_layer(
-    source: Source, reference: Reference, spec: LayerSpec, objects: ObjectStore, tell: Callable[..., None]
+    source: Source,
+    reference: Reference,
+    spec: LayerSpec,
+    objects: ObjectStore,
+    tell: Callable[..., None],
+    budget: Budget | None,
 ) -> None:
     from .objectlayer import import_objects  # late: most layers come as blobs
 
     offer = source.layer_objects(reference, spec.diff_id)
-    tell("result", result=import_objects(offer, spec, objects, _reporter(tell))._asdict())
+    report = _reporter(tell)
+
+    def on_bytes(done: int) -> None:
+        report(done)
+        if budget is not None:
+            budget.limits.left(0)
+            # What is cloned or linked takes no room, so the free space is no bound here.
+            budget.count(done, 0, lambda: done)
+
+    result = import_objects(offer, spec, objects, on_bytes)
+    if budget is not None:
+        budget.end(True)
+    tell("result", result=result._asdict())
 
 
 def _reporter(tell: Callable[..., None]) -> Callable[[int], None]:
@@ -299,8 +324,10 @@ class Fetcher:
         timeout: float,
         progress: Progress,
         arrived: Callable[[str, bytes], None] = lambda stream, digest: None,
+        limits: Limits = Limits(),  # noqa: B008 -- it is frozen
     ) -> None:
         """``arrived`` is told the stream and the object digest of each layer that was named, by any thread."""
+        self._limits = limits
         self._arrived = arrived
         self._repository = repository
         self._parallel = parallel or usable_processors()
@@ -326,9 +353,12 @@ class Fetcher:
         lanes: list[threading.Thread] = []
         try:
             # All forks happen before the first lane starts: a forked child holds only what the forking thread held.
-            for _lane in range(min(self._parallel, len(jobs))):
-                objects = self._repository.objects
-                workers.append(Worker(objects, self._repository.algorithm, self._timeout, workers, sources))
+            count = min(self._parallel, len(jobs))
+            tally = Tally(count)
+            for number in range(count):
+                objects, algorithm = self._repository.objects, self._repository.algorithm
+                budget = Budget(self._limits, tally, number)
+                workers.append(Worker(objects, algorithm, self._timeout, workers, sources, budget))
             lanes = [threading.Thread(target=self._lane, args=(worker, todo), daemon=True) for worker in workers]
             for lane in lanes:
                 lane.start()

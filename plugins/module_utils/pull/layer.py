@@ -28,6 +28,7 @@ from ..formats import codecs, splitstream, tar
 from ..errors import DigestMismatch, EngineError, InvalidLayer, RegistryUnreachable, Stalled
 from ..formats.fsverity import Algorithm
 from ..store.objects import ObjectStore
+from .limits import RATE_WINDOW, Budget, Limits, Tally
 from .smallobjects import DirectStorer, Storer
 
 # Decoded bytes per step: large enough that a step's fixed cost vanishes, small enough that what was decoded is still in
@@ -45,6 +46,8 @@ PADDING_LIMIT = 1024 * 1024
 # Compressed splitstream bytes kept in memory before they move to an unnamed file.
 SPOOL_LIMIT = 4 * 1024 * 1024
 
+
+UNLIMITED = Limits(min_rate=0)
 
 AnyStorer = Union[Storer, DirectStorer]
 # The compression of a blob that is a program of formats.tardiff.
@@ -83,12 +86,22 @@ class LayerResult(NamedTuple):
 
 class PipeSource:
     """The blob's bytes: at most ``size`` of them, hashed as they pass, and never waited for longer than ``timeout``
-    seconds.
+    seconds, nor for bytes that come slower than the least rate, nor beyond the deadline.
     """
 
     def __init__(
-        self, fd: int, size: int, timeout: float, on_bytes: Callable[[int], None], on_silence: Callable[[], None]
+        self,
+        fd: int,
+        size: int,
+        timeout: float,
+        on_bytes: Callable[[int], None],
+        on_silence: Callable[[], None],
+        limits: Limits = UNLIMITED,
     ) -> None:
+        self._limits = limits
+        # The rate counts the seconds that were spent waiting for the source only: a slow disk here is not its fault.
+        self._waited = 0.0
+        self._counted = 0
         self._fd = fd
         self._left = size
         self._timeout = timeout
@@ -110,11 +123,13 @@ class PipeSource:
         return self.size - self._left
 
     def read(self, n: int) -> bytes:
-        """Up to ``n`` bytes; ``b""`` after the last. Raises Stalled on silence, RegistryUnreachable if the pipe ends
-        early.
+        """Up to ``n`` bytes; ``b""`` after the last. Raises Stalled if it takes too long, RegistryUnreachable if the
+        pipe ends early.
         """
         if not self._left:
             return b""
+        if self._limits.deadline is not None:
+            self._limits.left(0)
         try:
             data = os.read(self._fd, min(n, self._left))
         except BlockingIOError:
@@ -128,10 +143,17 @@ class PipeSource:
         return data
 
     def _wait(self) -> None:
-        start = time.monotonic()
+        start = last = time.monotonic()
         told = False
-        while not self._poll.poll(500):
-            silent = time.monotonic() - start
+        while True:
+            ready = self._poll.poll(500)
+            now = time.monotonic()
+            self._judge_rate(now - last)
+            if ready:
+                return
+            last = now
+            silent = now - start
+            self._limits.left(0)
             if self.cancelled:
                 raise Stalled("The transfer was given up.")
             if silent >= self._timeout:
@@ -142,6 +164,21 @@ class PipeSource:
             if not told and silent >= PROBE_AFTER:
                 told = True
                 self._on_silence()
+
+    def _judge_rate(self, waited: float) -> None:
+        self._waited += waited
+        if self._waited < RATE_WINDOW:
+            return
+        came = self.fetched - self._counted
+        if came < self._limits.min_rate * self._waited:
+            raise Stalled(
+                f"Only {came} bytes arrived in {self._waited:.0f} seconds of waiting; there are {self.fetched} of "
+                f"{self.size} bytes.",
+                f"'min_rate' asks for {self._limits.min_rate} bytes a second. Check the network and the registry, or "
+                "lower it.",
+            )
+        self._waited = 0.0
+        self._counted = self.fetched
 
     def drain(self) -> None:
         """Read and hash what is left, so that the blob's digest can be judged although its content could not
@@ -245,18 +282,22 @@ class _Sink:
         self._external = writer.external
         self.inline = writer.inline
         self._object: Any = None
+        self.announced = 0
+        """Bytes of the object under way."""
         self.content: Callable[[memoryview], None]  # the open object's own write(), between begin() and end()
 
     def external(self, data: memoryview) -> None:
         self._external(self._put(data), len(data))
 
     def begin(self, size: int) -> None:
+        self.announced = size
         self._object = self._open()
         self.content = self._object.write
 
     def end(self) -> None:
         digest, size = self._object.commit()
         self._object = None
+        self.announced = 0
         self._external(digest, size)
 
     def abort(self) -> None:
@@ -280,22 +321,31 @@ def import_layer(
     on_silence: Callable[[], None],
     on_drained: Callable[[], None],
     storer: AnyStorer | None = None,
+    budget: Budget | None = None,
 ) -> LayerResult:
     """Store the blob that arrives on ``fd`` (which is closed) and prove that it is what ``spec`` says.
 
-    ``storer`` takes the small objects; without one they are stored in this thread.
+    ``storer`` takes the small objects; without one they are stored in this thread. ``budget`` bounds what the blob may
+    unpack to, and how slowly it may come; without one anything goes.
 
     Blob size, blob digest and diff_id are all checked; DigestMismatch names every one that disagrees. Follows the OCI
     image specification, "Image Layer Filesystem Changeset", for the tar and the composefs splitstream format for the
     result.
     """
-    source = PipeSource(fd, spec.size, timeout, on_bytes, on_silence)
+    budget = budget or Budget(UNLIMITED, Tally(1))
     before = counters(objects)
+    whole = False
     try:
+        source = PipeSource(fd, spec.size, timeout, on_bytes, on_silence, budget.limits)
         if spec.compression is None:
-            return _import_blob(source, spec, objects, algorithm, on_drained, before)
-        return _import_tar(source, spec, objects, storer or DirectStorer(objects), algorithm, on_drained, before)
+            result = _import_blob(source, spec, objects, algorithm, on_drained, before, budget)
+        else:
+            storer = storer or DirectStorer(objects)
+            result = _import_tar(source, spec, objects, storer, algorithm, on_drained, before, budget)
+        whole = True
+        return result
     finally:
+        budget.end(whole)
         os.close(fd)
 
 
@@ -307,7 +357,12 @@ def _import_tar(
     algorithm: Algorithm,
     on_drained: Callable[[], None],
     before: Counters,
+    budget: Budget,
 ) -> LayerResult:
+    def spared() -> int:
+        storer.finish()
+        return splitter.size - (objects.stats.bytes_new - before.bytes_new) - sink.announced
+
     with contextlib.closing(spool(objects)) as chunks:
         writer = splitstream.Writer(algorithm, splitstream.LAYER, chunks)
         sink = _Sink(objects, storer, writer)
@@ -317,6 +372,7 @@ def _import_tar(
         try:
             for chunk in decoder.chunks():
                 splitter.feed(chunk)
+                budget.count(splitter.size, splitter.entries_seen, spared)
             splitter.finish()
             storer.finish()
         except BaseException as error:
@@ -348,6 +404,7 @@ def _import_blob(
     algorithm: Algorithm,
     on_drained: Callable[[], None],
     before: Counters,
+    budget: Budget,
 ) -> LayerResult:
     output = objects.writer()
     try:
@@ -355,6 +412,7 @@ def _import_blob(
             data = source.read(CHUNK)
             if not data:
                 break
+            budget.count(source.fetched, 1, lambda: 0)
             output.write(data)
         on_drained()
         check_blob(source, spec)

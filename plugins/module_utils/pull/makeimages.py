@@ -22,10 +22,10 @@ from ..rootfs.merge import TreeBuilder
 
 
 def build_tree(repository: Repository, layers: Iterable[bytes]) -> FileSystem:
-    """The file tree of the layers, given as object digests of their streams, base layer first. Raises InvalidLayer and
-    FormatError.
+    """The file tree of the layers, given as object digests of their streams, base layer first. Raises InvalidLayer,
+    TooLarge and FormatError.
     """
-    builder = TreeBuilder()
+    builder = TreeBuilder(xattrs="allowlist-only")
     add = builder.add
     for number, digest in enumerate(layers):
         with doing(f"unpacking layer {number}"), repository.open_object_stream(digest, splitstream.LAYER) as stream:

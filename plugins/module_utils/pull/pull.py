@@ -29,11 +29,13 @@ from ..errors import (
     NoSpace,
     RegistryUnreachable,
     Stalled,
+    TooLarge,
     doing,
     from_os_error,
 )
 from ..formats.ocidocuments import Platform, parse_platform
 from ..formats.reference import Reference, parse_reference
+from .limits import MIN_RATE, Limits
 from .plan import Layer, Plan, Request
 from .sources import open_source
 from ..progress import IMAGE, PLANNED, SKIPPED, Event, Progress, human
@@ -52,7 +54,9 @@ NEWER = "newer"
 @dataclasses.dataclass(frozen=True)
 class Options:
     """How to pull. ``timeout`` is the longest silence in seconds; ``parallel`` 0 means as many layers at once as
-    processors; ``deltas`` are references of delta artifacts, or ``auto`` for those beside the image.
+    processors; ``deltas`` are references of delta artifacts, or ``auto`` for those beside the image. ``max_size`` is in
+    bytes, None for the space that is free; ``min_rate`` in bytes a second; ``deadline`` in seconds from the start of
+    the pull, None for none.
     """
 
     policy: str = ALWAYS
@@ -63,6 +67,9 @@ class Options:
     check: bool = False
     proxy: ProxyOptions = dataclasses.field(default_factory=ProxyOptions)
     deltas: tuple[str, ...] = ()
+    max_size: int | None = None
+    min_rate: int = MIN_RATE
+    deadline: float | None = None
 
 
 @dataclasses.dataclass
@@ -94,7 +101,12 @@ def pull_images(
     # first layer.
     codecs.require_zstd()
     clock = _Clock()
-    sources = _Sources(options, progress)
+    limits = Limits(
+        options.max_size,
+        min_rate=options.min_rate,
+        deadline=None if options.deadline is None else time.monotonic() + options.deadline,
+    )
+    sources = _Sources(options, progress, limits)
     try:
         plans = [_plan(repository, request, options, sources, progress) for request in requests]
         _choose_deltas(repository, plans, options, sources)
@@ -109,7 +121,7 @@ def pull_images(
                 _remember_origins(repository, plans)
         else:
             repository.require_writable()
-            outcomes = _carry_out(repository, plans, options, progress, permit, clock)
+            outcomes = _carry_out(repository, plans, options, progress, permit, clock, limits)
         for outcome in outcomes:
             outcome.stats["seconds"] = clock.laps()
             outcome.stats["retries"] = sources.retried
@@ -140,8 +152,9 @@ class _Clock:
 class _Sources:
     """The sources of one pull: one for all images that it can serve with the same options."""
 
-    def __init__(self, options: Options, progress: Progress) -> None:
+    def __init__(self, options: Options, progress: Progress, limits: Limits) -> None:
         self._options = options
+        self._limits = limits
         self._progress = progress
         self._sources: dict[tuple[str, str, Platform | None], Patient] = {}
 
@@ -149,8 +162,10 @@ class _Sources:
         wanted = parse_platform(platform) if platform else None
         key = (reference.transport, reference.registry, wanted)
         if key not in self._sources:
-            options = dataclasses.replace(self._options.proxy, platform=wanted)
-            self._sources[key] = Patient(open_source(options, reference), self._options.retries, self._progress)
+            timeout = self._limits.left(self._options.proxy.timeout)
+            options = dataclasses.replace(self._options.proxy, platform=wanted, timeout=timeout)
+            source = open_source(options, reference)
+            self._sources[key] = Patient(source, self._options.retries, self._progress, lambda: self._limits.left(0))
         return self._sources[key]
 
     @property
@@ -254,6 +269,7 @@ def _carry_out(
     progress: Progress,
     permit: Callable[[], None],
     clock: _Clock,
+    limits: Limits,
 ) -> list[Outcome]:
     missing: dict[str, tuple[Plan, Layer]] = {}
     for plan in plans:
@@ -266,7 +282,7 @@ def _carry_out(
     for _plan, layer in missing.values():
         # All of them before the first one starts, so that a share of the whole can be told from the beginning.
         progress(Event(PLANNED, layer.diff_id, 0, layer.to_fetch))
-    _require_space(repository, [layer for _plan, layer in missing.values()])
+    limits = _require_space(repository, [layer for _plan, layer in missing.values()], limits)
     with repository.importing() as found, contextlib.ExitStack() as stack:
         plans[0].warnings += found.warnings
         begun: dict[str, Ahead] = {}
@@ -283,7 +299,7 @@ def _carry_out(
                 for ahead in begun.values():
                     ahead.arrived(stream, digest)
 
-            fetcher = Fetcher(repository, options.parallel, options.timeout, progress, arrived)
+            fetcher = Fetcher(repository, options.parallel, options.timeout, progress, arrived, limits)
             fetcher.run(jobs)
             fetched = fetcher.results
             for stream, error in fetcher.disappointments.items():
@@ -397,9 +413,18 @@ def _transport(plan: Plan) -> str:
     return "registry" if plan.reference.is_remote else plan.reference.transport
 
 
-def _require_space(repository: Repository, layers: Sequence[Layer]) -> None:
-    """Refuse before the first byte when not even the blobs as they are compressed would fit."""
+def _require_space(repository: Repository, layers: Sequence[Layer], limits: Limits) -> Limits:
+    """Refuse before the first byte when not even the blobs as they are compressed would fit; the limits, with the space
+    that is free.
+    """
     needed = sum(layer.to_fetch for layer in layers)
+    # What cannot be compressed grows a little when it is.
+    if limits.max_size is not None and needed - (needed >> 8) > limits.max_size:
+        raise TooLarge(
+            f"The missing layers have {needed} bytes ({human(needed)}) even as they are compressed, and the task "
+            f"allows {limits.max_size} ({human(limits.max_size)}).",
+            "If the image may be so large, raise 'max_size'.",
+        )
     # Every layer needs at least its splitstream, every image its documents.
     inodes = len(layers) + 2
     free, free_inodes = repository.free_space()
@@ -415,6 +440,7 @@ def _require_space(repository: Repository, layers: Sequence[Layer]) -> None:
             f"{free_inodes} free.",
             "Remove files there, then run again.",
         )
+    return dataclasses.replace(limits, free=free)
 
 
 def forget(repository: Repository, request: Request, check: bool) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from typing import Any, cast
 
 from ..formats import fsverity
 from ..host import processes
-from ..errors import EngineError, from_exception, from_values, to_values
+from ..errors import EngineError, from_values, to_values
 from ..store.objects import ObjectStats, ObjectStore
 
 # A batch is handed over when it has so many objects or bytes. The kernel takes at most 1024 pieces in one write.
@@ -192,7 +192,7 @@ def _serve(source: int, control: socket.socket, objects: ObjectStore) -> None:
                 start = end
         except Exception as error:
             failed = True
-            control.send(json.dumps({"error": to_values(from_exception(error, "Storing objects"))}).encode())
+            control.send(json.dumps({"error": to_values(processes.explain(error, "Storing objects"))}).encode())
 
 
 def _read(source: int, view: memoryview) -> memoryview | None:

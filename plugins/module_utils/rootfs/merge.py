@@ -27,13 +27,16 @@ import stat as st
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from ..errors import InvalidLayer
+from ..errors import InvalidLayer, TooLarge
 from .filetree import Directory, FileSystem, Leaf, Node, Stat, count_links, directories
 from ..formats.tarheader import Entry, show
 
 # : What a larger image is refused for: some 400 bytes of memory each here and more in the image writer. The largest
 # public images have 1.5 million.
 MAX_INODES = 1 << 21
+#: Bytes of names, link targets, inline contents and (twice) extended attributes that an image may have together. A few
+#: hundred kilobytes of a blob can unpack to gigabytes of them; the largest public images have some 40 MB.
+MAX_TEXT = 96 << 20
 #: Directories that no layer sent: an archive can ask for two bytes each, so they get a bound of their own.
 MAX_IMPLIED = 1 << 18
 MAX_DEPTH = 1 << 14
@@ -79,7 +82,7 @@ def _implied() -> Stat:
 
 
 class TreeBuilder:
-    """Merges the entries of all layers, base layer first, into one tree. Every error is an InvalidLayer."""
+    """Merges the entries of all layers, base layer first, into one tree. Every error is an InvalidLayer or TooLarge."""
 
     def __init__(
         self,
@@ -88,7 +91,13 @@ class TreeBuilder:
         max_implied: int = MAX_IMPLIED,
         max_depth: int = MAX_DEPTH,
         max_link_steps: int = MAX_LINK_STEPS,
+        max_text: int = MAX_TEXT,
+        xattrs: str | None = None,
     ) -> None:
+        """``xattrs`` is what ``finish`` will keep, if that is known: then the rest takes no memory until there."""
+        self._decided_xattrs = xattrs
+        self._max_text = max_text
+        self._text_left = max_text
         self.root = Directory(Stat())
         self._max_inodes = max_inodes
         self._max_depth = max_depth
@@ -125,6 +134,8 @@ class TreeBuilder:
         key = (mode, uid, gid, mtime, mtime_nsec)
         if xattrs:
             stat = self._new_stat(key, self._kept(path, xattrs))
+            if stat.xattrs:
+                self._text_left -= 2 * _size(stat.xattrs)
         else:
             found = self._stats.get(key)
             stat = found if found is not None else self._new_stat(key, None)
@@ -149,6 +160,7 @@ class TreeBuilder:
                     if link
                     else f"Symlink {show(path)} has no target, which no file system can hold."
                 )
+            self._text_left -= len(link)
             node = Leaf(stat, st.S_IFLNK, link)
         elif kind == _HARDLINK:
             node = self._hardlinked(path, link)
@@ -180,6 +192,8 @@ class TreeBuilder:
         if name.startswith(_WHITEOUT):
             self._whiteout(entries, name, path)
             return
+        if self._text_left < 0:
+            self._recount()
         old = entries.get(name)
         if old is None:
             if len(name) > MAX_NAME or b"\0" in name:
@@ -187,6 +201,7 @@ class TreeBuilder:
             if self._names_left <= 0:
                 self._recount()
             self._names_left -= 1
+            self._text_left -= len(name)
             entries[name] = node
             if kind == _DIRECTORY:
                 self._remember(path.rstrip(b"/"), node)  # type: ignore[arg-type]
@@ -204,16 +219,18 @@ class TreeBuilder:
             if self._linked and self._leads_on(old):
                 self._forget()
 
-    def finish(self, xattrs: str = "allowlist-only") -> FileSystem:
+    def finish(self, xattrs: str | None = None) -> FileSystem:
         """The tree as composefs writes it, with link counts. Ends the building: the builder must not be used
         afterwards.
 
-        ``xattrs``: ``allowlist-only`` keeps security.capability alone, ``keep-user-xattrs`` also ``user.*``. Root gets
+        ``xattrs``: ``allowlist-only`` (as if nothing is said here or before) keeps security.capability alone,
+        ``keep-user-xattrs`` also ``user.*``. Root gets
         the metadata of /usr, /run is emptied: what a container engine puts there at run time must not change the
         digest. Raises InvalidLayer when /usr or /run is there but is no directory.
         """
-        if xattrs not in XATTR_MODES:
-            raise ValueError(f"xattrs is {xattrs!r}, must be one of {XATTR_MODES}")
+        xattrs = xattrs or self._decided_xattrs or XATTR_MODES[0]
+        if xattrs not in XATTR_MODES or self._decided_xattrs not in (None, xattrs):
+            raise ValueError(f"xattrs is {xattrs!r}, must be {self._decided_xattrs or XATTR_MODES!r}")
         self._forget()
         self._stats.clear()
         if self._user_xattrs and xattrs == "allowlist-only":
@@ -228,8 +245,7 @@ class TreeBuilder:
 
     # -- entries ------------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def _regular(path: bytes, stat: Stat, size: int, content: Any) -> Leaf:
+    def _regular(self, path: bytes, stat: Stat, size: int, content: Any) -> Leaf:
         if content is None:
             if size:
                 raise InvalidLayer(f"File {show(path)} should have {size} bytes of content but has none.")
@@ -242,6 +258,7 @@ class TreeBuilder:
                     f"File {show(path)} of {len(content)} bytes is stored within the stream, not as an object.",
                     "Import the layer again.",
                 )
+            self._text_left -= len(content)
             return Leaf(stat, st.S_IFREG, content)
         if size <= INLINE:
             raise InvalidLayer(
@@ -307,7 +324,7 @@ class TreeBuilder:
         room = MAX_XATTR_BYTES
         for name in sorted(xattrs):
             if name != CAPABILITY:
-                if not name.startswith(b"user."):
+                if not name.startswith(b"user.") or self._decided_xattrs == XATTR_MODES[0]:
                     continue
                 self._user_xattrs = True
             value = xattrs[name]
@@ -391,10 +408,11 @@ class TreeBuilder:
                     f"{self._max_implied} directories are missing.",
                     "Build the image with a tool that writes directories to its layers.",
                 )
-            if self._names_left <= 0:
+            if self._names_left <= 0 or self._text_left < 0:
                 self._recount()
             self._implied_left -= 1
             self._names_left -= 1
+            self._text_left -= len(part)
             stat = stat or _implied()
             child = directory.entries[part] = Directory(stat)
             directory = child
@@ -471,13 +489,32 @@ class TreeBuilder:
     # -- bounds and refusals ------------------------------------------------------------------------------------------
 
     def _recount(self) -> None:
-        """Find how many names are really there; layers also remove some."""
-        live = sum(len(directory.entries) for directory in directories(self.root))
+        """Find how many names are really there, and how much text; layers also remove some."""
+        live = text = 0
+        counted: set[int] = set()
+        for directory in directories(self.root):
+            live += len(directory.entries)
+            for name, node in directory.entries.items():
+                text += len(name)
+                if node.stat.xattrs:
+                    text += 2 * _size(node.stat.xattrs)
+                # A long text with many names takes memory once.
+                if isinstance(node, Leaf) and node.data and (len(node.data) <= INLINE or id(node) not in counted):
+                    text += len(node.data)
+                    if len(node.data) > INLINE:
+                        counted.add(id(node))
         if live >= self._max_inodes:
             raise InvalidLayer(f"The image has more than {self._max_inodes} files, directories and links.")
+        if text >= self._max_text:
+            raise TooLarge(
+                f"The names, link targets, small files and extended attributes of the image have more than "
+                f"{self._max_text} bytes together.",
+                "The image is hostile or built in an unusual way; have it rebuilt with fewer or shorter ones.",
+            )
         # Counting costs time in proportion to the tree, so it must not be needed for every entry of a tree that is
         # nearly full.
         self._names_left = max(self._max_inodes - live, self._max_inodes >> 3, 1)
+        self._text_left = max(self._max_text - text, self._max_text >> 3, 1)
 
     @staticmethod
     def _not_a_directory(part: bytes, path: bytes) -> NoReturn:
@@ -492,6 +529,10 @@ class TreeBuilder:
         if b"\0" in name:
             raise InvalidLayer(f"The path of entry {show(path)} contains a NUL byte.")
         raise InvalidLayer(f"Entry {show(path)} lies below the whiteout {show(name)}, which cannot be a directory.")
+
+
+def _size(xattrs: dict[bytes, bytes]) -> int:
+    return sum(len(name) + len(value) for name, value in xattrs.items())
 
 
 def subdirectory(root: Directory, name: bytes) -> Directory | None:

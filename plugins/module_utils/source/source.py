@@ -182,9 +182,14 @@ def pause(attempt: int, error: EngineError, progress: Progress) -> None:
 
 
 class Patient(Source):
-    """Any source, asked again after a passing fault, up to ``retries`` times with growing pauses."""
+    """Any source, asked again after a passing fault, up to ``retries`` times with growing pauses. Before each attempt
+    ``permit`` is called, which raises an engine error if there may be none.
+    """
 
-    def __init__(self, source: Source, retries: int, progress: Progress) -> None:
+    def __init__(
+        self, source: Source, retries: int, progress: Progress, permit: Callable[[], object] = lambda: None
+    ) -> None:
+        self._permit = permit
         self.source = source
         self.retried = 0
         self.name = source.name
@@ -199,6 +204,7 @@ class Patient(Source):
         tries = 0
         while True:
             generation = self.source.generation
+            self._permit()
             try:
                 return attempt()
             except TransferFailed as failure:

@@ -248,7 +248,16 @@ def test_requests_that_cannot_be_understood_say_what_to_write(
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("timeout", 0), ("timeout", -1), ("retries", -1), ("parallel", 0), ("parallel", -3)]
+    ("option", "value"),
+    [
+        ("timeout", 0),
+        ("timeout", -1),
+        ("retries", -1),
+        ("parallel", 0),
+        ("parallel", -3),
+        ("min_rate", -1),
+        ("deadline", 0),
+    ],
 )
 def test_numbers_out_of_range_are_refused(run: Any, world: World, option: str, value: int) -> None:
     result = run(ref=REGISTRY + "app", **{option: value})
@@ -257,6 +266,24 @@ def test_numbers_out_of_range_are_refused(run: Any, world: World, option: str, v
         and f"The option {option} is {value}. It must be at least" in result["msg"]
         and world.proxies == []
     )
+
+
+@pytest.mark.parametrize("text", ["10 QB", "much", "-1", "0", ""])
+def test_sizes_that_are_none_are_refused(run: Any, world: World, text: str) -> None:
+    result = run(ref=REGISTRY + "app", max_size=text)
+    assert result["failed"] and result["error"] == "invalid_option" and "max_size" in result["msg"]
+    assert world.proxies == []
+
+
+@pytest.mark.parametrize("text, size", [("1", 1), ("10 GB", 10 << 30), ("5M", 5 << 20), (4096, 4096)])
+def test_sizes_are_bytes_or_have_units(text: Any, size: int) -> None:
+    assert composefs_image.size_of(str(text)) == size
+
+
+def test_what_unpacks_to_more_than_the_task_allows_is_refused(run: Any, world: World) -> None:
+    result = run(ref=REGISTRY + "app", max_size="1 KB")
+    assert result["failed"] and result["error"] == "too_large" and "max_size" in result["msg"]
+    assert run(ref=REGISTRY + "app", max_size="1 GB")["changed"]
 
 
 def test_options_reach_skopeo(run: Any, world: World) -> None:

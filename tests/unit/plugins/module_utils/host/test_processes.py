@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import pytest
 from ansible_collections.composefs.oci.plugins.module_utils import errors
 from ansible_collections.composefs.oci.plugins.module_utils.host import processes
 from ansible_collections.composefs.oci.plugins.module_utils.errors import (
+    LimitReached,
     EngineError,
     InvalidLayer,
     IOFailed,
@@ -199,6 +201,30 @@ def test_a_child_dies_with_its_parent(tmp_path: pathlib.Path) -> None:
         time.sleep(0.02)
     else:
         raise AssertionError("the child outlived its parent")
+
+
+def test_a_child_has_a_limit_of_memory_and_says_when_it_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The test's own process may be large already: what a child may have comes on top, and is most of it.
+    monkeypatch.setattr(processes, "MEMORY_LIMIT", processes._data() + (64 << 20))
+    assert processes.call("works", lambda: len(bytearray(32 << 20))) == 32 << 20
+
+    def hungry() -> None:
+        held = []
+        while True:
+            held.append(bytearray(1000))
+
+    with pytest.raises(LimitReached, match=r"more memory than the \d+ MiB \(RLIMIT_DATA\)") as error:
+        processes.call("makes something", hungry)
+    assert "makes something" in str(error.value)
+    assert resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY
+
+
+def test_a_lower_limit_of_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def limited() -> int:
+        resource.setrlimit(resource.RLIMIT_DATA, (512 << 20, resource.RLIM_INFINITY))
+        return int(processes.call("works", lambda: resource.getrlimit(resource.RLIMIT_DATA)[0]))
+
+    assert processes.call("limits", limited) == 512 << 20
 
 
 @pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])

@@ -24,6 +24,7 @@ import pytest
 
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity, splitstream
 from ansible_collections.composefs.oci.plugins.module_utils.pull import layer
+from ansible_collections.composefs.oci.plugins.module_utils.pull.limits import Budget, Limits, Tally
 from ansible_collections.composefs.oci.plugins.module_utils.store import create, proofs
 from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     DigestMismatch,
@@ -32,6 +33,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     NoSpace,
     RegistryUnreachable,
     Stalled,
+    TooLarge,
 )
 from ansible_collections.composefs.oci.plugins.module_utils.pull.layer import LayerResult, LayerSpec
 from ansible_collections.composefs.oci.plugins.module_utils.store.objects import ObjectStore
@@ -72,6 +74,7 @@ def run(
     timeout: float = 5.0,
     stay_open: bool = True,
     told: Told | None = None,
+    budget: Budget | None = None,
 ) -> LayerResult:
     """Import what a writer sends; as from skopeo, the pipe stays open after the last byte unless told otherwise."""
     readable, writable = os.pipe()
@@ -103,6 +106,7 @@ def run(
             told.bytes.append,
             lambda: told.calls.append("silent"),
             lambda: told.calls.append("drained"),
+            budget=budget,
         )
     finally:
         done.set()
@@ -470,3 +474,48 @@ def test_directories_and_links_need_no_objects(repo: Repository) -> None:
     blob = gzip.compress(archive)
     result = run(repo, blob, spec_of(blob, archive))
     assert (result.objects_new, result.objects_present, result.bytes_inlined) == (0, 0, len(archive))
+
+
+# --- bounds
+# --------------------------------------------------------------------------------------------------------------------
+
+LARGE = os.urandom(3_000_000)
+
+
+def bounded(**values: Any) -> Budget:
+    return Budget(Limits(**values), Tally(1))
+
+
+def layer_of(archive: bytes) -> tuple[bytes, LayerSpec]:
+    blob = encoded(archive, "gzip")
+    return blob, spec_of(blob, archive)
+
+
+def test_a_layer_that_unpacks_to_more_than_is_allowed_is_refused_on_the_way(repo: Repository) -> None:
+    archive = tar(member("usr/zeros", bytes(200 << 20)))
+    told = Told()
+    with pytest.raises(TooLarge, match="1048576 bytes"):
+        run(repo, *layer_of(archive), budget=bounded(max_size=1 << 20), told=told)
+    assert repo.objects.stats.bytes_new < 1 << 20
+
+
+def test_a_layer_needs_the_room_of_what_is_new_in_it(repo: Repository) -> None:
+    archive = tar(member("usr/large", LARGE), *(member(f"usr/{n}", LARGE[: 100_000 + n]) for n in range(20)))
+    with pytest.raises(TooLarge, match="were free"):
+        run(repo, *layer_of(archive), budget=bounded(free=1_000_000))
+    with pytest.raises(TooLarge, match="were free"):
+        run(repo, *layer_of(archive), budget=bounded(free=4_000_000))
+    run(repo, *layer_of(archive), budget=bounded(free=6_000_000))
+    small = tar(*(member(f"usr/{n}", LARGE[: 100_000 + n]) for n in range(20)))
+    run(repo, *layer_of(small), budget=bounded(free=200_000))
+
+
+def test_a_layer_of_too_many_members_is_refused(repo: Repository) -> None:
+    archive = tar(*(member(f"usr/{n}") for n in range(2000)))
+    with pytest.raises(TooLarge, match="1000 members"):
+        run(repo, *layer_of(archive), budget=bounded(max_entries=1000))
+
+
+def test_a_raw_blob_has_the_same_bounds(repo: Repository) -> None:
+    with pytest.raises(TooLarge):
+        run(repo, LARGE, spec_of(LARGE, LARGE, None), budget=bounded(max_size=1 << 20))

@@ -38,6 +38,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     ReadOnly,
     RegistryUnreachable,
     Stalled,
+    TooLarge,
 )
 from ansible_collections.composefs.oci.plugins.module_utils.progress import SKIPPED, Progress
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
@@ -70,10 +71,10 @@ def path(tmp_path: pathlib.Path) -> pathlib.Path:
 class ThreadWorker(fetch.Worker):
     """A worker that is a thread of this process."""
 
-    def __init__(self, objects: Any, algorithm: Any, timeout: float, siblings: Any, sessions: Any) -> None:
+    def __init__(self, objects: Any, algorithm: Any, timeout: float, siblings: Any, sources: Any, budget: Any) -> None:
         self._socket, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._thread = threading.Thread(
-            target=fetch._serve, args=(self._theirs, objects, algorithm, timeout), daemon=True
+            target=fetch._serve, args=(self._theirs, objects, algorithm, timeout, sources, budget), daemon=True
         )
         self._thread.start()
 
@@ -307,7 +308,11 @@ def test_too_little_space_is_seen_before_anything_is_fetched(
     with pytest.raises(NoSpace, match=r"need at least 4 inodes.*has 3 free"):
         pull_all(path, app())
     assert world.fetched() == []
+    # As they are compressed they fit, and what they unpack to does not.
     monkeypatch.setattr(Repository, "free_space", lambda repository: (needs, None))
+    with pytest.raises(TooLarge, match="were free"):
+        pull_all(path, app())
+    monkeypatch.setattr(Repository, "free_space", lambda repository: (1 << 30, None))
     assert pull_all(path, app())[0]["changed"]
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
 from ansible_collections.composefs.oci.plugins.module_utils.rootfs import dumpfile, erofswriter, filetree, merge
-from ansible_collections.composefs.oci.plugins.module_utils.errors import InvalidLayer
+from ansible_collections.composefs.oci.plugins.module_utils.errors import InvalidLayer, TooLarge
 from ansible_collections.composefs.oci.plugins.module_utils.rootfs.filetree import Directory, Leaf, Stat
 from ansible_collections.composefs.oci.plugins.module_utils.formats.tarheader import Entry
 from ansible_collections.composefs.oci.tests.support import layers
@@ -543,6 +543,76 @@ def test_inodes_are_bounded_by_what_is_there() -> None:
     with pytest.raises(InvalidLayer, match="more than 1000"):
         for name in range(2000):
             builder.add(*item(f"e/{name}"))
+
+
+def long_names(count: int) -> Iterable[Item]:
+    return (item(f"{number:04}".ljust(255, "n")) for number in range(count))
+
+
+def long_links(count: int) -> Iterable[Item]:
+    return (link(str(number), f"{number:04}".ljust(4000, "t")) for number in range(count))
+
+
+def short_names_and_then_long_links(count: int) -> Iterable[Item]:
+    return (
+        made
+        for make in (lambda n: item(str(n)), lambda n: link(str(n), "t" * 4000))
+        for made in map(make, range(count))
+    )
+
+
+def small_files(count: int) -> Iterable[Item]:
+    return (item(f"{number:04}", content=b"c" * 64) for number in range(count))
+
+
+def capabilities(count: int) -> Iterable[Item]:
+    return (
+        item(str(number), xattrs={b"security.capability": b"%04d" % number + b"c" * 3000}) for number in range(count)
+    )
+
+
+@pytest.mark.parametrize("make", [long_names, long_links, short_names_and_then_long_links, small_files, capabilities])
+def test_what_an_image_says_has_a_budget_of_bytes(make: Any) -> None:
+    """However it is spent: a blob of a few hundred kilobytes can unpack to gigabytes of any of these."""
+    builder = merge.TreeBuilder(max_text=100_000, xattrs="allowlist-only")
+    with pytest.raises(TooLarge, match="more than 100000 bytes together"):
+        for entry, content in make(4000):
+            builder.add(entry, content)
+    held = sum(
+        len(path.rpartition(b"/")[2])
+        + (len(node.data) if isinstance(node, Leaf) else 0)
+        + sum(map(len, (node.stat.xattrs or {}).values()))
+        for path, node in filetree.walk(builder.root)
+    )
+    assert held < 130_000
+
+
+def test_what_was_removed_or_replaced_does_not_count() -> None:
+    builder = merge.TreeBuilder(max_text=100_000)
+    for _round in range(20):
+        for entry, content in [*long_links(10), *long_names(10)]:
+            builder.add(entry, content)
+        builder.add(*item(".wh..wh..opq"))
+    for number in range(1000):
+        builder.add(*link("other", f"{number:04}" * 1000))
+    builder.add(*link("same", "t" * 4000))
+    for number in range(1000):
+        builder.add(*item(f"{number}", HARDLINK, None, "same"))
+
+
+def test_attributes_that_no_image_keeps_need_no_memory() -> None:
+    builder = merge.TreeBuilder(max_text=10_000, xattrs="allowlist-only")
+    tracemalloc.start()
+    try:
+        for number in range(300):
+            value = {b"user.a": b"%d" % number + b"v" * 60_000, b"trusted.x": b"v" * 60_000}
+            builder.add(*item(str(number), xattrs=value))
+        assert tracemalloc.get_traced_memory()[0] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    assert all(not node.stat.xattrs for _path, node in filetree.walk(builder.finish().root))
+    with pytest.raises(ValueError):
+        merge.TreeBuilder(xattrs="allowlist-only").finish("keep-user-xattrs")
 
 
 def test_an_inode_needs_less_than_500_bytes() -> None:
