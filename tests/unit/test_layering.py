@@ -50,7 +50,12 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("commands", "files", "machine", "mountinfo", "processes", "safety", "watch"),
         ("beneath", "deadman", "filesystem", "locks", "mountcalls", "workers"),
     ),
-    "source": (("archive", "options", "source"), ("layout", "policy", "skopeo"), ("imageproxy",), ("skopeosource",)),
+    "source": (
+        ("archive", "options", "source"),
+        ("layout", "policy", "skopeo"),
+        ("imageproxy", "push"),
+        ("skopeosource",),
+    ),
     "store": (
         ("objects",),
         ("marks",),

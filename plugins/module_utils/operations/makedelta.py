@@ -17,18 +17,30 @@ import json
 import mmap
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import DigestMismatch, FormatError, ImageNotFound, InvalidOption, doing
+from ..errors import (
+    DigestMismatch,
+    EngineError,
+    FormatError,
+    ImageNotFound,
+    InvalidOption,
+    InvalidReference,
+    doing,
+)
 from ..formats import codecs, digests, ocidocuments, splitstream, tar, tardiff
 from ..formats.ocidocuments import Descriptor
+from ..formats.reference import Reference, parse_reference
 from ..progress import Progress
 from ..pull import deltas
 from ..pull.sourcefiles import SourceFiles
 from ..rootfs.erofsreader import ErofsImage
 from ..rootfs.filetree import Leaf, walk
-from ..store import imagestreams
+from ..source import push
+from ..source.skopeo import ProxyOptions
+from ..store import imagestreams, namerecords
 from ..store.repository import Repository
 
 if TYPE_CHECKING:
@@ -89,7 +101,8 @@ def find(repository: Repository, text: str) -> Stored:
 def make(
     repository: Repository, source: Stored, target: Stored, directory: str, level: int, progress: Progress
 ) -> Made:
-    """Write the delta from ``source`` to ``target`` as an OCI layout into the empty ``directory``, under LAYOUT_TAG.
+    """Write the delta from ``source`` to ``target`` as an OCI layout into ``directory``, which may not
+    exist yet, under LAYOUT_TAG.
 
     Memory grows with the number of files of the source image, and by a patch of MAX_PATCHED bytes.
     """
@@ -100,8 +113,8 @@ def make(
     kept = set(source.config.diff_ids)
     done: dict[str, Descriptor] = {}
     told = []
-    for blob, diff_id in ocidocuments.pairs(target.manifest, target.config):
-        if diff_id in kept or blob.digest in done:
+    for blob, diff_id in _different(target):
+        if diff_id in kept:
             continue
         progress.message(f"Making the delta of layer {diff_id}")
         with doing(f"Making the delta of layer {diff_id}"):
@@ -121,6 +134,103 @@ def make(
     manifest = deltas.compose(documents[0], documents[1], source.manifest.config.digest, list(done.items()))
     layout.finish(manifest)
     return Made(manifest, told)
+
+
+def missing(source: Stored, target: Stored) -> list[dict[str, Any]]:
+    """The layers of ``target`` that a delta from ``source`` has to make; ``bytes`` is not known yet."""
+    kept = set(source.config.diff_ids)
+    return [
+        {"diff_id": diff_id, "digest": blob.digest, "size": blob.size, "bytes": None}
+        for blob, diff_id in _different(target)
+        if diff_id not in kept
+    ]
+
+
+def _different(target: Stored) -> list[tuple[Descriptor, str]]:
+    """The layers of ``target``, each once."""
+    found: dict[str, tuple[Descriptor, str]] = {}
+    for blob, diff_id in ocidocuments.pairs(target.manifest, target.config):
+        found.setdefault(blob.digest, (blob, diff_id))
+    return list(found.values())
+
+
+def there(options: ProxyOptions, dest: Reference, source: Stored, target: Stored) -> Made | None:
+    """What lies at ``dest``, if it is a delta with this target and source; else None."""
+    raw = push.manifest_at(options, dest)
+    if raw is None:
+        return None
+    try:
+        found = deltas.parse(ocidocuments.parse_manifest(raw))
+    except EngineError:
+        return None
+    if found is None or found.target != target.manifest.digest:
+        return None
+    if found.source_config != source.manifest.config.digest:
+        return None
+    told = [
+        {"diff_id": diff_id, "digest": blob.digest, "size": blob.size, "bytes": found.layers[blob.digest].size}
+        for blob, diff_id in _different(target)
+        if blob.digest in found.layers
+    ]
+    return Made(raw, told)
+
+
+def publish(
+    repository: Repository,
+    source: Stored,
+    target: Stored,
+    dest: Reference,
+    options: ProxyOptions,
+    level: int,
+    progress: Progress,
+) -> Made:
+    """Make the delta and push it to ``dest``; see make() and source.push."""
+    with tempfile.TemporaryDirectory(prefix="composefs-delta-", dir=options.tmpdir) as directory:
+        with doing(f"Making the delta for {dest.text}"):
+            made = make(repository, source, target, f"{directory}/layout", level, progress)
+        progress.message(f"Pushing the delta to {dest.text}")
+        layout = parse_reference(f"oci:{directory}/layout:{LAYOUT_TAG}")
+        push.push(options, layout, dest, sum(layer["bytes"] for layer in made.layers))
+    raw = push.manifest_at(options, dest)
+    if raw is None or digests.digest_of(raw) != made.digest:
+        raise DigestMismatch(
+            f"What was pushed to {dest.text} is not what is there now.",
+            "Somebody else pushes to the same place, or it changes what it stores.",
+        )
+    return made
+
+
+def registry_digest(repository: Repository, text: str, image: Stored) -> str:
+    """The digest by which the registry knows the image under the name or with the digest ``text``."""
+    record = _record(repository, text, image)
+    return (record.registry_digest if record else None) or image.manifest.digest
+
+
+def beside(repository: Repository, names: tuple[str, str], source: Stored, target: Stored) -> Reference:
+    """Where the delta belongs beside the target in its registry. ``names`` are what source and target were asked for
+    by. InvalidReference if it is not known where the target came from.
+    """
+    record = _record(repository, names[1], target)
+    reference = parse_reference(record.ref) if record else None
+    if reference is None or not reference.is_remote:
+        raise InvalidReference(
+            f"It is not known which registry {names[1]} came from.",
+            "Pull it by a docker:// reference first, or set 'dest'.",
+        )
+    return deltas.beside(
+        reference, registry_digest(repository, names[1], target), registry_digest(repository, names[0], source)
+    )
+
+
+def _record(repository: Repository, text: str, image: Stored) -> namerecords.NameRecord | None:
+    found = {
+        name: one for name, one in namerecords.records(repository).items() if one.manifest == image.manifest.digest
+    }
+    # Of several names the one that was asked for counts, then one that came from a registry.
+    return found.get(text) or next(
+        (one for _name, one in sorted(found.items()) if one.ref.startswith("docker://")),
+        next(iter(found.values()), None),
+    )
 
 
 class _Known:

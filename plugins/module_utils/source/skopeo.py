@@ -211,9 +211,12 @@ def _die_with_parent() -> Any:
 
 @contextlib.contextmanager
 def command(
-    options: ProxyOptions, reference: Reference, verb: Sequence[str], last: Sequence[str]
+    options: ProxyOptions, reference: Reference, verb: Sequence[str], last: Sequence[str], side: str = ""
 ) -> Iterator[tuple[list[str], list[int]]]:
-    """The arguments for skopeo and the descriptors that it must inherit, which are ours only until it has started."""
+    """The arguments for skopeo and the descriptors that it must inherit, which are ours only until it has started.
+
+    ``side`` goes before the options that say how ``reference`` is reached, for verbs that have two (``dest-``).
+    """
     argv = list(options.executable)
     if reference.transport == "containers-storage" and os.geteuid() != 0 and len(argv) == 1:
         # Without root the storage is in a user namespace, which skopeo does not enter by itself.
@@ -235,13 +238,13 @@ def command(
             argv += ["--override-variant", options.platform.variant]
     argv += verb
     if options.tls_verify is not None:
-        argv.append(f"--tls-verify={'true' if options.tls_verify else 'false'}")
+        argv.append(f"--{side}tls-verify={'true' if options.tls_verify else 'false'}")
     if options.cert_dir:
         if not os.path.isdir(options.cert_dir):
             raise TlsFailed(
                 f"The certificate directory {options.cert_dir} does not exist.", "Name a directory with *.crt files."
             )
-        argv += ["--cert-dir", options.cert_dir]
+        argv += [f"--{side}cert-dir", options.cert_dir]
     descriptors: list[int] = []
     with contextlib.ExitStack() as stack:
         if options.auth_file:
@@ -254,7 +257,7 @@ def command(
                     f"The authentication file {options.auth_file} does not exist or cannot be read.",
                     "Name a file as skopeo login or podman login write it.",
                 )
-            argv += ["--authfile", options.auth_file]
+            argv += [f"--{side}authfile", options.auth_file]
         elif options.username or options.password:
             if not options.username or not options.password or ":" in options.username:
                 raise AuthFailed(
@@ -264,7 +267,7 @@ def command(
                 descriptor = _auth_file(options.username, options.password, reference.registry)
                 stack.callback(os.close, descriptor)
                 descriptors.append(descriptor)
-                argv += ["--authfile", f"/proc/self/fd/{descriptor}"]
+                argv += [f"--{side}authfile", f"/proc/self/fd/{descriptor}"]
         yield argv + list(last), descriptors
 
 

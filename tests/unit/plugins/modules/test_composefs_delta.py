@@ -1,0 +1,163 @@
+# Copyright (c) composefs.oci contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""composefs_delta through AnsibleModule, in this process; where deltas are pushed is made up."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ansible.module_utils.basic", exc_type=ImportError)
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "module_utils"))
+
+from fake_source import REGISTRY, Layout, World, pull_all
+
+from ansible_collections.composefs.oci.plugins.module_utils.errors import AuthFailed
+from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
+from ansible_collections.composefs.oci.plugins.module_utils.host import processes
+from ansible_collections.composefs.oci.plugins.module_utils.pull import deltas, pull
+from ansible_collections.composefs.oci.plugins.module_utils.source import push
+from ansible_collections.composefs.oci.plugins.module_utils.store import create
+from ansible_collections.composefs.oci.plugins.modules import composefs_delta
+from ansible_collections.composefs.oci.tests.support.moduleargs import arguments
+from ansible_collections.composefs.oci.tests.support.tarbytes import member, tar
+
+OLD, NEW = tar(member("a", b"a" * 5000)), tar(member("b", b"a" * 5000))
+
+
+class Places:
+    """Everything that skopeo could write to, as manifests by reference."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, bytes] = {}
+        self.pushed: list[str] = []
+        self.options: list[Any] = []
+
+    def manifest_at(self, options: Any, reference: Any) -> bytes | None:
+        return self.held.get(reference.text)
+
+    def push(self, options: Any, layout: Any, dest: Any, size: int) -> None:
+        self.options.append(options)
+        index = json.loads((pathlib.Path(layout.path) / "index.json").read_text())
+        digest = index["manifests"][0]["digest"][7:]
+        self.held[dest.text] = (pathlib.Path(layout.path) / "blobs/sha256" / digest).read_bytes()
+        self.pushed.append(dest.text)
+
+
+@pytest.fixture
+def places(monkeypatch: pytest.MonkeyPatch) -> Places:
+    places = Places()
+    monkeypatch.setattr(push, "manifest_at", places.manifest_at)
+    monkeypatch.setattr(push, "push", places.push)
+    return places
+
+
+@pytest.fixture
+def digests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    layout = Layout(tmp_path / "layout")
+    found = {"old": layout.image([OLD], "old"), "new": layout.image([NEW], "new")}
+    monkeypatch.setattr(processes, "call", lambda what, function: function())
+    create.prepare(str(tmp_path / "repo"), fsverity.SHA256, "disabled")
+    World(layout).install(monkeypatch)
+    pull_all(tmp_path / "repo", *(pull.Request(f"{REGISTRY}{name}", name) for name in found))
+    return found
+
+
+@pytest.fixture
+def run(tmp_path: Path, digests: dict[str, str], places: Places, capsys: pytest.CaptureFixture[str]) -> Any:
+    def task(*, check: bool = False, **values: Any) -> dict[str, Any]:
+        values = {
+            "repository": str(tmp_path / "repo"),
+            "source": "old",
+            "target": "new",
+            "_ansible_remote_tmp": "/tmp",
+            "_ansible_check_mode": check,
+            **values,
+        }
+        with arguments(values), pytest.raises(SystemExit):
+            composefs_delta.main()
+        result: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return result
+
+    return task
+
+
+def test_a_delta_is_made_once_and_lies_beside_the_target(run: Any, places: Places, digests: dict[str, str]) -> None:
+    first = run()
+    place = f"{REGISTRY}new:{deltas.tag(digests['new'], digests['old'])}"
+    assert first["changed"] and places.pushed == [place]
+    assert first["ref"] == f"{REGISTRY}new@{first['digest']}"
+    assert first["bytes"] == first["layers"][0]["bytes"] < 1000
+    again = run()
+    assert not again["changed"] and places.pushed == [place]
+    for key in ("ref", "digest", "bytes", "layers"):
+        assert again[key] == first[key]
+
+
+def test_check_mode_looks_and_makes_nothing(run: Any, places: Places) -> None:
+    told = run(check=True)
+    assert told["changed"] and told["digest"] is None and told["bytes"] is None and places.pushed == []
+    assert [layer["bytes"] for layer in told["layers"]] == [None]
+    done = run()
+    assert [layer["diff_id"] for layer in done["layers"]] == [layer["diff_id"] for layer in told["layers"]]
+    assert not run(check=True)["changed"]
+
+
+def test_what_lies_there_counts_only_with_this_source_and_target(
+    run: Any, places: Places, digests: dict[str, str]
+) -> None:
+    dest = "docker://registry.test/elsewhere:tag"
+    assert run(dest=dest, source=digests["new"], target=digests["old"])["changed"]
+    assert run(dest=dest)["changed"] and not run(dest=dest)["changed"]
+    places.held[dest] = b"{}"
+    assert run(dest=dest)["changed"]
+
+
+def test_another_level_makes_no_change(run: Any) -> None:
+    run(level=3)
+    assert not run(level=19)["changed"]
+
+
+def test_auto_needs_a_reference_in_a_registry(run: Any, tmp_path: Path) -> None:
+    for record in (tmp_path / "repo/.composefs-oci/names").iterdir():
+        record.unlink()
+    result = run()
+    assert result["failed"] and result["error"] == "invalid_reference" and "dest" in result["msg"]
+
+
+@pytest.mark.parametrize(
+    "values, code",
+    [
+        ({"level": 0}, "invalid_option"),
+        ({"timeout": 0}, "invalid_option"),
+        ({"source": "new"}, "invalid_option"),
+        ({"source": "nothing"}, "image_not_found"),
+        ({"dest": "https://registry.test/x"}, "invalid_reference"),
+    ],
+)
+def test_what_cannot_be_is_refused(run: Any, values: dict[str, Any], code: str) -> None:
+    result = run(**values)
+    assert result["failed"] and result["error"] == code
+
+
+def test_a_registry_that_refuses_is_told(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_arguments: Any) -> None:
+        raise AuthFailed("Pushing: skopeo says: denied.", "Log in.")
+
+    monkeypatch.setattr(push, "push", refuse)
+    assert run()["error"] == "auth_failed"
+
+
+def test_credentials_reach_skopeo_and_nothing_else(run: Any, places: Places) -> None:
+    result = run(username="writer", password="se:cret w0rd")
+    assert places.options[0].username == "writer" and places.options[0].password == "se:cret w0rd"
+    del result["invocation"]
+    assert "se:cret" not in json.dumps(result)
