@@ -24,6 +24,7 @@ extends_documentation_fragment:
   - composefs.oci.attributes
   - composefs.oci.attributes.actiongroup_composefs
   - composefs.oci.repository
+  - composefs.oci.repository.unsafe
 attributes:
   check_mode:
     support: full
@@ -184,7 +185,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.formats.reference im
 from ansible_collections.composefs.oci.plugins.module_utils.module import opened_repository, repository_path, run_module
 from ansible_collections.composefs.oci.plugins.module_utils.operations import makedelta
 from ansible_collections.composefs.oci.plugins.module_utils.progress import Progress
-from ansible_collections.composefs.oci.plugins.module_utils.source.skopeo import ProxyOptions
+from ansible_collections.composefs.oci.plugins.module_utils.source.options import ProxyOptions
 
 
 def options_of(params: dict) -> ProxyOptions:
@@ -235,6 +236,7 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "repository": {"type": "path"},
+            "unsafe_repository": {"type": "str", "choices": ["refuse", "accept"], "default": "refuse"},
             "source": {"type": "str", "required": True},
             "target": {"type": "str", "required": True},
             "dest": {"type": "str", "default": "auto"},

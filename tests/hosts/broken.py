@@ -70,7 +70,7 @@ BREAKAGES = (
         "registry",
         "the password is on no command line",
         ENGINE + "source/skopeo.py",
-        'argv += ["--authfile", f"/proc/self/fd/{descriptor}"]',
+        'argv += [f"--{side}authfile", f"/proc/self/fd/{descriptor}"]',
         'argv += ["--creds", f"{options.username}:{options.password}"]',
         "test_no_process_showed_the_password",
     ),

@@ -39,7 +39,7 @@ from ..pull.sourcefiles import SourceFiles
 from ..rootfs.erofsreader import ErofsImage
 from ..rootfs.filetree import Leaf, walk
 from ..source import push
-from ..source.skopeo import ProxyOptions
+from ..source.options import ProxyOptions
 from ..store import imagestreams, namerecords
 from ..store.repository import Repository
 

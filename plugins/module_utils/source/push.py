@@ -11,7 +11,8 @@ import os
 
 from ..errors import ImageNotFound, Stalled
 from ..formats.reference import Reference
-from .skopeo import Child, ProxyOptions, classify, command, top_digest
+from .options import ProxyOptions
+from .skopeo import Child, classify, command, top_digest
 
 # The slowest that a push may be, in bytes a second, beside the timeout for its answers.
 _SLOWEST = 1024

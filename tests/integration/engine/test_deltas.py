@@ -30,7 +30,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.operations import li
 from ansible_collections.composefs.oci.plugins.module_utils.progress import Progress
 from ansible_collections.composefs.oci.plugins.module_utils.pull import deltas
 from ansible_collections.composefs.oci.plugins.module_utils.source import push
-from ansible_collections.composefs.oci.plugins.module_utils.source.skopeo import ProxyOptions
+from ansible_collections.composefs.oci.plugins.module_utils.source.options import ProxyOptions
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 
 dice = random.Random(4)
