@@ -8,7 +8,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: composefs_prune
 short_description: Free the space of images that nothing in a composefs repository keeps any more
-version_added: 0.2.0
+version_added: 1.0.0
 author:
   - composefs.oci contributors (@composefs)
 description:
@@ -72,11 +72,13 @@ options:
     description:
       - A file on the host that is kept up to date with the progress of the task as a JSON document, for anybody to
         poll.
-      - On a terminal the collection sets it by itself, and shows a line for each host while the task runs.
+      - The live line on a terminal needs no such file. See the notes.
     type: path
+notes:
+  - While it takes time, a live line on a terminal tells how far it is, as for M(composefs.oci.composefs_image).
 seealso:
   - module: composefs.oci.composefs_image
-  - module: composefs.oci.composefs_image_info
+  - module: composefs.oci.composefs_check
 """
 
 EXAMPLES = r"""
@@ -191,12 +193,14 @@ error:
   sample: busy
 """
 
+import os
 import re
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.composefs.oci.plugins.module_utils.errors import InvalidOption
+from ansible_collections.composefs.oci.plugins.module_utils.host import watch
 from ansible_collections.composefs.oci.plugins.module_utils.module import opened_repository, repository_path, run_module
 from ansible_collections.composefs.oci.plugins.module_utils.operations import prune
 from ansible_collections.composefs.oci.plugins.module_utils.progress import FileSink, Progress
@@ -235,11 +239,12 @@ def values(pruned: prune.Pruned) -> dict[str, Any]:
     return {**vars(pruned), "problems": [problem._asdict() for problem in pruned.problems]}
 
 
-def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
+def run(module: AnsibleModule, base: dict[str, Any], life: watch.Life) -> dict[str, Any]:
     """Do what the task says; ``base`` gets what a failure should still tell."""
     wish = wish_of(module.params)
     path = base["repository"] = repository_path(module)
-    progress = Progress(FileSink(module.params["progress_file"]) if module.params["progress_file"] else None)
+    files = [module.params["progress_file"], life.progress_file]
+    progress = Progress(*(FileSink(path) for path in files if path))
     try:
         with opened_repository(module, path) as repository:
             pruned = prune.prune(repository, wish, progress, module.check_mode)
@@ -270,7 +275,12 @@ def main() -> None:
         supports_check_mode=True,
     )
     base: dict[str, Any] = {"repository": None, **values(prune.Pruned())}
-    run_module(module, lambda module: run(module, base), base)
+    # The action plugin says by the environment what is between it and this module.
+    job, token = os.environ.pop(watch.COLLECT, ""), os.environ.pop(watch.WATCH, "")
+    if job:
+        run_module(module, lambda module: watch.collect(job))
+        return
+    watch.run(token, lambda life: run_module(module, lambda module: run(module, base, life), base))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,11 @@
+# Copyright (c) composefs.oci contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Run the module ``composefs_check`` and show a live line per host while it works, as for a pull."""
+
+from __future__ import annotations
+
+from ansible_collections.composefs.oci.plugins.action.composefs_image import ActionModule
+
+__all__ = ["ActionModule"]
