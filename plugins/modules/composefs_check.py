@@ -12,8 +12,8 @@ version_added: 1.0.0
 author:
   - composefs.oci contributors (@composefs)
 description:
-  - Checks whether everything in a composefs repository is there and is what it says it is. Others may use the repository
-    meanwhile.
+  - Checks whether everything in a composefs repository is there and is what it says it is. Others may use the
+    repository meanwhile.
   - Finds everything that C(cfsctl fsck) and C(cfsctl oci fsck) find, and what they do not look for. With O(level=full)
     these are layers that are not what they are named after, EROFS images that are not what their layers make, and
     damaged objects in repositories without fs-verity.
@@ -55,15 +55,15 @@ options:
       - Mend what can be mended. Damaged objects get a second name in C(.composefs-oci/damaged/) below the repository,
         where M(composefs.oci.composefs_prune) removes them, and stay in their place until they are replaced.
       - EROFS images, streams of configurations and manifests, links and proofs are made anew of what is in the
-        repository. What is not there is copied from O(source), or else fetched from where the image came from. Then only
-        the layers are fetched that have a damaged object.
+        repository. What is not there is copied from O(source), or else fetched from where the image came from. Then
+        only the layers are fetched that have a damaged object.
       - What is damaged and cannot be had is set aside, so that no pull takes it for present, unless it is mounted.
     type: bool
     default: false
   source:
     description:
-      - The path on the host of another composefs repository, or of an OCI image layout, to repair from. What it gives is
-        held against its digest.
+      - The path on the host of another composefs repository, or of an OCI image layout, to repair from. What it gives
+        is held against its digest.
     type: path
   fail_on_findings:
     description:
@@ -76,8 +76,8 @@ options:
     type: int
   ionice:
     description:
-      - The class of input and output to run in. V(idle) only reads while nobody else does, V(best-effort) reads with the
-        lowest priority. Only some schedulers of the kernel know classes.
+      - The class of input and output to run in. V(idle) only reads while nobody else does, V(best-effort) reads with
+        the lowest priority. Only some schedulers of the kernel know classes.
     type: str
     choices: [best-effort, idle]
   auth_file:
@@ -196,8 +196,8 @@ repaired:
       description: Where it is, below the repository.
       type: str
     how:
-      description: V(rebuilt) of what is in the repository, V(copied) from O(source), V(fetched) from where the image came
-        from, or V(set_aside).
+      description: V(rebuilt) of what is in the repository, V(copied) from O(source), V(fetched) from where the image
+        came from, or V(set_aside).
       type: str
     message:
       description: The same for people.
