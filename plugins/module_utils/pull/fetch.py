@@ -27,8 +27,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 from ..host import processes
-from ..store import imagestreams
+from ..store import imagestreams, proofs
 from ..errors import (
+    Busy,
     DigestMismatch,
     EngineError,
     InternalError,
@@ -53,7 +54,7 @@ from ..store.objects import ObjectStore
 from ..formats.ocidocuments import Descriptor
 from ..formats.reference import Reference
 from ..progress import BYTES, DONE, STARTED, Event, Progress
-from ..store.repository import Repository
+from ..store.repository import LOCK_WAIT, Repository
 from ..source.source import Patient, Source, Transfer, TransferFailed
 from .limits import Budget, Limits, Tally
 from .smallobjects import DirectStorer, Storer
@@ -336,6 +337,8 @@ class Fetcher:
         self._failure: EngineError | None = None
         self._moved = 0.0
         self._sources: list[Patient] = []
+        # Lanes are threads, and a store serves one at a time.
+        self._naming = threading.Lock()
         self.results: dict[str, LayerResult] = {}
         # Stream -> why its first source did not serve.
         self.disappointments: dict[str, str] = {}
@@ -344,7 +347,7 @@ class Fetcher:
         """Fetch all ``jobs``, largest first. Raises the first error after the layers under way have ended; what was
         imported stays named.
         """
-        todo: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        todo: queue.Queue[Job] = queue.Queue()
         for job in sorted(jobs, key=lambda job: -job.spec.size):
             todo.put(job)
         every = [*jobs, *(job.otherwise for job in jobs if job.otherwise)]
@@ -374,16 +377,24 @@ class Fetcher:
         if self._failure:
             raise self._failure
 
-    def _lane(self, worker: Worker, todo: queue.SimpleQueue[Job]) -> None:
+    def _lane(self, worker: Worker, todo: queue.Queue[Job]) -> None:
+        waiting: dict[str, float] = {}
         try:
             while self._failure is None:
                 try:
                     job = todo.get_nowait()
                 except queue.Empty:
                     return
-                with doing(f"importing layer {job.spec.diff_id} of {job.reference.original}"):
-                    result = self._somehow(worker, job)
-                    self._publish(job, result)
+                with (
+                    doing(f"importing layer {job.spec.diff_id} of {job.reference.original}"),
+                    contextlib.ExitStack() as stack,
+                ):
+                    if not self._claim(job, stack, waiting, todo):
+                        continue
+                    result = self._brought(job)
+                    if result is None:
+                        result = self._somehow(worker, job)
+                        self._publish(job, result)
                 self.results[job.stream] = result
                 self._arrived(job.stream, bytes.fromhex(result.stream))
                 self._progress(Event(DONE, job.spec.diff_id, job.spec.size, job.spec.size))
@@ -393,12 +404,48 @@ class Fetcher:
             # Nothing may pass unnoticed: a lane that ends without a word counts as done.
             self._failure = self._failure or InternalError(describe_crash(error))
 
+    def _claim(self, job: Job, stack: contextlib.ExitStack, waiting: dict[str, float], todo: queue.Queue[Job]) -> bool:
+        """Take the lock of a layer until ``stack`` ends; False if another pull fetches it, and the job was put back.
+
+        Each layer is fetched by one pull at a time: the others wait, and do what else they have to do meanwhile. A
+        holder that dies frees it. The lock only spares work, so nobody waits for ever: then the layer is fetched twice,
+        which harms nothing.
+        """
+        since = waiting.get(job.stream)
+        if since is not None and time.monotonic() - since >= LOCK_WAIT:
+            self._progress.message(f"Layer {job.spec.diff_id} is fetched here, too: the other pull takes too long")
+            return True
+        try:
+            lock = self._repository.lock(f"layer-{job.spec.diff_id}", 0.0 if todo.qsize() else 0.5, keep=False)
+            stack.enter_context(lock)
+        except Busy as busy:
+            if since is None:
+                waiting[job.stream] = time.monotonic()
+                self._progress.message(f"Waiting for layer {job.spec.diff_id}, which another pull fetches: {busy.text}")
+            if todo.qsize():
+                time.sleep(0.05)
+            todo.put(job)
+            return False
+        return True
+
+    def _brought(self, job: Job) -> LayerResult | None:
+        """The layer, if another pull brought and proved it since this one was planned."""
+        with self._naming:
+            digest = self._repository.stream(job.stream)
+            if digest is None or self._repository.trusted(job.spec.diff_id) != digest:
+                return None
+            tar = job.spec.compression is not None
+            if proofs.proved_layer(self._repository, digest, job.spec.diff_id, tar, False, []) is None:
+                return None
+        return LayerResult(digest.hex(), 0, 0, 0, 0, 0, 0, 0, 0)
+
     def _publish(self, job: Job, result: LayerResult) -> None:
         # The barrier first: a name must never lead to bytes that a power cut can still take away.
         self._repository.sync()
         digest = bytes.fromhex(result.stream)
-        imagestreams.name_layer(self._repository, job.stream, digest)
-        self._repository.trust(job.spec.diff_id, digest)
+        with self._naming:
+            imagestreams.name_layer(self._repository, job.stream, digest)
+            self._repository.trust(job.spec.diff_id, digest)
 
     def _somehow(self, worker: Worker, job: Job) -> LayerResult:
         """By the job's own way, and by the other one where that fails for a reason of its own."""

@@ -128,7 +128,8 @@ def _store(repository: Repository, system: FileSystem, version: int) -> str:
     try:
         with doing(f"writing the EROFS image in format {version}"):
             erofswriter.write_image(system.root, version, repository.algorithm, output.write)
-            return output.commit()[0].hex()
+            # Proved: it may be made again because the one that is there turned out to be torn.
+            return output.commit(prove=True)[0].hex()
     except BaseException:
         output.abort()
         raise

@@ -9,10 +9,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from ..store import imagestreams
+from ..store import imagestreams, proofs
+from ..errors import Busy, FormatError
 from .plan import Layer, Plan
 from ..progress import Progress
 from ..store.repository import Repository
@@ -21,6 +24,11 @@ if TYPE_CHECKING:
     from .makeimages import Ahead
 
 T = TypeVar("T")
+
+# How often to decide anew because cfsctl published meanwhile; each round takes milliseconds.
+_ATTEMPTS = 8
+_SUPERBLOCK = 1024
+_MAGIC = bytes.fromhex("e2e1f5e0")
 
 
 class Images(NamedTuple):
@@ -68,7 +76,7 @@ def unfinished(repository: Repository, plan: Plan, images: Images) -> bool:
         return True
     wanted = _wanted(repository, plan, images)
     return any(
-        name in wanted and not (repository.objects.contains(digest) and repository.image(digest))
+        name in wanted and not (_is_whole(repository, digest) and repository.image(digest))
         for name, digest in plan.image_refs.items()
     )
 
@@ -98,34 +106,121 @@ def publish(
     -> object digest. ``ahead`` is what `begin` returned for this plan.
 
     The final streams are written at once, so nothing is left over for a collector.
+
+    Another pull of the same image may want other EROFS images of it, and both put theirs into one configuration. So
+    what to publish is decided by what is there under a lock that publishers share, never by what was read while
+    planning: the later one would take away what the earlier one had added. The images themselves take long to make, so
+    they are made before.
     """
     tree = [layer.stored or fetched[layer.stream] for layer in plan.layers]
     layers = {layer.diff_id: digest for layer, digest in zip(plan.layers, tree)}
-    before = plan.config_document
-    current = before is not None and _leads_to(plan, before.refs, layers)
-    # Images stay true as long as the layers they were made of do.
-    image_refs = (
-        {name: digest for name, digest in before.refs.items() if imagestreams.is_image_ref(name)}
-        if before and current and plan.config
-        else {}
+    made: dict[str, bytes] = {}
+    _read_again(repository, plan)
+    _make_missing(repository, plan, images, tree, layers, made, progress, ahead)
+    with alone(repository, progress):
+        for _attempt in range(_ATTEMPTS):
+            _read_again(repository, plan)
+            _make_missing(repository, plan, images, tree, layers, made, progress)
+            decision = _decide(repository, plan, images, layers, made)
+            if made or decision.manifests or decision.moves:
+                # The barrier: what the names below lead to, directly or through others, is on the disk before they
+                # exist.
+                repository.sync()
+            # cfsctl knows nothing of the lock. What it did meanwhile counts, too.
+            if _streams(repository, plan) == decision.based_on:
+                break
+        else:
+            raise Busy(
+                f"The documents of {plan.request.name} change again and again while they are being stored.",
+                "Let one program at a time pull this image.",
+            )
+        plan.image_refs = decision.images
+        for image in decision.images.values():
+            if repository.objects.contains(image):
+                repository.link_image(image)
+        imagestreams.replace(repository, plan.config_digest, decision.config, decision.manifests)
+    return [
+        *([imagestreams.CONFIG + plan.config_digest] if decision.moves else []),
+        *(imagestreams.MANIFEST + digest for digest in decision.manifests),
+    ]
+
+
+@contextlib.contextmanager
+def alone(repository: Repository, progress: Progress | None = None) -> Iterator[None]:
+    """Publish, for the duration of a ``with``, while no other pull into this repository does."""
+
+    def tell(holders: str) -> None:
+        if progress is not None:
+            progress.message(f"Waiting for another pull that is publishing ({holders})")
+
+    with repository.lock("publish", tell=tell):
+        yield
+
+
+class _Decision(NamedTuple):
+    """What to publish: the configuration's stream, those of manifests by digest, whether the configuration moves, the
+    EROFS images, and the streams on which all that was decided.
+    """
+
+    config: bytes
+    manifests: dict[str, bytes]
+    moves: bool
+    images: dict[str, bytes]
+    based_on: tuple[bytes | None, bytes | None]
+
+
+def _streams(repository: Repository, plan: Plan) -> tuple[bytes | None, bytes | None]:
+    return (
+        repository.stream(imagestreams.CONFIG + plan.config_digest),
+        repository.stream(imagestreams.MANIFEST + plan.digest),
     )
-    wanted = _wanted(repository, plan, images)
+
+
+def _read_again(repository: Repository, plan: Plan) -> None:
+    plan.manifest_document = imagestreams.usable(repository, imagestreams.MANIFEST, plan.digest)
+    plan.config_document = imagestreams.usable(repository, imagestreams.CONFIG, plan.config_digest)
+
+
+def _make_missing(
+    repository: Repository,
+    plan: Plan,
+    images: Images,
+    tree: Sequence[bytes],
+    layers: Mapping[str, bytes],
+    made: dict[str, bytes],
+    progress: Progress,
+    ahead: Ahead | None = None,
+) -> None:
+    """Make the EROFS images that are wanted and neither stored nor ``made`` yet, where they are noted."""
+    there = {**_true_images(repository, plan, layers), **made}
     missing = [
         format_
-        for name, format_ in wanted.items()
-        if name not in image_refs or not repository.objects.contains(image_refs[name])
+        for name, format_ in _wanted(repository, plan, images).items()
+        if name not in there or not _is_whole(repository, there[name])
     ]
-    if missing:
-        progress.message(f"Making the EROFS image of {plan.request.name}")
-        from .makeimages import write_images  # late: most runs make none
+    if not missing:
+        return
+    progress.message(f"Making the EROFS image of {plan.request.name}")
+    from .makeimages import write_images  # late: most runs make none
 
-        formats = _by_tree(missing)
-        made = ahead.images(tree, *formats) if ahead is not None else None
-        plain, bootable = made or write_images(repository, tree, *formats)
-        image_refs.update({imagestreams.image_ref(version): digest for version, digest in plain.items()})
-        image_refs.update({imagestreams.image_ref(version, boot=True): digest for version, digest in bootable.items()})
+    formats = _by_tree(missing)
+    ready = ahead.images(tree, *formats) if ahead is not None else None
+    plain, bootable = ready or write_images(repository, tree, *formats)
+    made.update({imagestreams.image_ref(version): digest for version, digest in plain.items()})
+    made.update({imagestreams.image_ref(version, boot=True): digest for version, digest in bootable.items()})
+
+
+def _decide(
+    repository: Repository, plan: Plan, images: Images, layers: Mapping[str, bytes], made: Mapping[str, bytes]
+) -> _Decision:
+    """Store the documents as they have to be now, by what the repository holds."""
+    based_on = _streams(repository, plan)
+    before = plan.config_document
+    kept = _true_images(repository, plan, layers)
+    # What was made for want of it, and is there meanwhile, is the same: making images is deterministic.
+    image_refs = {**kept, **{name: digest for name, digest in made.items() if kept.get(name) != digest}}
     config_refs = {**layers, **image_refs}
-    if before is not None and current and (plan.config is None or before.refs == config_refs):
+    if before is not None and (plan.config is None or before.refs == config_refs):
         config_stream = before.stream
     else:
         config_stream = imagestreams.store(repository, imagestreams.CONFIG, plan.config_raw, config_refs)
@@ -140,18 +235,45 @@ def publish(
             if digest != plan.digest:
                 moved = {**document.refs, imagestreams.CONFIG_REF + plan.config_digest: config_stream}
                 manifests[digest] = imagestreams.store(repository, imagestreams.MANIFEST, document.raw, moved)
-    plan.image_refs = image_refs
-    if missing or manifests or moves:
-        # The barrier: what the names below lead to, directly or through others, is on the disk before they exist.
-        repository.sync()
-    for image in image_refs.values():
-        if repository.objects.contains(image):
-            repository.link_image(image)
-    imagestreams.replace(repository, plan.config_digest, config_stream, manifests)
-    return [
-        *([imagestreams.CONFIG + plan.config_digest] if moves else []),
-        *(imagestreams.MANIFEST + digest for digest in manifests),
-    ]
+    return _Decision(config_stream, manifests, moves, image_refs, based_on)
+
+
+def _true_images(repository: Repository, plan: Plan, layers: Mapping[str, bytes | None]) -> dict[str, bytes]:
+    """The EROFS images that the stored configuration leads to and that stay: those made of the same layers.
+
+    Two programs that fetch a layer at once give it two streams of the same tar. An image made of the other one is as
+    true as ours, if that is proved of its layers.
+    """
+    before = plan.config_document
+    if before is None or plan.config is None:
+        return {}
+    images = {name: digest for name, digest in before.refs.items() if imagestreams.is_image_ref(name)}
+    others = {name: digest for name, digest in before.refs.items() if not imagestreams.is_image_ref(name)}
+    if not images or others.keys() != layers.keys():
+        return {}
+    for diff_id, stream in others.items():
+        if stream != layers[diff_id] and proofs.proved_layer(repository, stream, diff_id, True, False, []) is None:
+            return {}
+    return images
+
+
+def _is_whole(repository: Repository, image: bytes) -> bool:
+    """Whether an EROFS image is there and begins like one: a file system that went down may have left its name only."""
+    if not repository.objects.contains(image):
+        return False
+    found = repository.objects.stat(image)
+    if found is None or found.st_size < _SUPERBLOCK + len(_MAGIC):
+        return False
+    try:
+        fd = repository.objects.open(image)
+    except FormatError:
+        return False
+    try:
+        return os.pread(fd, len(_MAGIC), _SUPERBLOCK) == _MAGIC
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
 
 
 def _by_tree(formats: Sequence[tuple[int, bool]]) -> tuple[list[int], list[int]]:
@@ -215,8 +337,8 @@ def _coming_config(
     """
     config = plan.config_document
     keys = set(_wanted(repository, plan, images))
-    if config is not None and _leads_to(plan, config.refs, layers):
-        keys |= {name for name in config.refs if imagestreams.is_image_ref(name)}
+    if config is not None:
+        keys |= _true_images(repository, plan, layers).keys()
     candidates = [repository.stream(imagestreams.CONFIG + plan.config_digest)]
     candidates += [document.refs[imagestreams.CONFIG_REF + plan.config_digest] for document in holders.values()]
     for stream in dict.fromkeys(candidates):

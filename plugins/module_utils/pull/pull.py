@@ -330,8 +330,9 @@ def _carry_out(
         # Only now, when every document is in place, do the names appear: an image of this task that cannot be stored
         # leaves all names alone.
         permit()
-        for plan in plans:
-            _set_name(repository, plan)
+        with publish.alone(repository, progress):
+            for plan in plans:
+                _set_name(repository, plan)
     clock.lap("register")
     return outcomes
 
@@ -456,9 +457,9 @@ def forget(repository: Repository, request: Request, check: bool) -> dict[str, A
     except MissingLibrary:
         previous_layers = []  # only shown; a name can go without it
     if exists and not check:
-        repository.require_writable()
-        repository.untag(standing.name)
-        namerecords.forget(repository, standing.name)
+        with publish.alone(repository):
+            repository.untag(standing.name)
+            namerecords.forget(repository, standing.name)
         # What is reported as removed must not come back after a power cut.
         repository.sync()
     return {

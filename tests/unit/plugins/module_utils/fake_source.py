@@ -32,7 +32,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.source.imageproxy im
 from ansible_collections.composefs.oci.plugins.module_utils.formats.digests import digest_of
 from ansible_collections.composefs.oci.plugins.module_utils.formats.ocidocuments import Descriptor
 from ansible_collections.composefs.oci.plugins.module_utils.formats.reference import Reference
-from ansible_collections.composefs.oci.plugins.module_utils.progress import Event, Progress
+from ansible_collections.composefs.oci.plugins.module_utils.progress import MESSAGE, Event, Progress
 from ansible_collections.composefs.oci.plugins.module_utils.pull.publish import Images
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ansible_collections.composefs.oci.plugins.module_utils.source.skopeo import passing
@@ -56,6 +56,9 @@ class Events:
 
     def of(self, kind: str) -> list[Event]:
         return [event for event in self.events if event.kind == kind]
+
+    def texts(self) -> list[str]:
+        return [event.text for event in self.of(MESSAGE)]
 
 
 class World:

@@ -148,12 +148,74 @@ def test_a_name_is_given_after_the_barrier(world: World, repo: Repository, monke
 
 
 def test_descriptors_are_as_before(world: World, repo: Repository) -> None:
-    before = sorted(os.listdir("/proc/self/fd"))
+    def descriptors() -> list[str]:
+        # A store keeps the directories of its objects.
+        return sorted(name for name in os.listdir("/proc/self/fd") if not os.path.isdir(f"/proc/self/fd/{name}"))
+
+    before = descriptors()
     world.blobs[str(world.layout.layer(TARS[1]).descriptor["digest"])] = [b"short"]
     for _time in range(2):
         with contextlib.suppress(EngineError):
             Fetch(world, repo, parallel=2, timeout=0.5, retries=0).run()
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert descriptors() == before
+
+
+# --- two pulls at once
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_layer_that_another_pull_fetches_is_waited_for_and_not_fetched_again(world: World, repo: Repository) -> None:
+    """The others come first meanwhile."""
+    Fetch(world, repo, 1).run()
+    name = f"oci-layer-{sha256(TARS[0])}"
+    stream = repo.stream(name)
+    assert stream is not None
+    repo.unregister(name)
+    fetch = Fetch(world, repo, 3)
+    asked = world.fetched().count(fetch.digest(0))
+    results: list[Any] = []
+    with Repository.open(repo.path, write=True) as other:
+        with other.lock(f"layer-{sha256(TARS[0])}", keep=False):
+            thread = threading.Thread(target=lambda: results.append(fetch.run()))
+            thread.start()
+            deadline = time.monotonic() + 30
+            while time.monotonic() < deadline and len(repo.streams("oci-layer-")) < 2:
+                time.sleep(0.02)
+            time.sleep(0.2)
+            assert thread.is_alive() and len(repo.streams("oci-layer-")) == 2
+            other.register(name, stream)
+        thread.join(30)
+    assert len(results[0]) == 3 and results[0][name].fetched == 0 and results[0][name].stream == stream.hex()
+    assert world.fetched().count(fetch.digest(0)) == asked
+    said = [text for text in fetch.events.texts() if "another pull fetches" in text]
+    assert len(said) == 1 and f"process {os.getpid()}" in said[0]
+    assert os.listdir(f"{repo.path}/.composefs-oci/locks") == []
+
+
+def test_a_pull_that_dies_frees_the_layer(world: World, repo: Repository) -> None:
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with Repository.open(repo.path, write=True) as other, other.lock(f"layer-{sha256(TARS[0])}", keep=False):
+            os.write(writer, b"x")
+            time.sleep(60)
+        os._exit(1)
+    os.read(reader, 1)
+    fetch = Fetch(world, repo, 1)
+    timer = threading.Timer(0.5, lambda: (os.kill(pid, signal.SIGKILL), os.waitpid(pid, 0)))
+    timer.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "children", list)
+        (result,) = fetch.run().values()
+    timer.join()
+    assert result.fetched > 0
+
+
+def test_nobody_waits_for_ever_for_a_layer(world: World, repo: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "LOCK_WAIT", 0.3)
+    with Repository.open(repo.path, write=True) as other, other.lock(f"layer-{sha256(TARS[0])}"):
+        (result,) = Fetch(world, repo, 1).run().values()
+    assert result.fetched > 0
 
 
 # --- what passes and what does not

@@ -11,16 +11,18 @@ import json
 import os
 import pathlib
 import sys
+import threading
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as hs
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from fake_source import REGISTRY, Layout, World, pull_all
+from fake_source import REGISTRY, Events, Layout, World, pull_all
 from ociimage import sha256
 
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity, splitstream
@@ -328,6 +330,7 @@ def test_prediction_equals_what_is_done_after_two_damages(tmp_path: pathlib.Path
     erofs=hs.booleans(),
     before=hs.booleans(),
 )
+@example(earlier=["app"], damages=[config_damaged, image_object_gone], tag="app", erofs=False, before=True)
 def test_prediction_equals_what_is_done_in_any_state(
     tmp_path_factory: pytest.TempPathFactory,
     world: World,
@@ -455,6 +458,130 @@ def test_manifests_that_share_a_configuration_follow_it_and_are_named_in_the_res
         f"oci-manifest-{twin.digest()}",
     ]
     assert not hold_to_its_word(twin)["changed"]
+
+
+# --- two publishers
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def between(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], None]:
+    """Have something happen after a pull has planned and before it publishes."""
+
+    def arrange(what: Callable[[], Any]) -> None:
+        real = publish.publish
+
+        def late(*arguments: Any, **options: Any) -> Any:
+            monkeypatch.setattr(publish, "publish", real)
+            what()
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(publish, "publish", late)
+
+    return arrange
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["new image", "known image"])
+def test_an_image_that_another_pull_adds_meanwhile_stays(
+    tmp_path: pathlib.Path, world: World, between: Any, known: bool
+) -> None:
+    """Both put their EROFS images into one configuration; the later one had read it before the other wrote."""
+    state = State(new_repository(tmp_path / "repo"), world.layout, "app")
+    if known:
+        pull_all(state.path, request(), erofs=False)
+        manifest_gone(state)
+    between(lambda: pull_all(state.path, request(name="other")))
+    pull_all(state.path, request(), erofs=False)
+    refs = state.refs(imagestreams.CONFIG, state.config())
+    with state.open() as repository:
+        image = refs["composefs.image.v1"]
+        assert repository.image(image) and repository.objects.verify(image)
+    whole(state, pull_all(state.path, request())[0])
+
+
+def test_an_image_that_another_program_makes_of_its_own_streams_stays(
+    tmp_path: pathlib.Path, world: World, between: Any
+) -> None:
+    """cfsctl compresses otherwise: its streams of the same layers are other objects."""
+    state = State(new_repository(tmp_path / "repo"), world.layout, "app")
+
+    def like_cfsctl() -> None:
+        with state.open() as repository:
+            refs = {}
+            for layer in (FIRST, SECOND):
+                writer = splitstream.Writer(repository.algorithm, splitstream.LAYER)
+                writer.inline(layer)
+                refs[sha256(layer)] = repository.objects.put_pieces(writer.finish())
+                repository.register(f"oci-layer-{sha256(layer)}", refs[sha256(layer)])
+            refs["composefs.image.v1"] = repository.objects.put(b"an image that is not read here " * 99)
+            repository.link_image(refs["composefs.image.v1"])
+            made.update(refs)
+            stream = imagestreams.store(repository, imagestreams.CONFIG, state.layout.read(state.config()), refs)
+            repository.register(imagestreams.CONFIG + state.config(), stream)
+
+    made: dict[str, bytes] = {}
+    between(like_cfsctl)
+    pull_all(state.path, request(), erofs=False)
+    assert state.refs(imagestreams.CONFIG, state.config())["composefs.image.v1"] == made["composefs.image.v1"]
+
+
+def test_what_another_program_publishes_in_the_last_moment_counts_too(
+    tmp_path: pathlib.Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cfsctl does not know the lock."""
+    state = State(new_repository(tmp_path / "repo"), world.layout, "app")
+    pull_all(state.path, request(), erofs=False)
+    manifest_gone(state)
+    real = publish._decide
+
+    def late(repository: Repository, *arguments: Any) -> Any:
+        decision = real(repository, *arguments)
+        if len(rounds) < 2:
+            rounds.append(len(rounds))
+            refs = {**state.refs(imagestreams.CONFIG, state.config())}
+            refs[f"composefs.image.boot.v1.{rounds[-1]}"] = repository.objects.put(b"an image %d" % rounds[-1])
+            stream = imagestreams.store(repository, imagestreams.CONFIG, state.layout.read(state.config()), refs)
+            repository.register(imagestreams.CONFIG + state.config(), stream)
+        return decision
+
+    rounds: list[int] = []
+    monkeypatch.setattr(publish, "_decide", late)
+    pull_all(state.path, request(), erofs=False)
+    refs = state.refs(imagestreams.CONFIG, state.config())
+    assert {"composefs.image.boot.v1.0", "composefs.image.boot.v1.1"} <= refs.keys()
+
+
+def test_publishers_take_turns_and_say_so(tmp_path: pathlib.Path, world: World) -> None:
+    state = State(new_repository(tmp_path / "repo"), world.layout, "app")
+    events = Events()
+    done: list[Any] = []
+    with state.open() as repository, repository.lock("publish"):
+        thread = threading.Thread(target=lambda: done.append(pull_all(state.path, request(), sink=events)))
+        thread.start()
+        deadline = time.monotonic() + 30
+        while not any("Waiting for another pull" in text for text in events.texts()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert repository.tags() == {} and repository.streams(imagestreams.MANIFEST) == []
+    thread.join(30)
+    assert len(done) == 1
+    assert any(f"process {os.getpid()}" in text for text in events.texts())
+    whole(state, done[0][0])
+
+
+# --- images that are there in name only
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", ["empty", "zeros", "cut"])
+def test_an_image_whose_object_is_torn_is_made_anew(tmp_path: pathlib.Path, world: World, content: str) -> None:
+    state = State(new_repository(tmp_path / "repo"), world.layout, "app")
+    (first,) = pull_all(state.path, request())
+    path = state.object(bytes.fromhex(first["image_id"]))
+    size = path.stat().st_size
+    path.write_bytes({"empty": b"", "zeros": bytes(size), "cut": path.read_bytes()[:1024]}[content])
+    done = hold_to_its_word(state)
+    assert not done["changed"] and done["image_id"] == first["image_id"]
+    assert path.stat().st_size == size
 
 
 def test_images_is_what_the_module_says() -> None:
