@@ -14,14 +14,17 @@ takes and the positions that may follow. Expressions share the positions of thei
 The dialect is that of file_contexts as composefs-rs 0.9 reads it (Rust regex on bytes, dot takes a newline too, PCRE2
 where Rust cannot): literals, classes, groups, alternation, greedy and lazy repetition; two quantifiers in a row repeat
 the repetition. What needs more (look-around, word boundaries, back references, atomic groups) goes to Python's ``re``,
-one by one, within limits.
+one by one. That engine tries one way after the other, and some expressions have more ways than anybody lives to see
+tried; so a timer of the process interrupts it, which works in the main thread alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from ..errors import InvalidLayer
@@ -34,8 +37,9 @@ _MAX_SIZE = 1_500_000
 _MAX_KEPT = 3_000_000
 #: Positions in all states that are ever made; an image with Fedora's policy needs a few million.
 _MAX_WORK = 100_000_000
-#: Seconds that the expressions with look-around may use; those of real policies need less than one.
-_MAX_SECONDS = 120.0
+#: Seconds of the processor that all expressions with look-around may use together; those of real policies need less
+#: than one.
+_MAX_SECONDS = 60.0
 
 _QUANTIFIER = re.compile(rb"\{(?=[0-9]|,[0-9])([0-9]{0,6})(,?)([0-9]{0,6})\}")
 _PLAIN = re.compile(rb"(?:[^\\.^$|?*+()\[\]{}\x80-\xff]|\\[^0-9A-Za-z\x80-\xff])*")
@@ -85,6 +89,10 @@ class _Unsupported(Exception):
 
 class _Malformed(Exception):
     """No engine can."""
+
+
+class _TooLong(Exception):
+    """The processor time is used up."""
 
 
 class _Fragment(NamedTuple):
@@ -170,17 +178,29 @@ class LastMatch:
 
     def _best_slow(self, found: int, kind: bytes, path: bytes) -> int:
         subject = path + kind
-        started = time.monotonic()
-        for index, only, pattern in self._slow:
-            if index < found:
-                break
-            if only in (b"", kind) and pattern.match(subject):
-                found = index
-                break
-        self._slow_seconds += time.monotonic() - started
-        if self._slow_seconds > _MAX_SECONDS:
-            raise InvalidLayer("The SELinux policy of the image has expressions that take too long to match.")
+        with self._bounded():
+            for index, only, pattern in self._slow:
+                if index < found:
+                    break
+                if only in (b"", kind) and pattern.match(subject):
+                    return index
         return found
+
+    @contextlib.contextmanager
+    def _bounded(self) -> Iterator[None]:
+        """Let Python's engine work as long as there is processor time left for it. Raises InvalidLayer."""
+        started = time.process_time()
+        try:
+            with _timer(_MAX_SECONDS - self._slow_seconds):
+                yield
+        except _TooLong:
+            raise InvalidLayer(
+                f"The SELinux policy of the image has expressions with look-around or back references that take more "
+                f"than {_MAX_SECONDS:g} seconds of the processor.",
+                "Have the policy of the image built without them.",
+            ) from None
+        finally:
+            self._slow_seconds += time.process_time() - started
 
     def _state(self, items: frozenset[int]) -> State:
         state = self._states.get(items)
@@ -230,7 +250,8 @@ class LastMatch:
             # Nothing leads there yet.
             del self._takes[positions:]
             del self._follow[positions:]
-            self._slow.append((index, pattern.kind, _translate(pattern)))
+            with self._bounded():
+                self._slow.append((index, pattern.kind, _translate(pattern)))
             return
         except _Malformed as error:
             raise _refusal(pattern.regex, str(error)) from None
@@ -595,6 +616,32 @@ def _parse_class(regex: bytes, at: int) -> tuple[frozenset[int], int]:
         else:
             members |= single or frozenset()
     return frozenset(_ALL - members if negated else members), at
+
+
+@contextlib.contextmanager
+def _timer(seconds: float) -> Iterator[None]:
+    """Raise _TooLong within the block after so many seconds of processor time (Python's engine for expressions looks
+    for signals every few thousand steps).
+    """
+
+    def ring(_number: int, _frame: object) -> None:
+        raise _TooLong
+
+    if seconds <= 0:
+        raise _TooLong
+    try:
+        before = signal.signal(signal.SIGVTALRM, ring)
+    except ValueError:
+        raise InvalidLayer(
+            "The SELinux policy of the image has expressions with look-around or back references, which can be bounded "
+            "in the main thread only."
+        ) from None
+    try:
+        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def _refusal(regex: bytes, why: str) -> InvalidLayer:

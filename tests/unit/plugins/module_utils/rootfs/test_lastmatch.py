@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import re
 import sys
+import signal
+import threading
 import time
 from collections.abc import Sequence
 
@@ -150,6 +152,54 @@ def test_states_of_a_directory_serve_its_children() -> None:
     machine = LastMatch([Pattern(rb"/usr(/.*)?"), Pattern(rb"/usr/lib/.*\.so")])
     base = machine.feed(machine.start, b"/usr/lib/")
     assert [machine.best(machine.feed(base, name), b"-", b"") for name in (b"a.so", b"a.so.1", b"b")] == [1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "regex",
+    [
+        rb"/(?=a)(a|a)*b",
+        rb"/(a|b|a)*\2x",
+        rb"/(?!z)(?:a|a|aa)*c",
+        rb"/(a?)(a?)(a?)(a?)" + rb"(a?)" * 16 + rb"\2\3\4\5b(?!x)" + rb"(a|a)*z",
+        rb"/(?:(?=a)a|a|(?<=a)a)*y",
+    ],
+)
+def test_no_expression_with_look_around_or_back_references_runs_away(
+    regex: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lastmatch, "_MAX_SECONDS", 0.5)
+    before = signal.getsignal(signal.SIGVTALRM)
+    started = time.process_time()
+    with pytest.raises(InvalidLayer, match="seconds of the processor"):
+        machine = LastMatch([Pattern(regex)])
+        path = b"/" + b"a" * 200
+        machine.best(machine.feed(machine.start, path), b"-", path)
+    assert time.process_time() - started < 3
+    assert signal.getsignal(signal.SIGVTALRM) == before and signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
+
+
+def test_the_processor_time_is_that_of_all_paths_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lastmatch, "_MAX_SECONDS", 0.3)
+    machine = LastMatch([Pattern(rb"/(?=a)(a|a)*b")])
+    with pytest.raises(InvalidLayer, match="seconds of the processor"):
+        for _path in range(100_000):
+            machine.best(machine.start, b"-", b"/" + b"a" * 14)
+
+
+def test_outside_of_the_main_thread_such_expressions_are_refused() -> None:
+    machine = LastMatch([Pattern(rb"/x(?!y).*")])
+    caught: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            machine.best(machine.start, b"-", b"/xa")
+        except BaseException as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert isinstance(caught[0], InvalidLayer)
 
 
 def test_no_expression_of_the_automaton_runs_away() -> None:
