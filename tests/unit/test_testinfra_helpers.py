@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The helpers for testinfra that users import (tests/support/composefs_testinfra.py), with this machine as the host."""
+"""The helpers for testinfra that users import (plugins/plugin_utils/composefs_testinfra.py), with this machine as the host."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests/support"), str(ROOT / "tests/unit/plugins/module_utils")]
+sys.path[:0] = [str(ROOT / "plugins/plugin_utils"), str(ROOT / "tests/support"), str(ROOT / "tests/unit/plugins/module_utils")]
 
 from composefs_testinfra import Repository
 from fake_source import REGISTRY, Layout, World, pull_all

@@ -18,7 +18,7 @@ places = [
     *site.getsitepackages(),
 ]
 for place in filter(None, places):
-    support = pathlib.Path(place).expanduser() / "ansible_collections/composefs/oci/tests/support"
+    support = pathlib.Path(place).expanduser() / "ansible_collections/composefs/oci/plugins/plugin_utils"
     if (support / "composefs_testinfra.py").exists():
         sys.path.insert(0, str(support))
         break
