@@ -53,3 +53,17 @@ attributes:
     membership:
       - composefs.oci.composefs
 """
+
+    # Used as composefs.oci.attributes.actiongroup_registry by modules of both groups.
+    ACTIONGROUP_REGISTRY = r"""
+options: {}
+attributes:
+  action_group:
+    description: Use C(group/composefs.oci.composefs) in C(module_defaults) to set defaults for all modules of the
+      collection at once, and C(group/composefs.oci.composefs_registry) for those that reach registries, such as
+      C(auth_file).
+    support: full
+    membership:
+      - composefs.oci.composefs
+      - composefs.oci.composefs_registry
+"""

@@ -20,7 +20,7 @@ description:
   - With O(repair=true) it mends what can be mended, checks once more, and says in RV(repaired) what was done.
 extends_documentation_fragment:
   - composefs.oci.attributes
-  - composefs.oci.attributes.actiongroup_composefs
+  - composefs.oci.attributes.actiongroup_registry
   - composefs.oci.repository
   - composefs.oci.repository.unsafe
 attributes:

@@ -22,7 +22,7 @@ description:
     about as much memory as the larger of their file trees, and five times the largest patched file (of at most 64 MiB).
 extends_documentation_fragment:
   - composefs.oci.attributes
-  - composefs.oci.attributes.actiongroup_composefs
+  - composefs.oci.attributes.actiongroup_registry
   - composefs.oci.repository
   - composefs.oci.repository.unsafe
 attributes:

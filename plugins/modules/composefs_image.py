@@ -22,7 +22,7 @@ description:
     one.
 extends_documentation_fragment:
   - composefs.oci.attributes
-  - composefs.oci.attributes.actiongroup_composefs
+  - composefs.oci.attributes.actiongroup_registry
   - composefs.oci.repository
   - composefs.oci.repository.unsafe
 attributes:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -72,7 +73,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("pull",),
     ),
     "operations": (
-        ("diskuse", "findings", "journal", "listing", "makedelta"),
+        ("diskuse", "findings", "journal", "listing", "makedelta", "remote"),
         ("keeping", "mounting"),
         ("deployment", "dump"),
         ("bootmountmain",),
@@ -254,7 +255,19 @@ def test_every_module_is_in_the_action_group() -> None:
 
 def test_every_module_says_so_in_its_documentation() -> None:
     for path in (ROOT / "plugins" / "modules").glob("composefs_*.py"):
-        assert "composefs.oci.attributes.actiongroup_composefs" in path.read_text(encoding="utf-8"), path
+        text = path.read_text(encoding="utf-8")
+        assert re.search(r"composefs\.oci\.attributes\.actiongroup_(composefs|registry)", text), path
+
+
+def test_modules_that_take_credentials_for_registries_are_in_the_group_for_that() -> None:
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    runtime = yaml.safe_load((ROOT / "meta" / "runtime.yml").read_text(encoding="utf-8"))
+    reaching = sorted(
+        path.stem
+        for path in (ROOT / "plugins" / "modules").glob("composefs_*.py")
+        if '"auth_file": {' in path.read_text(encoding="utf-8")
+    )
+    assert sorted(runtime["action_groups"]["composefs_registry"]) == reaching
 
 
 def test_every_module_but_those_that_mount_can_be_told_to_accept_an_unsafe_repository() -> None:

@@ -15,7 +15,11 @@ from typing import Any
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "plugins/plugin_utils"), str(ROOT / "tests/support"), str(ROOT / "tests/unit/plugins/module_utils")]
+sys.path[:0] = [
+    str(ROOT / "plugins/plugin_utils"),
+    str(ROOT / "tests/support"),
+    str(ROOT / "tests/unit/plugins/module_utils"),
+]
 
 from composefs_testinfra import Repository
 from fake_source import REGISTRY, Layout, World, pull_all

@@ -1,0 +1,98 @@
+# Copyright (c) composefs.oci contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""composefs_remote_info through AnsibleModule, with layouts, a real registry and the real skopeo."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ansible.module_utils.basic", exc_type=ImportError)
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "support"))
+
+from aptroot import Unavailable
+from ociimage import Layout
+from registry import Registry
+
+from ansible_collections.composefs.oci.plugins.modules import composefs_remote_info
+from ansible_collections.composefs.oci.tests.support.moduleargs import arguments
+from ansible_collections.composefs.oci.tests.support.tarbytes import DIRECTORY, member, tar
+
+FILES = tar(member("usr/", type=DIRECTORY), member("usr/one", b"1" * 300))
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Any:
+    def task(**values: Any) -> dict[str, Any]:
+        with (
+            arguments({"_ansible_remote_tmp": "/tmp", "_ansible_check_mode": False, **values}),
+            pytest.raises(SystemExit),
+        ):
+            composefs_remote_info.main()
+        return dict(json.loads(capsys.readouterr().out))
+
+    return task
+
+
+@pytest.fixture(scope="module")
+def layout(tmp_path_factory: pytest.TempPathFactory) -> Layout:
+    layout = Layout(tmp_path_factory.mktemp("images") / "layout")
+    layout.image([FILES], "app", labels={"version": "1.4"})
+    layout.multi_platform({"linux/amd64": [FILES], "linux/arm64": [FILES]}, "both")
+    return layout
+
+
+@pytest.fixture(scope="module")
+def registry(layout: Layout, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    if shutil.which("skopeo") is None:
+        pytest.skip("skopeo is not installed")
+    try:
+        with Registry(tmp_path_factory.mktemp("registry")) as running:
+            running.push(f"{layout.path}:both", "both:1", "--all")
+            yield running
+    except Unavailable as error:
+        pytest.skip(str(error))
+
+
+def test_a_layout_is_described_without_a_repository(run: Any, layout: Layout) -> None:
+    found = run(ref=f"oci:{layout.path}:app", repository="/nowhere")
+    assert not found["changed"] and found["digest"] == found["registry_digest"] and found["index_digest"] is None
+    assert found["labels"] == {"version": "1.4"} and found["kind"] == "container" and found["pinned"] is None
+    assert found["size"] == sum(layer["size"] for layer in found["layers"]) > 0 and len(found["layers"]) == 1
+
+
+@pytest.mark.slow
+def test_an_index_in_a_registry_tells_all_platforms_and_the_one_asked_for(run: Any, registry: Registry) -> None:
+    ref = registry.reference("both:1")
+    found = run(ref=ref, platform="linux/arm64", validate_certs=False)
+    assert found["platform"] == "linux/arm64" and found["skopeo_version"] and found["policy"]
+    assert {entry["platform"] for entry in found["manifests"]} == {"linux/amd64", "linux/arm64"}
+    assert found["registry_digest"] in [entry["digest"] for entry in found["manifests"]]
+    assert found["index_digest"] not in (None, found["registry_digest"])
+    again = run(ref=found["pinned"], validate_certs=False)
+    assert again["registry_digest"] == found["registry_digest"] and again["index_digest"] is None
+    assert run(ref=ref, platform="linux/s390x", validate_certs=False)["error"] == "platform_not_found"
+    assert run(ref=registry.reference("nothing:1"), validate_certs=False)["error"] == "image_not_found"
+
+
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [
+        ({"ref": "oci:/nowhere:x"}, "image_not_found"),
+        ({"ref": "a b"}, "invalid_reference"),
+        ({"ref": "x", "platform": "///"}, "invalid_platform"),
+        ({"ref": "x", "timeout": 0}, "invalid_option"),
+    ],
+)
+def test_what_cannot_be_looked_up_is_told_by_a_code(run: Any, values: dict[str, Any], error: str) -> None:
+    failed = run(**values)
+    assert failed["failed"] and failed["error"] == error, failed["msg"]
