@@ -72,6 +72,14 @@ options:
       platform:
         description: The platform to choose from an index, see O(platform).
         type: str
+      username:
+        description: The user to log in to the registry of this image with, see O(username).
+        type: str
+        version_added: 0.2.0
+      password:
+        description: The password to log in to the registry of this image with, see O(password).
+        type: str
+        version_added: 0.2.0
   state:
     description:
       - V(present) pulls the image and names it.
@@ -114,6 +122,8 @@ options:
   username:
     description:
       - The user to log in to the registry with. Needs O(password).
+      - The images of one task that have no O(images[].username) of their own must all be of one registry, for whichever
+        asked would get the password.
     type: str
   password:
     description:
@@ -147,6 +157,12 @@ options:
       - The C(skopeo) to run.
     type: path
     default: skopeo
+  tmpdir:
+    description:
+      - A directory on the host with room for what C(skopeo) unpacks, such as V(docker-archive) files. Nothing stays
+        there, whatever happens. Defaults to where the environment variable E(TMPDIR) says, or V(/var/tmp).
+    type: path
+    version_added: 0.2.0
   erofs:
     description:
       - Whether to make the mountable EROFS image of every container image.
@@ -512,7 +528,12 @@ def requests_of(params: dict) -> list[pull.Request]:
         if not image["name"]:
             name = default_name(image["ref"])
             former = tuple(form for form in dict.fromkeys((image["ref"], *other_names(name))) if form != name)
-        requests.append(pull.Request(image["ref"] or "", name, digest, image.get("platform") or "", former))
+        username, password = image.get("username"), image.get("password")
+        if params["images"] is None:
+            username = password = None  # those of the task
+        requests.append(
+            pull.Request(image["ref"] or "", name, digest, image.get("platform") or "", former, username, password)
+        )
     return requests
 
 
@@ -544,6 +565,7 @@ def options_of(params: dict, check: bool) -> pull.Options:
         policy=params["signature_policy"],
         unenforced_policy=params["unenforced_policy"],
         timeout=params["timeout"],
+        tmpdir=params["tmpdir"],
     )
     for option, least in (("min_rate", 0), ("deadline", 1)):
         if params[option] is not None and params[option] < least:
@@ -648,25 +670,87 @@ def warn_of_mounts(module: AnsibleModule, repository: Repository, images: list[d
             )
 
 
+IMAGE = {"ref": {"type": "str"}, "name": {"type": "str"}, "digest": {"type": "str"}, "platform": {"type": "str"}}
+LOGIN = {"username": {"type": "str"}, "password": {"type": "str", "no_log": True}}
+
+
+def guarded(kind):
+    """``kind``, which is AnsibleModule, so that it shows no secret although the task is written wrongly.
+
+    What is not understood is not known to be a secret either, and Ansible logs and returns the options of every task.
+    So they are put right before it sees them: credentials in a reference become stars, which no reference may have,
+    and a malformed list of images goes.
+    """
+    if not isinstance(kind, type):
+        return kind
+
+    class Guarded(kind):
+        complaint = ""
+
+        def _load_params(self):
+            super()._load_params()
+            self.complaint = complaint_about(self.params.get("images"))
+            if self.complaint:
+                self.params["images"] = []
+            images = self.params.get("images")
+            for place in (self.params, *(images if isinstance(images, list) else [])):
+                if isinstance(place.get("ref"), str):
+                    place["ref"] = without_credentials(place["ref"])
+
+    return Guarded
+
+
+def complaint_about(images: object) -> str:
+    """What is wrong with the shape of ``images``, without a word of its content."""
+    known = {**IMAGE, **LOGIN}
+    if images is None:
+        return ""
+    if not isinstance(images, list):
+        return "It is not a list."
+    for number, image in enumerate(images):
+        if not isinstance(image, dict):
+            return f"Item {number} is not a dictionary."
+        if any(key not in known for key in image):
+            return f"Item {number} has keys other than {', '.join(known)}."
+        if any(isinstance(value, (list, dict)) for value in image.values()):
+            return f"Item {number} has a value that is no text."
+    return ""
+
+
+def without_credentials(text: str) -> str:
+    """``text`` with stars in the place of a user and a password before an at sign, as in ``docker://user:x@host``."""
+    head, at, tail = text.rpartition("@")
+    if not at or is_digest(tail) and "@" not in head:
+        return text
+    if is_digest(tail):
+        return f"{without_credentials(head)}@{tail}"
+    scheme, slashes, _rest = head.partition("//")
+    return f"{scheme}{slashes}***@{tail}" if slashes else f"***@{tail}"
+
+
 def main() -> None:
     """Entry point of the module."""
-    image = {"ref": {"type": "str"}, "name": {"type": "str"}, "digest": {"type": "str"}, "platform": {"type": "str"}}
-    module = AnsibleModule(
+    module = guarded(AnsibleModule)(
         argument_spec={
-            **image,
-            "images": {"type": "list", "elements": "dict", "options": dict(image)},
+            **IMAGE,
+            "images": {
+                "type": "list",
+                "elements": "dict",
+                "options": {**IMAGE, **LOGIN},
+                "required_together": [("username", "password")],
+            },
             "repository": {"type": "path"},
             "unsafe_repository": {"type": "str", "choices": ["refuse", "accept"], "default": "refuse"},
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
             "pull": {"type": "str", "choices": ["always", "missing", "newer"], "default": "always"},
             "auth_file": {"type": "path"},
-            "username": {"type": "str"},
-            "password": {"type": "str", "no_log": True},
+            **LOGIN,
             "validate_certs": {"type": "bool"},
             "ca_cert_dir": {"type": "path"},
             "signature_policy": {"type": "path"},
             "unenforced_policy": {"type": "str", "choices": ["refuse", "ignore"], "default": "refuse"},
             "executable": {"type": "path", "default": "skopeo"},
+            "tmpdir": {"type": "path"},
             "erofs": {"type": "bool", "default": True},
             "bootable": {"type": "bool", "default": False},
             "parallel": {"type": "int"},
@@ -689,6 +773,11 @@ def main() -> None:
         required_together=[("username", "password")],
         supports_check_mode=True,
     )
+    if module.complaint:
+        module.fail_json(
+            f"The option images is malformed. {module.complaint} Write a list of dictionaries as documented.",
+            error=InvalidOption.code,
+        )
     base = {"changed": False, "repository": None, "skopeo_version": None, "protocol_version": None}
     if module.params["images"] is None:
         base = {**pull.blank(pull.Request("", "")), **base, "name": None}

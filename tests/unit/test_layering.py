@@ -53,7 +53,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "source": (
         ("archive", "options", "source"),
-        ("layout", "policy", "skopeo"),
+        ("layout", "policy", "realm", "skopeo"),
         ("imageproxy", "push"),
         ("skopeosource",),
     ),

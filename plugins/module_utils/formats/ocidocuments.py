@@ -340,8 +340,11 @@ def _object(value: Any, what: str) -> dict[str, Any]:
 
 
 def _list(value: Any, limit: int, what: str) -> list[Any]:
+    """A list; null and nothing at all stand for an empty one, as Go reads and writes them."""
+    if value is None:
+        return []
     if not isinstance(value, list):
-        raise InvalidDocument(f"The {what} are missing or not a JSON array.")
+        raise InvalidDocument(f"The {what} are not a JSON array.")
     if len(value) > limit:
         raise InvalidDocument(f"There are {len(value)} {what}; at most {limit} are taken.")
     return value

@@ -26,7 +26,8 @@ NEW = "new"
 @dataclasses.dataclass(frozen=True)
 class Request:
     """One image: the reference as the user wrote it, the name to give it, and what it must be (``sha256:<hex>``,
-    ``os/arch``). ``former`` are other names under which it may stand now, and which give way to ``name``.
+    ``os/arch``). ``former`` are other names under which it may stand now, and which give way to ``name``. ``username``
+    and ``password`` are for the registry of this image.
     """
 
     ref: str
@@ -34,6 +35,8 @@ class Request:
     digest: str = ""
     platform: str = ""
     former: tuple[str, ...] = ()
+    username: str | None = None
+    password: str | None = dataclasses.field(default=None, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)

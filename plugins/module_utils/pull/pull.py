@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..formats import codecs, ocidocuments
 from . import publish
@@ -24,6 +24,7 @@ from ..store import imagestreams, namerecords
 from . import plan as planning
 from ..errors import (
     EngineError,
+    InvalidOption,
     InvalidReference,
     MissingLibrary,
     NoSpace,
@@ -106,7 +107,7 @@ def pull_images(
         min_rate=options.min_rate,
         deadline=None if options.deadline is None else time.monotonic() + options.deadline,
     )
-    sources = _Sources(options, progress, limits)
+    sources = _Sources(options, progress, limits, requests)
     try:
         plans = [_plan(repository, request, options, sources, progress) for request in requests]
         _choose_deltas(repository, plans, options, sources)
@@ -152,18 +153,26 @@ class _Clock:
 class _Sources:
     """The sources of one pull: one for all images that it can serve with the same options."""
 
-    def __init__(self, options: Options, progress: Progress, limits: Limits) -> None:
+    def __init__(self, options: Options, progress: Progress, limits: Limits, requests: Sequence[Request]) -> None:
         self._options = options
         self._limits = limits
         self._progress = progress
-        self._sources: dict[tuple[str, str, Platform | None], Patient] = {}
+        self._sources: dict[tuple[str, str, Platform | None, _Credentials | None], Patient] = {}
+        self._credentials = _credentials(options.proxy, requests)
 
-    def source(self, reference: Reference, platform: str) -> Patient:
+    def source(self, reference: Reference, platform: str, request: Request | None = None) -> Patient:
+        """The source for a reference, of ``request`` if given."""
         wanted = parse_platform(platform) if platform else None
-        key = (reference.transport, reference.registry, wanted)
+        credentials = self._credentials.get(reference.registry)
+        if request is not None and request.username is not None:
+            credentials = _Credentials(request.username, request.password)
+        key = (reference.transport, reference.registry, wanted, credentials)
         if key not in self._sources:
             timeout = self._limits.left(self._options.proxy.timeout)
-            options = dataclasses.replace(self._options.proxy, platform=wanted, timeout=timeout)
+            username, password = credentials or (None, None)
+            options = dataclasses.replace(
+                self._options.proxy, platform=wanted, timeout=timeout, username=username, password=password
+            )
             source = open_source(options, reference)
             self._sources[key] = Patient(source, self._options.retries, self._progress, lambda: self._limits.left(0))
         return self._sources[key]
@@ -175,6 +184,30 @@ class _Sources:
     def close(self) -> None:
         for source in self._sources.values():
             source.close()
+
+
+class _Credentials(NamedTuple):
+    """A user and a password for one registry."""
+
+    username: str
+    password: str | None
+
+
+def _credentials(proxy: ProxyOptions, requests: Sequence[Request]) -> dict[str, _Credentials]:
+    """The credentials of the task by registry. InvalidOption if it is not clear which registry they are for: whichever
+    asks for a password would get it.
+    """
+    if proxy.username is None:
+        return {}
+    references = [parse_reference(request.ref) for request in requests if request.username is None]
+    registries = sorted({reference.registry for reference in references if reference.is_remote})
+    if len(registries) > 1:
+        raise InvalidOption(
+            f"One user name and password are given for images of {len(registries)} registries: "
+            f"{', '.join(registries)}."[:1000],
+            "Give each image a username and password of its own, or name an auth_file.",
+        )
+    return {registry: _Credentials(proxy.username, proxy.password) for registry in registries}
 
 
 def _check_names(repository: Repository, requests: Sequence[Request]) -> None:
@@ -196,7 +229,7 @@ def _plan(repository: Repository, request: Request, options: Options, sources: _
             known = planning.recall(repository, request, [], record)
             if known is not None:
                 return known
-        source = sources.source(reference, request.platform)
+        source = sources.source(reference, request.platform, request)
         try:
             return planning.look_up(repository, request, reference, source, record)
         except (RegistryUnreachable, Stalled) as error:

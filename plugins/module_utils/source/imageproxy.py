@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -54,7 +55,7 @@ from ..formats.reference import Reference
 from ..formats.strictjson import load_json
 from .options import ProxyOptions
 from .policy import check_unenforced_policy
-from .skopeo import INSTALL, Child, classify, command, passing, readable, scrub
+from .skopeo import INSTALL, Child, Scratch, classify, command, passing, readable, scrub
 
 REQUEST = 32768  # the longest request that skopeo reads
 REPLY = (
@@ -98,6 +99,7 @@ class ImageProxy:
         self.protocol_version = ""
         self._lock = threading.Lock()
         self._child: Child | None = None
+        self._scratch: Scratch | None = None
         self._socket: socket.socket | None = None
         self._broken = ""
 
@@ -116,10 +118,17 @@ class ImageProxy:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:
-                with command(self.options, self.reference, ("experimental-image-proxy",), ()) as (argv, descriptors):
-                    self._child = Child(argv, theirs.fileno(), subprocess.DEVNULL, descriptors)
+                options, place = self.options, None
+                if not self.reference.is_remote:
+                    # Registries' blobs come as they are; whatever else there is may be unpacked first.
+                    self._scratch = Scratch(options.tmpdir)
+                    place = self._scratch.path
+                    options = dataclasses.replace(options, tmpdir=place)
+                with command(options, self.reference, ("experimental-image-proxy",), ()) as (argv, descriptors):
+                    self._child = Child(argv, theirs.fileno(), subprocess.DEVNULL, descriptors, place)
             except BaseException:
                 ours.close()
+                self._clean_up()
                 raise
         self._socket = ours
         try:
@@ -266,7 +275,8 @@ class ImageProxy:
         )
 
     def close_image(self, image: int) -> None:
-        self._call("CloseImage", image)
+        """Let skopeo release what it holds for the image, within a second."""
+        self._call("CloseImage", image, timeout=1.0)
 
     # -- life and death
 
@@ -291,6 +301,12 @@ class ImageProxy:
             # a reply.
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
+        self._clean_up()
+
+    def _clean_up(self) -> None:
+        scratch, self._scratch = self._scratch, None
+        if scratch is not None:
+            scratch.close()
 
     def close(self) -> None:
         """End skopeo, by force if it does not go by itself within half a second, and release everything."""
@@ -303,6 +319,7 @@ class ImageProxy:
             if orderly:
                 self._child.wait(0.5)
             self._child.close()
+        self._clean_up()
         with self._lock:
             if self._socket is not None:
                 self._socket.close()
@@ -319,6 +336,9 @@ class ImageProxy:
         if self._child is not None:
             self._child.abandon()
             self._child = None
+        if self._scratch is not None:
+            self._scratch.abandon()
+            self._scratch = None
 
     # -- requests
 

@@ -17,6 +17,7 @@ import json
 import os
 import re
 import select
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -43,6 +44,7 @@ from ..errors import (
     Stalled,
     TlsFailed,
     UnsupportedMediaType,
+    from_os_error,
 )
 from ..formats.digests import digest_of
 from ..formats.ocidocuments import MAX_MANIFEST
@@ -65,7 +67,9 @@ class Child:
     kept.
     """
 
-    def __init__(self, argv: Sequence[str], stdin: int, stdout: int, descriptors: Sequence[int]) -> None:
+    def __init__(
+        self, argv: Sequence[str], stdin: int, stdout: int, descriptors: Sequence[int], tmpdir: str | None = None
+    ) -> None:
         self._lock = threading.Lock()
         self._log = _log_file()
         try:
@@ -77,6 +81,7 @@ class Child:
                 pass_fds=descriptors,
                 start_new_session=True,
                 preexec_fn=_die_with_parent(),
+                env={**os.environ, "TMPDIR": tmpdir} if tmpdir else None,
             )
         except FileNotFoundError as error:
             os.close(self._log)
@@ -152,6 +157,51 @@ class Child:
         log, self._log = self._log, -1
         if log >= 0:
             os.close(log)
+
+
+class Scratch:
+    """A directory for what skopeo unpacks, which goes with its content whatever dies.
+
+    skopeo itself leaves its temporary files behind when it is killed, and versions before 1.14 also when it is not. So
+    it gets a directory of its own, ``path``, below ``base`` (by default where TMPDIR says, or /var/tmp: it must have
+    room for the image). Beside it a shell waits for the end of a pipe: should this process be killed before it can
+    clean up, the shell does.
+    """
+
+    def __init__(self, base: str | None = None) -> None:
+        place = base or os.environ.get("TMPDIR") or "/var/tmp"
+        try:
+            self.path = tempfile.mkdtemp(prefix="composefs-oci-", dir=place)
+        except OSError as error:
+            raise from_os_error(error, f"Making a directory for temporary files in {place}") from error
+        self._shell: subprocess.Popen[bytes] | None = None
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            self._shell = subprocess.Popen(
+                ["/bin/sh", "-c", 'cat > /dev/null; rm -rf -- "$1"', "composefs-oci", self.path],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+                cwd="/",
+            )
+
+    def close(self) -> None:
+        """Remove it; once skopeo has ended."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.abandon()
+        shell, self._shell = self._shell, None
+        if shell is not None:
+            # A process that was forked meanwhile may still hold the pipe.
+            if os.path.lexists(self.path):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    shell.wait(5.0)
+            shell.kill()
+            shell.wait()
+
+    def abandon(self) -> None:
+        """For a forked process: let go of the pipe."""
+        if self._shell is not None and self._shell.stdin is not None:
+            self._shell.stdin.close()
 
 
 def _unnamed_file(name: str, flags: int = 0) -> int:
@@ -400,7 +450,7 @@ _MEANINGS = (
     _means(
         r"no space left on device|disk quota exceeded",
         NoSpace,
-        "Free space where skopeo unpacks archives (the directory for temporary files).",
+        "Free space where skopeo unpacks archives, or name another directory with the option tmpdir.",
     ),
     _means(
         r"permission denied|operation not permitted",

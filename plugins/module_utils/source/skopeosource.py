@@ -19,13 +19,14 @@ from typing import Any, TypeVar, cast
 
 from ..formats import indexes, ocidocuments
 from ..host import machine
-from ..errors import DigestMismatch, InvalidDocument, UnexpectedDigest
+from ..errors import DigestMismatch, EngineError, InvalidDocument, UnexpectedDigest
 from .imageproxy import BlobPipe, ImageProxy, fetch_config
 from ..formats.digests import digest_of
 from ..formats.ocidocuments import Descriptor, Manifest
 from ..formats.reference import Reference
 from .options import ProxyOptions
 from .policy import policy_demand, policy_path
+from .realm import check_realm
 from .skopeo import skopeo_version, top_digest
 from .source import ACCEPT_ANYTHING, ENFORCED, IGNORED, Facts, Resolved, Source, Transfer
 
@@ -98,6 +99,7 @@ class SkopeoSource(Source):
         self._starter: _Starter | None = None
         self._proxy: ImageProxy | None = None
         self._images: dict[Reference, int] = {}
+        self._known: set[str] = set()
         self._lock = threading.Lock()
 
     # -- the proxy
@@ -154,8 +156,12 @@ class SkopeoSource(Source):
     def close(self) -> None:
         with self._lock:
             proxy, self._proxy = self._proxy, None
+            images = [image for reference, image in self._images.items() if not reference.is_remote]
             self._images.clear()
         if proxy is not None:
+            with contextlib.suppress(EngineError):
+                for image in images if proxy.alive else ():
+                    proxy.close_image(image)
             proxy.close()
         # After a failure the question may still be open. It ends by itself, and nobody waits long for an answer that
         # is not wanted.
@@ -173,6 +179,9 @@ class SkopeoSource(Source):
         """
         if not reference.is_remote:
             return Resolved(reference, *self._manifest(reference))
+        if reference.registry not in self._known:
+            check_realm(self.options, reference.registry)
+            self._known.add(reference.registry)
         top, raw = top_digest(self.options, reference)
         chosen = indexes.Chosen(Descriptor("", top, len(raw)), None)
         if ocidocuments.is_index(raw):

@@ -111,7 +111,7 @@ def test_containers_storage_with_an_old_skopeo_names_the_version_needed(
 ) -> None:
     with pytest.raises(errors.EngineError) as caught:
         pull_one(repository_path, "containers-storage:localhost/none")
-    assert caught.value.code in ("skopeo_missing", "image_not_found", "permission_denied", "proxy_failed")
+    assert caught.value.code in ("skopeo_too_old", "image_not_found", "permission_denied", "proxy_failed")
 
 
 # ---- what changes ----------------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ def test_pull_missing_needs_no_skopeo_when_the_name_is_there(images: Layout, rep
     again = pull_one(repository_path, reference, chosen=offline)
     assert not again["changed"] and again["digest"] == first["digest"] and again["skopeo_version"] is None
     with pytest.raises(errors.SkopeoMissing):
-        pull_one(repository_path, reference, "another", chosen=offline)
+        pull_one(repository_path, f"dir:{images.path}", "another", chosen=offline)
 
 
 def test_pull_newer_leaves_what_is_there_when_the_registry_is_gone(

@@ -101,6 +101,7 @@ class World:
         monkeypatch.setattr(skopeosource, "ImageProxy", lambda options, reference: FakeProxy(self, options, reference))
         monkeypatch.setattr(skopeosource, "skopeo_version", lambda executable: "1.2.3")
         monkeypatch.setattr(skopeosource, "top_digest", self._top_digest)
+        monkeypatch.setattr(skopeosource, "check_realm", lambda options, registry: None)
         monkeypatch.setattr(source, "pause", lambda attempt, error, progress: None)
         # What a barrier is good for is tested elsewhere; here it would wait for everything else that the machine
         # writes.

@@ -502,3 +502,76 @@ def test_deltas_are_looked_for_where_a_layer_is_missing_and_not_if_the_list_is_e
         assert asked() == (1 if options != {"deltas": []} else 0)
         run(ref=REGISTRY + "app", name="x", **options)
         assert asked() == 0
+
+
+# --- secrets
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, **values: Any) -> str:
+    """Everything that the module returns and logs, as text."""
+    logged: list[str] = []
+    monkeypatch.setattr(basic.AnsibleModule, "log", lambda module, message, log_args=None: logged.append(message))
+    values = {"repository": "/nonexistent", "_ansible_remote_tmp": "/tmp", "_ansible_verbosity": 3, **values}
+    with arguments(values), pytest.raises(SystemExit):
+        composefs_image.main()
+    output = capsys.readouterr()
+    assert json.loads(output.out)["failed"] and "invocation" in output.out
+    return output.out + output.err + "".join(map(str, logged))
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        "ref=docker://h/x password=hunter2",
+        ["ref=docker://h/x password=hunter2"],
+        [{"ref": "docker://h/x", "passwd": "hunter2"}],
+        [{"ref": "docker://h/x", "login": {"password": "hunter2"}}],
+        [{"ref": ["docker://h/x", "hunter2"]}],
+        {"ref": "docker://h/x", "password": "hunter2"},
+        [[{"password": "hunter2"}]],
+        [{"ref": "docker://h/x", "password": "hunter2"}],
+    ],
+)
+def test_a_malformed_list_of_images_shows_nothing_of_it(
+    images: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "hunter2" not in told(capsys, monkeypatch, images=images)
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        "docker://somebody:hunter2@h.example/x:1",
+        "somebody:hunter2@h.example/x:1",
+        "docker://somebody:hun@hunter2@h.example/x@sha256:" + "a" * 64,
+        "oci:somebody:hunter2@h/x",
+    ],
+)
+@pytest.mark.parametrize("several", [False, True])
+def test_credentials_in_a_reference_are_refused_and_stand_nowhere(
+    reference: str, several: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values: Any = {"images": [{"ref": reference}]} if several else {"ref": reference}
+    assert "hunter2" not in told(capsys, monkeypatch, **values)
+
+
+def test_one_password_is_not_for_several_registries(run: Any) -> None:
+    images = [{"ref": "docker://one.example/x"}, {"ref": "docker://two.example/x"}]
+    result = run(images=images, username="u", password=PASSWORD)
+    assert result["failed"] and result["error"] == "invalid_option"
+    assert "one.example, two.example" in result["msg"] and "of its own" in result["msg"]
+
+
+def test_each_registry_gets_the_password_that_is_meant_for_it(run: Any, world: World) -> None:
+    images = [
+        {"ref": REGISTRY + "app", "username": "one", "password": "first"},
+        {"ref": REGISTRY + "base", "name": "x"},
+        {"ref": REGISTRY + "base", "name": "y", "username": "two", "password": "second"},
+    ]
+    run(images=images, username="task", password="third")
+    assert [(proxy.options.username, proxy.options.password) for proxy in world.proxies] == [
+        ("one", "first"),
+        ("task", "third"),
+        ("two", "second"),
+    ]
