@@ -8,12 +8,15 @@ that are read without it, and another repository on the host.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import subprocess
+import sys
 import tarfile
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -427,3 +430,70 @@ def test_a_proof_of_another_user_is_not_believed(
 def test_a_reference_to_a_repository_names_path_and_image(repository_path: pathlib.Path, reference: str) -> None:
     with pytest.raises(errors.InvalidReference):
         pull_one(repository_path, reference)
+
+
+# ---- what skopeo leaves behind ---------------------------------------------------------------------------------------
+
+READER = """
+import os, sys
+from ansible_collections.composefs.oci.plugins.module_utils.formats.reference import parse_reference
+from ansible_collections.composefs.oci.plugins.module_utils.source.options import ProxyOptions
+from ansible_collections.composefs.oci.plugins.module_utils.source.skopeosource import SkopeoSource
+
+source = SkopeoSource(ProxyOptions((sys.argv[1],), unenforced_policy="ignore", tmpdir=sys.argv[2]))
+source.resolve(parse_reference(sys.argv[3]))
+print(len(os.listdir(sys.argv[2])), flush=True)
+sys.stdin.read()
+"""
+
+
+def emptied(directory: pathlib.Path) -> bool:
+    """Whether the directory is empty within some seconds."""
+    for _attempt in range(100):
+        if not os.listdir(directory):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize("end", ["close", "skopeo killed", "renew", "wrong image"])
+def test_nothing_that_skopeo_unpacked_stays(
+    layout: Layout, place: pathlib.Path, each_skopeo: str, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "tmp").mkdir()
+    archive = pack(layout, place / "a.tar")
+    before = set(os.listdir("/var/tmp"))
+    source = SkopeoSource(ProxyOptions((each_skopeo,), unenforced_policy="ignore", tmpdir=str(place / "tmp")))
+    tag = "never" if end == "wrong image" else "app"
+    with contextlib.suppress(errors.ImageNotFound, errors.ProxyFailed):
+        source.resolve(parse_reference(f"oci-archive:{archive}:{tag}"))
+    assert os.listdir(place / "tmp")
+    if end == "skopeo killed":
+        assert source._proxy is not None and source._proxy._child is not None
+        source._proxy._child.process.kill()
+    if end == "renew":
+        source.renew(0)
+    else:
+        source.close()
+    assert os.listdir(place / "tmp") == [] and set(os.listdir("/var/tmp")) == before
+    source.close()
+
+
+def test_nothing_that_skopeo_unpacked_outlives_a_killed_process(
+    layout: Layout, place: pathlib.Path, skopeo: str
+) -> None:
+    (place / "tmp").mkdir()
+    archive = pack(layout, place / "a.tar")
+    root = pathlib.Path(__file__).resolve().parents[3]
+    setup = f"import sys; sys.path.insert(0, {str(root / 'tests/integration/engine')!r}); import conftest\n"
+    process = subprocess.Popen(
+        [sys.executable, "-c", setup + READER, skopeo, str(place / "tmp"), f"oci-archive:{archive}:app"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "1\n"
+    process.kill()
+    process.communicate()
+    assert emptied(place / "tmp")
