@@ -28,6 +28,7 @@ from ansible.utils.display import Display
 
 from ansible_collections.composefs.oci.plugins.module_utils.host.watch import COLLECT, PATIENCE, WATCH, directory_of
 from ansible_collections.composefs.oci.plugins.module_utils.progress import summary
+from ansible_collections.composefs.oci.plugins.plugin_utils.foretold import facts_of
 
 display = Display()
 
@@ -144,6 +145,10 @@ class ActionModule(ActionBase):
         )
         if quiet or not watched(str(self._templar.template(task_vars.get("composefs_progress", "auto")))):
             result.update(self._execute_module(task_vars=task_vars, wrap_async=bool(self._task.async_val)))
+            if self._task.check_mode and result.get("changed") and not self._task.no_log:
+                facts = facts_of(result, self._task.args.get("state") == "absent")
+                if facts:
+                    result["ansible_facts"] = facts
             return result
         token = secrets.token_hex(16)
         directory = directory_of(token)

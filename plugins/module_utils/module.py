@@ -11,6 +11,8 @@ imports and the functions can be tested with a stand-in.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -83,6 +85,34 @@ def operator() -> str:
         except KeyError:
             name = str(os.getuid())
     return f"{name}@{os.uname().nodename}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Foretold:
+    """What an earlier task of a run in check mode would have done to a name: the manifest that it would mean, None if
+    that is not known; ``absent`` if the name would be gone.
+    """
+
+    digest: str | None
+    absent: bool
+
+
+def foretold(module: Module, repository: str) -> dict[str, Foretold]:
+    """The names of the repository at the path ``repository`` that earlier tasks of this run would have changed, as the
+    action of the module says. Empty outside check mode.
+    """
+    text = os.environ.pop("COMPOSEFS_OCI_FORETOLD", "")
+    if not module.check_mode or not text:
+        return {}
+    try:
+        found = json.loads(text)
+        return {
+            one["name"]: Foretold(one["digest"], bool(one["absent"]))
+            for one in found
+            if os.path.realpath(one["repository"]) == os.path.realpath(repository)
+        }
+    except (ValueError, KeyError, TypeError):
+        return {}
 
 
 def _occupy_standard_descriptors() -> None:

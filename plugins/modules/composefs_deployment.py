@@ -29,6 +29,7 @@ attributes:
     details:
       - The image is looked up and measured in check mode, too. What only the kernel, a timer or O(reload) can tell is
         not foreseen.
+      - An image that an earlier task of the same run in check mode would have fetched counts as there.
   diff_mode:
     support: full
   idempotent:
@@ -265,7 +266,14 @@ from ansible_collections.composefs.oci.plugins.module_utils.operations import (
     journal,
     lastingmount,
 )
-from ansible_collections.composefs.oci.plugins.module_utils.module import operator, repository_path, run_module
+from ansible_collections.composefs.oci.plugins.module_utils.module import (
+    Foretold,
+    foretold,
+    opened_repository,
+    operator,
+    repository_path,
+    run_module,
+)
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 
 ARGUMENT_SPEC = {
@@ -357,7 +365,21 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
             None if params["opts"] is None else tuple(params["opts"]),
             params["persistent"],
         )
-        with Repository.open(base["repository"]) as repository:
+        known = foretold(module, base["repository"])
+        name = wanted.name or (before.name if before else None)
+        with opened_repository(module, base["repository"]) as repository:
+            exists = repository.path == base["repository"]
+            if check and will_be_there(repository, known, name, wanted.digest, exists):
+                told = known.get(name or "")
+                base.update(
+                    changed=True,
+                    image_id=None,
+                    name=name,
+                    digest=wanted.digest or (told.digest if told else None),
+                    state=activation.ACTIVATED if wanted.confirm_within else activation.CONFIRMED,
+                    rollout=wanted.rollout,
+                )
+                return {}
             result = activation.activate(repository, wanted, host, check)
     elif state == activation.CONFIRMED:
         result = activation.confirm(
@@ -383,6 +405,21 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
     keys = ("image_id", "digest", "state", "rollout", "unit")
     diff = {"before": {key: old[key] for key in keys}, "after": {key: base[key] for key in keys}}
     return {"diff": diff} if module._diff else {}
+
+
+def will_be_there(
+    repository: Repository, known: dict[str, Foretold], name: str | None, digest: str | None, exists: bool
+) -> bool:
+    """Whether the image is one that only an earlier task of this run in check mode would have fetched."""
+    if not exists:
+        return True  # opened_repository() has warned already
+    if digest is None:
+        told = known.get(name or "")
+        return told is not None and not told.absent and repository.tag_digest(name or "") != told.digest
+    if repository.tag_digest(f"{name}@{digest}") is not None or repository.stream(f"oci-manifest-{digest}") is not None:
+        return False
+    pinned = known.get(f"{name}@{digest}")
+    return (pinned is not None and not pinned.absent) or digest in {one.digest for one in known.values()}
 
 
 def foretell(base: dict[str, Any], result: lastingmount.Result, state: str) -> None:

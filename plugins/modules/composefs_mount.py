@@ -30,6 +30,8 @@ attributes:
     details:
       - The image is looked up and measured in check mode, too. What only the kernel can tell, for example that a file
         is in use, is not foreseen.
+      - An image that an earlier task of the same run in check mode would have pulled, or a name that it would have
+        moved, counts as there. What nobody can know before it is, such as RV(image_id), is V(null).
   diff_mode:
     support: full
   idempotent:
@@ -261,19 +263,30 @@ error:
   sample: busy
 """
 
+import dataclasses
 import os
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
+from ansible_collections.composefs.oci.plugins.module_utils.errors import Busy, ImageNotFound
+from ansible_collections.composefs.oci.plugins.module_utils.formats import digests
 from ansible_collections.composefs.oci.plugins.module_utils.host import mountinfo
 from ansible_collections.composefs.oci.plugins.module_utils.operations import (
     bootmount,
     deployment,
+    keeping,
     lastingmount,
     mounting,
 )
-from ansible_collections.composefs.oci.plugins.module_utils.module import operator, repository_path, run_module
+from ansible_collections.composefs.oci.plugins.module_utils.module import (
+    Foretold,
+    foretold,
+    opened_repository,
+    operator,
+    repository_path,
+    run_module,
+)
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 
 ARGUMENT_SPEC = {
@@ -349,8 +362,12 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
         request = lastingmount.MountRequest(
             wish, params["persistent"], params["keep_previous"], params["verity"] is not None, operator()
         )
-        with Repository.open(base["repository"]) as repository:
-            result = lastingmount.have_mounted(repository, request, host, check)
+        known = foretold(module, base["repository"])
+        with opened_repository(module, base["repository"]) as repository:
+            settled = foresee(repository, request, known, repository.path == base["repository"])
+            if settled is None:
+                return not_there_yet(module, base, request, known, there, before)
+            result = lastingmount.have_mounted(repository, settled, host, check)
     target = result.target
     tell(base, target)
     remounted = base["image_id"] != base["previous_image_id"]
@@ -372,6 +389,65 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
     if remounted and not check:
         module.log(f"At {path} the image {base['image_id']} is mounted now (was {base['previous_image_id']})")
     after = side(base["image_id"], base["verity"], target and target.read_only, target and target.upperdir, new_unit)
+    return {"diff": {"before": before, "after": after}} if module._diff else {}
+
+
+def foresee(
+    repository: Repository, request: lastingmount.MountRequest, known: dict[str, Foretold], exists: bool
+) -> lastingmount.MountRequest | None:
+    """The request as it will be when earlier tasks of a run in check mode have done what they foretold; None if the
+    image, or the whole repository, will only be there then.
+    """
+    image = request.wish.image
+    if not exists:
+        return None  # opened_repository() has warned already
+    if image not in known:
+        by_digest = {one.digest for one in known.values() if not one.absent}
+        missing = image in by_digest and repository.stream(f"oci-manifest-{image}") is None
+        return None if missing else request
+    change = known[image]
+    if change.absent:
+        raise ImageNotFound(
+            f"An earlier task would remove the name {image!r} from the repository {repository.path}.",
+            "Mount the image before, or by another name.",
+        )
+    if change.digest is None or repository.stream(f"oci-manifest-{change.digest}") is None:
+        return None
+    return dataclasses.replace(request, wish=dataclasses.replace(request.wish, image=change.digest))
+
+
+def not_there_yet(
+    module: AnsibleModule,
+    base: dict[str, Any],
+    request: lastingmount.MountRequest,
+    known: dict[str, Foretold],
+    there: mountinfo.Mounted | None,
+    before: dict[str, Any],
+) -> dict[str, Any]:
+    """What the run will do once the image is there. What nobody can know yet is null."""
+    image = request.wish.image
+    change = known.get(image)
+    mounting.check(request.wish)
+    if there is not None and (there.image_id is None or not request.wish.replace):
+        raise Busy(
+            f"At {base['path']} something else is mounted, {there.image_id or f'{there.kind} from {there.source}'}.",
+            "The state 'remounted' puts the image asked for in its place without a gap; 'unmounted' removes it.",
+        )
+    places = bootmount.HOST
+    real = os.path.realpath(base["path"])
+    persistent = base["unit"] is not None if request.persistent is None else request.persistent
+    if request.persistent:
+        bootmount.require_systemd(places)
+    base.update(
+        changed=True,
+        image_id=None,
+        mounted=True,
+        verity=None,
+        name=keeping.split_pin(image)[0] if not digests.is_digest(image) else None,
+        digest=image if digests.is_digest(image) else change.digest if change is not None else None,
+        unit=bootmount.unit_name(real) if persistent else None,
+    )
+    after = {"mounted": {"image_id": None, "digest": base["digest"]}, "unit": base["unit"]}
     return {"diff": {"before": before, "after": after}} if module._diff else {}
 
 

@@ -180,12 +180,7 @@ def ensure_unmounted(path: str, check: bool = False) -> Outcome:
 
 def decide(repository: Repository, wish: Wish) -> Target:
     """Find the image and settle every choice that ``wish`` leaves open. Looks only."""
-    if bool(wish.upperdir) != bool(wish.workdir):
-        raise InvalidMountOption(
-            "A writable mount needs an upper and a work directory, and only one of them was given.",
-            "Set both, or none.",
-        )
-    options = _checked(wish.options, bool(wish.upperdir), wish.dev, wish.suid)
+    options = check(wish)
     digest = resolve(repository, wish.image, wish.bootable)
     if wish.verity == REQUIRED and not repository.secure:
         raise IncompatibleRepository(
@@ -200,6 +195,18 @@ def decide(repository: Repository, wish: Wish) -> Target:
         os.path.realpath(wish.workdir) if wish.workdir else None,
         options,
     )
+
+
+def check(wish: Wish) -> tuple[str, ...]:
+    """The options of the mount in a fixed order, with the protections that were not given up. InvalidMountOption for
+    what can be mounted nowhere.
+    """
+    if bool(wish.upperdir) != bool(wish.workdir):
+        raise InvalidMountOption(
+            "A writable mount needs an upper and a work directory, and only one of them was given.",
+            "Set both, or none.",
+        )
+    return _checked(wish.options, bool(wish.upperdir), wish.dev, wish.suid)
 
 
 def resolve(repository: Repository, image: str, bootable: bool = False) -> bytes:

@@ -158,7 +158,6 @@ def test_persistent_writes_the_unit_when_it_is_confirmed(host: Host, run: Any) -
         ({}, "invalid_option"),
         ({"name": "app", "confirm_within": -1}, "invalid_option"),
         ({"state": "confirmed"}, "reverted"),
-        ({"name": "app", "repository": "/nowhere"}, "not_a_repository"),
     ],
 )
 def test_what_goes_wrong_has_its_code_and_changes_nothing(

@@ -299,7 +299,6 @@ def test_what_no_unit_can_hold_is_refused_before_mounting(host: Host, run: Any) 
     ("values", "error"),
     [
         ({"image": "missing"}, "image_not_found"),
-        ({"image": "missing", "repository": "/nowhere/at/all"}, "not_a_repository"),
         ({"image": "missing", "opts": ["bogus"]}, "invalid_mount_option"),
     ],
 )
@@ -307,6 +306,17 @@ def test_failures_have_a_code(host: Host, run: Any, values: dict[str, Any], erro
     for check in (True, False):
         result = run(check, **values)
         assert result["failed"] and result["error"] == error and not result["changed"] and not result["mounted"]
+
+
+def test_without_a_repository_a_run_fails_and_check_mode_takes_it_for_foretold(host: Host, run: Any) -> None:
+    values = {"image": "app", "repository": "/nowhere/at/all"}
+    assert run(**values)["error"] == "not_a_repository"
+    told = run(True, **values, persistent=True)
+    assert (told["changed"], told["mounted"], told["name"]) == (True, True, "app")
+    assert [told[key] for key in ("image_id", "digest", "verity", "keeps")] == [None, None, None, []]
+    assert told["unit"] == bootmount.unit_name(host.path) and any("no repository" in text for text in host.warnings)
+    assert run(True, **values, opts=["bogus"])["error"] == "invalid_mount_option"
+    assert host.there == {} and not os.path.exists("/nowhere")
 
 
 def test_verity_that_is_required_is_an_error_without_it(host: Host, run: Any) -> None:

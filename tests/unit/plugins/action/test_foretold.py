@@ -1,0 +1,84 @@
+# Copyright (c) composefs.oci contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What a pull in check mode leaves for the tasks after it, and only for those of the same run."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+pytest.importorskip(
+    "ansible.plugins.action", reason="ansible-core is not installed for this Python", exc_type=ImportError
+)
+
+from ansible.plugins.action import ActionBase
+
+from ansible_collections.composefs.oci.plugins.action import composefs_deployment, composefs_image, composefs_mount
+from ansible_collections.composefs.oci.plugins.plugin_utils import foretold
+
+ONE, TWO = "sha256:" + "1" * 64, "sha256:" + "2" * 64
+PULLED = {"changed": True, "repository": "/r", "name": "app", "digest": TWO, "previous_digest": ONE}
+
+
+class Task:
+    def __init__(self, check_mode: bool = True, **args: Any) -> None:
+        self.args = args
+        self.async_val = 0
+        self.check_mode = check_mode
+        self.no_log = False
+        self.environment: Any = [{"LANG": "C"}]
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, action: Any, task: Task, result: dict[str, Any], task_vars: dict[str, Any]
+) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """The result of an action whose module returns ``result``, and the environment the module had."""
+    seen: list[dict[str, str]] = []
+
+    def execute(self: Any, **_options: Any) -> dict[str, Any]:
+        seen.extend(self._task.environment)
+        return dict(result)
+
+    monkeypatch.setattr(ActionBase, "run", lambda *_arguments, **_options: {})
+    monkeypatch.setattr(action.ActionModule, "_execute_module", execute)
+    made = action.ActionModule.__new__(action.ActionModule)
+    made._task = task
+    answer = made.run(task_vars=task_vars)
+    assert task.environment == [{"LANG": "C"}]
+    return answer, seen
+
+
+@pytest.mark.parametrize("action", [composefs_mount, composefs_deployment])
+def test_a_pull_in_check_mode_is_known_to_the_tasks_after_it(monkeypatch: pytest.MonkeyPatch, action: Any) -> None:
+    answer, _seen = run(monkeypatch, composefs_image, Task(name="app"), PULLED, {})
+    facts = answer["ansible_facts"]
+    _answer, seen = run(monkeypatch, action, Task(), {}, {"ansible_facts": {**facts, "hostname": "x"}})
+    assert json.loads(seen[1][foretold.VARIABLE]) == [
+        {"repository": "/r", "name": "app", "digest": TWO, "absent": False}
+    ]
+    # In a real run nothing is told, and what another run left, for example in a cache of facts, does not count.
+    assert len(run(monkeypatch, action, Task(check_mode=False), {}, {"ansible_facts": facts})[1]) == 1
+    monkeypatch.setattr(foretold, "run_id", lambda: "another")
+    assert len(run(monkeypatch, action, Task(), {}, {"ansible_facts": facts})[1]) == 1
+
+
+def test_a_run_that_is_real_or_changes_nothing_leaves_no_facts(monkeypatch: pytest.MonkeyPatch) -> None:
+    for task, result in (
+        (Task(check_mode=False, state="absent"), PULLED),
+        (Task(), {**PULLED, "changed": False}),
+        (Task(), {"failed": True, "msg": "x"}),
+    ):
+        assert "ansible_facts" not in run(monkeypatch, composefs_image, task, result, {})[0]
+
+
+def test_each_name_has_a_fact_of_its_own() -> None:
+    images = [{**PULLED, "name": name} for name in ("a", "b")] + [{**PULLED, "name": "same", "digest": ONE}]
+    facts = foretold.facts_of({"changed": True, "repository": "/r", "images": images}, False)
+    assert sorted(fact["name"] for fact in facts.values()) == ["a", "b"]
+    assert (
+        set(foretold.facts_of(PULLED, True)) & set(foretold.facts_of({**PULLED, "repository": "/other"}, True)) == set()
+    )
