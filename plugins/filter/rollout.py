@@ -1,0 +1,162 @@
+# Copyright (c) composefs.oci contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The filters of the role rollout: they take what they need out of the variables of hosts, and ask plugin_utils."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ansible.errors import AnsibleFilterError
+
+from ansible_collections.composefs.oci.plugins.plugin_utils import rollout
+
+REGISTERED = (
+    "rollout_before",
+    "rollout_planned",
+    "rollout_fetched",
+    "rollout_staged",
+    "rollout_activated",
+    "rollout_confirmed",
+    "rollout_reverted",
+    "rollout_failure",
+    "rollout_site",
+    "rollout_seed",
+)
+
+
+def _hosts(hostvars: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What the role registered on each of ``names``; nothing else of a host is looked at, for that costs time."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in names:
+        variables = hostvars[name]
+        found[name] = {key: variables[key] for key in REGISTERED if key in variables}
+    return found
+
+
+def rollout_complaints(
+    variables: Mapping[str, Any], known: Sequence[str], needs: Sequence[str] = rollout.NEEDS
+) -> list[str]:
+    """What is wrong with the variables of a rollout, one sentence each."""
+    return rollout.complaints(variables, known, needs)
+
+
+def rollout_order(
+    names: Sequence[str],
+    hostvars: Mapping[str, Any],
+    path: str,
+    digest: str,
+    canaries: Sequence[str] = (),
+    waves: Sequence[int | str] = ("100%",),
+    max_unavailable: int | str = 5,
+    max_absent: int | str = "10%",
+) -> dict[str, Any]:
+    """Which hosts are changed in which wave, and whether too many are away to begin."""
+    hosts = _hosts(hostvars, names)
+    states = {name: rollout.state_of(host, path, digest) for name, host in hosts.items()}
+    first = [name for name in names if name in set(canaries)]
+    ordered = [*first, *(name for name in names if name not in set(first))]
+    ready = [
+        name
+        for name in ordered
+        if rollout.is_ready(hosts[name])
+        and states[name] not in (rollout.CURRENT, rollout.ABSENT, rollout.FAILED)
+        and not rollout.is_current(hosts[name], path, digest)
+    ]
+    serial = rollout.order(ready, first, waves, max_unavailable)
+    absent = [name for name, state in states.items() if state == rollout.ABSENT]
+    allowed = rollout.number_of(max_absent, len(names))
+    why = ""
+    if len(absent) > allowed:
+        why = f"{len(absent)} hosts are out of reach and {allowed} may be: {', '.join(absent[:5])}"
+    return {
+        "ready": ready,
+        "serial": serial or [1],
+        "wave_of": rollout.wave_numbers(ready, serial),
+        "absent": absent,
+        "stop": {"stop": bool(why), "kind": "halted", "why": why, "wave": 1, "failed": len(absent), "allowed": allowed},
+    }
+
+
+def rollout_gate(
+    names: Sequence[str],
+    hostvars: Mapping[str, Any],
+    canaries: Sequence[str],
+    wave: int,
+    max_failed: int | str = 0,
+    stop_after: int | str | None = None,
+    until: str | None = None,
+    confirm_within: float = 300,
+) -> dict[str, Any]:
+    """Whether the rollout stops before a wave, and why."""
+    after = int(stop_after) if stop_after not in (None, "") else None
+    hosts = _hosts(hostvars, names)
+    try:
+        return rollout.gate(hosts, canaries, int(wave), max_failed, after, until or "", float(confirm_within))
+    except ValueError as error:
+        raise AnsibleFilterError(f"rollout_gate: {error}") from error
+
+
+def rollout_report(
+    names: Sequence[str],
+    hostvars: Mapping[str, Any],
+    about: Mapping[str, Any],
+    order: Mapping[str, Any] | None = None,
+    phase: str = "activate",
+    gate: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The report of a rollout."""
+    hosts = _hosts(hostvars, names)
+    order = order or {"ready": [], "wave_of": {}, "stop": {}}
+    halted = dict(order.get("stop") or {})
+    tried = [name for name in order["ready"] if rollout.result(hosts.get(name, {}), "rollout_activated")]
+    if phase == "activate" and not halted.get("stop") and len(tried) < len(order["ready"]):
+        # The gate has no memory: asked again with what the hosts registered it gives the same answer.
+        wave = max((order["wave_of"][name] for name in tried), default=0) + 1
+        halted = rollout_gate(order["ready"], hostvars, wave=wave, **(gate or {"canaries": []}))
+    return rollout.report(hosts, about, order["wave_of"], halted, phase)
+
+
+def rollout_plan(names: Sequence[str], hostvars: Mapping[str, Any], path: str, digest: str) -> dict[str, Any]:
+    """What a rollout would do, for each host and in total."""
+    return rollout.plan(_hosts(hostvars, names), path, digest)
+
+
+def rollout_done(names: Sequence[str], hostvars: Mapping[str, Any], path: str, digest: str) -> list[str]:
+    """The hosts that have the image, if all of ``names`` do; else none, for such a rollout may still go back."""
+    states = {name: rollout.state_of(host, path, digest) for name, host in _hosts(hostvars, names).items()}
+    return list(states) if all(state in rollout.GOOD for state in states.values()) else []
+
+
+def rollout_digest(answer: Mapping[str, Any], pin: str = "index") -> str:
+    """The digest that a rollout speaks of, from what a pull in check mode returned."""
+    return rollout.digest_of(answer, pin)
+
+
+def rollout_refusal(host: Mapping[str, Any]) -> str:
+    """Why a host cannot take part, as one text."""
+    return f"{host['inventory_hostname']}: {', '.join(host['rollout_refused'])}"
+
+
+def rollout_table(made: Mapping[str, Any]) -> list[str]:
+    """The report as lines for a terminal."""
+    return rollout.table(made)
+
+
+class FilterModule:
+    """The filters of the role rollout."""
+
+    def filters(self) -> dict[str, Any]:
+        return {
+            "rollout_complaints": rollout_complaints,
+            "rollout_digest": rollout_digest,
+            "rollout_done": rollout_done,
+            "rollout_gate": rollout_gate,
+            "rollout_order": rollout_order,
+            "rollout_plan": rollout_plan,
+            "rollout_refusal": rollout_refusal,
+            "rollout_report": rollout_report,
+            "rollout_table": rollout_table,
+        }

@@ -1,0 +1,496 @@
+# Copyright (c) composefs.oci contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What a rollout decides: who is tried in which wave, when to stop, and what happened. Values in, values out.
+
+Nothing here knows Ansible: a host is a mapping of the variables that the tasks of the role registered for it
+(``rollout_before``, ``rollout_planned``, ``rollout_fetched``, ``rollout_activated``, ``rollout_confirmed``,
+``rollout_reverted``), each the result of one module, absent where the task did not run.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Host = Mapping[str, Any]
+
+CURRENT, CONFIRMED, REVERTED, FAILED, LOST = "current", "confirmed", "reverted", "failed", "lost"
+ABSENT, UNTOUCHED, DRIFTED, REVERT_FAILED, STAGED = "absent", "untouched", "drifted", "revert_failed", "staged"
+STATES = (REVERT_FAILED, LOST, FAILED, REVERTED, DRIFTED, ABSENT, UNTOUCHED, STAGED, CONFIRMED, CURRENT)
+"""All states of a host; those that need a person first."""
+
+GOOD = frozenset((CURRENT, CONFIRMED))
+PIN_LIMIT = 255
+NEEDS = ("rollout_ref", "rollout_name", "rollout_path")
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z")
+
+
+def result(host: Host, name: str) -> Mapping[str, Any]:
+    """What the task that registers ``name`` returned on ``host``; empty where it did not run or was skipped."""
+    found = host.get(name)
+    if not isinstance(found, Mapping) or found.get("skipped"):
+        return {}
+    return found
+
+
+def succeeded(found: Mapping[str, Any]) -> bool:
+    return bool(found) and not found.get("failed") and not found.get("unreachable")
+
+
+def number_of(amount: int | str, total: int) -> int:
+    """A number of hosts from a number or a percentage, which is rounded up so that ``1%`` is at least one host.
+
+    Raises ValueError for anything else.
+    """
+    text = str(amount).strip()
+    if text.endswith("%"):
+        share = float(text[:-1])
+        if not 0 <= share <= 100:
+            raise ValueError(f"{text} is no percentage from 0% to 100%")
+        return math.ceil(total * share / 100 - 1e-9)
+    number = int(text)
+    if number < 0:
+        raise ValueError(f"{text} is less than nothing")
+    return number
+
+
+# ---- what was asked for ----------------------------------------------------------------------------------------------
+
+
+def complaints(asked: Mapping[str, Any], known: Iterable[str], needs: Sequence[str] = NEEDS) -> list[str]:
+    """What is wrong with the variables ``asked`` for, one sentence each; ``known`` are the names of all there are."""
+    wrong: list[str] = []
+    names = set(known)
+    for name in sorted(set(asked) - names):
+        near = sorted(names, key=lambda other: (-_common(name, other), other))[:1]
+        wrong.append(f"There is no variable {name}; the nearest one is {near[0] if near else 'none'}.")
+    wrong += [f"{name} has to be set." for name in needs if not asked.get(name)]
+    path = str(asked.get("rollout_path") or "/")
+    if not path.startswith("/") or path != "/" and (path.endswith("/") or "//" in path or "/../" in f"{path}/"):
+        wrong.append(
+            f"rollout_path has to be an absolute path without '..' and without a slash at its end, not {path!r}."
+        )
+    digest = str(asked.get("rollout_digest") or "")
+    if digest and not DIGEST.match(digest):
+        wrong.append(f"rollout_digest has to be sha256: and 64 hexadecimal digits, not {digest!r}.")
+    name = str(asked.get("rollout_name") or "")
+    if len(f"{name}@sha256:{'0' * 64}".encode()) > PIN_LIMIT:
+        wrong.append(f"rollout_name is too long: with the digest it may have {PIN_LIMIT} bytes.")
+    wrong += _wrong_numbers(asked)
+    url = str(asked.get("rollout_health_url") or "")
+    if url and not re.match(r"https?://[^/]", url):
+        wrong.append(f"rollout_health_url has to begin with http:// or https:// and name a host, not {url!r}.")
+    if asked.get("rollout_until"):
+        try:
+            moment(str(asked["rollout_until"]), datetime.datetime.now(datetime.timezone.utc))
+        except ValueError as error:
+            wrong.append(f"rollout_until cannot be read: {error}.")
+    return wrong
+
+
+def _common(one: str, other: str) -> int:
+    return next((at for at, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+
+
+def _wrong_numbers(asked: Mapping[str, Any]) -> list[str]:
+    wrong = []
+    for name in ("rollout_waves", "rollout_max_failed", "rollout_max_absent", "rollout_max_unavailable"):
+        value = asked.get(name)
+        if value is None:
+            continue
+        for amount in value if isinstance(value, (list, tuple)) else [value]:
+            try:
+                number = number_of(amount, 100)
+                if not number and name in ("rollout_waves", "rollout_max_unavailable"):
+                    raise ValueError("it must be more than 0")
+            except (TypeError, ValueError) as error:
+                wrong.append(f"{name} holds {amount!r}, which is no number of hosts and no percentage: {error}.")
+    if isinstance(asked.get("rollout_waves"), (list, tuple)) and not asked["rollout_waves"]:
+        wrong.append("rollout_waves is empty; a rollout has at least one wave.")
+    soak = asked.get("rollout_soak")
+    try:
+        longest = max(
+            (float(seconds) for seconds in (soak if isinstance(soak, (list, tuple)) else [soak or 0])), default=0.0
+        )
+        within = float(asked.get("rollout_confirm_within", 300))
+    except (TypeError, ValueError):
+        return [*wrong, "rollout_soak and rollout_confirm_within have to be seconds."]
+    if within < 2 * longest + 60:
+        wrong.append(
+            f"rollout_confirm_within is {within:g} s, which is too short: with a soak of {longest:g} s it has to be "
+            f"at least {2 * longest + 60:g} s, or hosts go back while they are still being judged."
+        )
+    return wrong
+
+
+def moment(text: str, now: datetime.datetime) -> datetime.datetime:
+    """A point in time from ISO 8601, or from ``HH:MM`` in the time zone of ``now``: the next such moment.
+
+    Raises ValueError.
+    """
+    short = re.match(r"(\d\d?):(\d\d)\Z", text.strip())
+    if short:
+        at = now.replace(hour=int(short[1]), minute=int(short[2]), second=0, microsecond=0)
+        return at if at > now else at + datetime.timedelta(days=1)
+    found = datetime.datetime.fromisoformat(text.strip().replace("Z", "+00:00").replace(" ", "T", 1))
+    return found if found.tzinfo else found.replace(tzinfo=now.tzinfo)
+
+
+# ---- hosts -----------------------------------------------------------------------------------------------------------
+
+
+def deployment(host: Host, path: str, register: str = "rollout_before") -> Mapping[str, Any]:
+    """The deployment at ``path`` as the host told it; empty if there is none."""
+    for found in result(host, register).get("deployments") or ():
+        if found.get("path") == path:
+            return found
+    return {}
+
+
+def digests_wanted(host: Host, digest: str) -> set[str]:
+    """The digests by which ``host`` may know the image: the one asked for, and its platform's manifest in an index."""
+    wanted = {digest}
+    for register in ("rollout_planned", "rollout_fetched"):
+        found = result(host, register)
+        if succeeded(found):
+            wanted |= {str(found[key]) for key in ("digest", "registry_digest") if found.get(key)}
+    return wanted
+
+
+def is_current(host: Host, path: str, digest: str) -> bool:
+    """Whether the host had the image, confirmed and mounted, before anything was done."""
+    found = deployment(host, path)
+    current = found.get("current") or {}
+    if found.get("pending") or found.get("state") not in (None, "current", "confirmed"):
+        return False
+    return bool({current.get("digest"), current.get("index_digest")} & digests_wanted(host, digest))
+
+
+def is_ready(host: Host) -> bool:
+    """Whether the image lies on the host under its pin."""
+    staged = result(host, "rollout_staged")
+    return succeeded(result(host, "rollout_fetched")) or (succeeded(staged) and bool(staged.get("images")))
+
+
+def state_of(host: Host, path: str, digest: str, looked: bool = True) -> str:
+    """The state of one host. ``looked``: whether hosts were asked at all, so that silence means that it is away."""
+    activated, confirmed = result(host, "rollout_activated"), result(host, "rollout_confirmed")
+    reverted = result(host, "rollout_reverted")
+    if reverted:
+        if reverted.get("unreachable"):
+            return LOST
+        if reverted.get("failed"):
+            return REVERT_FAILED
+        # What failed before it changed anything had nothing to take back.
+        return FAILED if activated.get("failed") and not reverted.get("changed") else REVERTED
+    if confirmed:
+        if confirmed.get("unreachable"):
+            return LOST
+        return CONFIRMED if succeeded(confirmed) else FAILED
+    if activated:
+        if activated.get("unreachable"):
+            return LOST
+        if activated.get("failed"):
+            return FAILED
+        return LOST if activated.get("changed") else CURRENT
+    before = result(host, "rollout_before")
+    if looked and (not before or before.get("unreachable")):
+        return ABSENT
+    for register in ("rollout_planned", "rollout_fetched"):
+        found = result(host, register)
+        if found.get("unreachable"):
+            return ABSENT
+        if found.get("failed"):
+            return FAILED
+    if before.get("failed"):
+        return FAILED
+    if is_current(host, path, digest):
+        return CURRENT
+    told = deployment(host, path).get("state")
+    if told == "drifted":
+        return DRIFTED
+    if told == "revert_failed":
+        return REVERT_FAILED
+    return STAGED if is_ready(host) else UNTOUCHED
+
+
+# ---- order and gate --------------------------------------------------------------------------------------------------
+
+
+def order(
+    hosts: Sequence[str],
+    canaries: Sequence[str],
+    waves: Sequence[int | str],
+    max_unavailable: int | str,
+) -> list[int]:
+    """How many of ``hosts``, which are to be changed, are in each wave: the canaries first, then ``waves`` of the rest.
+
+    No wave is larger than ``max_unavailable``, since a host whose timer runs must not wait for many others. Without
+    canaries the first host is one.
+    """
+    if not hosts:
+        return []
+    first = len([host for host in hosts if host in set(canaries)]) or 1
+    most = max(1, number_of(max_unavailable, len(hosts)))
+    serial: list[int] = []
+
+    def add(number: int) -> None:
+        while number > 0:
+            serial.append(min(number, most))
+            number -= serial[-1]
+
+    add(first)
+    left = len(hosts) - first
+    for position in range(len(hosts)):
+        if left <= 0:
+            break
+        size = min(left, max(1, number_of(waves[min(position, len(waves) - 1)], len(hosts))))
+        add(size)
+        left -= size
+    return serial
+
+
+def wave_numbers(hosts: Sequence[str], serial: Sequence[int]) -> dict[str, int]:
+    """The wave of each host, from 1."""
+    numbers = [number for number, size in enumerate(serial, 1) for _unused in range(size)]
+    return dict(zip(hosts, numbers))
+
+
+def gate(
+    hosts: Mapping[str, Host],
+    canaries: Iterable[str],
+    wave: int,
+    max_failed: int | str = 0,
+    stop_after: int | None = None,
+    until: str = "",
+    confirm_within: float = 300,
+    now: datetime.datetime | None = None,
+) -> dict[str, Any]:
+    """Whether the rollout ends before ``wave`` (from 1), and why: ``{stop, kind, why, failed, allowed, wave}``.
+
+    ``hosts`` are all hosts of the play with what they registered so far. A host counts as tried as soon as its
+    activation has any result, also that it could not be reached, and as good if it confirmed or had nothing to change.
+    """
+    tried = {name: host for name, host in hosts.items() if result(host, "rollout_activated")}
+    bad = [name for name, host in tried.items() if not _is_good(host)]
+    first = [name for name in hosts if name in set(canaries)] or list(hosts)[:1]
+    allowed = number_of(max_failed, len(hosts))
+    answer: dict[str, Any] = {
+        "stop": False,
+        "kind": "",
+        "why": "",
+        "failed": len(bad),
+        "allowed": allowed,
+        "wave": wave,
+    }
+
+    def stop(kind: str, why: str) -> dict[str, Any]:
+        return {**answer, "stop": True, "kind": kind, "why": why}
+
+    bad_canaries = [name for name in bad if name in first]
+    if bad_canaries:
+        return stop("halted", f"the canary {', '.join(bad_canaries[:5])} did not keep the image")
+    if len(bad) > allowed:
+        return stop("halted", f"{len(bad)} hosts did not keep the image and {allowed} may: {', '.join(bad[:5])}")
+    if wave > 1 and not any(name in tried and _is_good(tried[name]) for name in first):
+        return stop("halted", "no canary has confirmed the image")
+    if stop_after is not None and wave > stop_after:
+        return stop("paused", f"{stop_after} waves are done, as asked; the same command goes on")
+    if until:
+        now = now or datetime.datetime.now(datetime.timezone.utc).astimezone()
+        left = (moment(until, now) - now).total_seconds()
+        if left < confirm_within:
+            return stop("paused", f"the window ends at {until}, and a wave may take {confirm_within:g} s")
+    return answer
+
+
+def _is_good(host: Host) -> bool:
+    activated = result(host, "rollout_activated")
+    if succeeded(activated) and not activated.get("changed"):
+        return True
+    return succeeded(result(host, "rollout_confirmed")) and not result(host, "rollout_reverted")
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+FORMAT = 1
+
+
+def _error_of(host: Host) -> dict[str, str] | None:
+    """The first thing that went wrong on a host, as code and message; None if nothing did."""
+    for register in ("rollout_before", "rollout_planned", "rollout_fetched", "rollout_activated", "rollout_failure"):
+        found = result(host, register)
+        if found.get("failed") or found.get("unreachable"):
+            code = "unreachable" if found.get("unreachable") else str(found.get("error") or "failed")
+            return {"code": code, "message": str(found.get("msg") or "")[:4096]}
+    for register in ("rollout_confirmed", "rollout_reverted"):
+        found = result(host, register)
+        if found.get("failed") or found.get("unreachable"):
+            code = "unreachable" if found.get("unreachable") else str(found.get("error") or "failed")
+            return {"code": code, "message": str(found.get("msg") or "")[:4096]}
+    return None
+
+
+def _seconds(found: Mapping[str, Any]) -> float | None:
+    stats = found.get("stats") or {}
+    for value in (found.get("seconds"), stats.get("seconds")):
+        if isinstance(value, (int, float)):
+            return round(float(value), 1)
+    return None
+
+
+def host_row(name: str, host: Host, path: str, digest: str, wave: int | None, looked: bool = True) -> dict[str, Any]:
+    """One host of the report."""
+    before = deployment(host, path)
+    fetched = result(host, "rollout_fetched")
+    state = state_of(host, path, digest, looked)
+    current = before.get("current") or {}
+    error = _error_of(host)
+    after = digest if state in GOOD else current.get("digest")
+    reason = ""
+    if error and state not in GOOD:
+        reason = error["message"].splitlines()[0][:200] if error["message"] else error["code"]
+    return {
+        "host": name,
+        "site": str(host.get("rollout_site") or host.get("rollout_seed") or ""),
+        "wave": wave,
+        "state": state,
+        "reason": reason,
+        "before": current.get("digest"),
+        "after": after,
+        "bytes": int((fetched.get("stats") or {}).get("bytes_fetched") or 0) if succeeded(fetched) else 0,
+        "seconds": {
+            "fetch": _seconds(fetched),
+            "activate": _seconds(result(host, "rollout_activated")),
+            "confirm": _seconds(result(host, "rollout_confirmed")),
+        },
+        "error": error if state not in GOOD else None,
+    }
+
+
+def report(
+    hosts: Mapping[str, Host],
+    about: Mapping[str, Any],
+    waves: Mapping[str, int],
+    halted: Mapping[str, Any] | None = None,
+    phase: str = "activate",
+) -> dict[str, Any]:
+    """The report of a rollout. ``about`` has id, name, ref, digest, index_digest, path, controller, started, finished.
+
+    ``result`` is ``planned`` and ``staged`` where no more was asked for and nothing failed, ``complete`` if every host
+    is good, ``paused`` where it ended as asked, else ``halted``.
+    """
+    path, digest = str(about.get("path") or ""), str(about.get("digest") or "")
+    rows = [host_row(name, host, path, digest, waves.get(name)) for name, host in hosts.items()]
+    by_state = {state: sum(row["state"] == state for row in rows) for state in STATES}
+    stopped = dict(halted or {})
+    unhappy = [row for row in rows if row["state"] not in GOOD]
+    harmed = [row for row in rows if row["state"] in (REVERT_FAILED, LOST, FAILED, REVERTED)]
+    if phase == "plan":
+        outcome = "halted" if harmed else "planned"
+    elif phase in ("seed", "prefetch"):
+        outcome = "halted" if harmed else "staged"
+    elif not unhappy:
+        outcome = "complete"
+    elif stopped.get("kind") == "paused" and not harmed:
+        outcome = "paused"
+    else:
+        outcome = "halted"
+    return {
+        "format": FORMAT,
+        **{
+            key: about.get(key)
+            for key in ("id", "name", "ref", "digest", "index_digest", "path", "controller", "started", "finished")
+        },
+        "result": outcome,
+        "halted": {key: stopped.get(key) for key in ("wave", "failed", "allowed", "why")}
+        if stopped.get("stop")
+        else None,
+        "waves": _waves(rows, waves),
+        "totals": {
+            "hosts": len(rows),
+            "states": {state: number for state, number in by_state.items() if number},
+            "bytes": sum(row["bytes"] for row in rows),
+        },
+        "hosts": rows,
+    }
+
+
+def plan(hosts: Mapping[str, Host], path: str, digest: str) -> dict[str, Any]:
+    """What a rollout would do: a row for each host, and totals. ``bytes`` are what the host would fetch."""
+    rows = []
+    for name, host in hosts.items():
+        planned = result(host, "rollout_planned")
+        state = state_of(host, path, digest)
+        known = succeeded(planned)
+        rows.append(
+            {
+                "host": name,
+                "site": str(host.get("rollout_site") or host.get("rollout_seed") or ""),
+                "state": "change" if state in (UNTOUCHED, STAGED, DRIFTED) else state,
+                "before": (deployment(host, path).get("current") or {}).get("digest"),
+                "version": planned.get("version"),
+                "bytes": (planned.get("stats") or {}).get("bytes_fetched") if known else None,
+                "error": _error_of(host),
+            }
+        )
+    totals = {
+        "hosts": len(rows),
+        "current": sum(row["state"] == CURRENT for row in rows),
+        "change": sum(row["state"] == "change" for row in rows),
+        "absent": sum(row["state"] == ABSENT for row in rows),
+        "failed": sum(row["state"] in (FAILED, REVERT_FAILED) for row in rows),
+        "bytes": sum(row["bytes"] or 0 for row in rows),
+    }
+    return {"hosts": rows, "totals": totals}
+
+
+def digest_of(answer: Mapping[str, Any], pin: str) -> str:
+    """The digest that a rollout speaks of, from what a pull in check mode returned: the index where there is one and
+    ``pin`` is ``index``, for that is what signatures cover, else the manifest as the registry knows it.
+    """
+    if pin == "index" and answer.get("index_digest"):
+        return str(answer["index_digest"])
+    return str(answer.get("registry_digest") or answer.get("digest") or "")
+
+
+def _waves(rows: Sequence[Mapping[str, Any]], waves: Mapping[str, int]) -> list[dict[str, Any]]:
+    answer = []
+    for number in sorted(set(waves.values())):
+        of_wave = [row for row in rows if row["wave"] == number]
+        answer.append(
+            {
+                "number": number,
+                "hosts": len(of_wave),
+                "confirmed": sum(row["state"] in GOOD for row in of_wave),
+                "failed": sum(row["state"] in (LOST, FAILED, REVERTED, REVERT_FAILED) for row in of_wave),
+            }
+        )
+    return answer
+
+
+def table(made: Mapping[str, Any], most: int = 30) -> list[str]:
+    """The report for a terminal: the totals, then the hosts that need a person."""
+    states = made["totals"]["states"]
+    lines = [
+        f"{made['name']} {_short(made['digest'])}: {made['result']}"
+        + (f" before wave {made['halted']['wave']}: {made['halted']['why']}" if made.get("halted") else ""),
+        ", ".join(f"{number} {state.replace('_', ' ')}" for state, number in states.items()) or "no hosts",
+    ]
+    rows = [row for row in made["hosts"] if row["state"] not in (*GOOD, UNTOUCHED, STAGED)]
+    rows.sort(key=lambda row: (STATES.index(row["state"]), row["host"]))
+    for row in rows[:most]:
+        why = f" ({row['reason']})" if row["reason"] else ""
+        lines.append(f"{row['host']}: {row['state'].replace('_', ' ')}{why}")
+    if len(rows) > most:
+        lines.append(f"and {len(rows) - most} more hosts; the report has all of them")
+    return lines
+
+
+def _short(digest: Any) -> str:
+    return str(digest or "").partition(":")[2][:12] or "?"

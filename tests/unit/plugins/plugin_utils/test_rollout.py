@@ -1,0 +1,281 @@
+# Copyright (c) composefs.oci contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What a rollout decides: its order, its gate, its report, from values alone."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import pathlib
+from typing import Any
+
+import hypothesis
+import pytest
+from ansible_collections.composefs.oci.plugins.plugin_utils import rollout
+from hypothesis import strategies as hs
+
+ROOT = pathlib.Path(__file__).resolve().parents[4]
+PATH, OLD, NEW = "/srv/app", "sha256:" + "a" * 64, "sha256:" + "b" * 64
+GOOD_ASKED = {"rollout_ref": "docker://a.example/app:1", "rollout_name": "app", "rollout_path": PATH}
+KNOWN = ["rollout_ref", "rollout_name", "rollout_path", "rollout_waves", "rollout_soak", "rollout_digest"]
+
+BEFORE = {"deployments": [{"path": PATH, "name": "app", "current": {"digest": OLD}, "pending": None}]}
+FETCHED = {"changed": True, "digest": NEW, "stats": {"bytes_fetched": 1000}}
+CHANGED, SAME = {"changed": True}, {"changed": False}
+FAILED, UNREACHABLE = {"failed": True, "msg": "no", "error": "image_not_found"}, {"unreachable": True, "msg": "away"}
+
+HOSTS: dict[str, dict[str, Any]] = {
+    "confirmed": {
+        "rollout_before": BEFORE,
+        "rollout_fetched": FETCHED,
+        "rollout_activated": CHANGED,
+        "rollout_confirmed": CHANGED,
+    },
+    "current": {"rollout_before": {"deployments": [{"path": PATH, "current": {"digest": NEW}, "pending": None}]}},
+    "reverted": {
+        "rollout_before": BEFORE,
+        "rollout_fetched": FETCHED,
+        "rollout_activated": CHANGED,
+        "rollout_reverted": CHANGED,
+    },
+    "failed": {"rollout_before": BEFORE, "rollout_fetched": FAILED},
+    "lost": {
+        "rollout_before": BEFORE,
+        "rollout_fetched": FETCHED,
+        "rollout_activated": CHANGED,
+        "rollout_confirmed": UNREACHABLE,
+    },
+    "absent": {"rollout_before": UNREACHABLE},
+    "untouched": {"rollout_before": BEFORE},
+    "drifted": {
+        "rollout_before": {
+            "deployments": [{"path": PATH, "current": {"digest": OLD}, "pending": None, "state": "drifted"}]
+        }
+    },
+    "revert_failed": {
+        "rollout_before": BEFORE,
+        "rollout_fetched": FETCHED,
+        "rollout_activated": CHANGED,
+        "rollout_reverted": FAILED,
+    },
+    "staged": {"rollout_before": BEFORE, "rollout_fetched": FETCHED},
+}
+
+
+@pytest.mark.parametrize("state", sorted(HOSTS))
+def test_each_state_is_told_from_what_was_registered(state: str) -> None:
+    assert rollout.state_of(HOSTS[state], PATH, NEW) == state
+
+
+def test_a_host_that_was_activated_and_never_heard_of_again_is_lost() -> None:
+    assert rollout.state_of({"rollout_before": BEFORE, "rollout_activated": CHANGED}, PATH, NEW) == "lost"
+
+
+def test_an_activation_that_failed_before_it_changed_anything_is_a_failure_and_no_revert() -> None:
+    host = {"rollout_before": BEFORE, "rollout_activated": FAILED, "rollout_reverted": SAME}
+    assert rollout.state_of(host, PATH, NEW) == "failed"
+
+
+def test_a_host_whose_current_image_waits_for_confirmation_is_not_current() -> None:
+    waiting = {"deployments": [{"path": PATH, "current": {"digest": NEW}, "pending": {"digest": NEW}}]}
+    assert rollout.state_of({"rollout_before": waiting}, PATH, NEW) == "untouched"
+
+
+def test_the_manifest_of_an_index_counts_as_the_index() -> None:
+    host = {
+        "rollout_before": {"deployments": [{"path": PATH, "current": {"digest": OLD}, "pending": None}]},
+        "rollout_planned": {"digest": OLD, "changed": True},
+    }
+    assert rollout.state_of(host, PATH, NEW) == "current"
+
+
+# ---- what was asked for ----------------------------------------------------------------------------------------------
+
+
+def test_what_can_be_meant_is_accepted() -> None:
+    assert rollout.complaints(GOOD_ASKED, KNOWN) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"rollout_wave": ["10%"]}, "no variable rollout_wave; the nearest one is rollout_waves"),
+        ({"rollout_name": ""}, "rollout_name has to be set"),
+        ({"rollout_path": "srv/app"}, "absolute path"),
+        ({"rollout_path": "/srv/../etc"}, "absolute path"),
+        ({"rollout_waves": ["ten"]}, "'ten', which is no number"),
+        ({"rollout_waves": []}, "at least one wave"),
+        ({"rollout_waves": ["0%"]}, "more than 0"),
+        ({"rollout_waves": ["150%"]}, "no percentage"),
+        ({"rollout_soak": [200]}, "at least 460 s"),
+        ({"rollout_soak": ["long"]}, "have to be seconds"),
+        ({"rollout_digest": "sha256:abc"}, "64 hexadecimal digits"),
+        ({"rollout_name": "n" * 200}, "255 bytes"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(changed: dict[str, Any], words: str) -> None:
+    wrong = rollout.complaints({**GOOD_ASKED, **changed}, KNOWN)
+    assert len(wrong) == 1 and words in wrong[0], wrong
+
+
+def test_a_url_without_a_scheme_and_a_time_that_is_none_are_refused() -> None:
+    names = [*KNOWN, "rollout_health_url", "rollout_until"]
+    wrong = rollout.complaints({**GOOD_ASKED, "rollout_health_url": "a.example/health", "rollout_until": "soon"}, names)
+    assert "http://" in wrong[0] and "rollout_until" in wrong[1] and len(wrong) == 2
+
+
+def test_a_time_of_the_day_is_the_next_one() -> None:
+    now = datetime.datetime(2026, 1, 2, 22, 0, tzinfo=datetime.timezone.utc)
+    assert rollout.moment("04:30", now) == datetime.datetime(2026, 1, 3, 4, 30, tzinfo=datetime.timezone.utc)
+    assert rollout.moment("23:00", now) == datetime.datetime(2026, 1, 2, 23, 0, tzinfo=datetime.timezone.utc)
+    assert rollout.moment("2026-01-02T23:00:00Z", now).hour == 23
+
+
+# ---- order -----------------------------------------------------------------------------------------------------------
+
+
+@hypothesis.given(
+    number=hs.integers(1, 300),
+    canaries=hs.integers(0, 10),
+    waves=hs.lists(hs.one_of(hs.integers(1, 50), hs.integers(1, 100).map("{}%".format)), min_size=1, max_size=4),
+    most=hs.integers(1, 50),
+)
+def test_every_host_is_in_one_wave_the_canaries_first_and_none_is_too_large(
+    number: int, canaries: int, waves: list[Any], most: int
+) -> None:
+    hosts = [f"h{n}" for n in range(number)]
+    first = hosts[: min(canaries, number)]
+    serial = rollout.order(hosts, first, waves, most)
+    assert sum(serial) == number and max(serial) <= most and min(serial) >= 1
+    numbers = rollout.wave_numbers(hosts, serial)
+    assert sorted(numbers) == sorted(hosts) and numbers[hosts[0]] == 1
+    # Canaries share no wave with others.
+    shared = {numbers[host] for host in (first or hosts[:1])} & {numbers[host] for host in hosts[len(first) or 1 :]}
+    assert shared == set()
+
+
+@pytest.mark.parametrize(("amount", "hosts"), [("10%", 2), ("1%", 1), ("100%", 20), (3, 3), ("7", 7), (0, 0)])
+def test_percentages_are_rounded_up(amount: Any, hosts: int) -> None:
+    assert rollout.number_of(amount, 20) == hosts
+
+
+# ---- gate ------------------------------------------------------------------------------------------------------------
+
+
+@hypothesis.given(data=hs.data(), number=hs.integers(2, 40), max_failed=hs.integers(0, 5))
+def test_a_bad_image_never_reaches_more_than_canaries_what_may_fail_and_one_wave(
+    data: hs.DataObject, number: int, max_failed: int
+) -> None:
+    """Whatever the hosts do, in whatever order: the gate is asked before each wave, as the play does it."""
+    names = [f"h{n}" for n in range(number)]
+    canaries = names[: data.draw(hs.integers(0, 3))]
+    serial = rollout.order(names, canaries, data.draw(hs.lists(hs.integers(1, 10), min_size=1, max_size=3)), 10)
+    hosts: dict[str, dict[str, Any]] = {name: {} for name in names}
+    outcomes = (
+        {"rollout_activated": CHANGED, "rollout_confirmed": CHANGED},
+        {"rollout_activated": SAME},
+        HOSTS["reverted"],
+        HOSTS["lost"],
+    )
+    harmed, position, largest = 0, 0, 0
+    for wave, size in enumerate(serial, 1):
+        if rollout.gate(hosts, canaries or names[:1], wave, max_failed)["stop"]:
+            break
+        for name in names[position : position + size]:
+            outcome = data.draw(hs.sampled_from(outcomes))
+            harmed += outcome in outcomes[2:]
+            hosts[name] = dict(outcome)
+        position += size
+        largest = max(largest, size)
+    assert harmed <= max_failed + largest + len(canaries)
+
+
+def test_a_canary_that_goes_back_stops_the_rollout_whatever_may_fail() -> None:
+    hosts = {"one": HOSTS["reverted"], "two": {}}
+    answer = rollout.gate(hosts, ["one"], 2, "100%")
+    assert answer["stop"] and answer["kind"] == "halted" and "canary one" in answer["why"]
+
+
+def test_no_wave_follows_canaries_that_nobody_heard_of() -> None:
+    assert rollout.gate({"one": {}, "two": {}}, ["one"], 2)["why"] == "no canary has confirmed the image"
+
+
+def test_canaries_that_have_the_image_already_are_good() -> None:
+    assert not rollout.gate({"one": {"rollout_activated": SAME}, "two": {}}, ["one"], 2)["stop"]
+
+
+def test_it_pauses_after_as_many_waves_as_asked_and_at_the_end_of_the_window() -> None:
+    hosts = {"one": HOSTS["confirmed"], "two": {}}
+    assert rollout.gate(hosts, ["one"], 2, stop_after=1)["kind"] == "paused"
+    now = datetime.datetime(2026, 1, 2, 22, 58, tzinfo=datetime.timezone.utc)
+    assert rollout.gate(hosts, ["one"], 2, until="23:00", confirm_within=300, now=now)["kind"] == "paused"
+    assert not rollout.gate(hosts, ["one"], 2, until="23:30", confirm_within=300, now=now)["stop"]
+
+
+# ---- report ----------------------------------------------------------------------------------------------------------
+
+ABOUT = {"id": "app-1", "name": "app", "ref": "docker://a.example/app:1", "digest": NEW, "path": PATH}
+
+
+def check(made: dict[str, Any]) -> None:
+    jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
+    jsonschema.validate(made, json.loads((ROOT / "roles/rollout/files/report.schema.json").read_text()))
+
+
+def test_the_report_of_all_states_is_as_its_schema_says() -> None:
+    made = rollout.report(HOSTS, ABOUT, {"confirmed": 1, "reverted": 2}, rollout.gate({}, [], 3))
+    check(made)
+    assert made["result"] == "halted" and made["totals"]["states"] == {state: 1 for state in rollout.STATES}
+    assert [wave["confirmed"] for wave in made["waves"]] == [1, 0]
+    lines = rollout.table(made)
+    assert lines[0].startswith("app bbbbbbbbbbbb: halted") and lines[2].startswith("revert_failed: revert failed")
+
+
+@pytest.mark.parametrize(
+    ("names", "phase", "halted", "outcome"),
+    [
+        (["confirmed", "current"], "activate", {}, "complete"),
+        (["untouched", "current"], "plan", {}, "planned"),
+        (["failed"], "plan", {}, "halted"),
+        (["staged"], "prefetch", {}, "staged"),
+        (
+            ["confirmed", "staged"],
+            "activate",
+            {"stop": True, "kind": "paused", "why": "w", "wave": 2, "failed": 0, "allowed": 0},
+            "paused",
+        ),
+        (
+            ["confirmed", "reverted"],
+            "activate",
+            {"stop": True, "kind": "paused", "why": "w", "wave": 2, "failed": 1, "allowed": 1},
+            "halted",
+        ),
+        (["confirmed", "absent"], "activate", {}, "halted"),
+    ],
+)
+def test_the_result_says_what_came_of_what_was_asked(
+    names: list[str], phase: str, halted: dict[str, Any], outcome: str
+) -> None:
+    made = rollout.report({name: HOSTS[name] for name in names}, ABOUT, {}, halted, phase)
+    check(made)
+    assert made["result"] == outcome
+
+
+def test_a_plan_counts_bytes_and_hosts() -> None:
+    hosts = {"a": {"rollout_before": BEFORE, "rollout_planned": FETCHED}, "b": HOSTS["current"], "c": HOSTS["absent"]}
+    assert rollout.plan(hosts, PATH, NEW)["totals"] == {
+        "hosts": 3,
+        "current": 1,
+        "change": 1,
+        "absent": 1,
+        "failed": 0,
+        "bytes": 1000,
+    }
+
+
+def test_the_digest_is_the_index_where_that_is_pinned() -> None:
+    answer = {"digest": OLD, "registry_digest": OLD, "index_digest": NEW}
+    assert [rollout.digest_of(answer, pin) for pin in ("index", "manifest")] == [NEW, OLD]
+    assert rollout.digest_of({"digest": OLD, "index_digest": None}, "index") == OLD
