@@ -24,6 +24,8 @@ REGISTERED = (
     "rollout_failure",
     "rollout_site",
     "rollout_seed",
+    "rollout_mounted",
+    "rollout_repository_info",
 )
 
 
@@ -52,19 +54,28 @@ def rollout_order(
     waves: Sequence[int | str] = ("100%",),
     max_unavailable: int | str = 5,
     max_absent: int | str = "10%",
+    choose: str = "ready",
 ) -> dict[str, Any]:
-    """Which hosts are changed in which wave, and whether too many are away to begin."""
+    """Which hosts are changed in which wave, and whether too many are away to begin.
+
+    ``choose`` takes the hosts that have the image and not yet mounted it (``ready``), that have one to go back to
+    (``back``), or that have any at this mount point (``there``).
+    """
     hosts = _hosts(hostvars, names)
     states = {name: rollout.state_of(host, path, digest) for name, host in hosts.items()}
     first = [name for name in names if name in set(canaries)]
     ordered = [*first, *(name for name in names if name not in set(first))]
-    ready = [
-        name
-        for name in ordered
-        if rollout.is_ready(hosts[name])
-        and states[name] not in (rollout.CURRENT, rollout.ABSENT, rollout.FAILED)
-        and not rollout.is_current(hosts[name], path, digest)
-    ]
+    if choose != "ready":
+        key = "previous" if choose == "back" else "path"
+        ready = [name for name in ordered if rollout.deployment(hosts[name], path).get(key)]
+    else:
+        ready = [
+            name
+            for name in ordered
+            if rollout.is_ready(hosts[name])
+            and states[name] not in (rollout.CURRENT, rollout.ABSENT, rollout.FAILED)
+            and not rollout.is_current(hosts[name], path, digest)
+        ]
     serial = rollout.order(ready, first, waves, max_unavailable)
     absent = [name for name, state in states.items() if state == rollout.ABSENT]
     allowed = rollout.number_of(max_absent, len(names))
@@ -140,6 +151,16 @@ def rollout_refusal(host: Mapping[str, Any]) -> str:
     return f"{host['inventory_hostname']}: {', '.join(host['rollout_refused'])}"
 
 
+def rollout_status(names: Sequence[str], hostvars: Mapping[str, Any], name: str = "", path: str = "") -> dict[str, Any]:
+    """What hosts have now, from what they tell themselves."""
+    return rollout.status(_hosts(hostvars, names), name, path)
+
+
+def rollout_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as comma separated values with a line of names, for those who keep lists."""
+    return rollout.comma_separated(rows)
+
+
 def rollout_table(made: Mapping[str, Any]) -> list[str]:
     """The report as lines for a terminal."""
     return rollout.table(made)
@@ -158,5 +179,7 @@ class FilterModule:
             "rollout_plan": rollout_plan,
             "rollout_refusal": rollout_refusal,
             "rollout_report": rollout_report,
+            "rollout_csv": rollout_csv,
+            "rollout_status": rollout_status,
             "rollout_table": rollout_table,
         }

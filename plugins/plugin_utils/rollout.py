@@ -11,7 +11,9 @@ Nothing here knows Ansible: a host is a mapping of the variables that the tasks 
 
 from __future__ import annotations
 
+import csv
 import datetime
+import io
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -448,6 +450,94 @@ def plan(hosts: Mapping[str, Host], path: str, digest: str) -> dict[str, Any]:
         "bytes": sum(row["bytes"] or 0 for row in rows),
     }
     return {"hosts": rows, "totals": totals}
+
+
+def status(hosts: Mapping[str, Host], name: str = "", path: str = "") -> dict[str, Any]:
+    """What each host has at each of its mount points, as the host tells it; of one image or mount point if asked."""
+    rows: list[dict[str, Any]] = []
+    for host_name, host in hosts.items():
+        before = result(host, "rollout_before")
+        if not succeeded(before):
+            error = _error_of(host) or {"code": "unreachable", "message": ""}
+            rows.append({**_nothing(host_name, host), "state": ABSENT, "error": error["code"]})
+            continue
+        mounts = {mount.get("path"): mount for mount in result(host, "rollout_mounted").get("mounts") or ()}
+        information = result(host, "rollout_repository_info")
+        mine = [
+            found
+            for found in before.get("deployments") or ()
+            if (not name or found.get("name") == name) and (not path or found.get("path") == path)
+        ]
+        for found in mine:
+            rows.append(_status_row(host_name, host, found, mounts.get(found.get("path")) or {}, information))
+        if not mine:
+            rows.append({**_nothing(host_name, host), "state": "none"})
+    states = {state: sum(row["state"] == state for row in rows) for state in sorted({row["state"] for row in rows})}
+    return {"format": FORMAT, "hosts": rows, "totals": {"hosts": len(hosts), "states": states}}
+
+
+STATUS = ("host", "site", "state", "name", "path", "version", "mounted", "next_boot", "previous", "staged", "pending")
+STATUS += (
+    "verity",
+    "persistent",
+    "unit_state",
+    "drift",
+    "own_bytes",
+    "free_bytes",
+    "last_result",
+    "last_time",
+    "error",
+)
+
+
+def _nothing(name: str, host: Host) -> dict[str, Any]:
+    site = str(host.get("rollout_site") or host.get("rollout_seed") or "")
+    return {**dict.fromkeys(STATUS), "host": name, "site": site}
+
+
+def _status_row(
+    name: str, host: Host, found: Mapping[str, Any], mount: Mapping[str, Any], information: Mapping[str, Any]
+) -> dict[str, Any]:
+    current, pending = found.get("current") or {}, found.get("pending") or {}
+    history = found.get("history") or []
+    last = history[-1] if history else {}
+    mounted = found.get("mounted_image_id")
+    expected = pending.get("image_id") or current.get("image_id")
+    staged = found.get("staged") or []
+    return {
+        **_nothing(name, host),
+        "state": found.get("state") or ("activated" if pending else CURRENT),
+        "name": found.get("name"),
+        "path": found.get("path"),
+        "version": mount.get("version") or current.get("version"),
+        "mounted": mount.get("digest") or (current.get("digest") if mounted == current.get("image_id") else mounted),
+        "next_boot": current.get("digest") if (found.get("mount") or {}).get("persistent") else None,
+        "previous": ", ".join(str(one.get("digest")) for one in found.get("previous") or ()) or None,
+        "staged": ", ".join(str(one.get("digest") if isinstance(one, Mapping) else one) for one in staged) or None,
+        "pending": pending.get("digest"),
+        "verity": mount.get("verity", (found.get("mount") or {}).get("verity")),
+        "persistent": (found.get("mount") or {}).get("persistent"),
+        "unit_state": mount.get("unit_state"),
+        "drift": bool(mounted and expected and mounted != expected) or found.get("state") == DRIFTED,
+        "own_bytes": information.get("bytes"),
+        "free_bytes": information.get("free_bytes"),
+        "last_result": last.get("result"),
+        "last_time": last.get("time"),
+    }
+
+
+def comma_separated(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as CSV (RFC 4180), with the names of the columns first. A cell that a spreadsheet would take for a formula
+    gets an apostrophe, for what hosts say is not to be computed.
+    """
+    out = io.StringIO()
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.writer(out)
+    writer.writerow(names)
+    for row in rows:
+        cells = ["" if row.get(name) is None else str(row.get(name)) for name in names]
+        writer.writerow([f"'{cell}" if cell[:1] in ("=", "+", "@", "\t", "\r") else cell for cell in cells])
+    return out.getvalue()
 
 
 def digest_of(answer: Mapping[str, Any], pin: str) -> str:
