@@ -10,7 +10,8 @@
     as JSON lab.py destroy           reads the same, ends all of it and removes its files
 
 A platform has ``name``; ``kind``: namespace (default) or guest; ``suite``; ``flavour``: bare or ready (namespace),
-isolated: true (namespace). ``lab`` has ``images`` (names, see images.py), ``registries`` (name: {tls, user, password}),
+isolated: true (namespace). ``lab`` has ``images`` (names, see images.py), ``registries`` (name: {tls, user, password,
+filled: false for one without images}),
 ``archives`` (transport:file to make, and the image to put there) and ``programs`` that must be on the PATH.
 
 Two variables of the environment change every host of a scenario, so that it can be tried on others than it names:
@@ -82,9 +83,11 @@ def start_registries(scenario: str, lab: Spec) -> Spec:
     """Registries with the images in them; what a playbook has to know to use them."""
     result: Spec = {}
     for name, options in lab.get("registries", {}).items():
+        filled = options.pop("filled", True)
         # The blobs stay from run to run: pushing what is there already takes no time.
-        server = registry.Registry(services(scenario) / name, storage=ground.state() / "registry", **options).start()
-        for image in lab.get("images", []):
+        storage = {"storage": ground.state() / "registry"} if filled else {}
+        server = registry.Registry(services(scenario) / name, **storage, **options).start()
+        for image in lab.get("images", []) if filled else []:
             # As it is: skopeo would put a gzip layer that the registry knows in the place of the same one in zstd.
             server.push(images.source(image), f"{image}:latest", "--all", "--preserve-digests")
         result[name] = {

@@ -1,0 +1,220 @@
+# Copyright (c) composefs.oci contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""A rollout keeps its promises on real hosts. The tests build on each other, in the order of this file."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import subprocess
+import time
+from typing import Any
+
+import lab as lab_program
+import namespace
+import pytest
+import scenarios
+
+LONG = bool(os.environ.get("COMPOSEFS_OCI_LONG"))
+PATTERN = "hosts" if LONG else "few"
+NAMES = [f"rollout-{site}{number:02}" for site in "ab" for number in range(1, 11 if LONG else 4)]
+CANARIES = {"rollout-a01", "rollout-b01"}
+WITHIN = 64
+ROLLOUTS = scenarios.ephemeral() / "rollouts"
+
+
+def start(playbook: str, *words: str, **variables: Any) -> subprocess.Popen[str]:
+    """ansible-playbook on the hosts of this scenario, in a session of its own so that it can be killed as a whole."""
+    environment = {**os.environ, "ANSIBLE_CONFIG": str(scenarios.ephemeral() / "ansible.cfg")}
+    environment.pop("PYTEST_ADDOPTS", None)
+    registry = scenarios.created()["registries"]["plain"]["address"]
+    image = variables.pop("image", "app-1")
+    given = {
+        "rollout_hosts": PATTERN,
+        "rollout_canaries": "canaries",
+        "rollout_ref": f"docker://{registry}/{image}:latest",
+        **variables,
+    }
+    command = ["ansible-playbook", "-i", os.environ["MOLECULE_INVENTORY_FILE"], f"composefs.oci.{playbook}"]
+    log = open(scenarios.ephemeral() / f"{playbook}-{time.time():.0f}.log", "w+")
+    process = subprocess.Popen(
+        [*command, "-e", json.dumps(given), *words],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+    process.log = log  # type: ignore[attr-defined]
+    return process
+
+
+def run(playbook: str, *words: str, **variables: Any) -> tuple[int, str]:
+    """The exit status and what was told."""
+    process = start(playbook, *words, **variables)
+    code = process.wait(900)
+    process.log.seek(0)  # type: ignore[attr-defined]
+    return code, process.log.read()  # type: ignore[attr-defined]
+
+
+def newest() -> dict[str, Any]:
+    """The report that was written last."""
+    reports = [path for path in ROLLOUTS.glob("app-*.json") if not path.name.endswith(".plan.json")]
+    return dict(json.loads(max(reports, key=lambda path: path.stat().st_mtime_ns).read_text()))
+
+
+def states() -> dict[str, str]:
+    return {row["host"]: row["state"] for row in newest()["hosts"]}
+
+
+def ssh(name: str, words: str) -> str:
+    import ground
+
+    (instance,) = [one for one in scenarios.created()["instances"] if one["instance"] == name]
+    return ground.run(*ground.ssh_command(instance["address"], instance["port"], words))
+
+
+def versions() -> dict[str, str]:
+    """What each host really has mounted: the version of the application in it."""
+    return {name: ssh(name, "cat /srv/app/opt/app/version 2>/dev/null || echo none").strip() for name in NAMES}
+
+
+def journals() -> dict[str, Any]:
+    return {name: json.loads(ssh(name, "cat /var/lib/composefs-oci/deployments/*.json")) for name in NAMES}
+
+
+def test_every_host_has_the_first_image() -> None:
+    assert newest()["result"] == "complete" and set(states()) == set(NAMES)
+    assert set(versions().values()) == {"1"}
+    assert all(journal["pending"] is None for journal in journals().values())
+
+
+def test_each_blob_left_the_origin_once_for_a_site() -> None:
+    log = (lab_program.services("rollout") / "plain" / "log").read_text()
+    asked = collections.Counter(re.findall(r'"GET /v2/app-1/blobs/(sha256:[0-9a-f]{64}) HTTP', log))
+    assert asked and max(asked.values()) <= 2, asked
+
+
+def test_the_same_command_again_changes_nothing() -> None:
+    code, told = run("rollout")
+    assert code == 0, told[-3000:]
+    assert set(states().values()) == {"current"}
+    assert not [line for line in told.splitlines() if re.match(r"rollout-\S+ .*changed=[1-9]", line)], told[-3000:]
+
+
+def test_a_plan_moves_nothing_and_counts_bytes() -> None:
+    code, told = run("rollout", "--tags", "plan", image="app-2", rollout_new=True)
+    assert code == 0, told[-3000:]
+    plan = json.loads(max(ROLLOUTS.glob("*.plan.json"), key=lambda path: path.stat().st_mtime_ns).read_text())
+    assert plan["rollout_plan"]["totals"]["change"] == len(NAMES) and plan["rollout_plan"]["totals"]["bytes"] > 0
+    assert set(versions().values()) == {"1"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"rollout_wave": ["10%"]}, "no variable rollout_wave"),
+        ({"rollout_waves": ["some"]}, "no number of hosts"),
+        ({"rollout_health_url": "localhost/health"}, "http://"),
+        ({"rollout_confirm_within": 10}, "too short"),
+        ({"rollout_hosts": "nobody", "rollout_canaries": ""}, "matches no host"),
+        ({"rollout_name": "n" * 200}, "255 bytes"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_before_anything_moves(variables: dict[str, Any], words: str) -> None:
+    code, told = run("rollout", **variables)
+    assert code != 0 and words in " ".join(told.split()), told[-3000:]
+
+
+def test_a_bad_image_reaches_canaries_only_and_they_go_back() -> None:
+    code, told = run("rollout", image="app-2", rollout_health_command="false", rollout_health_retries=1)
+    assert code == 2, told[-3000:]
+    assert {name for name, state in states().items() if state == "reverted"} == CANARIES
+    assert {state for name, state in states().items() if name not in CANARIES} == {"staged"}
+    assert set(versions().values()) == {"1"} and newest()["result"] == "halted"
+    assert all(journal["pending"] is None for journal in journals().values())
+
+
+@pytest.mark.parametrize("number", range(20 if LONG else 1))
+def test_hosts_settle_by_themselves_when_the_controller_dies(number: int) -> None:
+    """Killed at a random moment of the waves, the hosts are confirmed or back when the window is over."""
+    image = ("app-2", "app-1")[number % 2]
+    process = start("rollout", "--tags", "plan,prefetch,activate", image=image, rollout_soak=[2, 1])
+    waited, begin = random.Random(number), time.monotonic()
+    while "TASK [composefs.oci.rollout : Activate the image]" not in pathlib.Path(process.log.name).read_text():  # type: ignore[attr-defined]
+        assert process.poll() is None and time.monotonic() - begin < 300, pathlib.Path(process.log.name).read_text()[
+            -3000:
+        ]  # type: ignore[attr-defined]
+        time.sleep(0.2)
+    time.sleep(waited.uniform(0, 12 if LONG else 6))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + WITHIN + 10
+    while time.monotonic() < deadline and any(journal["pending"] for journal in journals().values()):
+        time.sleep(2)
+    found, mounted = journals(), versions()
+    assert [name for name, journal in found.items() if journal["pending"]] == []
+    for name, journal in found.items():
+        version = {scenarios.created()["images"][f"app-{v}"]["digest"]: str(v) for v in (1, 2)}[
+            journal["current"]["digest"]
+        ]
+        assert mounted[name] == version, name
+
+
+def test_the_same_command_then_finishes() -> None:
+    code, told = run("rollout", image="app-2")
+    assert code == 0, told[-3000:]
+    assert newest()["result"] == "complete" and set(versions().values()) == {"2"}
+
+
+def test_a_host_that_is_away_is_absent_and_does_not_hold_up_the_rest() -> None:
+    away = NAMES[-1]
+    namespace.end(away)
+    try:
+        code, told = run("rollout", image="app-1", rollout_max_absent=1, rollout_new=True)
+        assert code in (2, 4), told[-3000:]
+        assert states()[away] == "absent" and {state for name, state in states().items() if name != away} == {
+            "confirmed"
+        }
+    finally:
+        namespace.start(away, "bookworm")
+    code, told = run("rollout", image="app-1")
+    assert code == 0 and states()[away] == "confirmed", told[-3000:]
+
+
+def test_rollback_takes_every_host_to_what_it_had() -> None:
+    code, told = run("rollback")
+    assert code == 0, told[-3000:]
+    assert set(versions().values()) == {"2"}
+
+
+def test_the_status_is_told_by_the_hosts_alone() -> None:
+    code, told = run("status")
+    assert code == 0, told[-3000:]
+    rows = json.loads((ROLLOUTS / "status.json").read_text())["hosts"]
+    assert {row["host"] for row in rows} == set(NAMES) and {row["name"] for row in rows} == {"app"}
+    assert (ROLLOUTS / "status.csv").read_text().count("\n") >= len(NAMES) + 1
+
+
+def test_check_mode_foretells_and_changes_nothing() -> None:
+    code, told = run("rollout", "--check", image="app-1", rollout_new=True)
+    assert code in (0, 2), told[-3000:]
+    assert set(versions().values()) == {"2"}
+
+
+def test_retire_leaves_nothing_mounted() -> None:
+    code, told = run("retire")
+    assert code == 0, told[-3000:]
+    assert set(versions().values()) == {"none"}
+    assert {
+        ssh(name, "ls /var/lib/composefs-oci/deployments 2>/dev/null | grep -c 'json$' || true").strip()
+        for name in NAMES
+    } == {"0"}
