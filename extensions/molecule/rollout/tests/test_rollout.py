@@ -43,7 +43,7 @@ def start(playbook: str, *words: str, **variables: Any) -> subprocess.Popen[str]
         **variables,
     }
     command = ["ansible-playbook", "-i", os.environ["MOLECULE_INVENTORY_FILE"], f"composefs.oci.{playbook}"]
-    log = open(scenarios.ephemeral() / f"{playbook}-{time.time():.0f}.log", "w+")
+    log = open(scenarios.ephemeral() / f"{playbook}-{time.time():.0f}.log", "w+")  # noqa: SIM115 - read by run
     process = subprocess.Popen(
         [*command, "-e", json.dumps(given), *words],
         stdin=subprocess.DEVNULL,
