@@ -40,6 +40,16 @@ class Breakage(NamedTuple):
 
 BREAKAGES = (
     Breakage(
+        "rollout",
+        "a bad image reaches canaries only",
+        "plugins/plugin_utils/rollout.py",
+        """    if bad_canaries:
+""",
+        """    if bad_canaries and len(hosts) < 0:
+""",
+        "test_a_bad_image_reaches_canaries_only_and_they_go_back",
+    ),
+    Breakage(
         "default",
         "check mode foretells the change",
         IMAGE,
