@@ -213,11 +213,16 @@ class FileSink:
         }
 
     def _write(self, finished: bool) -> None:
-        aside = self._path + ".new"
-        with open(
-            os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600),
-            "w",
-            encoding="utf-8",
-        ) as file:
-            json.dump(self.state(finished), file)
-        os.replace(aside, self._path)
+        # By a name that nobody can foresee, which must not exist: the directory may be one where everybody may write. A
+        # link that has the file's own name is replaced, not followed.
+        aside = f"{self._path}.{os.urandom(6).hex()}"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        with open(os.open(aside, flags, 0o600), "w", encoding="utf-8") as file:
+            try:
+                json.dump(self.state(finished), file)
+                file.flush()
+                os.replace(aside, self._path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(aside)
+                raise

@@ -49,7 +49,8 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "host": (
         ("commands", "files", "machine", "mountinfo", "processes", "safety", "watch"),
-        ("beneath", "deadman", "filesystem", "locks", "mountcalls", "workers"),
+        ("beneath", "deadman", "filesystem", "locks", "workers"),
+        ("mountcalls",),
     ),
     "source": (
         ("archive", "options", "source"),

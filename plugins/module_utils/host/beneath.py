@@ -189,21 +189,28 @@ def opened_path(path: str) -> Iterator[int]:
         root.close()
 
 
-def open_path(path: str) -> int:
-    """A descriptor (O_PATH) of the directory at ``path`` (absolute), reached by links of root and the caller only.
+def open_path(path: str, *, links: bool = True, make: bool = False) -> int:
+    """A descriptor (O_PATH) of the directory at ``path`` (absolute), reached by links of root and the caller only, or
+    without ``links`` by none; with ``make`` missing directories are made, mode 0755.
 
     UnsafeRepository for a link of somebody else; OSError passes.
     """
-    trusted = owners()
+    trusted = owners() if links else frozenset()
     left = path.split("/")
-    links = 0
+    followed = 0
     fd = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         while left:
             name = left.pop(0)
             if name in ("", "."):
                 continue
-            inner = _step(fd, name)
+            try:
+                inner = _step(fd, name)
+            except FileNotFoundError:
+                if not make:
+                    raise
+                files.make_directory(fd, name)
+                inner = _step(fd, name)
             found = os.fstat(inner)
             if stat.S_ISDIR(found.st_mode):
                 os.close(fd)
@@ -212,12 +219,13 @@ def open_path(path: str) -> int:
             try:
                 if not stat.S_ISLNK(found.st_mode):
                     raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
-                links += 1
-                if links > _MAX_LINKS:
+                followed += 1
+                if followed > _MAX_LINKS:
                     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
                 if found.st_uid not in trusted:
                     raise UnsafeRepository(
-                        f"On the way to {path} the symbolic link {name} {_fault(found, trusted, 0)}.",
+                        f"On the way to {path} the symbolic link {name} "
+                        f"{_fault(found, owners(), 0) or 'has just appeared'}.",
                         "Name the directory that it leads to, if that is the one you mean.",
                     )
                 text = os.readlink("", dir_fd=inner)

@@ -27,6 +27,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from . import beneath as paths
 from ..errors import Busy, EngineError, MissingLibrary, MountFailed, PermissionDenied, from_os_error
 from .mountinfo import SOURCE, Mounted, mount_id
 
@@ -39,6 +40,7 @@ _FSOPEN, _FSCONFIG, _FSMOUNT, _MOVE_MOUNT, _MOUNT_SETATTR = 430, 431, 432, 429, 
 _SET_FLAG, _SET_STRING, _SET_FD, _CMD_CREATE = 0, 1, 5, 6
 _CLOEXEC = 1
 _MOVE_EMPTY_PATH = 0x4
+_MOVE_TO_EMPTY_PATH = 0x40
 _MOVE_BENEATH = 0x200
 _AT_FDCWD = -100
 _AT_EMPTY_PATH = 0x1000
@@ -183,27 +185,45 @@ class _Context:
 
 
 def mount(request: Request, path: str, beneath: bool = False) -> None:
-    """Mount at the existing directory ``path`` (links in it are followed).
+    """Mount at the existing directory ``path``, which is absolute and without links: it was resolved when all was
+    decided, and a link that has appeared in it since is not followed (UnsafeRepository).
 
     With ``beneath`` the new mount goes under the one that is there, to be uncovered when that is detached: at no moment
     does ``path`` show neither. Raises MountFailed with the kernel's words, PermissionDenied, and Busy.
     """
+    with _opened(path) as place:
+        _mount(request, path, place, beneath)
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[int]:
+    """A descriptor of the mount point: whatever its name comes to mean, what follows happens there."""
+    try:
+        fd = paths.open_path(path, links=False)
+    except OSError as error:
+        raise MountFailed(f"Opening the mount point {path}: {error.strerror}.", "Make the directory.") from error
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _mount(request: Request, target: str, place: int, beneath: bool) -> None:
     kernel = _Kernel()
-    target = os.path.realpath(path)
     try:
         with contextlib.ExitStack() as stack:
             erofs = _mount_erofs(kernel, request.image)
             stack.callback(os.close, erofs)
             overlay = _mount_overlay(kernel, request, erofs)
             stack.callback(os.close, overlay)
-            flags = _MOVE_EMPTY_PATH | (_MOVE_BENEATH if beneath else 0)
+            flags = _MOVE_EMPTY_PATH | _MOVE_TO_EMPTY_PATH | (_MOVE_BENEATH if beneath else 0)
             kernel.call(
                 _beneath(target) if beneath else f"attaching to {target}",
                 _MOVE_MOUNT,
                 overlay,
                 b"",
-                _AT_FDCWD,
-                os.fsencode(target),
+                place,
+                b"",
                 flags,
             )
     except _KernelRefused as refusal:
@@ -217,8 +237,10 @@ def replace(request: Request, path: str) -> None:
 
     Files that are open on the old mount stay readable until they are closed.
     """
-    mount(request, path, beneath=True)
-    detach(path)
+    with _opened(path) as place:
+        _mount(request, path, place, True)
+        # The descriptor is of the old mount, which lies on top. The dot makes the link in /proc an inner component.
+        _umount(f"/proc/self/fd/{place}/.", _MNT_DETACH, path)
 
 
 def tighten(there: Mounted, options: Sequence[str]) -> None:
@@ -276,8 +298,18 @@ def unmount(path: str) -> None:
 
 
 def _unmount(path: str, flags: int) -> None:
+    directory, name = os.path.split(path)
+    if not name:
+        _umount(path, flags, path)
+        return
+    # Of the mount point itself no descriptor may be open, it would be in use then; of the directory it lies in one may.
+    with _opened(directory) as fd:
+        _umount(f"/proc/self/fd/{fd}/{name}", flags, path)
+
+
+def _umount(where: str, flags: int, path: str) -> None:
     try:
-        _Kernel().umount(os.path.realpath(path), flags | _UMOUNT_NOFOLLOW)
+        _Kernel().umount(where, flags | _UMOUNT_NOFOLLOW)
     except OSError as error:
         if error.errno == errno.EBUSY:
             raise Busy(

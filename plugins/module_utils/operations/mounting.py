@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 
 from ..formats import fsverity
-from ..host import mountcalls, mountinfo
+from ..host import beneath, mountcalls, mountinfo
 from ..errors import (
     Busy,
     FormatError,
@@ -401,8 +401,7 @@ def _make_directory(path: str) -> None:
     if os.path.lexists(path):
         raise MountFailed(f"{path} is not a directory, so nothing can be mounted there.", "Choose another path.")
     with doing(f"Making the directory {path}"):
-        os.makedirs(path)
-        os.chmod(path, 0o755)
+        os.close(beneath.open_path(path, links=False, make=True))
 
 
 def _parse_id(text: str, algorithm: fsverity.Algorithm) -> bytes | None:

@@ -8,6 +8,8 @@ import json
 import os
 import pathlib
 
+import pytest
+
 from ansible_collections.composefs.oci.plugins.module_utils import progress
 from ansible_collections.composefs.oci.plugins.module_utils.progress import (
     BYTES,
@@ -178,3 +180,30 @@ def test_human_units() -> None:
         "3.00 MiB",
         "5.00 TiB",
     ]
+
+
+def test_links_planted_beside_the_file_are_not_followed(tmp_path: pathlib.Path) -> None:
+    """The file may lie where everybody may write."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    path = tmp_path / "progress.json"
+    for name in ("progress.json", "progress.json.new"):
+        (tmp_path / name).symlink_to(victim)
+    sink = progress.FileSink(str(path), interval=0)
+    sink.event(progress.Event(progress.MESSAGE, text="hello"))
+    sink.close()
+    assert victim.read_text() == "precious"
+    assert not path.is_symlink() and path.stat().st_mode & 0o777 == 0o600
+    assert json.loads(path.read_text())["finished"]
+    assert sorted(os.listdir(tmp_path)) == ["progress.json", "progress.json.new", "victim"]
+
+
+def test_a_full_disk_leaves_nothing_beside_the_file(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_arguments: object, **_options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    sink = progress.FileSink(str(tmp_path / "progress.json"), interval=0)
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        sink.event(progress.Event(progress.MESSAGE, text="hello"))
+    assert os.listdir(tmp_path) == []

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from ansible_collections.composefs.oci.plugins.module_utils.host import mountcalls, mountinfo
 from ansible_collections.composefs.oci.plugins.module_utils.errors import (
+    UnsafeRepository,
     Busy,
     EngineError,
     MountFailed,
@@ -58,7 +59,9 @@ class Kernel:
             result = os.open(os.devnull, os.O_RDONLY)
             kinds[result] = "mount"
         elif number == MOVE_MOUNT:
-            said = f"attach {os.fsdecode(arguments[3])} {arguments[4]:#x}".replace(str(os.getpid()), "self")
+            place = os.fsdecode(arguments[3]) or os.readlink(f"/proc/self/fd/{arguments[2]}")
+            assert bool(arguments[3]) != bool(arguments[4] & 0x40)
+            said = f"attach {place} {arguments[4] & ~0x40:#x}".replace(str(os.getpid()), "self")
             refuse = errno.EINVAL if arguments[4] & 0x200 and self.version < (6, 5) else 0
         elif number == MOUNT_SETATTR:
             said = f"setattr {struct.unpack('=4Q', arguments[3])[0]:#x}"
@@ -103,7 +106,7 @@ class Kernel:
             raise OSError(self.deny, os.strerror(self.deny), path)
 
     def umount(self, path: str, flags: int) -> None:
-        self.calls.append(f"umount {path} {flags}")
+        self.calls.append(f"umount {os.path.realpath(path)} {flags}")
         if self.deny:
             raise OSError(self.deny, os.strerror(self.deny), path)
 
@@ -371,11 +374,19 @@ def test_protection_that_cannot_be_added_is_said(kernel: type[Kernel], tmp_path:
         mountcalls.tighten(shown_at(tmp_path, "ro"), ("nodev",))
 
 
-def test_links_in_the_path_are_followed(kernel: type[Kernel], image: int, tmp_path: pathlib.Path) -> None:
-    (tmp_path / "real").mkdir()
-    (tmp_path / "link").symlink_to("real")
-    mountcalls.mount(request(image), str(tmp_path / "link"))
-    assert kernel.calls[-1] == f"attach {tmp_path / 'real'} 0x4"
+def test_a_link_that_appears_in_the_path_is_not_followed(
+    kernel: type[Kernel], image: int, tmp_path: pathlib.Path
+) -> None:
+    """Who may write to a directory above the mount point could have root mount over any other directory."""
+    (tmp_path / "victim/inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("victim")
+    for path in ("link", "link/inner"):
+        for verb in (mountcalls.mount, mountcalls.replace):
+            with pytest.raises(UnsafeRepository, match="symbolic link link"):
+                verb(request(image), str(tmp_path / path))
+    with pytest.raises(UnsafeRepository):
+        mountcalls.unmount(str(tmp_path / "link/inner"))
+    assert not any(call.startswith(("attach", "umount")) and "helpers" not in call for call in kernel.calls)
 
 
 @pytest.mark.parametrize(
