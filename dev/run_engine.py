@@ -111,7 +111,7 @@ def init(options: argparse.Namespace) -> object:
 def pull(options: argparse.Namespace) -> object:
     """Pull one image under a name."""
     from ansible_collections.composefs.oci.plugins.module_utils.pull import plan, pull
-    from ansible_collections.composefs.oci.plugins.module_utils.source.skopeo import ProxyOptions
+    from ansible_collections.composefs.oci.plugins.module_utils.source.options import ProxyOptions
 
     listener = progress.Progress(TerminalSink(sys.stderr) if options.progress else None)
     proxy = ProxyOptions(executable=tuple(options.skopeo.split()), tls_verify=False if options.no_tls else None)
@@ -122,7 +122,7 @@ def pull(options: argparse.Namespace) -> object:
             outcomes = pull.pull_images(repository, [request], settings, listener)
         finally:
             listener.close()
-        return [pull.describe(repository, outcome) for outcome in outcomes]
+        return [pull.describe(repository, outcome).result.values() for outcome in outcomes]
 
 
 def list_images(options: argparse.Namespace) -> object:

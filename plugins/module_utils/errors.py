@@ -26,7 +26,8 @@ class EngineError(Exception):
 
     ``message`` is what went wrong, ``hint`` what the user can do, ``doing`` what was being done to what (outermost
     first, separated by colons), ``said`` the words of the other side, such as skopeo or a registry, without secrets.
-    All but ``message`` may be empty. ``passing`` tells whether the same may succeed a little later.
+    All but ``message`` may be empty. ``passing`` tells whether the same may succeed a little later. ``attempts`` is how
+    often it was tried within ``seconds``, 0 where nobody counts.
     """
 
     code = "failed"
@@ -40,13 +41,18 @@ class EngineError(Exception):
         self.hint = hint
         self.doing = doing
         self.said = said
+        self.attempts = 0
+        self.seconds = 0.0
         if passing is not None:
             self.passing = passing
 
     @property
     def text(self) -> str:
         """What happened, in one line, without the hint."""
-        return f"{self.doing}: {self.message}" if self.doing else self.message
+        found = f"{self.doing}: {self.message}" if self.doing else self.message
+        if self.attempts > 1:
+            found += f" It was tried {self.attempts} times in {self.seconds:.0f} s."
+        return found
 
     def __str__(self) -> str:
         return f"{self.text} {self.hint}" if self.hint else self.text
@@ -350,7 +356,8 @@ def by_code(code: str) -> type[EngineError]:
 def to_values(error: EngineError) -> dict[str, Any]:
     """All that the error knows, as plain values for another process; from_values() makes the error of them again."""
     texts = {key: getattr(error, key)[:_MAX_TEXT] for key in ("message", "hint", "doing", "said")}
-    return {"kind": type(error).__name__, "code": error.code, "passing": error.passing, **texts}
+    counts = {"attempts": error.attempts, "seconds": error.seconds}
+    return {"kind": type(error).__name__, "code": error.code, "passing": error.passing, **texts, **counts}
 
 
 def from_values(values: Mapping[str, Any]) -> EngineError:
@@ -368,6 +375,7 @@ def from_values(values: Mapping[str, Any]) -> EngineError:
         said=values["said"],
         passing=values["passing"],
     )
+    error.attempts, error.seconds = values["attempts"], values["seconds"]
     return error
 
 

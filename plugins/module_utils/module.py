@@ -15,6 +15,7 @@ import dataclasses
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Callable, Protocol
 
@@ -71,6 +72,10 @@ def opened_repository(module: Module, path: str) -> Iterator[Repository]:
         tempfile.TemporaryDirectory(prefix="composefs-") as base,
         create.create(f"{base}/empty", fsverity.SHA256, create.DISABLED) as empty,
     ):
+        # What is foretold of free space is about the place where the repository will be.
+        while not os.path.isdir(path):
+            path = os.path.dirname(path)
+        empty.place = path
         yield empty
 
 
@@ -141,21 +146,31 @@ def _tell_nothing_of_files(module: Any) -> None:
     module.add_path_info = lambda values: values
 
 
-def run_module(module: Module, main: Callable[[Any], Mapping[str, Any]], base: Mapping[str, Any] | None = None) -> None:
+def run_module(
+    module: Module,
+    main: Callable[[Any], Mapping[str, Any]],
+    base: Mapping[str, Any] | None = None,
+    *,
+    effort: bool = False,
+) -> None:
     """Call ``main(module)`` and leave through ``exit_json`` with what it returns, or through ``fail_json``.
 
     ``base`` holds the return values that exist in every case; ``main``'s own take precedence. It is read when the
     module ends, so ``main`` may fill in what it learns before it fails. Failures carry ``error``: the code of the
-    engine's error class; ``internal_error`` stands for a bug.
+    engine's error class; ``internal_error`` stands for a bug. With ``effort`` they also tell how often what failed was
+    tried, and the seconds that the task took.
     """
     _occupy_standard_descriptors()
     _guard(module)
     _tell_nothing_of_files(module)
+    begin = time.monotonic()
     try:
         result = main(module)
     except Exception as raised:  # the last resort: a traceback must never reach the user
         error = from_exception(raised, "The module could not go on")
-        failure = {"msg": str(error), "error": error.code}
+        failure: dict[str, Any] = {"msg": str(error), "error": error.code}
+        if effort:
+            failure.update(attempts=max(error.attempts, 1), seconds=round(time.monotonic() - begin, 3))
     else:
         module.exit_json(**text.printable_values({**(base or {}), **result}))
         return

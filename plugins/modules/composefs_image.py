@@ -340,7 +340,9 @@ config_digest:
   type: str
   sample: sha256:0f4e7c4bb4b0a4aa6e1d5a1a6e86a41d20c6a1ba5ce0f1a1b5b9b8f6d4e5a6b7
 previous_digest:
-  description: The digest of the manifest that the name led to before. V(null) if the name did not exist.
+  description:
+    - The digest of the manifest that the name led to before. V(null) if the name did not exist.
+    - A failure tells RV(name), RV(ref), RV(repository) and this, as far as they are known.
   returned: when O(images) is not used
   type: str
   sample: sha256:9d78ad0da0e88ca15da5735b9f70064d3099ac0a8cd9dc839795789400a38e42
@@ -354,8 +356,34 @@ boot_image_id:
   returned: when O(images) is not used
   type: str
   sample:
+kind:
+  description: V(container) or V(artifact). V(null) if check mode cannot know it.
+  returned: when O(images) is not used
+  type: str
+  sample: container
+platform:
+  description: The platform of a container image, as V(os/architecture/variant).
+  returned: when O(images) is not used
+  type: str
+  sample: linux/amd64
+version:
+  description: The label C(org.opencontainers.image.version) of a container image, V(null) if it has none.
+  returned: when O(images) is not used
+  type: str
+  sample: "1.4"
+created:
+  description: When the container image was made, as its configuration says.
+  returned: when O(images) is not used
+  type: str
+  sample: "2026-11-02T10:11:12Z"
+labels:
+  description: The labels of a container image.
+  returned: when O(images) is not used
+  type: dict
+  sample: {org.opencontainers.image.version: "1.4"}
 layers:
-  description: The layers of the image, lowest first.
+  description:
+    - The layers of the image, lowest first. V(null) if check mode cannot know them, and with O(state=absent).
   returned: when O(images) is not used
   type: list
   elements: dict
@@ -394,7 +422,9 @@ layers:
       bytes_to_fetch: 29125228
       source: registry
 streams:
-  description: The streams that this run registered in the repository, or would register in check mode.
+  description:
+    - The streams that this run registered in the repository, or would register in check mode. V(null) if check mode
+      cannot know them, and with O(state=absent).
   returned: when O(images) is not used
   type: list
   elements: str
@@ -403,8 +433,9 @@ streams:
     - oci-config-sha256:0f4e7c4bb4b0a4aa6e1d5a1a6e86a41d20c6a1ba5ce0f1a1b5b9b8f6d4e5a6b7
     - oci-manifest-sha256:9d78ad0da0e88ca15da5735b9f70064d3099ac0a8cd9dc839795789400a38e42
 stats:
-  description: Figures of the run. In check mode RV(stats.bytes_fetched) is what would be fetched, and the objects are
-    unknown.
+  description:
+    - Figures of the run. In check mode RV(stats.bytes_fetched) is what would be fetched, and what cannot be known of
+      layers that are not there yet is V(null).
   returned: when O(images) is not used
   type: dict
   contains:
@@ -462,14 +493,24 @@ images:
   elements: dict
 skopeo_version:
   description: The version of C(skopeo). V(null) if it was not needed.
-  returned: always
+  returned: success
   type: str
   sample: 1.9.3
 protocol_version:
   description: The version of the protocol that C(skopeo) speaks. V(null) if it was not needed.
-  returned: always
+  returned: success
   type: str
   sample: 0.2.3
+attempts:
+  description: How often was tried what failed in the end.
+  returned: on failure
+  type: int
+  sample: 4
+seconds:
+  description: The seconds until the task failed.
+  returned: on failure
+  type: float
+  sample: 7.512
 error:
   description: What went wrong, as a stable code for conditions in playbooks. The collection's documentation lists all
     codes.
@@ -499,7 +540,9 @@ from ansible_collections.composefs.oci.plugins.module_utils.formats.digests impo
 from ansible_collections.composefs.oci.plugins.module_utils.formats.reference import parse_reference
 from ansible_collections.composefs.oci.plugins.module_utils.formats.reference import default_name, other_names
 from ansible_collections.composefs.oci.plugins.module_utils.progress import FileSink, Progress
+from ansible_collections.composefs.oci.plugins.module_utils.pull.plan import Standing
 from ansible_collections.composefs.oci.plugins.module_utils.pull.publish import Images
+from ansible_collections.composefs.oci.plugins.module_utils.pull.results import Report
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ansible_collections.composefs.oci.plugins.module_utils.source.options import ProxyOptions
 
@@ -587,8 +630,8 @@ def options_of(params: dict, check: bool) -> pull.Options:
 
 def present(
     module: AnsibleModule, repository: Repository, requests: list[pull.Request], options: pull.Options, life: watch.Life
-) -> list[dict]:
-    """Pull; one result for each image."""
+) -> list[Report]:
+    """Pull; one report for each image."""
     files = [module.params["progress_file"], life.progress_file]
     progress = Progress(watch.Announcer(life), *(FileSink(path) for path in files if path))
     try:
@@ -599,7 +642,7 @@ def present(
         if not module.check_mode or any(repository.tag_digest(request.name) for request in requests):
             raise
         module.warn(f"{error} So check mode cannot tell what the images are, only that they would be pulled.")
-        return [pull.foretell(request) for request in requests]
+        return [pull.foretell(repository, request) for request in requests]
     finally:
         progress.close()
     for warning in dict.fromkeys(warning for outcome in outcomes for warning in outcome.plan.warnings):
@@ -607,65 +650,78 @@ def present(
     return [pull.describe(repository, outcome) for outcome in outcomes]
 
 
-def sides(image: dict) -> dict:
+def sides(report: Report) -> dict:
     """What ``--diff`` shows for one image."""
+    result = report.result
 
-    def side(name, digest, layers):
+    def side(name: str | None, digest: str | None, layers: list[str]) -> dict:
         return {"name": name, "digest": digest, "layers": layers} if digest else {}
 
     return {
-        "before_header": image["name"],
-        "after_header": image["name"],
-        "before": side(image.pop("previous_name"), image["previous_digest"], image.pop("previous_layers")),
-        "after": side(image["name"], image["digest"], [layer["digest"] for layer in image["layers"]]),
+        "before_header": result.name,
+        "after_header": result.name,
+        "before": side(report.previous_name, result.previous_digest, report.previous_layers),
+        "after": side(result.name, result.digest, [layer.digest for layer in result.layers or ()]),
     }
 
 
+def known_before(repository: Repository, request: pull.Request) -> dict:
+    """What a failure still tells of an image."""
+    standing = Standing.of(repository, request)
+    found = {"name": request.name, "ref": request.ref, "previous_digest": standing.digest}
+    return {key: value for key, value in found.items() if value}
+
+
 def run(module: AnsibleModule, base: dict, life: watch.Life) -> dict:
-    """Do what the task says; its result. ``base`` is filled with what is returned in every case."""
+    """Do what the task says; its result. ``base`` gets what is known if it fails."""
     params = module.params
+    several = params["images"] is not None
     path = repository_path(module)
     base.update(repository=path)
     requests = requests_of(params)
+
     # Only now, when the references proved to hold no password, they may be shown.
-    blanks = [{**pull.blank(request), "repository": path} for request in requests]
-    base.update({"images": blanks} if params["images"] is not None else blanks[0])
+    def remember(facts: list[dict]) -> None:
+        base.update({"images": facts} if several else facts[0])
+
+    remember([{"name": request.name, "ref": request.ref} for request in requests])
     options = options_of(params, module.check_mode)
     with opened_repository(module, path) as repository:
+        remember([known_before(repository, request) for request in requests])
         if params["state"] == "present":
-            images = present(module, repository, requests, options, life)
+            reports = present(module, repository, requests, options, life)
         else:
-            images = [pull.forget(repository, request, module.check_mode) for request in requests]
-            warn_of_mounts(module, repository, images)
-    # A list, for each must lose the key.
-    changes = [image.pop("changed") for image in images]
-    result = {"changed": any(changes), "repository": path}
+            reports = [pull.forget(repository, request, module.check_mode) for request in requests]
+            warn_of_mounts(module, repository, reports)
+    changed = any(report.changed for report in reports)
+    images = [{**report.result.values(), "repository": path} for report in reports]
+    result = {"changed": changed, "repository": path}
     for key in ("skopeo_version", "protocol_version"):
         result[key] = next((image[key] for image in images if image[key]), None)
-    differences = [sides(image) for image in images]
-    if result["changed"]:
+    if changed:
+        differences = [sides(report) for report in reports]
         result["diff"] = differences if len(differences) > 1 else differences[0]
         for image in images:
             if image["digest"] != image["previous_digest"] and not module.check_mode:
                 module.log(f"{image['name']} in {path} is now {image['digest']} (was {image['previous_digest']})")
-    if params["images"] is not None:
-        result["images"] = [{**image, "repository": path} for image in images]
+    if several:
+        result["images"] = images
     else:
-        result.update(images[0])
+        result.update({**images[0], **result})
     return result
 
 
-def warn_of_mounts(module: AnsibleModule, repository: Repository, images: list[dict]) -> None:
+def warn_of_mounts(module: AnsibleModule, repository: Repository, reports: list[Report]) -> None:
     """Say of each image whose name goes where it is mounted: it stays there, and its bytes stay, too."""
-    for image in images:
+    for image in [report.result for report in reports]:
         try:
-            described = listing.describe_image(repository, image["previous_digest"] or "")
+            described = listing.describe_image(repository, image.previous_digest or "")
         except EngineError:
             continue
         paths = mountinfo.showing(described["image_ids"].values())
         if paths:
             module.warn(
-                f"The image of the name {image['name']} is mounted at {', '.join(paths)}. It stays there, and is kept "
+                f"The image of the name {image.name} is mounted at {', '.join(paths)}. It stays there, and is kept "
                 f"in {repository.path} until it is unmounted."
             )
 
@@ -778,17 +834,13 @@ def main() -> None:
             f"The option images is malformed. {module.complaint} Write a list of dictionaries as documented.",
             error=InvalidOption.code,
         )
-    base = {"changed": False, "repository": None, "skopeo_version": None, "protocol_version": None}
-    if module.params["images"] is None:
-        base = {**pull.blank(pull.Request("", "")), **base, "name": None}
-    else:
-        base["images"] = []
+    base: dict = {"changed": False}
     # The action plugin says by the environment what is between it and this module.
     job, token = os.environ.pop(watch.COLLECT, ""), os.environ.pop(watch.WATCH, "")
     if job:
         run_module(module, lambda module: watch.collect(job))
         return
-    watch.run(token, lambda life: run_module(module, lambda module: run(module, base, life), base))
+    watch.run(token, lambda life: run_module(module, lambda module: run(module, base, life), base, effort=True))
 
 
 if __name__ == "__main__":

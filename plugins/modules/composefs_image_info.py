@@ -269,7 +269,8 @@ from ansible_collections.composefs.oci.plugins.module_utils.host import mountinf
 from ansible_collections.composefs.oci.plugins.module_utils.operations import dump
 from ansible_collections.composefs.oci.plugins.module_utils.operations.diskuse import disk_use
 from ansible_collections.composefs.oci.plugins.module_utils.errors import ImageNotFound
-from ansible_collections.composefs.oci.plugins.module_utils.operations.listing import TEXTS_LIMIT, list_images
+from ansible_collections.composefs.oci.plugins.module_utils.operations.listing import list_images
+from ansible_collections.composefs.oci.plugins.module_utils.pull.results import TEXTS_LIMIT
 from ansible_collections.composefs.oci.plugins.module_utils.module import opened_repository, repository_path, run_module
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 

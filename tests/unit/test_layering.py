@@ -66,7 +66,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("checks", "graph", "proofs"),
     ),
     "pull": (
-        ("limits", "local", "smallobjects", "sourcefiles"),
+        ("limits", "local", "results", "smallobjects", "sourcefiles"),
         ("layer",),
         ("objectlayer", "sources"),
         ("fetch", "makeimages", "plan"),

@@ -7,17 +7,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ..formats import ocidocuments
 from ..store import imagestreams, namerecords
 from ..errors import EngineError, FormatError, ImageNotFound, MissingLibrary
 from ..store.repository import Repository
-
-
-TEXTS_LIMIT = 64 * 1024
-"""Bytes of labels, or of annotations, that a result shows of one image: its author may have put megabytes there."""
+from ..pull.results import bounded
 
 
 def list_images(repository: Repository, name: str = "", digest: str = "") -> tuple[list[dict[str, Any]], list[str]]:
@@ -64,8 +61,8 @@ def describe_image(repository: Repository, digest: str) -> dict[str, Any]:
         if config
         else [None] * len(manifest.layers)
     )
-    labels, labels_cut = _bounded(config.labels if config else {})
-    annotations, annotations_cut = _bounded(manifest.annotations)
+    labels, labels_cut = bounded(config.labels if config else {})
+    annotations, annotations_cut = bounded(manifest.annotations)
     image_ids = {name: ref.hex() for name, ref in config_document.refs.items() if imagestreams.is_image_ref(name)}
     return {
         "digest": digest,
@@ -89,23 +86,6 @@ def describe_image(repository: Repository, digest: str) -> dict[str, Any]:
         "boot_image_id": _first(image_ids, repository, boot=True),
         "image_ids": image_ids,
     }
-
-
-def _bounded(texts: Mapping[str, str]) -> tuple[dict[str, str], bool]:
-    """The texts as far as the limit allows, the last one cut, and whether something is missing."""
-    kept: dict[str, str] = {}
-    left = TEXTS_LIMIT
-    for key, value in texts.items():
-        left -= len(key.encode("utf-8", "replace"))
-        if left < 0:
-            return kept, True
-        raw = value.encode("utf-8", "replace")
-        if len(raw) > left:
-            kept[key] = raw[:left].decode("utf-8", "ignore")
-            return kept, True
-        kept[key] = value
-        left -= len(raw)
-    return kept, False
 
 
 def _origins(repository: Repository, names: Sequence[str]) -> dict[str, Any]:

@@ -281,10 +281,12 @@ def _by_tree(formats: Sequence[tuple[int, bool]]) -> tuple[list[int], list[int]]
     return [version for version, boot in formats if not boot], [version for version, boot in formats if boot]
 
 
-def image_id(repository: Repository, plan: Plan, boot: bool) -> str | None:
-    """The EROFS image (hex) in the repository's own format, None if the image has none."""
+def image_id(repository: Repository, refs: Mapping[str, bytes], boot: bool) -> str | None:
+    """The EROFS image (hex) in the repository's own format among the named ``refs`` of a configuration, None if there
+    is none.
+    """
     for version in repository.metadata.erofs_formats:
-        digest = plan.image_refs.get(imagestreams.image_ref(version, boot))
+        digest = refs.get(imagestreams.image_ref(version, boot))
         if digest is not None:
             return digest.hex()
     return None

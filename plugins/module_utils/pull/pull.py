@@ -38,6 +38,7 @@ from ..formats.ocidocuments import Platform, parse_platform
 from ..formats.reference import Reference, parse_reference
 from .limits import MIN_RATE, Limits
 from .plan import Layer, Plan, Request
+from .results import ImageResult, LayerResult, Report, Stats, about
 from .sources import open_source
 from ..progress import IMAGE, PLANNED, SKIPPED, Event, Progress, human
 from ..store.repository import Repository
@@ -79,7 +80,7 @@ class Outcome:
 
     plan: Plan
     streams: list[str]
-    stats: dict[str, Any]
+    stats: Stats
     changed: bool
     # Layer stream -> what delivered it in the end, where that is not what the plan says.
     delivered: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -118,14 +119,16 @@ def pull_images(
             settled and not any(publish.unfinished(repository, plan, options.images) for plan in plans)
         ):
             outcomes = _untouched(plans, predictions)
-            if not options.check:
+            if options.check:
+                _require_space(repository, plans, limits)
+            else:
                 _remember_origins(repository, plans)
         else:
             repository.require_writable()
             outcomes = _carry_out(repository, plans, options, progress, permit, clock, limits)
         for outcome in outcomes:
-            outcome.stats["seconds"] = clock.laps()
-            outcome.stats["retries"] = sources.retried
+            outcome.stats.seconds = clock.laps()
+            outcome.stats.retries = sources.retried
         return outcomes
     finally:
         sources.close()
@@ -273,26 +276,21 @@ def _untouched(plans: Sequence[Plan], predictions: Sequence[list[str]]) -> list[
     for plan, predicted in zip(plans, predictions):
         streams = [stream for stream in predicted if stream not in claimed]
         fetched = sum(layer.to_fetch for stream, layer in plan.missing().items() if stream not in claimed)
+        claimed_before = set(claimed)
         claimed.update(streams)
-        stats = {**_stats(plan), "bytes_fetched": fetched}
+        stats = _stats(plan)
+        stats.bytes_fetched = fetched
+        if any(stream not in claimed_before for stream in plan.missing()):
+            # What is in a layer is not known before it is here.
+            stats.objects_copied = stats.objects_already_present = stats.bytes_copied = stats.bytes_inlined = None
         outcomes.append(Outcome(plan, streams, stats, bool(streams) or plan.renames))
     return outcomes
 
 
-def _stats(plan: Plan | None) -> dict[str, Any]:
+def _stats(plan: Plan) -> Stats:
     """The figures of an image for which nothing was done yet."""
-    different = len({layer.stream for layer in plan.layers}) if plan else 0
-    return {
-        "layers": len(plan.layers) if plan else 0,
-        "layers_already_present": different - len(plan.missing()) if plan else 0,
-        "objects_copied": 0,
-        "objects_already_present": 0,
-        "bytes_copied": 0,
-        "bytes_inlined": 0,
-        "bytes_fetched": 0,
-        "retries": 0,
-        "seconds": {"total": 0.0},
-    }
+    different = len({layer.stream for layer in plan.layers})
+    return Stats(len(plan.layers), different - len(plan.missing()), 0, 0, 0, 0, 0)
 
 
 def _carry_out(
@@ -315,7 +313,7 @@ def _carry_out(
     for _plan, layer in missing.values():
         # All of them before the first one starts, so that a share of the whole can be told from the beginning.
         progress(Event(PLANNED, layer.diff_id, 0, layer.to_fetch))
-    limits = _require_space(repository, [layer for _plan, layer in missing.values()], limits)
+    limits = _require_space(repository, plans, limits)
     with repository.importing() as found, contextlib.ExitStack() as stack:
         plans[0].warnings += found.warnings
         begun: dict[str, Ahead] = {}
@@ -350,13 +348,13 @@ def _carry_out(
                 documents_changed = publish.publish(
                     repository, plan, options.images, stored, progress, begun.get(plan.request.name)
                 )
+            got = [fetched[stream] for stream in mine]
             stats = _stats(plan)
-            for result in (fetched[stream] for stream in mine):
-                stats["objects_copied"] += result.objects_new
-                stats["objects_already_present"] += result.objects_present
-                stats["bytes_copied"] += result.bytes_new
-                stats["bytes_inlined"] += result.bytes_inlined
-                stats["bytes_fetched"] += result.fetched
+            stats.objects_copied = sum(result.objects_new for result in got)
+            stats.objects_already_present = sum(result.objects_present for result in got)
+            stats.bytes_copied = sum(result.bytes_new for result in got)
+            stats.bytes_inlined = sum(result.bytes_inlined for result in got)
+            stats.bytes_fetched = sum(result.fetched for result in got)
             streams = mine + [stream for stream in documents_changed if stream not in claimed]
             claimed.update(streams)
             outcomes.append(Outcome(plan, streams, stats, bool(streams) or plan.renames, delivered))
@@ -447,10 +445,11 @@ def _transport(plan: Plan) -> str:
     return "registry" if plan.reference.is_remote else plan.reference.transport
 
 
-def _require_space(repository: Repository, layers: Sequence[Layer], limits: Limits) -> Limits:
+def _require_space(repository: Repository, plans: Sequence[Plan], limits: Limits) -> Limits:
     """Refuse before the first byte when not even the blobs as they are compressed would fit; the limits, with the space
     that is free.
     """
+    layers = {stream: layer for plan in plans for stream, layer in plan.missing().items()}.values()
     needed = sum(layer.to_fetch for layer in layers)
     # What cannot be compressed grows a little when it is.
     if limits.max_size is not None and needed - (needed >> 8) > limits.max_size:
@@ -477,78 +476,96 @@ def _require_space(repository: Repository, layers: Sequence[Layer], limits: Limi
     return dataclasses.replace(limits, free=free)
 
 
-def forget(repository: Repository, request: Request, check: bool) -> dict[str, Any]:
-    """Remove the name of an image; the result has the shape of describe(). The data stays until the repository is
-    pruned.
-    """
+def forget(repository: Repository, request: Request, check: bool) -> Report:
+    """Remove the name of an image; what it led to is told. The data stays until the repository is pruned."""
     repository.check_tag_name(request.name)
     standing = planning.Standing.of(repository, request)
     previous = standing.digest
     exists = previous is not None
     try:
-        previous_layers = _stored_layers(repository, previous)
+        known, previous_layers = _known(repository, previous)
     except MissingLibrary:
-        previous_layers = []  # only shown; a name can go without it
+        known, previous_layers = ImageResult(), []  # only shown; a name can go without it
     if exists and not check:
         with publish.alone(repository):
             repository.untag(standing.name)
             namerecords.forget(repository, standing.name)
         # What is reported as removed must not come back after a power cut.
         repository.sync()
-    return {
-        **blank(request),
-        "previous_digest": previous,
-        "previous_name": standing.name,
-        "previous_layers": previous_layers,
-        "changed": exists,
-    }
+    result = dataclasses.replace(
+        known,
+        name=request.name,
+        ref=request.ref or (standing.record.ref if standing.record else None),
+        previous_digest=previous,
+        policy=standing.record.policy if standing.record else None,
+    )
+    return Report(result, exists, standing.name, previous_layers)
 
 
-def foretell(request: Request) -> dict[str, Any]:
-    """What check mode says of an image that would be pulled, where nobody can be asked about it; the result has the
-    shape of describe().
-    """
-    return {**blank(request), "previous_name": request.name, "previous_layers": [], "changed": True}
+def _known(repository: Repository, digest: str | None) -> tuple[ImageResult, list[str]]:
+    """What the repository knows of a manifest without its layers, and their blob digests."""
+    document = imagestreams.usable(repository, imagestreams.MANIFEST, digest) if digest else None
+    if document is None:
+        return ImageResult(), []
+    manifest = ocidocuments.parse_manifest(document.raw)
+    layers = [layer.digest for layer in manifest.layers]
+    config = imagestreams.usable(repository, imagestreams.CONFIG, manifest.config.digest)
+    if config is None:
+        return ImageResult(config_digest=manifest.config.digest), layers
+    container = ocidocuments.parse_config(config.raw) if ocidocuments.is_container(manifest) else None
+    refs = {name: ref for name, ref in config.refs.items() if imagestreams.is_image_ref(name)} if container else {}
+    result = ImageResult(
+        config_digest=manifest.config.digest,
+        image_id=publish.image_id(repository, refs, boot=False),
+        boot_image_id=publish.image_id(repository, refs, boot=True),
+        about=about(manifest, container),
+    )
+    return result, layers
 
 
-def describe(repository: Repository, outcome: Outcome) -> dict[str, Any]:
-    """An outcome in plain values, as modules return it; ``previous_name``, ``previous_layers`` and
-    ``changed`` are for the module itself.
-    """
+def foretell(repository: Repository, request: Request) -> Report:
+    """What check mode says of an image that would be pulled, where nobody can be asked about it."""
+    standing = planning.Standing.of(repository, request)
+    result = ImageResult(name=request.name, ref=request.ref, previous_digest=standing.digest)
+    return Report(result, True, standing.name)
+
+
+def describe(repository: Repository, outcome: Outcome) -> Report:
+    """An outcome as modules return it."""
     plan = outcome.plan
     facts = plan.source.facts() if plan.source else Facts()
     # A layer that occurs twice, or that another image of the same task lacks too, is fetched once and counted there.
     to_fetch = {stream: layer.to_fetch for stream, layer in plan.missing().items() if stream in outcome.streams}
-    return {
-        **blank(plan.request),
-        "digest": plan.digest,
-        "registry_digest": plan.registry_digest,
-        "index_digest": plan.index_digest,
-        "config_digest": plan.config_digest,
-        "image_id": publish.image_id(repository, plan, boot=False),
-        "boot_image_id": publish.image_id(repository, plan, boot=True),
-        "previous_digest": plan.previous,
-        "previous_name": plan.standing.name,
-        "previous_layers": _stored_layers(repository, plan.previous),
-        "layers": [
-            {
-                "digest": layer.blob.digest,
-                "diff_id": layer.diff_id,
-                "size": layer.blob.size,
-                "media_type": layer.blob.media_type,
-                "status": layer.status,
-                "bytes_to_fetch": to_fetch.pop(layer.stream, 0),
-                "source": _delivers(outcome, layer),
-            }
+    result = ImageResult(
+        name=plan.request.name,
+        ref=plan.request.ref,
+        digest=plan.digest,
+        registry_digest=plan.registry_digest,
+        index_digest=plan.index_digest,
+        config_digest=plan.config_digest,
+        previous_digest=plan.previous,
+        image_id=publish.image_id(repository, plan.image_refs, boot=False),
+        boot_image_id=publish.image_id(repository, plan.image_refs, boot=True),
+        about=about(plan.manifest, plan.config),
+        layers=[
+            LayerResult(
+                digest=layer.blob.digest,
+                diff_id=layer.diff_id,
+                size=layer.blob.size,
+                media_type=layer.blob.media_type,
+                status=layer.status,
+                bytes_to_fetch=to_fetch.pop(layer.stream, 0),
+                source=_delivers(outcome, layer),
+            )
             for layer in plan.layers
         ],
-        "streams": outcome.streams,
-        "stats": outcome.stats,
-        "policy": plan.policy,
-        "skopeo_version": facts.skopeo_version,
-        "protocol_version": facts.protocol_version,
-        "changed": outcome.changed,
-    }
+        streams=outcome.streams,
+        stats=outcome.stats,
+        policy=plan.policy,
+        skopeo_version=facts.skopeo_version,
+        protocol_version=facts.protocol_version,
+    )
+    return Report(result, outcome.changed, plan.standing.name, _known(repository, plan.previous)[1])
 
 
 def _delivers(outcome: Outcome, layer: Layer) -> str | None:
@@ -557,30 +574,3 @@ def _delivers(outcome: Outcome, layer: Layer) -> str | None:
         return None
     planned = "delta" if layer.delta else _transport(outcome.plan)
     return outcome.delivered.get(layer.stream, planned)
-
-
-def blank(request: Request) -> dict[str, Any]:
-    """The shape of describe() for an image of which nothing is known."""
-    return {
-        "name": request.name,
-        "ref": request.ref or None,
-        "digest": None,
-        "registry_digest": None,
-        "index_digest": None,
-        "config_digest": None,
-        "previous_digest": None,
-        "image_id": None,
-        "boot_image_id": None,
-        "layers": [],
-        "streams": [],
-        "stats": _stats(None),
-        "policy": None,
-        "skopeo_version": None,
-        "protocol_version": None,
-    }
-
-
-def _stored_layers(repository: Repository, digest: str | None) -> list[str]:
-    """The blob digests of a stored manifest's layers, for showing what a name led to."""
-    document = imagestreams.usable(repository, imagestreams.MANIFEST, digest) if digest else None
-    return [layer.digest for layer in ocidocuments.parse_manifest(document.raw).layers] if document else []

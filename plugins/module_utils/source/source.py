@@ -202,6 +202,7 @@ class Patient(Source):
         unwrapped.
         """
         tries = 0
+        begin = time.monotonic()
         while True:
             generation = self.source.generation
             self._permit()
@@ -214,6 +215,7 @@ class Patient(Source):
             # A source that was renewed on another's account took this attempt with it: that is not its own failure.
             if generation == self.source.generation:
                 if not error.passing or tries >= self._retries:
+                    error.attempts, error.seconds = tries + 1, time.monotonic() - begin
                     raise error
                 tries += 1
                 if not usable:

@@ -63,6 +63,8 @@ class Repository:
         """
         self.root = root
         self.path = root.path
+        # Whose file system counts for free space, if this repository stands in for one that is not there yet.
+        self.place = ""
         self.metadata = metadata
         self.secure = secure
         self.algorithm = metadata.algorithm
@@ -432,6 +434,9 @@ class Repository:
     def free_space(self) -> tuple[int, int | None]:
         """Free bytes, and free inodes or None where the file system does not count them."""
         with doing(f"Looking at the free space of {self.path}"):
+            if self.place:
+                with files.opened_directory(self.place) as fd:
+                    return filesystem.free_space(fd)
             return filesystem.free_space(self.fd)
 
     def filesystem(self) -> str:

@@ -239,8 +239,8 @@ def test_forgetting_a_name_keeps_the_data(images: Layout, repository_path: pathl
         done = pull.forget(repository, request, check=False)
         again = pull.forget(repository, request, check=False)
         assert repository.tags() == {} and repository.stream(f"oci-manifest-{first['digest']}")
-    assert predicted["changed"] and done["changed"] and not again["changed"]
-    assert done["previous_digest"] == first["digest"] and again["previous_digest"] is None
+    assert predicted.changed and done.changed and not again.changed
+    assert done.result.previous_digest == first["digest"] and again.result.previous_digest is None
     assert pull_one(repository_path, f"oci:{images.path}:gzip")["stats"]["bytes_fetched"] == 0
 
 

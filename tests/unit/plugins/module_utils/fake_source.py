@@ -241,4 +241,8 @@ def pull_all(
     """Pull as the module does; descriptions as it returns them, with the warnings."""
     with Repository.open(str(path)) as repository:
         outcomes = pull.pull_images(repository, requests, settings(**others), Progress(sink))
-        return [{**pull.describe(repository, outcome), "warnings": outcome.plan.warnings} for outcome in outcomes]
+        reports = [pull.describe(repository, outcome) for outcome in outcomes]
+        return [
+            {**report.result.values(), "changed": report.changed, "warnings": outcome.plan.warnings}
+            for report, outcome in zip(reports, outcomes)
+        ]

@@ -28,6 +28,7 @@ from ansible_collections.composefs.oci.plugins.doc_fragments import repository a
 from ansible_collections.composefs.oci.plugins.module_utils.formats import codecs, fsverity, ocischemas
 from ansible_collections.composefs.oci.plugins.module_utils.host import processes
 from ansible_collections.composefs.oci.plugins.module_utils.pull import pull
+from ansible_collections.composefs.oci.plugins.module_utils.pull.results import ImageResult
 from ansible_collections.composefs.oci.plugins.module_utils.store import create
 from ansible_collections.composefs.oci.plugins.module_utils.errors import AuthFailed, RegistryUnreachable, SkopeoMissing
 from ansible_collections.composefs.oci.plugins.modules import composefs_image
@@ -37,7 +38,8 @@ from ansible_collections.composefs.oci.tests.support.tarbytes import DIRECTORY, 
 PASSWORD = "se:cret w0rd"
 FIRST = tar(member("usr/", type=DIRECTORY), member("usr/one", b"1" * 300))
 SECOND = tar(member("usr/two", b"2" * 300))
-IMAGE = set(pull.blank(pull.Request("", ""))) | {"repository"}
+IMAGE = set(ImageResult().values()) | {"repository"}
+FAILURE = {"changed", "repository", "msg", "error", "failed", "attempts", "seconds"}
 SHAPE = IMAGE | {"changed"}
 
 
@@ -82,12 +84,17 @@ def run(world: World, repository: str, capsys: pytest.CaptureFixture[str], monke
         result["warnings"] = list(warned)
         warned.clear()
         if shape:
-            extra = {"images", "changed", "repository", "skopeo_version", "protocol_version"}
-            assert set(result) - {"invocation", "diff", "warnings", "deprecations", "msg", "error", "failed"} == (
-                extra if "images" in values else SHAPE
-            )
-            for image in result.get("images", []):
-                assert set(image) == IMAGE
+            told = set(result) - {"invocation", "diff", "warnings", "deprecations"}
+            several = "images" in values
+            if result.get("failed"):
+                facts = {"images"} if several else {"name", "ref", "previous_digest"}
+                assert FAILURE - {"repository"} <= told <= FAILURE | facts
+                assert None not in result.values()
+            else:
+                extra = {"images", "changed", "repository", "skopeo_version", "protocol_version"}
+                assert told == (extra if several else SHAPE)
+                for image in result.get("images", []):
+                    assert set(image) == IMAGE
         return result
 
     return task
@@ -157,9 +164,39 @@ def test_the_shape_is_the_same_in_every_case(run: Any, world: World) -> None:
     run(ref=REGISTRY + "app", pull="missing")
 
 
+def test_a_failure_tells_facts_only(run: Any, world: World, repository: str) -> None:
+    first = run(ref=REGISTRY + "app", name="x")
+    world.opening = [RegistryUnreachable("connection refused.", "Check the network.")] * 9
+    failed = run(ref=REGISTRY + "app", name="x", retries=2)
+    facts = {key: failed[key] for key in ("name", "ref", "repository", "previous_digest", "error", "attempts")}
+    assert facts == {
+        "name": "x",
+        "ref": REGISTRY + "app",
+        "repository": repository,
+        "previous_digest": first["digest"],
+        "error": "registry_unreachable",
+        "attempts": 3,
+    }
+    assert failed["seconds"] > 0 and "It was tried 3 times in 0 s." in failed["msg"]
+    new = run(images=[{"ref": REGISTRY + "app", "name": "x"}, {"ref": REGISTRY + "base", "name": "y"}], retries=0)
+    assert new["images"] == [
+        {"name": "x", "ref": REGISTRY + "app", "previous_digest": first["digest"]},
+        {"name": "y", "ref": REGISTRY + "base"},
+    ]
+
+
+def test_what_check_mode_cannot_know_is_null(run: Any, world: World) -> None:
+    world.starting = [SkopeoMissing("There is no skopeo.", "Install it.")]
+    foretold = run(ref=REGISTRY + "app", name="x", check=True)
+    assert foretold["changed"] and foretold["name"] == "x"
+    assert [foretold[key] for key in ("digest", "kind", "platform", "labels", "layers", "streams")] == [None] * 6
+    figures = {key: value for key, value in foretold["stats"].items() if key not in ("retries", "seconds")}
+    assert set(figures.values()) == {None}
+
+
 def test_what_is_returned_is_documented(run: Any) -> None:
     documented = yaml.safe_load(composefs_image.RETURN)
-    assert set(documented) == (SHAPE - {"changed"}) | {"images", "error"}
+    assert set(documented) == (SHAPE - {"changed"}) | {"images", "error", "attempts", "seconds"}
     result = run(ref=REGISTRY + "app")
     assert set(documented["layers"]["contains"]) == set(result["layers"][0])
     assert set(documented["stats"]["contains"]) == set(result["stats"])

@@ -21,7 +21,7 @@ from fake_source import REGISTRY, Layout, World, pull_all
 from ansible_collections.composefs.oci.plugins.module_utils.formats import codecs, fsverity
 from ansible_collections.composefs.oci.plugins.module_utils.host import processes
 from ansible_collections.composefs.oci.plugins.module_utils.operations import listing
-from ansible_collections.composefs.oci.plugins.module_utils.pull import pull
+from ansible_collections.composefs.oci.plugins.module_utils.pull import pull, results
 from ansible_collections.composefs.oci.plugins.module_utils.store import create, imagestreams
 from ansible_collections.composefs.oci.plugins.module_utils.errors import FormatError, ImageNotFound, MissingLibrary
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
@@ -198,5 +198,5 @@ def test_labels_and_annotations_are_cut_and_that_is_said(
     ((image,), complaints) = listed(tmp_path / "r")
     assert image["truncated"] == ["labels"] and complaints == []
     size = sum(len((key + value).encode()) for key, value in image["labels"].items())
-    assert 60 * 1024 < size <= listing.TEXTS_LIMIT
+    assert 60 * 1024 < size <= results.TEXTS_LIMIT
     assert all(labels[key].startswith(value) for key, value in image["labels"].items())

@@ -41,6 +41,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     TooLarge,
 )
 from ansible_collections.composefs.oci.plugins.module_utils.progress import SKIPPED, Progress
+from ansible_collections.composefs.oci.plugins.module_utils.pull.results import ImageResult
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ansible_collections.composefs.oci.tests.support.tarbytes import DIRECTORY, member, tar
 
@@ -161,11 +162,10 @@ def test_every_result_has_the_same_shape(path: pathlib.Path, world: World) -> No
         pull_all(path, app(), policy=pull.MISSING)[0],
     ]
     with Repository.open(str(path)) as repository:
-        results += [pull.forget(repository, app(), check=True), pull.forget(repository, app(), check=False)]
-    shapes = [(set(result) - {"warnings"}, set(result["stats"])) for result in results]
+        results += [pull.forget(repository, app(), check=check).result.values() for check in (True, False)]
+        results += [pull.foretell(repository, app()).result.values(), ImageResult().values()]
+    shapes = [(set(result) - {"warnings", "changed"}, set(result["stats"])) for result in results]
     assert all(shape == shapes[0] for shape in shapes)
-    assert set(pull.blank(app())) == shapes[0][0] - {"changed", "previous_name", "previous_layers"}
-    assert set(pull.blank(app())["stats"]) == shapes[0][1]
     json.dumps(results)
 
 
@@ -239,7 +239,7 @@ def test_a_name_can_go_without_a_zstd_library(
     real = codecs._module
     monkeypatch.setattr(codecs, "_module", lambda name: None if name in codecs.ZSTD_BACKENDS.values() else real(name))
     with Repository.open(str(path)) as repository:
-        assert pull.forget(repository, app(), check=False)["previous_digest"] == done["digest"]
+        assert pull.forget(repository, app(), check=False).result.previous_digest == done["digest"]
         assert repository.tags() == {}
 
 
@@ -427,8 +427,41 @@ def test_a_name_goes_with_its_record(path: pathlib.Path, world: World) -> None:
     with Repository.open(str(path)) as repository:
         pull.forget(repository, pull.Request("", "x"), check=True)
         assert list(namerecords.records(repository)) == ["x"]
-        assert pull.forget(repository, pull.Request("", "y", former=("x",)), check=False)["changed"]
+        assert pull.forget(repository, pull.Request("", "y", former=("x",)), check=False).changed
         assert namerecords.strays(repository) == [] and repository.tags() == {}
+
+
+# --- what is said of an image, and what cannot be known
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_image_says_what_it_is(path: pathlib.Path, world: World) -> None:
+    world.layout.image([FIRST], "labelled", labels={"org.opencontainers.image.version": "1.4", "a": "b"}, variant="v8")
+    world.layout.artifact([("text/plain", b"an artifact " * 30)], "artifact")
+    for check in (True, False):
+        image, artifact = pull_all(path, app("labelled"), app("artifact"), check=check)
+        assert (image["kind"], image["version"], image["labels"]["a"]) == ("container", "1.4", "b")
+        assert image["platform"].startswith("linux/") and image["created"]
+        assert artifact["kind"] == "artifact" and artifact["version"] is artifact["platform"] is None
+
+
+def test_check_mode_does_not_pretend_to_know_what_is_in_a_layer(path: pathlib.Path, world: World) -> None:
+    unknown = ("objects_copied", "objects_already_present", "bytes_copied", "bytes_inlined")
+    (predicted,) = pull_all(path, app(), check=True)
+    assert [predicted["stats"][key] for key in unknown] == [None] * 4
+    assert predicted["stats"]["bytes_fetched"] == size(world, FIRST) + size(world, SECOND)
+    pull_all(path, app())
+    (settled,) = pull_all(path, app(), check=True)
+    assert [settled["stats"][key] for key in unknown] == [0] * 4, "there is no layer to import"
+    one, other = pull_all(path, app("web", name="a"), app("web", name="b"), check=True)
+    assert one["stats"]["objects_copied"] is None and other["stats"]["objects_copied"] == 0
+
+
+def test_check_mode_foretells_a_full_disk(path: pathlib.Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Repository, "free_space", lambda repository: (10, None))
+    with pytest.raises(NoSpace):
+        pull_all(path, app(), check=True)
+    monkeypatch.undo()
 
 
 # --- a registry that is gone
@@ -555,11 +588,13 @@ def test_forgetting_takes_the_name_only_and_once(path: pathlib.Path, world: Worl
         assert repository.tags()
         removed = pull.forget(repository, pull.Request("", "app"), check=False)
         again = pull.forget(repository, pull.Request("", "app"), check=False)
-    assert predicted == removed and removed["changed"] and not again["changed"]
-    assert removed["previous_digest"] == done["digest"] and removed["previous_layers"] == [
-        layer["digest"] for layer in done["layers"]
-    ]
-    assert removed["digest"] is None and removed["ref"] is None
+    assert predicted == removed and removed.changed and not again.changed
+    assert removed.previous_layers == [layer["digest"] for layer in done["layers"]]
+    told = removed.result.values()
+    assert told["previous_digest"] == done["digest"] and told["digest"] is None
+    for key in ("ref", "config_digest", "image_id", "kind", "platform", "version", "created", "labels", "policy"):
+        assert told[key] == done[key], "what the name led to is known"
+    assert again.result == ImageResult(name="app")
     assert sorted((path / "streams").iterdir()) == before
     (back,) = pull_all(path, app())
     assert back["changed"] and back["streams"] == [] and back["stats"]["bytes_fetched"] == 0

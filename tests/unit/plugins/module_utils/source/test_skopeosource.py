@@ -117,7 +117,7 @@ def test_pauses_grow_up_to_a_limit_and_are_told(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(source.time, "sleep", slept.append)
     events = Events()
     for attempt in range(1, 10):
-        source.pause(attempt, GONE, Progress(events))
+        source.pause(attempt, RegistryUnreachable(GONE.message), Progress(events))
     assert slept == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0]
     assert [event.text for event in events.of(MESSAGE)][0] == f"{GONE.message} Trying again in 0.5 s."
 
