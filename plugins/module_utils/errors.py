@@ -302,10 +302,81 @@ _BY_ERRNO: dict[int, tuple[type[EngineError], str]] = {
 }
 
 
+FILES, PROCESSES, MEMORY = "files", "processes", "memory"
+# What cannot be had because a limit is reached, whatever was being done then. EAGAIN comes from making processes:
+# whoever asks without waiting for something else expects it.
+_EXHAUSTED = {
+    errno.EMFILE: FILES,
+    errno.ENFILE: FILES,
+    errno.EAGAIN: PROCESSES,
+    errno.ENOMEM: MEMORY,
+}
+_NO_THREAD = "can't start new thread"
+
+
+def exhausted(what: str, doing: str = "") -> EngineError:
+    """The error for a limit that was reached: of ``files`` that are open, ``processes`` (threads count as such) or
+    ``memory``. It names the limits that hold for this process with their values, and how to raise them.
+    """
+    import resource  # late: nearly no run needs it
+
+    known = {
+        FILES: (
+            ("RLIMIT_NOFILE", "RLIMIT_NOFILE", 1),
+            "open no more files",
+            "Raise the limit (ulimit -n of the user, LimitNOFILE= of the unit; fs.file-max for the whole host), or "
+            "lower 'parallel'.",
+        ),
+        PROCESSES: (
+            ("RLIMIT_NPROC", "RLIMIT_NPROC", 1),
+            "start no more processes or threads",
+            "Raise the limit (ulimit -u of the user, TasksMax= of the unit, pids.max of the container), or lower "
+            "'parallel'.",
+        ),
+        MEMORY: (
+            ("RLIMIT_AS", "RLIMIT_AS", 1 << 20),
+            "have no more memory",
+            "Raise the limit (ulimit -v of the user, MemoryMax= of the unit or the container), or lower 'parallel'.",
+        ),
+    }
+    (name, key, unit), verb, hint = known[what]
+    limits = []
+    soft = resource.getrlimit(getattr(resource, key))[0]
+    if soft != resource.RLIM_INFINITY:
+        limits.append(f"{name} is {soft // unit}{' MiB' if unit > 1 else ''}")
+    group = {PROCESSES: "pids.max", MEMORY: "memory.max"}.get(what)
+    value = _of_control_group(group) if group else ""
+    if value:
+        limits.append(f"{group} is {value}")
+    if what == FILES:
+        with contextlib.suppress(OSError), open("/proc/sys/fs/file-max", encoding="ascii") as file:
+            limits.append(f"fs.file-max is {file.read().strip()}")
+    if what == MEMORY and not limits:
+        return OutOfMemory("The host has not enough memory.", "Lower 'parallel', or give it more memory.", doing=doing)
+    return LimitReached(f"The task may {verb}: {', '.join(limits) or 'no limit is set here'}.", hint, doing=doing)
+
+
+def _of_control_group(name: str) -> str:
+    """The lowest limit ``name`` of this process's control groups (version 2), empty if there is none."""
+    found = []
+    path = ""
+    with contextlib.suppress(OSError), open("/proc/self/cgroup", encoding="ascii", errors="replace") as file:
+        path = next((line.strip()[4:] for line in file if line.startswith("0::/")), "")
+    # The limit of any ancestor binds as well.
+    parts = path.split("/")
+    for depth in range(len(parts), -1, -1):
+        place = "/".join(["/sys/fs/cgroup", *parts[:depth], name])
+        with contextlib.suppress(OSError, ValueError), open(place, encoding="ascii") as file:
+            found.append(int(file.read()))  # "max" is no number
+    return str(min(found)) if found else ""
+
+
 def from_os_error(error: OSError, what: str) -> EngineError:
     """The engine error for ``error`` that happened while doing ``what`` (a phrase such as ``importing layer
     sha256:…``).
     """
+    if error.errno in _EXHAUSTED:
+        return exhausted(_EXHAUSTED[error.errno], what)
     kind, hint = _BY_ERRNO.get(error.errno or 0, (IOFailed, ""))
     text = os.strerror(error.errno) if error.errno else str(error)
     where = f" ({error.filename!r})" if isinstance(error.filename, (str, bytes)) else ""
@@ -322,7 +393,9 @@ def from_exception(error: BaseException, what: str) -> EngineError:
     if isinstance(error, OSError):
         return from_os_error(error, what)
     if isinstance(error, MemoryError):
-        return OutOfMemory("The host has not enough memory.", "Lower 'parallel', or give it more memory.", doing=what)
+        return exhausted(MEMORY, what)
+    if isinstance(error, RuntimeError) and _NO_THREAD in str(error):
+        return exhausted(PROCESSES, what)
     return InternalError(describe_crash(error))
 
 

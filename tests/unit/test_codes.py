@@ -29,7 +29,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 PLUGINS = ROOT / "plugins"
 CODES = {kind.code for kind in errors.classes()}
 # Announced, and raised by nobody yet.
-COMING = {"limit_reached", "too_large", "unsafe_repository"}
+COMING = {"too_large", "unsafe_repository"}
 
 
 def sources() -> Iterator[tuple[pathlib.Path, ast.Module]]:
@@ -207,6 +207,7 @@ HAPPENS: dict[str, Callable[[pathlib.Path], Any]] = {
     "failed": raised(EngineError("The pull was interrupted.")),
     "internal_error": raised(KeyError("secret")),
     "out_of_memory": raised(MemoryError()),
+    "limit_reached": os_error(errno.EMFILE),
     "invalid_reference": lambda place: engine("formats.reference").parse_reference("docker:x"),
     "invalid_platform": lambda place: engine("formats.ocidocuments").parse_platform("linux"),
     "invalid_option": wrong_option,

@@ -42,7 +42,6 @@ from ..errors import (
     ReadOnly,
     RegistryUnreachable,
     Stalled,
-    describe_crash,
     doing,
     from_exception,
     from_values,
@@ -402,7 +401,7 @@ class Fetcher:
             self._failure = self._failure or error
         except BaseException as error:
             # Nothing may pass unnoticed: a lane that ends without a word counts as done.
-            self._failure = self._failure or InternalError(describe_crash(error))
+            self._failure = self._failure or from_exception(error, "importing layers")
 
     def _claim(self, job: Job, stack: contextlib.ExitStack, waiting: dict[str, float], todo: queue.Queue[Job]) -> bool:
         """Take the lock of a layer until ``stack`` ends; False if another pull fetches it, and the job was put back.

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ..formats import codecs, tarheader
-from ..errors import EngineError, ImageNotFound, InvalidDocument, InvalidLayer, LimitReached
+from ..errors import EngineError, ImageNotFound, InvalidDocument, InvalidLayer, from_exception
 
 MAX_MEMBERS = 100_000
 _PIECE = 256 * 1024
@@ -109,9 +109,7 @@ class Archive:
         except RuntimeError as error:
             for fd in (readable, writable, source):
                 os.close(fd)
-            raise LimitReached(
-                "The system allows no more threads.", "Raise the limit of processes (ulimit -u, TasksMax)."
-            ) from error
+            raise from_exception(error, f"Reading the archive {self.path}") from error
         return readable
 
     def _walk(self) -> dict[bytes, Place]:

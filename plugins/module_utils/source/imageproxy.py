@@ -43,6 +43,8 @@ from ..errors import (
     ImageNotFound,
     InvalidDocument,
     InvalidReference,
+    LimitReached,
+    OutOfMemory,
     PolicyRejected,
     ProxyFailed,
     SkopeoTooOld,
@@ -500,6 +502,10 @@ class ImageProxy:
             how = f"was killed by signal {abs(status)}" if status < 0 else f"ended with status {status}"
         quoted = scrub(self.options, words).rstrip(".")
         said = f": {quoted}." if words else "."
+        if words:
+            error = classify(self.options, what, words)
+            if isinstance(error, (LimitReached, OutOfMemory)):
+                raise error
         if method == "Initialize":
             error = classify(self.options, "Starting skopeo", words)
             if words and isinstance(error, (AuthFailed, PolicyRejected, SkopeoTooOld)):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -27,6 +28,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 from ..errors import (
+    FILES,
+    MEMORY,
+    PROCESSES,
     AuthFailed,
     DigestMismatch,
     EngineError,
@@ -44,6 +48,7 @@ from ..errors import (
     Stalled,
     TlsFailed,
     UnsupportedMediaType,
+    exhausted,
     from_os_error,
 )
 from ..formats.digests import digest_of
@@ -57,6 +62,8 @@ INSTALL = "Install skopeo 1.6 or later (the role composefs.oci.skopeo does), or 
 _MAX_LOG = 256 * 1024
 _MAX_WORDS = 2000
 _PR_SET_PDEATHSIG = 1
+# Why a program that is there may not be started all the same.
+_EXHAUSTION = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 
 # -- one process
@@ -91,6 +98,8 @@ class Child:
             ) from error
         except (OSError, subprocess.SubprocessError, ValueError) as error:
             os.close(self._log)
+            if isinstance(error, OSError) and error.errno in _EXHAUSTION:
+                raise from_os_error(error, f"Starting {argv[0]!r}") from error
             raise SkopeoMissing(
                 f"Cannot start {argv[0]!r}: {getattr(error, 'strerror', None) or error}.", INSTALL
             ) from error
@@ -488,6 +497,15 @@ _MEANT_LOCALLY: dict[type[EngineError], tuple[type[EngineError], str]] = {
     AuthFailed: (PermissionDenied, "Run as a user that may read it, for example with become."),
     TlsFailed: (ProxyFailed, ""),
 }
+# A limit that was reached is no fault of the source, whatever struck it.
+_EXHAUSTED = (
+    (
+        re.compile(r"failed to create new os thread|newosproc|pthread_create|resource temporarily unavailable"),
+        PROCESSES,
+    ),
+    (re.compile(r"too many open files"), FILES),
+    (re.compile(r"cannot allocate memory|runtime: out of memory|failed to reserve memory"), MEMORY),
+)
 _PROXY = re.compile(r"\b407\b|proxy authentication required")
 _PROXY_HINT = (
     "The HTTP proxy on the way wants credentials: put them into its address in the task's environment (HTTPS_PROXY), "
@@ -513,6 +531,9 @@ def unwrap_log(log: bytes) -> str:
                     text = text[1:-1]
             if match.group("level") in ("fatal", "error", "panic"):
                 grave.append(text)
+        if text.startswith(("goroutine ", "runtime stack:")):
+            # Go's runtime gave up and dumps stacks and registers: what it said before is all that helps.
+            break
         if text:
             lines.append(text)
     return "\n".join(grave or lines)
@@ -580,6 +601,11 @@ def classify(
     elif kind in (AuthFailed, ProxyFailed) and _PROXY.search(said):
         # Credentials for the registry would not help, and neither would patience.
         kind, hint, passes = RegistryUnreachable, _PROXY_HINT, False
+    for pattern, what_of in _EXHAUSTED:
+        if pattern.search(said):
+            error = exhausted(what_of, what)
+            error.said = f"{_once(scrub(options, words))[:300]}"
+            return error
     quoted = _once(scrub(options, words)).rstrip(".") or "nothing"
     quoted += "" if quoted[-1] in "?!…" else "."
     return kind(f"skopeo says: {quoted}", hint, doing=what, said=quoted, passing=passes)
