@@ -1,0 +1,420 @@
+# Copyright (c) composefs.oci contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Fuzz the readers of foreign bytes that are small enough to share a frame: whatever comes, the answer is a value or an
+error of the engine, soon, and nothing stays open.
+
+    python tests/fuzz/fuzz_readers.py tar|splitstream|documents|meta|proxy [--seconds 60] [--seed N] [FILE ...]
+
+``tar``: the splitter, fed in pieces, and its entries read back · ``splitstream``: header, tables, names and chunks; with
+valid zstd frames of damaged content, too · ``documents``: manifests, indexes, configurations, references and platforms
+· ``meta``: meta.json · ``proxy``: packets of skopeo's image proxy with and without descriptors.
+
+FILEs are run once each, to look at what was found. With atheris installed it is guided by coverage; further options go
+to libFuzzer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import array
+import contextlib
+import io
+import json
+import os
+import pathlib
+import random
+import socket
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tests" / "unit")]
+
+__import__("conftest")  # makes the collection importable
+from ansible_collections.composefs.oci.plugins.module_utils.errors import EngineError
+from ansible_collections.composefs.oci.plugins.module_utils.formats import (
+    codecs,
+    fsverity,
+    indexes,
+    ocidocuments,
+    reference,
+    splitstream,
+    tar,
+)
+from ansible_collections.composefs.oci.plugins.module_utils.formats.metajson import Metadata
+from ansible_collections.composefs.oci.plugins.module_utils.source.imageproxy import ImageProxy
+from ansible_collections.composefs.oci.plugins.module_utils.source.options import ProxyOptions
+from ansible_collections.composefs.oci.tests.support.tarbytes import DIRECTORY, SYMLINK, gnu_member, member, small_tree
+from ansible_collections.composefs.oci.tests.support.tarbytes import tar as archive
+
+SECONDS_PER_INPUT = 5.0
+DIGEST = "sha256:" + "a" * 64
+BYTES = (b"\0", b"\xff", b"/", b"..", b"0", b"9", b"{", b"}", b"[", b"]", b'"', b":", b",", b"-1", b"1e999", b"null")
+
+
+# --- tar
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Pieces:
+    """A sink that keeps what a splitter says."""
+
+    def __init__(self) -> None:
+        self.chunks: list[Any] = []
+
+    def inline(self, data: memoryview) -> None:
+        self.chunks.append(bytes(data))
+
+    def external(self, data: memoryview) -> None:
+        self.chunks.append((bytes(data),))
+
+    def begin(self, size: int) -> None:
+        self.chunks.append((b"",))
+
+    def content(self, data: memoryview) -> None:
+        self.chunks[-1] = (self.chunks[-1][0] + bytes(data),)
+
+    def end(self) -> None: ...
+
+
+def split(data: bytes, step: int) -> list[Any]:
+    pieces = Pieces()
+    splitter = tar.Splitter(pieces)
+    for at in range(0, len(data), step):
+        splitter.feed(data[at : at + step])
+    splitter.finish()
+    assert b"".join(piece[0] if isinstance(piece, tuple) else piece for piece in pieces.chunks) == data
+    return pieces.chunks
+
+
+def run_tar(data: bytes) -> None:
+    step = 1 + 97 * (data[0] if data else 0)
+    try:
+        whole = split(data, 1 << 20)
+    except EngineError:
+        whole = None
+    try:
+        cut = split(data, step)
+    except EngineError:
+        cut = None
+    # How the bytes arrive makes no difference.
+    assert (whole is None) == (cut is None)
+    if whole is not None:
+        entries = list(tar.EntryReader.entries(whole))
+        assert [entry for entry, _content in entries] == [entry for entry, _content in tar.EntryReader.entries(cut)]
+        for entry, content in entries:
+            if isinstance(content, tuple):
+                assert len(content[0]) == entry.size
+
+
+def tars() -> list[bytes]:
+    return [
+        small_tree(files=3),
+        archive(
+            member("usr/", type=DIRECTORY),
+            gnu_member(b"long/" * 40, b"c" * 100),
+            gnu_member(b"link", type=SYMLINK, linkname=b"t" * 200),
+            member("x", b"y" * 100, pax={"mtime": "1.5", "size": "100", "path": "p/" * 80}),
+            member("cap", xattrs={"security.capability": bytes(20)}),
+        ),
+    ]
+
+
+# --- splitstreams
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def run_splitstream(data: bytes) -> None:
+    """The first byte says whether the whole file follows, or what its frames hold."""
+    if data[:1] == b"\0":
+        raw = data[1:]
+    else:
+        # Valid frames, so that damage reaches what they hold.
+        at = min(len(data), 1 + 2 * (data[1] if len(data) > 1 else 0))
+        names, chunks = (frame(part) for part in (data[2:at], data[at:]))
+        table = bytes(64)
+        starts = [112, 112, 112, 176, 176 + len(names), 176 + len(names) + len(chunks), 176, 176 + len(names)]
+        info = b"".join(number.to_bytes(8, "little") for number in starts) + b"ocilayer" + (200).to_bytes(8, "little")
+        head = b"SplitStream" + bytes((0, 0, 0, 1, 12)) + (32).to_bytes(8, "little") + (112).to_bytes(8, "little")
+        raw = head + info + table + names + chunks
+    with contextlib.suppress(EngineError):
+        stream = splitstream.Splitstream.open(io.BytesIO(raw), fsverity.SHA256)
+        total = 0
+        for chunk in stream.chunks():
+            assert isinstance(chunk, (bytes, splitstream.ExternalRef))
+            total += len(chunk) if isinstance(chunk, bytes) else 0
+            assert total <= stream.size
+
+
+def frame(content: bytes) -> bytes:
+    compressor = codecs.zstd_compressor()
+    return bytes(compressor.compress(content)) + bytes(compressor.flush())
+
+
+def splitstreams() -> list[bytes]:
+    writer = splitstream.Writer(fsverity.SHA256, splitstream.LAYER)
+    writer.named_ref(DIGEST, bytes(32))
+    for number in range(5):
+        writer.inline(b"header" * 50)
+        writer.external(bytes([number]) * 32, 1000)
+    whole = b"".join(writer.finish())
+    chunks = b"".join(number.to_bytes(8, "little", signed=True) + b"x" * -number for number in (-100,)) + bytes(8)
+    return [b"\0" + whole, b"\1\0" + chunks, b"\1\5" + b"0:sha256:a\0" + chunks]
+
+
+# --- documents
+# --------------------------------------------------------------------------------------------------------------------
+
+LAYER = {"mediaType": "application/vnd.oci.image.layer.v1.tar+gzip", "digest": DIGEST, "size": 5}
+MANIFEST = {
+    "schemaVersion": 2,
+    "mediaType": "application/vnd.oci.image.manifest.v1+json",
+    "config": {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": DIGEST, "size": 5},
+    "layers": [LAYER, LAYER],
+    "annotations": {"a": "b"},
+}
+INDEX = {
+    "schemaVersion": 2,
+    "mediaType": "application/vnd.oci.image.index.v1+json",
+    "manifests": [
+        {
+            **LAYER,
+            "mediaType": MANIFEST["mediaType"],
+            "platform": {"os": "linux", "architecture": "arm", "variant": "v7"},
+        },
+        {**LAYER, "mediaType": "application/vnd.oci.image.index.v1+json"},
+    ],
+}
+CONFIG = {
+    "os": "linux",
+    "architecture": "amd64",
+    "created": "2024-01-01T00:00:00Z",
+    "rootfs": {"type": "layers", "diff_ids": [DIGEST, DIGEST]},
+    "config": {"Labels": {"a": "b"}},
+    "history": [{"empty_layer": True}],
+}
+
+
+def run_documents(data: bytes) -> None:
+    manifest = config = None
+    for parse in (ocidocuments.parse_manifest, ocidocuments.parse_index, ocidocuments.parse_config):
+        with contextlib.suppress(EngineError):
+            value = parse(data)
+            manifest = value if isinstance(value, ocidocuments.Manifest) else manifest
+            config = value if isinstance(value, ocidocuments.Config) else config
+            assert str(value)
+    with contextlib.suppress(EngineError):
+        ocidocuments.is_index(data)
+    with contextlib.suppress(EngineError):
+        indexes.choose(data, ocidocuments.Platform("linux", "arm", "v7"), lambda _descriptor: data)
+    if manifest is not None:
+        with contextlib.suppress(EngineError):
+            ocidocuments.pairs(manifest, config or ocidocuments.parse_config(json.dumps(CONFIG).encode()))
+    text = data[:300].decode("utf-8", "surrogateescape")
+    for parse_text in (reference.parse_reference, ocidocuments.parse_platform, reference.default_name):
+        with contextlib.suppress(EngineError):
+            parse_text(text)
+
+
+def documents() -> list[bytes]:
+    texts = [json.dumps(document).encode() for document in (MANIFEST, INDEX, CONFIG)]
+    return [
+        *texts,
+        b"docker://user.example:5000/a/b:tag@" + DIGEST.encode(),
+        b"oci:/some/path:tag",
+        b"linux/arm/v7",
+        b"containers-storage:[overlay@/x+/y]localhost/a",
+    ]
+
+
+# --- meta.json
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def run_meta(data: bytes) -> None:
+    with contextlib.suppress(EngineError):
+        found = Metadata.parse(data)
+        again = Metadata.parse(found.to_bytes())
+        assert again.to_bytes() == found.to_bytes()
+        assert found.erofs_formats
+        for check in (found.check_readable, found.check_writable):
+            with contextlib.suppress(EngineError):
+                check()
+
+
+def metas() -> list[bytes]:
+    return [
+        Metadata.new(fsverity.SHA256).to_bytes(),
+        b'{"version": 1, "algorithm": "fsverity-sha512-12", "features": {"read-only-compatible": ["x"]}, '
+        b'"erofs_formats": {"default": 2, "extra": [1]}}',
+    ]
+
+
+# --- replies of skopeo
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class NoChild:
+    """Stands for skopeo's process."""
+
+    def wait(self, _seconds: float) -> int:
+        return 1
+
+    def words(self) -> str:
+        return ""
+
+    def kill(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+OPTIONS = ProxyOptions(executable=("skopeo",), timeout=0.05)
+REMOTE = reference.parse_reference("docker://registry.example/a:b")
+
+
+def run_proxy(data: bytes) -> None:
+    """Packets are separated by a line feed; the first byte of each says how many descriptors it brings."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    before = len(os.listdir("/proc/self/fd"))
+    proxy = ImageProxy(OPTIONS, REMOTE)
+    proxy._socket, proxy._child, proxy.version = ours, NoChild(), (0, 2, 8)  # type: ignore[assignment]
+    try:
+        for packet in data.split(b"\n")[:12]:
+            count = packet[0] % 4 if packet else 0
+            fds = []
+            for _number in range(count):
+                readable, writable = os.pipe()
+                os.write(writable, packet[1:200])
+                os.close(writable)
+                fds.append(readable)
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+            with contextlib.suppress(OSError):
+                theirs.sendmsg([packet[1:60_000]], rights, socket.MSG_DONTWAIT)
+            for fd in fds:
+                os.close(fd)
+        theirs.shutdown(socket.SHUT_WR)
+        descriptor = ocidocuments.Descriptor("x", DIGEST, 5)
+        calls: list[Callable[[], object]] = [
+            proxy._initialize,
+            proxy.open_image,
+            lambda: proxy.get_manifest(1),
+            lambda: proxy.layer_infos(1),
+            lambda: proxy.read_blob(1, descriptor, 100),
+            lambda: proxy.get_full_config(1),
+        ]
+        for call in calls:
+            with contextlib.suppress(EngineError):
+                call()
+        with contextlib.suppress(EngineError):
+            os.close(proxy.get_blob(1, DIGEST, 5).fd)
+    finally:
+        proxy.close()
+        theirs.close()
+    assert len(os.listdir("/proc/self/fd")) == before - 2, "something is left open"
+
+
+def replies() -> list[bytes]:
+    def reply(value: Any, pipe: int = 0, **more: Any) -> bytes:
+        count = b"\1" if pipe else b"\0"
+        return count + json.dumps({"success": True, "value": value, "pipeid": pipe, "error": "", **more}).encode()
+
+    start = [reply("0.2.8"), reply(1)]
+    failed = reply(None, success=False, error="reading manifest: name unknown", error_code="other")
+    layers = [{"digest": DIGEST, "size": 5, "media_type": "x"}]
+    return [
+        b"\n".join([*start, reply(DIGEST, 7), reply(None), reply(layers, 8), reply(None), reply(5, 9), reply(None)]),
+        b"\n".join([*start, failed]),
+        b"\n".join([reply("0.2.3"), reply(1), reply(DIGEST, 3), reply(layers)]),
+    ]
+
+
+# --- the frame
+# --------------------------------------------------------------------------------------------------------------------
+
+TARGETS: dict[str, tuple[Callable[[bytes], None], Callable[[], list[bytes]]]] = {
+    "tar": (run_tar, tars),
+    "splitstream": (run_splitstream, splitstreams),
+    "documents": (run_documents, documents),
+    "meta": (run_meta, metas),
+    "proxy": (run_proxy, replies),
+}
+
+
+def damage(whole: bytes, other: bytes, dice: random.Random) -> bytes:
+    data = bytearray(whole)
+    for _change in range(dice.choice((1, 1, 2, 3, 8))):
+        at = dice.randrange(len(data) + 1)
+        how = dice.randrange(7)
+        if how == 0 and at < len(data):
+            data[at] ^= 1 << dice.randrange(8)
+        elif how == 1:
+            data[at : at + 1] = dice.choice(BYTES)
+        elif how == 2:
+            data[at:at] = dice.choice(BYTES) * dice.choice((1, 1, 2, 300))
+        elif how == 3:
+            data[at : at + 8] = dice.choice((0, 1, 0x7FFFFFFFFFFFFFFF, 1 << 63, len(data))).to_bytes(8, "little")
+        elif how == 4:
+            start, length = dice.randrange(len(other) + 1), dice.choice((4, 30, 512))
+            data[at : at + dice.choice((0, length))] = other[start : start + length]
+        elif how == 5:
+            del data[at : at + dice.choice((1, 8, 512, len(data)))]
+        else:
+            data[at : at + 12] = b"%011o\0" % dice.choice((0, 64, 65, 512, 1 << 30, 0o77777777777))
+    return bytes(data)
+
+
+def attempt(run: Callable[[bytes], None], data: bytes) -> None:
+    started = time.monotonic()
+    run(data)
+    assert time.monotonic() - started < SECONDS_PER_INPUT, "too slow"
+
+
+def mutate(target: str, seconds: float, seed: int) -> None:
+    run, corpus = TARGETS[target]
+    dice = random.Random(seed)
+    inputs = corpus()
+    for whole in inputs:
+        attempt(run, whole)
+    count = 0
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        data = damage(dice.choice(inputs), dice.choice(inputs), dice)
+        try:
+            attempt(run, data)
+        except BaseException:
+            pathlib.Path(f"crash-{target}").write_bytes(data)
+            print(f"seed {seed}, input {count}, kept as crash-{target}", file=sys.stderr)
+            raise
+        count += 1
+    print(f"{target}: {count} inputs in {seconds:g} s, seed {seed}: nothing found")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", choices=sorted(TARGETS))
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(32))
+    parser.add_argument("files", nargs="*", metavar="FILE")
+    options, rest = parser.parse_known_args()
+    run = TARGETS[options.target][0]
+    if options.files:
+        for name in options.files:
+            attempt(run, pathlib.Path(name).read_bytes())
+        return
+    try:
+        import atheris  # type: ignore[import-untyped, unused-ignore]
+    except ImportError:
+        mutate(options.target, options.seconds, options.seed)
+        return
+    atheris.instrument_all()
+    limit = f"-max_total_time={options.seconds:.0f}"
+    atheris.Setup([sys.argv[0], limit, "-max_len=65536", *rest], lambda data: attempt(run, data))
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+# Copyright (c) composefs.oci contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What the pages below docs/formats say in numbers is what the engine does, and the rooms that they name exist."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+
+import pytest
+from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity, metajson, splitstream, tarheader
+from ansible_collections.composefs.oci.plugins.module_utils.rootfs import erofswriter, lastmatch, merge
+from ansible_collections.composefs.oci.plugins.module_utils.rootfs.filetree import Directory, Stat
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+PAGES = sorted((ROOT / "docs" / "formats").glob("*.md"))
+
+
+def page(name: str) -> str:
+    return " ".join((ROOT / "docs" / "formats" / f"{name}.md").read_text(encoding="utf-8").split())
+
+
+def test_the_vectors_of_digests_are_right() -> None:
+    for content in (b"", b"hello world"):
+        assert f"`{fsverity.digest(content, fsverity.SHA256).hex()}`" in page("fsverity")
+
+
+def test_the_known_images_are_right() -> None:
+    for version in (1, 2):
+        image = erofswriter.image_bytes(Directory(Stat(0o755)), version, fsverity.SHA256)
+        assert f"format {version} `{fsverity.digest(image, fsverity.SHA256).hex()}`" in page("erofs")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("filesystem", f"{merge.MAX_INODES:,} names"),
+        ("filesystem", f"{merge.MAX_IMPLIED:,} directories"),
+        ("filesystem", f"{merge.MAX_DEPTH:,} levels"),
+        ("filesystem", f"{merge.MAX_TEXT >> 20} MiB of names"),
+        ("filesystem", f"More than {merge.MAX_LINKS} links"),
+        ("filesystem", f"more than {merge.MAX_LINK_STEPS // 10**6} million components"),
+        ("filesystem", f"within {lastmatch._MAX_SECONDS:g} seconds of processor time"),
+        ("splitstream", f"of more than {splitstream.THRESHOLD} bytes is an object"),
+        ("splitstream", f"more than {tarheader.MAX_SYMLINK} bytes"),
+        ("splitstream", f"more than {tarheader.MAX_NAME} bytes in a component"),
+        ("splitstream", f"more than {tarheader.MAX_XATTR:,} bytes"),
+        ("repository", f"at most {metajson.MAX_SIZE >> 20} MiB, and anything malformed"),
+        ("repository", f"{splitstream._MAX_OBJECT_TABLE >> 20} MiB of objects"),
+        ("repository", f"{merge.MAX_TEXT >> 20} MiB of text"),
+    ],
+)
+def test_bounds_are_those_of_the_engine(name: str, words: str) -> None:
+    assert words in page(name)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_pages_name_rooms_and_pages_that_exist(path: pathlib.Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for room in re.findall(r"`((?:formats|rootfs|host|source|store|pull|operations)/(?:\w+\.py)?)`", text):
+        assert (ROOT / "plugins" / "module_utils" / room).exists(), room
+    for other in re.findall(r"\]\((\w+\.md)\)", text):
+        assert (path.parent / other).exists(), other
