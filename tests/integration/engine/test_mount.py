@@ -36,6 +36,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.errors import (
 )
 from ansible_collections.composefs.oci.plugins.module_utils.operations.mounting import Wish
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
+from conftest import needed
 from ociimage import Layout
 from pulling import pull_one
 from tarbytes import CHARDEV, DIRECTORY, member, small_tree, tar
@@ -670,7 +671,6 @@ def test_the_units_program_mounts_and_unmounts_by_itself(
 
 
 def test_systemd_understands_the_unit(pulled: pathlib.Path, point: pathlib.Path, place: pathlib.Path) -> None:
-    from conftest import needed
 
     program = needed("systemd-analyze", "systemd")
     places = bootmount.Places(str(place / "units"), str(place / "library"), str(place / "not running"))
