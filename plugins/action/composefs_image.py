@@ -28,6 +28,7 @@ from ansible.utils.display import Display
 
 from ansible_collections.composefs.oci.plugins.module_utils.host.watch import COLLECT, PATIENCE, WATCH, directory_of
 from ansible_collections.composefs.oci.plugins.module_utils.progress import summary
+from ansible_collections.composefs.oci.plugins.module_utils.text import DATA, printable_values
 from ansible_collections.composefs.oci.plugins.plugin_utils.foretold import facts_of
 
 display = Display()
@@ -93,6 +94,10 @@ def _is_terminal(pid: int) -> bool:
         os.close(fd)
 
 
+# Of a result: what is data of the image, and a traceback, whose lines Ansible shows as they are.
+SPARED = DATA | {"exception"}
+
+
 class Line:
     """The live line of one host. It is drawn over itself where only one host is at work and a person looks; elsewhere
     it comes seldom. It goes to standard error, so that the output of a callback for machines stays whole.
@@ -134,7 +139,11 @@ class ActionModule(ActionBase):
     _supports_diff = True
 
     def run(self, tmp: str | None = None, task_vars: dict[str, t.Any] | None = None) -> dict[str, t.Any]:
-        """Run the module; its result."""
+        """Run the module; its result. The host need not be honest, so its texts go through the gate here as well."""
+        shown: dict[str, t.Any] = printable_values(self._run(tmp, task_vars), SPARED)
+        return shown
+
+    def _run(self, tmp: str | None, task_vars: dict[str, t.Any] | None) -> dict[str, t.Any]:
         result = super().run(tmp, task_vars)
         task_vars = task_vars or {}
         quiet = (

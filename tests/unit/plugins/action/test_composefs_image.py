@@ -334,3 +334,14 @@ def test_a_host_that_stays_away_is_given_up(shown: list[str], clock: list[float]
 def test_a_host_that_answers_nonsense_for_long_is_given_up(shown: list[str], clock: list[float]) -> None:
     host = Host(Task(ref="a.b/c"), ["busy\n"] + [{"rc": 1, "stdout": "motd"}] * 1000)
     assert host.run(task_vars=ALWAYS)["failed"]
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_no_host_steers_the_terminal_of_the_controller(live: bool, shown: list[str]) -> None:
+    evil = "\x1b]0;owned\x07\x1b[2J\u202e"
+    answer = {"msg": evil * 1000, "os": evil, "images": [{"name": evil}], "warnings": [evil], "labels": {"a": evil}}
+    host = Host(Task(ref="x"), [f"busy\n{state(50, evil, evil)}", "done\n"], result=answer)
+    result = host.run(task_vars={"composefs_progress": "always" if live else "never", "inventory_hostname": "h"})
+    assert result.pop("labels") == {"a": evil}, "what is data stays as the image has it"
+    assert "\x1b" not in str(result) and r"\x1b" in result["msg"]
+    assert all(line.isprintable() for line in [result["msg"], result["os"], *result["warnings"], *shown])
