@@ -17,7 +17,7 @@ description:
     there already is not fetched again, several layers are fetched at once, and everything is proved to the last byte
     before it gets a name.
   - Images are fetched through C(skopeo), so all of its transports, its authentication files and its registry
-    configuration work.
+    configuration work. OCI layouts, archives of them, and other composefs repositories are read without it.
   - The repository is shared with C(cfsctl) and C(bootc). It must exist; M(composefs.oci.composefs_repository) makes
     one.
 extends_documentation_fragment:
@@ -43,13 +43,21 @@ options:
       - The image, as C(skopeo) writes references, for example V(docker://registry.example.com/app:1.4),
         V(oci:/srv/layout:tag), V(oci-archive:/srv/app.tar), V(docker-archive:/srv/app.tar), V(dir:/srv/app) or
         V(containers-storage:localhost/app).
+      - V(oci:) and V(oci-archive:), compressed with gzip, zstd, bzip2, xz or not at all, need no C(skopeo) on the host,
+        unless the signature policy asks for more than accepting anything of that transport. V(oci:/srv/layout:@0) is
+        the first image of a layout, whatever its name.
+      - V(composefs:/path/to/repository#name) takes an image over from another composefs repository on the host, and
+        V(composefs:/path/to/repository#sha256:…) the one with this manifest. Its objects are cloned, linked where
+        nobody else can change them, or copied, and every layer is proved by its diff_id unless root or the user of the
+        task did so there.
       - A bare V(quay.io/org/app:tag) means V(docker://quay.io/org/app:tag). If a reference has a tag and a digest, the
         digest wins, and counts like O(digest).
       - Exactly one of O(ref) and O(images) is needed with O(state=present).
     type: str
   name:
     description:
-      - The name of the image in the repository. Defaults to O(ref) with its transport, for example
+      - The name of the image in the repository. An image of another repository keeps the name that it has there. Else
+        defaults to O(ref) with its transport, for example
         V(docker://registry.example.com/app:1.4), as C(cfsctl) names images.
       - A name without V(docker://) that version 0.1.0 gave by default is moved to the one with it, with a warning.
     type: str
@@ -239,7 +247,8 @@ notes:
     it does not, the pull ends without giving anything a name. A task with C(async) needs nobody who waits for it.
   - Whatever was fetched before the end stays, and the next run goes on from there.
 requirements:
-  - skopeo 1.6 or later on the host (1.13 or later to enforce signature policies)
+  - skopeo 1.6 or later on the host (1.13 or later to enforce signature policies), except for OCI layouts, archives of
+    them and other repositories
   - zstandard for Python on the host (or Python 3.14)
   - jsonschema for Python on the host (optional, checks new documents against their schemas)
   - isal or zlib-ng for Python on the host (optional, decode gzip faster)
@@ -284,6 +293,11 @@ EXAMPLES = r"""
   composefs.oci.composefs_image:
     ref: oci-archive:/srv/images/app.tar
     name: app
+
+- name: Take an image over from another repository on the host
+  composefs.oci.composefs_image:
+    ref: composefs:/srv/staging#app
+    repository: /sysroot/composefs
 
 - name: Keep what is there if the registry is out of reach
   composefs.oci.composefs_image:

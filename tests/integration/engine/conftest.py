@@ -146,7 +146,7 @@ SmallFileSystem = Callable[..., pathlib.Path]
 @pytest.fixture
 def small_fs(place: pathlib.Path) -> Iterator[SmallFileSystem]:
     """``small_fs("16M", "ext4")`` mounts a file system that fills up soon; kinds: ext4, tmpfs, inodes (an ext4 with
-    200), verity (ext4 with fs-verity).
+    200), verity (ext4 with fs-verity), btrfs.
     """
     if os.geteuid() != 0:
         pytest.skip("mounting needs root")
@@ -159,12 +159,13 @@ def small_fs(place: pathlib.Path) -> Iterator[SmallFileSystem]:
             command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(target)]
         else:
             image = place / f"disk-{len(mounted)}.img"
-            needed("mkfs.ext4", "e2fsprogs")
+            needed(*(("mkfs.btrfs", "btrfs-progs") if kind == "btrfs" else ("mkfs.ext4", "e2fsprogs")))
             subprocess.run(["truncate", "-s", size, str(image)], check=True)
             features = (
                 ["-N", str(inodes)] if kind == "inodes" else ["-O", "verity", "-b", "4096"] if kind == "verity" else []
             )
-            subprocess.run(["mkfs.ext4", "-q", "-F", "-m", "0", *features, str(image)], check=True)
+            making = ["mkfs.btrfs", "-q"] if kind == "btrfs" else ["mkfs.ext4", "-q", "-F", "-m", "0", *features]
+            subprocess.run([*making, str(image)], check=True)
             command = ["mount", "-o", "loop", str(image), str(target)]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
         if done.returncode:

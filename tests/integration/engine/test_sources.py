@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -367,6 +368,25 @@ def test_objects_are_linked_only_if_nobody_else_could_change_them(
         ours = here / path.relative_to(there)
         if ours.exists() and path == objects[0]:
             assert ours.stat().st_ino != path.stat().st_ino
+
+
+def test_objects_are_cloned_where_the_file_system_can(
+    layout: Layout, small_fs: Callable[..., pathlib.Path], new_repository: Callable[..., pathlib.Path]
+) -> None:
+    place = small_fs("200M", "btrfs")
+    there, here = new_repository(place / "there"), new_repository(place / "here")
+    pull_one(there, f"oci:{layout.path}:app", "app")
+    result = pull_one(here, f"composefs:{there}#app")
+    largest = max(
+        (path for path in (there / "objects").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
+    ours = here / largest.relative_to(there)
+    assert ours.stat().st_ino != largest.stat().st_ino and ours.read_bytes() == largest.read_bytes()
+    os.sync()
+    if shutil.which("filefrag"):
+        told = subprocess.run(["filefrag", "-v", str(ours)], check=True, stdout=subprocess.PIPE, text=True).stdout
+        assert "shared" in told or "inline" in told
+    assert result["stats"]["objects_copied"] > 0 and layer_tar(here, sha256(FIRST)) == FIRST
 
 
 def test_a_damaged_object_there_registers_nothing_here(

@@ -277,3 +277,36 @@ def test_the_users_policy_comes_before_the_systems(tmp_path, monkeypatch):
     assert rules.policy_path(None) == str(users)
     assert not rules.policy_is_accept_anything()
     assert rules.policy_path("/given.json") == "/given.json"
+
+
+# -- what was asked of what
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "unexpected EOF",
+        "connection refused",
+        "i/o timeout",
+        "unauthorized: authentication required",
+        "x509: certificate signed by unknown authority",
+    ],
+)
+@pytest.mark.parametrize("transport", ["dir", "docker-archive", "oci-archive", "containers-storage", "docker-daemon"])
+def test_a_local_transport_gives_no_code_of_a_network_and_is_not_retried(words, transport):
+    error = skopeo.classify(ProxyOptions(), f"Opening {transport}:x", words, transport=transport)
+    assert error.code not in ("registry_unreachable", "auth_failed", "tls_failed", "stalled") and not error.passing
+    assert "registry" not in error.hint and "network" not in error.hint
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "pinging container registry r.example: Get https://r.example/v2/: Proxy Authentication Required",
+        "invalid status code from registry 407 (Proxy Authentication Required)",
+    ],
+)
+def test_a_proxy_that_wants_credentials_is_not_the_registry(words):
+    error = skopeo.classify(ProxyOptions(), "Opening docker://r.example/x", words)
+    assert error.code == "registry_unreachable" and not error.passing
+    assert "proxy" in error.hint.lower() and "auth_file" not in error.hint
