@@ -111,8 +111,8 @@ options:
     elements: str
   persistent:
     description:
-      - Whether the mount shall come back when the host boots. The unit of systemd is written when the image is
-        confirmed. The default is to leave it as it is.
+      - Whether the mount shall come back when the host boots, said with O(state=activated). The unit of systemd is
+        written when the image is confirmed. The default is to leave it as it is.
     type: bool
 notes:
   - Mounting needs root, more exactly the capability C(CAP_SYS_ADMIN) in the initial user namespace.

@@ -78,8 +78,13 @@ def _detach(name: str, seconds: int, command: Sequence[str]) -> None:
                 null = os.open(os.devnull, os.O_RDWR)
                 for fd in (0, 1, 2):
                     os.dup2(null, fd)
+                # Whoever started this process may wait for the end of any of its descriptors.
+                for fd in [int(entry) for entry in os.listdir("/proc/self/fd")]:
+                    if fd > 2 and fd != writer:
+                        with contextlib.suppress(OSError):
+                            os.close(fd)
                 words = ["sh", "-c", _SCRIPT, name, str(seconds), *command]
-                # Everything else is closed when the shell starts, the pipe too: its end is the good news.
+                # The pipe is closed when the shell starts: its end is the good news.
                 os.execve("/bin/sh", words, {"PATH": _PATH})
         except OSError as error:
             os.write(writer, str(error.errno or 0).encode())

@@ -174,7 +174,7 @@ def _activate(repository: Repository, wanted: Deployment, path: str, host: Host,
                 f"At {path} {complaint}; so the image that was there before is back.",
                 "Find out why the new version failed, and deploy again.",
             )
-    except EngineError as error:
+    except (EngineError, OSError) as error:
         _undo(path, token, error, host)
         raise
     if wanted.confirm_within:
@@ -348,14 +348,15 @@ def _adopted(repository: Repository, found: Journal, origin: str, base: Settings
     )
 
 
-def _undo(path: str, token: str, error: EngineError, host: Host) -> None:
+def _undo(path: str, token: str, error: EngineError | OSError, host: Host) -> None:
     """After an activation that failed: nothing is on trial, and the mount is as it was. The failure is the news; if
     going back fails as well, the timer is still there.
     """
     with contextlib.suppress(EngineError):
         found = journal.read(path, host.places)
         if found is not None and found.pending is not None and found.pending.token == token:
-            deployment.take_back(found, host, deployment.FAILED, error.text)
+            reason = error.text if isinstance(error, EngineError) else str(error)
+            deployment.take_back(found, host, deployment.FAILED, reason)
             deadman.disarm(lastingmount.timer_name(path), host.run, lastingmount.has_systemd(host))
 
 

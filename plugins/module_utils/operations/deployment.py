@@ -257,7 +257,10 @@ def reload(words: Sequence[str], host: Host) -> str:
     """Run the command that tells services of another image; what went wrong, in words, else nothing."""
     if not words:
         return ""
-    status, output, errors = host.run(list(words))
+    try:
+        status, output, errors = host.run(list(words))
+    except OSError as error:
+        return f"the command {' '.join(words)!r} could not be run: {error.strerror}"
     if not status:
         return ""
     said = (errors.strip() or output.strip())[-500:]

@@ -181,6 +181,19 @@ def test_a_service_that_does_not_come_up_is_not_left_with_the_new_image(app: App
     assert app.journal().history[-1].result == "failed"
 
 
+def test_a_reload_command_that_is_not_there_is_no_reason_to_stay(app: App) -> None:
+    first, second = app.stage("v1"), app.stage("v2")
+    app.activate(first, confirm_within=0)
+
+    def run(_words: list[str]) -> tuple[int, str, str]:
+        raise FileNotFoundError(2, "No such file or directory", "/nowhere")
+
+    app.host = app.host._replace(run=run)
+    with pytest.raises(Reverted, match="could not be run"):
+        app.activate(second, reload=("/nowhere",))
+    assert app.data() == content("v1") and app.journal().pending is None and waiting(app) == 0
+
+
 def test_an_image_that_cannot_be_mounted_changes_nothing(app: App) -> None:
     first, second = app.stage("v1"), app.stage("v2")
     app.activate(first, confirm_within=0)
