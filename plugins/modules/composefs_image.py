@@ -231,6 +231,31 @@ options:
         V(stalled). Layers that arrived are kept for the next run. Without it a pull may take as long as it needs.
     type: int
     version_added: 0.2.0
+  peers:
+    description:
+      - Base URLs, V(http://) or V(https://), of other composefs repositories behind any static web server, tried in
+        this order for layers that are missing and have no delta. Only objects that are missing here are fetched.
+      - Manifest and configuration always come from the registry, and nothing of a peer is trusted. Each object must
+        have the digest it is asked for by, and each layer is hashed as a whole before it gets its name.
+      - A peer that fails is left out for the rest of the task with a warning, which names it and says what it did if it
+        lied. The layer then comes from the next peer, at last from the registry.
+      - Redirects and proxies from the environment are not followed. Check mode asks no peer, so the bytes that it
+        foretells are an upper bound.
+    type: list
+    elements: str
+    default: []
+    version_added: 0.2.0
+  peer_ca_file:
+    description:
+      - A file on the host with the certificates of authorities (PEM) that O(peers) with V(https://) are checked
+        against. Defaults to what the host trusts.
+    type: path
+    version_added: 0.2.0
+  peer_headers:
+    description:
+      - Headers to send to O(peers) with every request, for example C(Authorization) with a bearer token.
+    type: dict
+    version_added: 0.2.0
   progress_file:
     description:
       - A file on the host that is kept up to date with the progress of the task as a JSON document, for anybody to
@@ -424,8 +449,8 @@ layers:
       type: int
     source:
       description:
-        - Where the layer came from, or would come from in check mode. V(registry), V(delta), or the transport of a
-          local reference such as V(oci). V(null) if it was there already.
+        - Where the layer came from, or would come from in check mode. V(registry), V(delta), V(peer), or the
+          transport of a local reference such as V(oci). V(null) if it was there already.
       type: str
   sample:
     - digest: sha256:1f7ce2fa46ab3942feabee654933948821303a5a821789dddab2d8c3df59e227
@@ -435,6 +460,13 @@ layers:
       status: new
       bytes_to_fetch: 29125228
       source: registry
+bytes_exact:
+  description:
+    - Whether the bytes in RV(layers) and RV(stats) are exact. V(false) in check mode with O(peers), for which the
+      registry's bytes are told as the upper bound.
+  returned: when O(images) is not used
+  type: bool
+  sample: true
 streams:
   description:
     - The streams that this run registered in the repository, or would register in check mode. V(null) if check mode
@@ -474,6 +506,12 @@ stats:
     bytes_fetched:
       description: The bytes of blobs that were fetched.
       type: int
+    peers:
+      description:
+        - What each of O(peers) did for the whole task, with C(url), the C(layers), C(objects) and C(bytes) that came
+          from it, and the C(error) for which it was left out (V(null) if it was not).
+      type: list
+      elements: dict
     retries:
       description: How often something had to be tried again.
       type: int
@@ -488,6 +526,7 @@ stats:
     bytes_copied: 71303168
     bytes_inlined: 2936320
     bytes_fetched: 29125228
+    peers: []
     retries: 0
     seconds: {resolve: 0.11, fetch: 1.2, register: 0.1, total: 1.41}
 policy:
@@ -639,6 +678,9 @@ def options_of(params: dict, check: bool) -> pull.Options:
         check=check,
         proxy=proxy,
         deltas=tuple(params["deltas"]),
+        peers=tuple(params["peers"]),
+        peer_ca_file=params["peer_ca_file"],
+        peer_headers={name: str(value) for name, value in (params["peer_headers"] or {}).items()},
     )
 
 
@@ -830,6 +872,9 @@ def main() -> None:
             "max_size": {"type": "str"},
             "min_rate": {"type": "int", "default": 1024},
             "deadline": {"type": "int"},
+            "peers": {"type": "list", "elements": "str", "default": []},
+            "peer_ca_file": {"type": "path"},
+            "peer_headers": {"type": "dict", "no_log": True},
             "progress_file": {"type": "path"},
         },
         mutually_exclusive=[

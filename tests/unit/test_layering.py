@@ -54,7 +54,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "source": (
         ("archive", "options", "source"),
-        ("layout", "policy", "realm", "skopeo"),
+        ("layout", "peer", "policy", "realm", "skopeo"),
         ("imageproxy", "push"),
         ("skopeosource",),
     ),
@@ -70,7 +70,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("layer",),
         ("objectlayer", "sources"),
         ("fetch", "makeimages", "plan"),
-        ("deltas", "publish"),
+        ("deltas", "peers", "publish"),
         ("pull",),
     ),
     "operations": (

@@ -32,6 +32,7 @@ from ..errors import (
     Busy,
     DigestMismatch,
     EngineError,
+    ImageNotFound,
     InternalError,
     IOFailed,
     LimitReached,
@@ -66,10 +67,10 @@ GRACE = 1.0
 
 
 class Job(NamedTuple):
-    """One missing layer: the stream it will become and where its blob comes from.
+    """One missing layer: the stream it will become and where its blob comes from, which results call ``by``.
 
-    ``otherwise`` is what to do if that fails: a delta may be stale, damaged or gone, and the layer's own blob is what
-    counts.
+    ``otherwise`` is what to do if that fails: a delta may be stale, damaged or gone, a peer may lie, and the layer's
+    own blob is what counts.
     """
 
     stream: str
@@ -77,6 +78,17 @@ class Job(NamedTuple):
     source: Patient
     reference: Reference
     otherwise: Any = None  # another Job
+    by: str = ""
+
+
+class Disappointment(NamedTuple):
+    """A way to a layer that failed, so that the next one was taken."""
+
+    job: Job
+    error: EngineError
+
+
+DELTA, PEER = "delta", "peer"
 
 
 def usable_processors() -> int:
@@ -314,6 +326,14 @@ class _Verdict(threading.Thread):
             self.error = from_exception(error, "awaiting the source's verdict on the blob")
 
 
+def _ways(job: Job) -> list[Job]:
+    """The job and what is to be tried after it, in order."""
+    ways = [job]
+    while ways[-1].otherwise is not None:
+        ways.append(ways[-1].otherwise)
+    return ways
+
+
 class Fetcher:
     """Brings missing layers into a repository and names each as soon as it is whole, synced and verified."""
 
@@ -339,8 +359,10 @@ class Fetcher:
         # Lanes are threads, and a store serves one at a time.
         self._naming = threading.Lock()
         self.results: dict[str, LayerResult] = {}
-        # Stream -> why its first source did not serve.
-        self.disappointments: dict[str, str] = {}
+        # Stream -> the job that brought it.
+        self.brought: dict[str, Job] = {}
+        self.disappointments: list[Disappointment] = []
+        self._left_out: set[Patient] = set()
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Fetch all ``jobs``, largest first. Raises the first error after the layers under way have ended; what was
@@ -349,7 +371,7 @@ class Fetcher:
         todo: queue.Queue[Job] = queue.Queue()
         for job in sorted(jobs, key=lambda job: -job.spec.size):
             todo.put(job)
-        every = [*jobs, *(job.otherwise for job in jobs if job.otherwise)]
+        every = [way for job in jobs for way in _ways(job)]
         self._sources = sources = list({id(job.source): job.source for job in every}.values())
         workers: list[Worker] = []
         lanes: list[threading.Thread] = []
@@ -447,31 +469,39 @@ class Fetcher:
             self._repository.trust(job.spec.diff_id, digest)
 
     def _somehow(self, worker: Worker, job: Job) -> LayerResult:
-        """By the job's own way, and by the other one where that fails for a reason of its own."""
-        usable = True
+        """By the first way that serves. Only the failure of the last one is the layer's."""
+        *before, last = _ways(job)
+        for way in before:
+            if way.source in self._left_out:
+                continue
+            usable = True
 
-        def attempt() -> LayerResult:
-            nonlocal usable
+            def attempt(way: Job = way) -> LayerResult:
+                nonlocal usable
+                try:
+                    return self._attempt(worker, way)
+                except TransferFailed as failure:
+                    usable = failure.usable
+                    raise
+
             try:
-                return self._attempt(worker, job)
-            except TransferFailed as failure:
-                usable = failure.usable
+                result = way.source.again(attempt)
+            except _OF_THIS_HOST:
                 raise
-
-        if job.otherwise is None:
-            return job.source.again(attempt)
-        try:
-            return job.source.again(attempt)
-        except _OF_THIS_HOST:
-            raise
-        except EngineError as error:
-            self.disappointments[job.stream] = error.text
-            self._progress.message(f"The delta does not serve layer {job.spec.diff_id}: {error.text}")
-            if not usable:
-                # The broken transfer is still in the way of the next one.
-                job.source.renew(job.source.source.generation)
-        otherwise: Job = job.otherwise
-        return otherwise.source.again(functools.partial(self._attempt, worker, otherwise))
+            except EngineError as error:
+                self.disappointments.append(Disappointment(way, error))
+                self._progress.message(f"{way.source.name} does not serve layer {way.spec.diff_id}: {error.text}")
+                if way.by == PEER and not isinstance(error, ImageNotFound):
+                    # It may lack a layer; whatever else is wrong with it is wrong with all it says.
+                    self._left_out.add(way.source)
+                if not usable:
+                    # The broken transfer is still in the way of the next one.
+                    way.source.renew(way.source.source.generation)
+            else:
+                self.brought[job.stream] = way
+                return result
+        self.brought[job.stream] = last
+        return last.source.again(functools.partial(self._attempt, worker, last))
 
     def _attempt(self, worker: Worker, job: Job) -> LayerResult:
         transfer = None
@@ -497,7 +527,8 @@ class Fetcher:
                     verdict = _Verdict(transfer)
                     verdict.start()
             elif kind == "error":
-                raise _judge(from_values(message["error"]), verdict, transfer is not None and transfer.remote)
+                remote = job.by == PEER if transfer is None else transfer.remote
+                raise _judge(from_values(message["error"]), verdict, remote)
             elif transfer is None:
                 # Nobody but us judges objects.
                 return LayerResult(**message["result"])

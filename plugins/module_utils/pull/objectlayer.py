@@ -70,7 +70,8 @@ def import_objects(
                     f"{taker.sha256.hexdigest()}.",
                     "The source holds a layer that nobody proved, or is damaged; nothing was registered.",
                 )
-            return layer_result(writer, objects, before, fetched=stream.size, restored=0)
+            fetched = stream.size if offer.fetched is None else offer.fetched
+            return layer_result(writer, objects, before, fetched=fetched, restored=0)
 
 
 def _receive(offer: LayerObjects, out: BinaryIO) -> None:

@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..formats import codecs, ocidocuments
@@ -24,6 +24,7 @@ from ..store import imagestreams, namerecords
 from . import plan as planning
 from ..errors import (
     EngineError,
+    ImageNotFound,
     InvalidOption,
     InvalidReference,
     MissingLibrary,
@@ -46,6 +47,7 @@ from ..source.source import Facts, Patient
 from ..source.options import ProxyOptions
 
 if TYPE_CHECKING:
+    from .peers import Peers
     from .makeimages import Ahead
 
 ALWAYS = "always"
@@ -56,9 +58,9 @@ NEWER = "newer"
 @dataclasses.dataclass(frozen=True)
 class Options:
     """How to pull. ``timeout`` is the longest silence in seconds; ``parallel`` 0 means as many layers at once as
-    processors; ``deltas`` are references of delta artifacts, or ``auto`` for those beside the image. ``max_size`` is in
-    bytes, None for the space that is free; ``min_rate`` in bytes a second; ``deadline`` in seconds from the start of
-    the pull, None for none.
+    processors; ``deltas`` are references of delta artifacts, or ``auto`` for those beside the image; ``peers`` are base
+    URLs of other repositories. ``max_size`` is in bytes, None for the space that is free; ``min_rate`` in bytes a
+    second; ``deadline`` in seconds from the start of the pull, None for none.
     """
 
     policy: str = ALWAYS
@@ -69,6 +71,9 @@ class Options:
     check: bool = False
     proxy: ProxyOptions = dataclasses.field(default_factory=ProxyOptions)
     deltas: tuple[str, ...] = ()
+    peers: tuple[str, ...] = ()
+    peer_ca_file: str | None = None
+    peer_headers: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
     max_size: int | None = None
     min_rate: int = MIN_RATE
     deadline: float | None = None
@@ -84,6 +89,7 @@ class Outcome:
     changed: bool
     # Layer stream -> what delivered it in the end, where that is not what the plan says.
     delivered: dict[str, str] = dataclasses.field(default_factory=dict)
+    bytes_exact: bool = True
 
 
 def pull_images(
@@ -102,6 +108,10 @@ def pull_images(
     # Every stream in a repository is compressed with zstd, so nothing goes without it: better said now than after the
     # first layer.
     codecs.require_zstd()
+    if options.peers:
+        from . import peers  # late: it brings http.client and ssl
+
+        peers.check(options.peers, options.peer_headers)
     clock = _Clock()
     limits = Limits(
         options.max_size,
@@ -118,7 +128,7 @@ def pull_images(
         if options.check or (
             settled and not any(publish.unfinished(repository, plan, options.images) for plan in plans)
         ):
-            outcomes = _untouched(plans, predictions)
+            outcomes = _untouched(plans, predictions, exact=not options.peers)
             if options.check:
                 _require_space(repository, plans, limits)
             else:
@@ -267,9 +277,9 @@ def _choose_deltas(repository: Repository, plans: Sequence[Plan], options: Optio
         )
 
 
-def _untouched(plans: Sequence[Plan], predictions: Sequence[list[str]]) -> list[Outcome]:
-    """Outcomes of a run that writes nothing. A layer that several images lack is counted with the first, as a real run
-    would fetch it.
+def _untouched(plans: Sequence[Plan], predictions: Sequence[list[str]], exact: bool) -> list[Outcome]:
+    """Outcomes of a run that writes nothing; ``exact`` unless peers, which were not asked, may save bytes. A layer that
+    several images lack is counted with the first, as a real run would fetch it.
     """
     outcomes = []
     claimed: set[str] = set()
@@ -283,7 +293,8 @@ def _untouched(plans: Sequence[Plan], predictions: Sequence[list[str]]) -> list[
         if any(stream not in claimed_before for stream in plan.missing()):
             # What is in a layer is not known before it is here.
             stats.objects_copied = stats.objects_already_present = stats.bytes_copied = stats.bytes_inlined = None
-        outcomes.append(Outcome(plan, streams, stats, bool(streams) or plan.renames))
+        changed = bool(streams) or plan.renames
+        outcomes.append(Outcome(plan, streams, stats, changed, bytes_exact=exact or not fetched))
     return outcomes
 
 
@@ -319,11 +330,13 @@ def _carry_out(
         begun: dict[str, Ahead] = {}
         fetched = {}
         delivered: dict[str, str] = {}
+        told: list[dict[str, Any]] = []
         if missing:
             # Loaded here: a run that fetches nothing starts faster without the decoders and the tar splitter.
-            from .fetch import Fetcher, usable_processors
+            from .fetch import DELTA, Fetcher, usable_processors
 
-            jobs = [_job(stream, plan, layer) for stream, (plan, layer) in missing.items()]
+            seeds = _peers(options, repository, missing, progress)
+            jobs = [_job(stream, plan, layer, seeds) for stream, (plan, layer) in missing.items()]
             begun = _begin(repository, plans, options.images, usable_processors(), stack)
 
             def arrived(stream: str, digest: bytes) -> None:
@@ -333,10 +346,16 @@ def _carry_out(
             fetcher = Fetcher(repository, options.parallel, options.timeout, progress, arrived, limits)
             fetcher.run(jobs)
             fetched = fetcher.results
-            for stream, error in fetcher.disappointments.items():
-                plan, layer = missing[stream]
-                plan.warnings.append(f"The layer {layer.diff_id} was fetched whole, for its delta failed: {error}")
-                delivered[stream] = _transport(plan)
+            delivered = {stream: job.by for stream, job in fetcher.brought.items()}
+            if seeds is not None:
+                seeds.account(fetcher)
+                told = seeds.stats
+            for job, error in fetcher.disappointments:
+                plan, layer = missing[job.stream]
+                if job.by == DELTA:
+                    plan.warnings.append(f"The delta of layer {layer.diff_id} failed: {error.text}")
+                elif seeds is not None and not isinstance(error, ImageNotFound):
+                    plan.warnings.append(seeds.complaint(job, error))
         clock.lap("fetch")
         stored = {stream: bytes.fromhex(result.stream) for stream, result in fetched.items()}
         outcomes = []
@@ -355,6 +374,7 @@ def _carry_out(
             stats.bytes_copied = sum(result.bytes_new for result in got)
             stats.bytes_inlined = sum(result.bytes_inlined for result in got)
             stats.bytes_fetched = sum(result.fetched for result in got)
+            stats.peers = told
             streams = mine + [stream for stream in documents_changed if stream not in claimed]
             claimed.update(streams)
             outcomes.append(Outcome(plan, streams, stats, bool(streams) or plan.renames, delivered))
@@ -421,15 +441,29 @@ def _begin(
     return begun
 
 
-def _job(stream: str, plan: Plan, layer: Layer) -> Any:
-    """The fetcher's job for a missing layer, by its delta first if there is one."""
-    from .fetch import Job
+def _peers(
+    options: Options, repository: Repository, missing: Mapping[str, tuple[Plan, Layer]], progress: Progress
+) -> Peers | None:
+    if not options.peers:
+        return None
+    from ..source.peer import PeerOptions  # late: it brings http.client and ssl
+    from .peers import Peers
+
+    chosen = PeerOptions(options.peer_ca_file, options.peer_headers, options.min_rate)
+    return Peers(options.peers, chosen, repository.algorithm, missing, progress)
+
+
+def _job(stream: str, plan: Plan, layer: Layer, seeds: Peers | None) -> Any:
+    """The fetcher's job for a missing layer: by its delta if there is one, then by peers, then by itself."""
+    from .fetch import DELTA, Job
     from .layer import TAR_DIFF, LayerSpec
 
     if plan.source is None:
         raise AssertionError("this must hold: plan.source is not None")
     spec = LayerSpec(layer.source.digest, layer.source.size, layer.diff_id, layer.compression)
-    job = Job(stream, spec, plan.source, plan.reference)
+    job = Job(stream, spec, plan.source, plan.reference, by=_transport(plan))
+    if seeds is not None and plan.config is not None and layer.compression is not None:
+        job = seeds.before(job)
     delta = layer.delta
     if delta is None:
         return job
@@ -437,7 +471,7 @@ def _job(stream: str, plan: Plan, layer: Layer) -> Any:
 
     blob, limit = delta.descriptor, output_limit(layer.source.size)
     spec = LayerSpec(blob.digest, blob.size, layer.diff_id, TAR_DIFF, delta.image.hex(), limit)
-    return Job(stream, spec, delta.source, delta.reference, job)
+    return Job(stream, spec, delta.source, delta.reference, job, DELTA)
 
 
 def _transport(plan: Plan) -> str:
@@ -559,6 +593,7 @@ def describe(repository: Repository, outcome: Outcome) -> Report:
             )
             for layer in plan.layers
         ],
+        bytes_exact=outcome.bytes_exact,
         streams=outcome.streams,
         stats=outcome.stats,
         policy=plan.policy,

@@ -82,12 +82,13 @@ class LayerObjects:
     It is used within one process, one call at a time. ``pull.objectlayer`` stores and proves what it hands out.
     ``algorithm`` is that of the digests in the splitstream. ``trusted`` says that the splitstream's own fs-verity
     digest, which is held against ``stream``, is proof enough of the tar: only a repository whose proofs root or the
-    caller made can say so.
+    caller made can say so. ``fetched`` counts the bytes that crossed a network, None if there is none.
     """
 
     algorithm: Algorithm
     stream: bytes
     trusted: bool = False
+    fetched: int | None = None
 
     def splitstream(self) -> BinaryIO:
         """The bytes of the splitstream object, from its beginning; the caller closes it."""
