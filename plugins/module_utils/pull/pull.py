@@ -301,7 +301,7 @@ def _untouched(plans: Sequence[Plan], predictions: Sequence[list[str]], exact: b
 def _stats(plan: Plan) -> Stats:
     """The figures of an image for which nothing was done yet."""
     different = len({layer.stream for layer in plan.layers})
-    return Stats(len(plan.layers), different - len(plan.missing()), 0, 0, 0, 0, 0)
+    return Stats(len(plan.layers), different - len(plan.missing()), 0, 0, 0, 0, 0, [])
 
 
 def _carry_out(

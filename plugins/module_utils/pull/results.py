@@ -31,7 +31,7 @@ class Stats:
     bytes_copied: int | None = None
     bytes_inlined: int | None = None
     bytes_fetched: int | None = None
-    peers: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    peers: list[dict[str, Any]] | None = None
     retries: int = 0
     seconds: dict[str, float] = dataclasses.field(default_factory=lambda: {"total": 0.0})
 
@@ -75,7 +75,7 @@ class ImageResult:
     boot_image_id: str | None = None
     about: About = About()
     layers: list[LayerResult] | None = None
-    bytes_exact: bool = True
+    bytes_exact: bool | None = None
     streams: list[str] | None = None
     stats: Stats = dataclasses.field(default_factory=Stats)
     policy: str | None = None
