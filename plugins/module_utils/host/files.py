@@ -124,6 +124,15 @@ def draft(
     return made
 
 
+def gets_mode(dir_fd: int, mode: int) -> bool:
+    """Whether an unnamed file in the open directory gets exactly the mode that it is made with. OSError passes."""
+    fd = os.open(".", os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, mode, dir_fd=dir_fd)
+    try:
+        return stat.S_IMODE(os.fstat(fd).st_mode) == mode
+    finally:
+        os.close(fd)
+
+
 def write_whole(
     dir_fd: int, name: str, data: bytes, mode: int = 0o644, *, sync: bool = True, exclusive: bool = False
 ) -> None:

@@ -93,6 +93,7 @@ class ObjectStore:
         self.stats = ObjectStats()
         self._seal = verity or try_verity
         self._tmpfile = True
+        self._plain: bool | None = None
 
     def close(self) -> None:
         """Close the directories that were opened; they are opened again when they are needed."""
@@ -422,10 +423,19 @@ class ObjectStore:
         the only one of them that a crash leaves no trace of.
         """
         try:
+            if self._plain:
+                return files.Draft(
+                    os.open(".", os.O_TMPFILE | access | os.O_CLOEXEC, FILE_MODE, dir_fd=self.dirfd), self.dirfd
+                )
             made = files.draft(self.dirfd, access, FILE_MODE, prefix=TEMPORARY_PREFIX, unnamed=self._tmpfile)
         except OSError as error:
             raise from_os_error(OSError(error.errno, error.strerror), "Creating an object") from error
-        self._tmpfile = made.name is None
+        if made.name is not None:
+            self._tmpfile = False
+        elif self._plain is None:
+            # The mode has to be set where a umask takes something from it. Most often none does, and a call less for
+            # each object counts.
+            self._plain = files.gets_mode(self.dirfd, FILE_MODE)
         return made
 
     def _seal_draft(self, draft: files.Draft, digest: bytes | None) -> bytes | None:
@@ -490,7 +500,9 @@ class ObjectStore:
         stats = self.stats
         first, name = digest[0], digest[1:].hex()
         for _attempt in range(8):
-            directory = self._directory(first, make=True)
+            directory = self._directories[first]
+            if directory < 0:
+                directory = self._directory(first, make=True)
             if state == _WRONG:
                 draft.replace(name, directory, TEMPORARY_PREFIX)
                 stats.replaced += 1
