@@ -74,7 +74,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("pull",),
     ),
     "operations": (
-        ("diskuse", "findings", "journal", "listing", "makedelta", "remote"),
+        ("diskuse", "findings", "journal", "listing", "makedelta", "overview", "remote"),
         ("keeping", "mounting"),
         ("deployment", "dump"),
         ("bootmountmain",),

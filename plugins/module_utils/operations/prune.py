@@ -28,7 +28,7 @@ from ..formats import fsverity
 from ..errors import EngineError, FormatError, doing
 from ..progress import Progress
 from ..store import graph as graphs
-from ..store import marks
+from ..store import marks, namerecords
 from ..store.graph import Graph, Problem, Root
 from ..store.repository import LOCK_WAIT, Repository
 
@@ -282,6 +282,9 @@ def _leftovers(repository: Repository) -> list[tuple[str, str, int]]:
 def _sweep(repository: Repository, plan: _Plan, progress: Progress) -> None:
     for name in plan.result.names:
         repository.untag(name)
+        namerecords.forget(repository, name)
+    for name in namerecords.strays(repository):
+        namerecords.forget(repository, name)
     for path in (*plan.links, *plan.files):
         with doing(f"Removing {repository.path}/{path}"), repository.root.parent(path) as (fd, name):
             _unlink(fd, name, f"{repository.path}/{path}")

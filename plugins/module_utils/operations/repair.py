@@ -46,6 +46,7 @@ from ..store import graph as graphs
 from ..store.repository import Repository
 
 _PIECE = 1 << 20
+_ROUNDS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,22 +104,22 @@ def repair(
             told = [_foretold(repository, finding, source) for finding in report.findings]
             return Result(report.findings, [one for one in told if one], [], report.checked)
         repository.require_writable()
-        first = report
         repaired: list[Repaired] = []
         complaints: list[str] = []
-        # What was hidden behind the first findings, such as a name that had been given to something else, shows then.
-        for _round in range(2):
+        # What was hidden behind the first findings, such as the objects of a layer that was missing itself, shows when
+        # these are mended.
+        for _round in range(_ROUNDS):
+            before = {(one.code, one.object, one.path) for one in report.findings}
             work = _Repair(repository, report.findings, source, means, progress, look)
             work.run()
             repository.objects.suspects = set()
             report = check.check(repository, wish, progress, look)
             repaired += work.told(report.findings)
             complaints += [one for one in work.complaints if one not in complaints]
-            if not any(one.repairable == LOCAL for one in report.findings):
+            if not {(one.code, one.object, one.path) for one in report.findings if one.repairable != NO} - before:
                 break
-        known = {(one.code, one.object, one.path) for one in first.findings}
         done = {(one.code, one.object, one.path): one for one in repaired}
-        return Result(report.findings, [one for key, one in done.items() if key in known], complaints, report.checked)
+        return Result(report.findings, list(done.values()), complaints, report.checked)
     finally:
         source.close()
 
