@@ -28,7 +28,7 @@ from ..formats import fsverity
 from ..errors import EngineError, FormatError, doing
 from ..progress import Progress
 from ..store import graph as graphs
-from ..store import marks, namerecords
+from ..store import imagestreams, marks, namerecords
 from ..store.graph import Graph, Problem, Root
 from ..store.repository import LOCK_WAIT, Repository
 
@@ -160,6 +160,8 @@ def _plan(
             progress.message(f"Working out what is kept: {(first + 1) * 100 // 256}%")
     result.objects = sum(map(len, plan.dead))
     result.by_name = {name: freed[number] for number, (kind, name) in enumerate(everyone) if kind == graphs.TAG}
+    # From the top: what is cut off in between must not leave an image that lacks the name of a part.
+    plan.links.sort(key=_rank)
     result.streams = sorted(path[8:] for path in plan.links if path.startswith("streams/"))
     result.images = sorted(path[7:] for path in plan.links if path.startswith("images/"))
     for kind, path, size in _leftovers(repository):
@@ -169,6 +171,11 @@ def _plan(
     result.problems.sort()
     result.changed = bool(result.names or plan.links or result.objects or plan.files)
     return plan
+
+
+def _rank(path: str) -> tuple[int, str]:
+    tops = (f"streams/{imagestreams.MANIFEST}", f"streams/{imagestreams.CONFIG}", "streams/", "images/")
+    return next((number for number, top in enumerate(tops) if path.startswith(top)), len(tops)), path
 
 
 def _pass_over(_node: bytes, _error: EngineError) -> None:

@@ -27,6 +27,7 @@ from .findings import (
     MOUNT_LOST,
     NO,
     OBJECT_DAMAGED,
+    OBJECT_MISSING,
     OBJECT_UNREADABLE,
     OBJECT_UNSEALED,
     PROOF_WRONG,
@@ -43,6 +44,7 @@ from ..pull import publish, pull
 from ..pull.plan import Request
 from ..store import checks, imagestreams, marks, namerecords
 from ..store import graph as graphs
+from ..store.graph import Root
 from ..store.repository import Repository
 
 _PIECE = 1 << 20
@@ -261,6 +263,11 @@ class _Repair:
                 for path in self._links_to(digest, finding):
                     checks.set_aside(repository, path)
                     self.how[number] = "set_aside"
+        elif code == OBJECT_MISSING and digest is not None and not finding.names and not self.source.has(digest):
+            # No image needs it, but a stream that lacks it must not be taken for whole by the next pull.
+            for path in self._links_needing(digest):
+                checks.set_aside(repository, path)
+                self.how[number] = "set_aside"
         elif digest is not None and self.source.has(digest) and not repository.objects.contains(digest):
             self._copy(digest)
             self.how[number] = "copied"
@@ -271,6 +278,17 @@ class _Repair:
         graph = graphs.Graph.read(self.repository)
         links = (("streams", graph.streams), ("images", graph.images))
         return [f"{kind}/{name}" for kind, found in links for name, one in found.items() if one == digest]
+
+    def _links_needing(self, digest: bytes) -> list[str]:
+        """The links of streams and images that lead to the object, or to something that refers to it."""
+        graph = graphs.Graph.read(self.repository)
+        found = []
+        for kind, links in (("streams", graph.streams), ("images", graph.images)):
+            for name, node in links.items():
+                root = Root("", "", node, kind == "images")
+                if digest == node or digest in graph.reaches(root, lambda _node, _error: None):
+                    found.append(f"{kind}/{name}")
+        return found
 
     def _copy(self, digest: bytes) -> None:
         other = self.source.other

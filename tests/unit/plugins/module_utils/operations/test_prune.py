@@ -26,7 +26,7 @@ from filled_repository import TAGS, copy_of, fill, make_layout
 
 from ansible_collections.composefs.oci.plugins.module_utils.errors import Busy, FormatError, IncompatibleJournal
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
-from ansible_collections.composefs.oci.plugins.module_utils.operations import keepers, prune
+from ansible_collections.composefs.oci.plugins.module_utils.operations import check, keepers, prune
 from ansible_collections.composefs.oci.plugins.module_utils.operations.journal import Places
 from ansible_collections.composefs.oci.plugins.module_utils.operations.keepers import Keeper
 from ansible_collections.composefs.oci.plugins.module_utils.operations.prune import Pruned, Wish
@@ -202,9 +202,9 @@ def test_what_may_be_needed_and_cannot_be_read_stops_before_the_first_removal(
     victim = {"layer": layer, "config": config, "manifest": document.stream, "image": image}[what]
     damage(path, victim, how)
     before = everything(path)
-    for check in (True, False):
+    for foretell in (True, False):
         with pytest.raises(FormatError, match=victim.hex()):
-            run(path, check=check)
+            run(path, check=foretell)
     assert everything(path) == before
     # Without the name it is provably not needed.
     result = run(path, Wish(remove=["b"]) if what != "layer" else Wish(remove=["a", "b", "c"]))
@@ -304,6 +304,8 @@ def test_cut_off_at_any_removal_it_leaves_no_link_to_nothing_and_the_next_run_en
             run(path, Wish(remove=["a", "artifact"]))
     dangling = [one for one in path.rglob("*") if one.is_symlink() and "trusted" not in one.parts and not one.exists()]
     assert dangling == []
+    with Repository.open(str(path)) as repository:
+        assert check.check(repository, check.Wish(check.OBJECTS, (), 1), Progress(), lambda _one: []).findings == []
     with Repository.open(str(path)) as repository:
         found = graph.Graph.read(repository, prove=True)
         for root in found.roots:

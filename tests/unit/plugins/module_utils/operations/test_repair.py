@@ -38,6 +38,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.operations.check imp
 from ansible_collections.composefs.oci.plugins.module_utils.operations.keepers import Keeper
 from ansible_collections.composefs.oci.plugins.module_utils.operations.repair import Means, Result
 from ansible_collections.composefs.oci.plugins.module_utils.progress import Progress
+from ansible_collections.composefs.oci.plugins.module_utils.store import graph
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 
 # What nobody can mend: it is only told.
@@ -189,3 +190,27 @@ def test_nothing_is_told_of_a_whole_repository(repo: Repo, world: World) -> None
     before = everything(repo.path)
     result = run(repo)
     assert not result.changed and result.findings == [] and everything(repo.path) == before
+
+
+def test_a_stream_that_no_image_needs_and_that_lacks_something_is_not_left_to_the_next_pull(
+    repo: Repo, world: World
+) -> None:
+    with repo.open() as repository:
+        repository.untag("artifact")
+        stream = next(
+            one
+            for one in (repository.stream(name) for name in repository.streams("oci-layer-"))
+            if one and not any(one in found for found in reached(repository))
+        )
+        with repository.open_object_stream(stream) as opened:
+            lost = opened.object_refs[0]
+    repo.object(lost).unlink()
+    repo.object(stream).unlink()
+    result = run(repo)
+    assert result.findings == [] and world.requests == []
+    assert {one.how for one in result.repaired} == {"set_aside"}
+
+
+def reached(repository: Repository) -> list[set[bytes]]:
+    found = graph.Graph.read(repository)
+    return [found.reaches(root) for root in found.roots]
