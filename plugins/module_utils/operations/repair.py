@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from . import check, keepers
 from .findings import (
@@ -36,7 +38,7 @@ from .findings import (
     Finding,
 )
 from ..formats import fsverity, ocidocuments
-from ..formats.digests import digest_of
+from ..formats.digests import digest_of, is_oci_digest
 from ..errors import EngineError, FormatError, InvalidOption, doing
 from ..progress import Progress
 from ..pull import plan as planning
@@ -151,8 +153,7 @@ class _Source:
     def reference(self, repository: Repository, name: str, manifest: str) -> str | None:
         """The reference by which to fetch the image ``name``, None if nothing is known of it."""
         if self.path is not None and self.other is None:
-            kind = "oci-archive" if os.path.isfile(self.path) else "oci"
-            return f"{kind}:{self.path}@{manifest}" if kind == "oci" else f"{kind}:{self.path}"
+            return f"oci-archive:{self.path}" if os.path.isfile(self.path) else _in_layout(self.path, manifest)
         record = namerecords.read(repository, name)
         if record is not None:
             return record.ref
@@ -163,6 +164,31 @@ class _Source:
     def close(self) -> None:
         if self.other is not None:
             self.other.close()
+
+
+def _in_layout(path: str, manifest: str) -> str | None:
+    """The reference of the manifest in the OCI layout at ``path``, None if it is not there."""
+    with doing(f"Reading the layout {path}"):
+        entries = _entries(f"{path}/index.json")
+        for entry in entries:
+            digest = str(entry.get("digest"))
+            within = [digest]
+            if entry.get("mediaType") in (ocidocuments.OCI_INDEX, ocidocuments.DOCKER_LIST) and is_oci_digest(digest):
+                within += [str(one.get("digest")) for one in _entries(f"{path}/blobs/{digest.replace(':', '/')}")]
+            if manifest in within:
+                tag = (entry.get("annotations") or {}).get("org.opencontainers.image.ref.name")
+                return f"oci:{path}:{tag}" if tag else f"oci:{path}" if len(entries) == 1 else None
+    return None
+
+
+def _entries(file: str) -> list[dict[str, Any]]:
+    with open(file, "rb") as opened:
+        raw = opened.read(ocidocuments.MAX_MANIFEST)
+    try:
+        found = json.loads(raw)["manifests"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise FormatError(f"{file} is no index.", "Choose another 'source'.") from error
+    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
 
 
 def _foretold(repository: Repository, finding: Finding, source: _Source) -> Repaired | None:

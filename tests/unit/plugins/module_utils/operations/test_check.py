@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -39,6 +40,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.errors import ImageN
 from ansible_collections.composefs.oci.plugins.module_utils.host import processes
 from ansible_collections.composefs.oci.plugins.module_utils.operations import check
 from ansible_collections.composefs.oci.plugins.module_utils.operations.check import FULL, OBJECTS, QUICK, Report, Wish
+from ansible_collections.composefs.oci.plugins.module_utils.operations import findings as all_findings
 from ansible_collections.composefs.oci.plugins.module_utils.operations.findings import Finding
 from ansible_collections.composefs.oci.plugins.module_utils.progress import Progress
 from ansible_collections.composefs.oci.plugins.module_utils.store import checks
@@ -159,3 +161,10 @@ def test_the_result_of_the_last_check_is_remembered(repo: Repo) -> None:
     run(repo, QUICK, "a")
     with Repository.open(str(repo.path)) as repository:
         assert checks.last(repository) == last, "a check of some images says nothing about the whole"
+
+
+def test_the_guide_lists_every_code() -> None:
+    page = (pathlib.Path(__file__).parents[5] / "docs/docsite/rst/living.rst").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^   \* - ``([a-z_]+)``$", page, re.MULTILINE))
+    codes = {value for name, value in vars(all_findings).items() if name.isupper() and isinstance(value, str)}
+    assert listed == codes - {all_findings.LOCAL, all_findings.SOURCE, all_findings.NO}

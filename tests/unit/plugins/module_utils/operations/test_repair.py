@@ -214,3 +214,13 @@ def test_a_stream_that_no_image_needs_and_that_lacks_something_is_not_left_to_th
 def reached(repository: Repository) -> list[set[bytes]]:
     found = graph.Graph.read(repository)
     return [found.reaches(root) for root in found.roots]
+
+
+def test_a_layout_is_a_source_for_the_images_in_it(repo: Repo, filled: pathlib.Path) -> None:
+    layout = str(filled.parent / "layout")
+    with repo.open() as repository:
+        digests = {name: repository.tag_digest(name) or "" for name in TAGS}
+        for name, digest in digests.items():
+            source = repair._Source(repository, Means(layout))
+            assert source.reference(repository, name, digest) == f"oci:{layout}:{name}"
+            assert source.reference(repository, name, "sha256:" + "0" * 64) is None
