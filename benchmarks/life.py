@@ -90,29 +90,31 @@ def ours(options: argparse.Namespace) -> None:
             print(f"{report.checked}, {len(report.findings)} findings")
 
 
-def timed(command: list[str]) -> tuple[float, float]:
-    """Seconds, and the peak memory of the largest process in MiB; the command must succeed."""
+def timed(command: list[str]) -> tuple[float, float, float]:
+    """Seconds, processor seconds of all its processes, and the peak memory of the largest in MiB; the command must
+    succeed.
+    """
     pid = os.posix_spawnp(command[0], command, os.environ, file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, 1, 0)])
     begun = time.monotonic()
     _pid, status, usage = os.wait4(pid, 0)
     seconds = time.monotonic() - begun
     if status:
         sys.exit(f"{' '.join(command)} failed: {status}")
-    return seconds, usage.ru_maxrss / 1024
+    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
 
 
 def compare(name: str, commands: dict[str, list[str]], before: object, repeat: int) -> None:
     """Run the commands by turns and print a row for each."""
-    results: dict[str, list[tuple[float, float]]] = {tool: [] for tool in commands}
+    results: dict[str, list[tuple[float, float, float]]] = {tool: [] for tool in commands}
     for turn in range(repeat):
         for tool in sorted(commands, reverse=bool(turn % 2)):
             path = before()  # type: ignore[operator]
             results[tool].append(timed([word.replace("REPOSITORY", path) for word in commands[tool]]))
     for tool, found in results.items():
-        seconds = [one for one, _memory in found]
+        seconds, processor, memory = zip(*found)
         print(
-            f"| {name} | {tool} | {statistics.median(seconds):.2f} | {min(seconds):.2f}-{max(seconds):.2f} | "
-            f"{max(memory for _seconds, memory in found):.0f} |"
+            f"| {name} | {tool} | {statistics.median(seconds):.2f} ({min(seconds):.2f}-{max(seconds):.2f}) | "
+            f"{statistics.median(processor):.2f} | {max(memory):.0f} |"
         )
 
 
