@@ -101,6 +101,14 @@ BREAKAGES = (
         "test_what_goes_wrong_has_its_code",
     ),
     Breakage(
+        "life",
+        "what is damaged is kept until the repository is pruned",
+        ENGINE + "operations/repair.py",
+        "                checks.keep_copy(repository, digest)\n",
+        "                pass\n",
+        "test_what_nobody_needs_goes_as_foretold_and_what_is_mounted_stays",
+    ),
+    Breakage(
         "transports",
         "what is there is not fetched again",
         ENGINE + "store/proofs.py",
