@@ -258,7 +258,8 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.composefs.oci.plugins.module_utils.errors import InvalidOption
+from ansible_collections.composefs.oci.plugins.module_utils.errors import InvalidOption, doing
+from ansible_collections.composefs.oci.plugins.module_utils.host import beneath
 from ansible_collections.composefs.oci.plugins.module_utils.operations import (
     activation,
     bootmount,
@@ -332,6 +333,9 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
     params = module.params
     check = module.check_mode
     path = base["path"] = os.path.abspath(params["path"])
+    with doing(f"Looking for the mount point {path}"):
+        # Resolved once, here; whoever could put a link in its place must be root or the user that runs this.
+        beneath.check_way(path)
     real = os.path.realpath(path)
     places = bootmount.HOST
     check_options(params)

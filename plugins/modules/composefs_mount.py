@@ -269,9 +269,9 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.composefs.oci.plugins.module_utils.errors import Busy, ImageNotFound
+from ansible_collections.composefs.oci.plugins.module_utils.errors import Busy, ImageNotFound, doing
 from ansible_collections.composefs.oci.plugins.module_utils.formats import digests
-from ansible_collections.composefs.oci.plugins.module_utils.host import mountinfo
+from ansible_collections.composefs.oci.plugins.module_utils.host import beneath, mountinfo
 from ansible_collections.composefs.oci.plugins.module_utils.operations import (
     bootmount,
     deployment,
@@ -328,6 +328,9 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
     check = module.check_mode
     path = base["path"] = os.path.abspath(params["path"])
     base["repository"] = repository_path(module)
+    with doing(f"Looking for the mount point {path}"):
+        # Resolved once, here; whoever could put a link in its place must be root or the user that runs this.
+        beneath.check_way(path)
     real = os.path.realpath(path)
     there = mountinfo.at(real)
     tell(base, there)

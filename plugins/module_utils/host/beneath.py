@@ -179,6 +179,14 @@ def open_root(path: str, accept: bool = False) -> Root:
         os.close(fd)
 
 
+def check_way(path: str) -> None:
+    """Raise UnsafeRepository if a link on the way to ``path`` (absolute), as far as that exists, belongs to somebody
+    else than root and the caller. OSError passes.
+    """
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        os.close(open_path(path))
+
+
 @contextlib.contextmanager
 def opened_path(path: str) -> Iterator[int]:
     """``open_path`` for the duration of a ``with``, open for reading."""

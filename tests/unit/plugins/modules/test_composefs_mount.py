@@ -343,3 +343,16 @@ def test_nothing_is_mounted_from_a_repository_that_others_can_change(host: Host,
     result = run(image=host.images[0])
     assert result["failed"] and result["error"] == "unsafe_repository" and not host.there
     assert "unsafe_repository" not in composefs_mount.ARGUMENT_SPEC
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a link away")
+def test_a_mount_point_behind_a_link_of_somebody_else_is_refused(host: Host, run: Any, tmp_path: Path) -> None:
+    """Its owner would choose the directory that root mounts over."""
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    os.symlink(victim, host.path)
+    os.lchown(host.path, 12345, 12345)
+    result = run(image=host.images[0])
+    assert result["error"] == "unsafe_repository" and "link app belongs to" in result["msg"] and not host.there
+    os.lchown(host.path, 0, 0)
+    assert run(image=host.images[0])["changed"]
