@@ -50,6 +50,8 @@ options:
         V(composefs:/path/to/repository#sha256:…) the one with this manifest. Its objects are cloned, linked where
         nobody else can change them, or copied, and every layer is proved by its diff_id unless root or the user of the
         task did so there.
+      - A manifest digest such as V(sha256:…), or a name in the repository, stands for an image that is there already.
+        It gets O(name) without any network.
       - A bare V(quay.io/org/app:tag) means V(docker://quay.io/org/app:tag). If a reference has a tag and a digest, the
         digest wins, and counts like O(digest).
       - Exactly one of O(ref) and O(images) is needed with O(state=present).
@@ -61,9 +63,22 @@ options:
         V(docker://registry.example.com/app:1.4), as C(cfsctl) names images.
       - A name without V(docker://) that version 0.1.0 gave by default is moved to the one with it, with a warning.
     type: str
+  tags:
+    description:
+      - Further names that the image gets, or with O(state=absent) loses, in the same task.
+    type: list
+    elements: str
+    version_added: 0.2.0
+  rename_from:
+    description:
+      - A name that gives way to O(name). The image that has it gets O(name) without any network, unless O(ref) says
+        that another one does. Nothing happens where it is gone and O(name) is there.
+    type: str
+    version_added: 0.2.0
   images:
     description:
       - Several images to pull in one task. Layers that they share are fetched once. An empty list is nothing to do.
+      - An item may be a text, too, which is its O(images[].ref).
       - No name is created or moved unless all of them could be stored.
     type: list
     elements: dict
@@ -74,6 +89,23 @@ options:
       name:
         description: The name of the image in the repository, see O(name).
         type: str
+      tags:
+        description: Further names, see O(tags).
+        type: list
+        elements: str
+        version_added: 0.2.0
+      rename_from:
+        description: A name that gives way, see O(rename_from).
+        type: str
+        version_added: 0.2.0
+      erofs:
+        description: Whether to make the mountable EROFS image. Defaults to O(erofs).
+        type: bool
+        version_added: 0.2.0
+      bootable:
+        description: Whether to make the image to boot from. Defaults to O(bootable).
+        type: bool
+        version_added: 0.2.0
       digest:
         description: What the reference must mean, see O(digest).
         type: str
@@ -330,6 +362,16 @@ EXAMPLES = r"""
     name: app
     pull: newer
 
+- name: Let another name mean the same image, without any network
+  composefs.oci.composefs_image:
+    ref: app
+    name: app-stable
+
+- name: Rename an image
+  composefs.oci.composefs_image:
+    rename_from: app
+    name: shop/app
+
 - name: Forget the name
   composefs.oci.composefs_image:
     name: app
@@ -378,6 +420,12 @@ config_digest:
   returned: when O(images) is not used
   type: str
   sample: sha256:0f4e7c4bb4b0a4aa6e1d5a1a6e86a41d20c6a1ba5ce0f1a1b5b9b8f6d4e5a6b7
+tags:
+  description: The further names of the image, as in O(tags).
+  returned: when O(images) is not used
+  type: list
+  elements: str
+  sample: [app-stable]
 previous_digest:
   description:
     - The digest of the manifest that the name led to before. V(null) if the name did not exist.
@@ -604,12 +652,14 @@ def requests_of(params: dict) -> list[pull.Request]:
     """The images that the task is about."""
     asked = params["images"]
     if asked is None:
-        asked = [{key: params[key] for key in ("ref", "name", "digest", "platform")}]
+        asked = [{key: params[key] for key in IMAGE}]
     requests = []
     for image in asked:
+        leaving = image["rename_from"] or ""
+        ref = image["ref"] or leaving
         name = image["name"] or image["ref"]
         former: tuple[str, ...] = ()
-        if not name or (params["state"] == "present" and not image["ref"]):
+        if not name or (params["state"] == "present" and not ref):
             raise InvalidReference(
                 f"The image {name!r} has no reference." if name else "An image has neither a reference nor a name.",
                 "Set 'ref' to say which image it is.",
@@ -619,18 +669,47 @@ def requests_of(params: dict) -> list[pull.Request]:
             raise InvalidReference(
                 f"{digest!r} is not a digest.", "Write 'digest' as sha256: and 64 hexadecimal digits."
             )
-        if params["state"] == "present":
-            parse_reference(image["ref"])
+        local = params["state"] == "present" and is_local(ref, bool(leaving) and not image["ref"])
         if not image["name"]:
-            name = default_name(image["ref"])
-            former = tuple(form for form in dict.fromkeys((image["ref"], *other_names(name))) if form != name)
+            if local:
+                parse_reference(ref)  # what is none is refused; a digest alone names nothing
+            name = default_name(ref)
+            former = tuple(form for form in dict.fromkeys((ref, *other_names(name))) if form != name)
         username, password = image.get("username"), image.get("password")
         if params["images"] is None:
             username = password = None  # those of the task
         requests.append(
-            pull.Request(image["ref"] or "", name, digest, image.get("platform") or "", former, username, password)
+            pull.Request(
+                ref,
+                name,
+                digest,
+                image.get("platform") or "",
+                former,
+                username,
+                password,
+                tags=tuple(image["tags"] or ()),
+                gives_up=leaving if leaving != name else "",
+                local=local,
+                erofs=image.get("erofs") if params["images"] is not None else None,
+                bootable=image.get("bootable") if params["images"] is not None else None,
+            )
         )
     return requests
+
+
+def is_local(ref: str, renaming: bool) -> bool:
+    """Whether ``ref`` may be a digest or a name in the repository rather than a reference. Raises InvalidReference for
+    what can be neither.
+    """
+    if renaming or is_digest(ref):
+        return True
+    try:
+        parse_reference(ref)
+    except InvalidReference:
+        if "@" in ref or ":" in ref.partition("/")[0]:
+            raise  # what stands before an at sign may be a password
+        return True
+    return False
 
 
 def size_of(text: str | None) -> int | None:
@@ -782,7 +861,16 @@ def warn_of_mounts(module: AnsibleModule, repository: Repository, reports: list[
             )
 
 
-IMAGE = {"ref": {"type": "str"}, "name": {"type": "str"}, "digest": {"type": "str"}, "platform": {"type": "str"}}
+IMAGE = {
+    "ref": {"type": "str"},
+    "name": {"type": "str"},
+    "tags": {"type": "list", "elements": "str"},
+    "rename_from": {"type": "str"},
+    "digest": {"type": "str"},
+    "platform": {"type": "str"},
+}
+# What may differ from image to image, and else is as the task says.
+OWN = {"erofs": {"type": "bool"}, "bootable": {"type": "bool"}}
 LOGIN = {"username": {"type": "str"}, "password": {"type": "str", "no_log": True}}
 
 
@@ -801,6 +889,9 @@ def guarded(kind):
 
         def _load_params(self):
             super()._load_params()
+            images = self.params.get("images")
+            if isinstance(images, list):
+                self.params["images"] = [{"ref": item} if is_reference(item) else item for item in images]
             self.complaint = complaint_about(self.params.get("images"))
             if self.complaint:
                 self.params["images"] = []
@@ -812,9 +903,18 @@ def guarded(kind):
     return Guarded
 
 
+def is_reference(item: object) -> bool:
+    """Whether an item of the images is a text that can be shown: whatever else it holds may be a secret."""
+    try:
+        parse_reference(item if isinstance(item, str) else "")
+    except InvalidReference:
+        return False
+    return True
+
+
 def complaint_about(images: object) -> str:
     """What is wrong with the shape of ``images``, without a word of its content."""
-    known = {**IMAGE, **LOGIN}
+    known = {**IMAGE, **OWN, **LOGIN}
     if images is None:
         return ""
     if not isinstance(images, list):
@@ -824,7 +924,7 @@ def complaint_about(images: object) -> str:
             return f"Item {number} is not a dictionary."
         if any(key not in known for key in image):
             return f"Item {number} has keys other than {', '.join(known)}."
-        if any(isinstance(value, (list, dict)) for value in image.values()):
+        if any(isinstance(value, (list, dict)) for key, value in image.items() if key != "tags"):
             return f"Item {number} has a value that is no text."
     return ""
 
@@ -848,7 +948,7 @@ def main() -> None:
             "images": {
                 "type": "list",
                 "elements": "dict",
-                "options": {**IMAGE, **LOGIN},
+                "options": {**IMAGE, **OWN, **LOGIN},
                 "required_together": [("username", "password")],
             },
             "repository": {"type": "path"},
@@ -882,6 +982,8 @@ def main() -> None:
             ("name", "images"),
             ("digest", "images"),
             ("platform", "images"),
+            ("tags", "images"),
+            ("rename_from", "images"),
             ("auth_file", "username"),
         ],
         required_one_of=[("ref", "name", "images")],

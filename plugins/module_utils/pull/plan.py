@@ -14,6 +14,7 @@ from ..formats import ocidocuments
 from ..host import machine
 from ..store import imagestreams, namerecords, proofs
 from ..errors import UnexpectedDigest
+from ..formats.digests import is_digest
 from ..formats.reference import Reference, parse_reference
 from ..store.namerecords import NameRecord
 from ..store.repository import Repository
@@ -28,6 +29,10 @@ class Request:
     """One image: the reference as the user wrote it, the name to give it, and what it must be (``sha256:<hex>``,
     ``os/arch``). ``former`` are other names under which it may stand now, and which give way to ``name``. ``username``
     and ``password`` are for the registry of this image.
+
+    ``tags`` are further names that it gets; ``gives_up`` is a name that goes when it has its own. ``local`` says that
+    ``ref`` is no reference but a digest, or a name, in the repository itself. ``erofs`` and ``bootable`` say which
+    EROFS images to make, None as the pull's options say.
     """
 
     ref: str
@@ -37,6 +42,11 @@ class Request:
     former: tuple[str, ...] = ()
     username: str | None = None
     password: str | None = dataclasses.field(default=None, repr=False)
+    tags: tuple[str, ...] = ()
+    gives_up: str = ""
+    local: bool = False
+    erofs: bool | None = None
+    bootable: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +132,11 @@ class Plan:
     manifest_document: imagestreams.Document | None
     config_document: imagestreams.Document | None
     source: Patient | None = None
+    # What is known of where the image came from, where no source was asked.
+    remembered: NameRecord | None = None
+    # Names besides the request's that have to be given, and to go.
+    further: tuple[str, ...] = ()
+    leaving: tuple[str, ...] = ()
     image_refs: dict[str, bytes] = dataclasses.field(default_factory=dict)
     warnings: list[str] = dataclasses.field(default_factory=list)
 
@@ -138,12 +153,15 @@ class Plan:
 
     @property
     def renames(self) -> bool:
-        """Whether the image gets its name, or the name another image."""
-        return self.previous != self.digest or self.standing.name != self.request.name
+        """Whether the image gets a name, or a name another image, or one goes."""
+        moves = self.previous != self.digest or self.standing.name != self.request.name
+        return moves or bool(self.further or self.leaving)
 
     @property
-    def origin(self) -> NameRecord:
-        """What is to be remembered of where the name comes from."""
+    def origin(self) -> NameRecord | None:
+        """What is to be remembered of where the name comes from, None if that is not known."""
+        if self.source is None:
+            return self.remembered
         return NameRecord(
             ref=parse_reference(self.request.ref).text,
             manifest=self.digest,
@@ -157,7 +175,7 @@ class Plan:
         """How the policy for signatures was applied: by the source just now, or when the name got its meaning."""
         if self.source is not None:
             return self.source.facts().policy
-        return self.standing.record.policy if self.standing.record else None
+        return self.remembered.policy if self.remembered else None
 
     @property
     def digest(self) -> str:
@@ -225,8 +243,12 @@ def recall(
     Layers are proved, and proofs remembered with ``record``, as look_up() does.
     """
     standing = Standing.of(repository, request)
-    digest = standing.digest
-    if digest is None or not _is_asked_for(request, standing, same_reference):
+    digest, remembered = standing.digest, standing.record
+    if request.local:
+        digest, remembered = _here(repository, request, standing)
+    elif digest is None or not _is_asked_for(request, standing, same_reference):
+        return None
+    if digest is None:
         return None
     manifest_document = imagestreams.usable(repository, imagestreams.MANIFEST, digest)
     if manifest_document is None:
@@ -244,10 +266,11 @@ def recall(
         return None
     plan = Plan(
         request=request,
-        reference=parse_reference(request.ref),
+        reference=Reference("", request.ref, request.ref) if request.local else parse_reference(request.ref),
         manifest=manifest,
-        registry_digest=(standing.record and standing.record.registry_digest) or digest,
-        index_digest=standing.record.index_digest if standing.record else None,
+        registry_digest=(remembered and remembered.registry_digest) or digest,
+        index_digest=remembered.index_digest if remembered else None,
+        remembered=remembered,
         config_raw=config_document.raw,
         config=config,
         layers=[],
@@ -263,6 +286,31 @@ def recall(
             return None
         plan.layers.append(layer)
     return plan
+
+
+def _here(repository: Repository, request: Request, standing: Standing) -> tuple[str | None, NameRecord | None]:
+    """The manifest in the repository that a ``local`` request means, and what is remembered of it; None, None if there
+    is none. UnexpectedDigest if it is not the one that was asked for.
+    """
+    if is_digest(request.ref):
+        digest = request.ref if repository.stream(imagestreams.MANIFEST + request.ref) is not None else None
+        names = [name for name, manifest in repository.tags().items() if manifest == digest]
+    else:
+        names = [request.ref]
+        digest = repository.tag_digest(request.ref)
+        if digest is None and request.gives_up == request.ref:
+            names, digest = [standing.name], standing.digest  # it was renamed before
+    if digest is None:
+        return None, None
+    if request.digest and request.digest != digest:
+        raise UnexpectedDigest(
+            f"{request.ref!r} means {digest} in the repository, where 'digest' asks for {request.digest}.",
+            "Decide which image you want and update the task.",
+        )
+    records = (namerecords.read(repository, name) for name in names)
+    known = next((record for record in records if record is not None), None)
+    # The time is that of the name which it came with.
+    return digest, known and dataclasses.replace(known, since="")
 
 
 def _is_asked_for(request: Request, standing: Standing, same_reference: bool) -> bool:

@@ -36,6 +36,7 @@ from ..errors import (
     from_os_error,
 )
 from ..formats.ocidocuments import Platform, parse_platform
+from ..formats.digests import is_digest
 from ..formats.reference import Reference, parse_reference
 from .limits import MIN_RATE, Limits
 from .plan import Layer, Plan, Request
@@ -77,6 +78,13 @@ class Options:
     max_size: int | None = None
     min_rate: int = MIN_RATE
     deadline: float | None = None
+
+    def images_of(self, request: Request) -> publish.Images:
+        """Which EROFS images to make of one image."""
+        return publish.Images(
+            self.images.plain if request.erofs is None else request.erofs,
+            self.images.bootable if request.bootable is None else request.bootable,
+        )
 
 
 @dataclasses.dataclass
@@ -121,12 +129,16 @@ def pull_images(
     sources = _Sources(options, progress, limits, requests)
     try:
         plans = [_plan(repository, request, options, sources, progress) for request in requests]
+        for plan in plans:
+            tags, leaving = plan.request.tags, plan.request.gives_up
+            plan.further = tuple(tag for tag in tags if repository.tag_digest(tag) != plan.digest)
+            plan.leaving = (leaving,) if leaving and repository.tag_digest(leaving) is not None else ()
         _choose_deltas(repository, plans, options, sources)
         clock.lap("resolve")
-        predictions = [publish.predict(repository, plan, options.images) for plan in plans]
+        predictions = [publish.predict(repository, plan, options.images_of(plan.request)) for plan in plans]
         settled = not any(predictions) and not any(plan.renames for plan in plans)
         if options.check or (
-            settled and not any(publish.unfinished(repository, plan, options.images) for plan in plans)
+            settled and not any(publish.unfinished(repository, plan, options.images_of(plan.request)) for plan in plans)
         ):
             outcomes = _untouched(plans, predictions, exact=not options.peers)
             if options.check:
@@ -212,7 +224,8 @@ def _credentials(proxy: ProxyOptions, requests: Sequence[Request]) -> dict[str, 
     """
     if proxy.username is None:
         return {}
-    references = [parse_reference(request.ref) for request in requests if request.username is None]
+    own = [request for request in requests if request.username is None and not request.local]
+    references = [parse_reference(request.ref) for request in own]
     registries = sorted({reference.registry for reference in references if reference.is_remote})
     if len(registries) > 1:
         raise InvalidOption(
@@ -224,7 +237,7 @@ def _credentials(proxy: ProxyOptions, requests: Sequence[Request]) -> dict[str, 
 
 
 def _check_names(repository: Repository, requests: Sequence[Request]) -> None:
-    names = [request.name for request in requests]
+    names = [name for request in requests for name in (request.name, *request.tags)]
     for name in names:
         repository.check_tag_name(name)
         if names.count(name) > 1:
@@ -234,9 +247,14 @@ def _check_names(repository: Repository, requests: Sequence[Request]) -> None:
 
 
 def _plan(repository: Repository, request: Request, options: Options, sources: _Sources, progress: Progress) -> Plan:
+    record = not options.check
+    if request.local:
+        known = planning.recall(repository, request, [], record)
+        if known is None:
+            raise _not_here(repository, request)
+        return known
     # Outside of the block that names the reference in errors: one that cannot be understood may hold a password.
     reference = parse_reference(request.ref)
-    record = not options.check
     try:
         if options.policy == MISSING:
             known = planning.recall(repository, request, [], record)
@@ -261,6 +279,18 @@ def _plan(repository: Repository, request: Request, options: Options, sources: _
         raise
     except OSError as error:
         raise from_os_error(error, f"Looking up {request.ref}") from error
+
+
+def _not_here(repository: Repository, request: Request) -> EngineError:
+    """The error for a digest or name that cannot be had from the repository itself. Raises InvalidReference for what is
+    neither.
+    """
+    if not is_digest(request.ref) and not request.gives_up and repository.tag_digest(request.ref) is None:
+        parse_reference(request.ref)
+    return ImageNotFound(
+        f"The repository {repository.path} has no whole image {request.ref}.",
+        "Pull it by its reference, with transport and host.",
+    )
 
 
 def _choose_deltas(repository: Repository, plans: Sequence[Plan], options: Options, sources: _Sources) -> None:
@@ -337,7 +367,7 @@ def _carry_out(
 
             seeds = _peers(options, repository, missing, progress)
             jobs = [_job(stream, plan, layer, seeds) for stream, (plan, layer) in missing.items()]
-            begun = _begin(repository, plans, options.images, usable_processors(), stack)
+            begun = _begin(repository, plans, options, usable_processors(), stack)
 
             def arrived(stream: str, digest: bytes) -> None:
                 for ahead in begun.values():
@@ -365,7 +395,12 @@ def _carry_out(
             claimed.update(mine)
             with doing(f"registering {plan.request.ref}"):
                 documents_changed = publish.publish(
-                    repository, plan, options.images, stored, progress, begun.get(plan.request.name)
+                    repository,
+                    plan,
+                    options.images_of(plan.request),
+                    stored,
+                    progress,
+                    begun.get(plan.request.name),
                 )
             got = [fetched[stream] for stream in mine]
             stats = _stats(plan)
@@ -391,10 +426,14 @@ def _carry_out(
 def _set_name(repository: Repository, plan: Plan) -> None:
     """Let the name lead to the image, and take away the one that it had instead."""
     name = plan.request.name
-    origin = plan.origin if plan.source else plan.standing.record
-    if origin is not None:
-        namerecords.remember(repository, name, origin)
-    repository.tag(name, plan.digest)
+    origin = plan.origin
+    for each in (name, *plan.request.tags):
+        if origin is not None:
+            namerecords.remember(repository, each, origin)
+        repository.tag(each, plan.digest)
+    for each in plan.leaving:
+        repository.untag(each)
+        namerecords.forget(repository, each)
     if plan.standing.name != name:
         repository.untag(plan.standing.name)
         namerecords.forget(repository, plan.standing.name)
@@ -406,13 +445,15 @@ def _remember_origins(repository: Repository, plans: Sequence[Plan]) -> None:
     change of the repository and no reason to fail.
     """
     for plan in plans:
-        if plan.source is not None:
+        origin = plan.origin
+        if plan.source is not None and origin is not None:
             with contextlib.suppress(EngineError):
-                namerecords.remember(repository, plan.request.name, plan.origin)
+                for name in (plan.request.name, *plan.request.tags):
+                    namerecords.remember(repository, name, origin)
 
 
 def _begin(
-    repository: Repository, plans: Sequence[Plan], images: publish.Images, most: int, stack: contextlib.ExitStack
+    repository: Repository, plans: Sequence[Plan], options: Options, most: int, stack: contextlib.ExitStack
 ) -> dict[str, Ahead]:
     """Begin to make EROFS images beside the transfer, of at most ``most`` images of the task, by name. ``stack`` ends
     what nobody waited for.
@@ -434,7 +475,7 @@ def _begin(
     for plan in plans:
         if len(begun) < most and plan.config_digest not in seen and plan.missing():
             seen.add(plan.config_digest)
-            ahead = publish.begin(repository, plan, images, leave)
+            ahead = publish.begin(repository, plan, options.images_of(plan.request), leave)
             if ahead is not None:
                 stack.callback(ahead.close)
                 begun[plan.request.name] = ahead
@@ -515,15 +556,17 @@ def forget(repository: Repository, request: Request, check: bool) -> Report:
     repository.check_tag_name(request.name)
     standing = planning.Standing.of(repository, request)
     previous = standing.digest
-    exists = previous is not None
+    names = [standing.name] if previous is not None else []
+    names += [tag for tag in request.tags if repository.tag_digest(tag) is not None]
     try:
         known, previous_layers = _known(repository, previous)
     except MissingLibrary:
         known, previous_layers = ImageResult(), []  # only shown; a name can go without it
-    if exists and not check:
+    if names and not check:
         with publish.alone(repository):
-            repository.untag(standing.name)
-            namerecords.forget(repository, standing.name)
+            for name in names:
+                repository.untag(name)
+                namerecords.forget(repository, name)
         # What is reported as removed must not come back after a power cut.
         repository.sync()
     result = dataclasses.replace(
@@ -531,9 +574,10 @@ def forget(repository: Repository, request: Request, check: bool) -> Report:
         name=request.name,
         ref=request.ref or (standing.record.ref if standing.record else None),
         previous_digest=previous,
+        tags=list(request.tags),
         policy=standing.record.policy if standing.record else None,
     )
-    return Report(result, exists, standing.name, previous_layers)
+    return Report(result, bool(names), standing.name, previous_layers)
 
 
 def _known(repository: Repository, digest: str | None) -> tuple[ImageResult, list[str]]:
@@ -560,7 +604,8 @@ def _known(repository: Repository, digest: str | None) -> tuple[ImageResult, lis
 def foretell(repository: Repository, request: Request) -> Report:
     """What check mode says of an image that would be pulled, where nobody can be asked about it."""
     standing = planning.Standing.of(repository, request)
-    result = ImageResult(name=request.name, ref=request.ref, previous_digest=standing.digest)
+    tags = list(request.tags)
+    result = ImageResult(name=request.name, ref=request.ref, tags=tags, previous_digest=standing.digest)
     return Report(result, True, standing.name)
 
 
@@ -578,6 +623,7 @@ def describe(repository: Repository, outcome: Outcome) -> Report:
         index_digest=plan.index_digest,
         config_digest=plan.config_digest,
         previous_digest=plan.previous,
+        tags=list(plan.request.tags),
         image_id=publish.image_id(repository, plan.image_refs, boot=False),
         boot_image_id=publish.image_id(repository, plan.image_refs, boot=True),
         about=about(plan.manifest, plan.config),

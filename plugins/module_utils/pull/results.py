@@ -71,6 +71,7 @@ class ImageResult:
     index_digest: str | None = None
     config_digest: str | None = None
     previous_digest: str | None = None
+    tags: list[str] = dataclasses.field(default_factory=list)
     image_id: str | None = None
     boot_image_id: str | None = None
     about: About = About()

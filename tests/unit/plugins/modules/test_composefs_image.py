@@ -29,7 +29,8 @@ from ansible_collections.composefs.oci.plugins.module_utils.formats import codec
 from ansible_collections.composefs.oci.plugins.module_utils.host import processes
 from ansible_collections.composefs.oci.plugins.module_utils.pull import pull
 from ansible_collections.composefs.oci.plugins.module_utils.pull.results import ImageResult
-from ansible_collections.composefs.oci.plugins.module_utils.store import create
+from ansible_collections.composefs.oci.plugins.module_utils.store import create, namerecords
+from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ansible_collections.composefs.oci.plugins.module_utils.errors import AuthFailed, RegistryUnreachable, SkopeoMissing
 from ansible_collections.composefs.oci.plugins.modules import composefs_image
 from ansible_collections.composefs.oci.tests.support.moduleargs import arguments
@@ -194,6 +195,77 @@ def test_what_check_mode_cannot_know_is_null(run: Any, world: World) -> None:
     assert set(figures.values()) == {None}
 
 
+def names_in(repository: str) -> dict[str, str]:
+    with Repository.open(repository) as opened:
+        return opened.tags()
+
+
+def test_further_names_are_set_and_removed_in_the_same_task(run: Any, repository: str) -> None:
+    foretold = run(ref=REGISTRY + "app", name="x", tags=["y", "team/z"], check=True)
+    done = run(ref=REGISTRY + "app", name="x", tags=["y", "team/z"])
+    assert foretold["changed"] and done["changed"] and done["tags"] == ["y", "team/z"]
+    assert names_in(repository) == dict.fromkeys(["team/z", "x", "y"], done["digest"])
+    with Repository.open(repository) as opened:
+        assert {name: record.ref for name, record in namerecords.records(opened).items()} == dict.fromkeys(
+            ["team/z", "x", "y"], REGISTRY + "app"
+        )
+    assert not run(ref=REGISTRY + "app", name="x", tags=["y"])["changed"]
+    more = run(ref=REGISTRY + "app", name="x", tags=["new"], pull="missing")
+    assert more["changed"] and more["streams"] == [] and "new" in names_in(repository)
+    assert run(name="x", tags=["y", "gone"], state="absent")["changed"] and sorted(names_in(repository)) == [
+        "new",
+        "team/z",
+    ]
+    assert run(ref=REGISTRY + "app", name="x", tags=["x"])["error"] == "invalid_reference"
+
+
+@pytest.mark.parametrize("by", ["digest", "name"])
+def test_an_image_that_is_there_gets_another_name_without_network(
+    run: Any, world: World, repository: str, by: str
+) -> None:
+    first = run(ref=REGISTRY + "app", name="x")
+    asked = len(world.requests)
+    ref = first["digest"] if by == "digest" else "x"
+    assert run(ref=ref, name="y", check=True)["changed"] and "y" not in names_in(repository)
+    again = run(ref=ref, name="y")
+    assert again["changed"] and again["digest"] == first["digest"] and again["streams"] == []
+    assert not run(ref=ref, name="y")["changed"] and len(world.requests) == asked
+    with Repository.open(repository) as opened:
+        record = namerecords.read(opened, "y")
+        assert record is not None and record.ref == REGISTRY + "app"
+    assert run(ref=ref, name="y", digest="sha256:" + "0" * 64)["error"] == "unexpected_digest"
+
+
+def test_what_is_neither_a_reference_nor_there_is_refused(run: Any, repository: str) -> None:
+    assert run(ref="nothing", name="y")["error"] == "invalid_reference"
+    assert run(ref="sha256:" + "0" * 64, name="y")["error"] == "image_not_found"
+    assert run(rename_from="nothing", name="y")["error"] == "image_not_found"
+    assert run(ref="sha256:" + "0" * 64)["error"] == "invalid_reference", "which name?"
+
+
+def test_a_name_is_changed(run: Any, world: World, repository: str) -> None:
+    first = run(ref=REGISTRY + "app", name="old")
+    run(ref=REGISTRY + "base", name="new")
+    asked = len(world.requests)
+    assert run(rename_from="old", name="new", check=True)["changed"] and len(names_in(repository)) == 2
+    assert run(rename_from="old", name="new")["changed"]
+    assert names_in(repository) == {"new": first["digest"]} and len(world.requests) == asked
+    with Repository.open(repository) as opened:
+        assert namerecords.records(opened)["new"].ref == REGISTRY + "app" and namerecords.strays(opened) == []
+    assert not run(rename_from="old", name="new")["changed"]
+
+
+def test_images_may_be_texts_and_differ(run: Any, repository: str) -> None:
+    done = run(
+        images=[REGISTRY + "base", {"ref": REGISTRY + "app", "name": "x", "erofs": False, "tags": ["y"]}], erofs=True
+    )
+    assert done["changed"], done
+    one, other = done["images"]
+    assert one["name"] == REGISTRY + "base" and one["image_id"]
+    assert other["image_id"] is None and other["tags"] == ["y"]
+    assert run(images=[REGISTRY + "base", ["nested"]], shape=False)["error"] == "invalid_option"
+
+
 def test_what_is_returned_is_documented(run: Any) -> None:
     documented = yaml.safe_load(composefs_image.RETURN)
     assert set(documented) == (SHAPE - {"changed"}) | {"images", "error", "attempts", "seconds"}
@@ -231,9 +303,9 @@ def test_documentation_and_argument_spec_say_the_same(monkeypatch: pytest.Monkey
 def test_examples_are_tasks_that_the_module_accepts(world: World) -> None:
     for task in yaml.safe_load(composefs_image.EXAMPLES):
         values = dict(task["composefs.oci.composefs_image"])
-        params = {**dict.fromkeys(("ref", "name", "digest", "platform", "images")), "state": "present", **values}
+        params = {**dict.fromkeys((*composefs_image.IMAGE, "images")), "state": "present", **values}
         params["images"] = [
-            {**dict.fromkeys(("ref", "name", "digest", "platform")), **image} for image in params["images"] or []
+            {**dict.fromkeys(composefs_image.IMAGE), **image} for image in params["images"] or []
         ] or None
         assert composefs_image.requests_of(params)
 
