@@ -368,9 +368,9 @@ def damage(whole: bytes, other: bytes, dice: random.Random) -> bytes:
 
 
 def attempt(run: Callable[[bytes], None], data: bytes) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     run(data)
-    assert time.monotonic() - started < SECONDS_PER_INPUT, "too slow"
+    assert time.process_time() - started < SECONDS_PER_INPUT, "too slow"
 
 
 def mutate(target: str, seconds: float, seed: int) -> None:

@@ -26,13 +26,15 @@ sys.path[:0] = [str(ROOT / "tests" / "unit")]
 
 __import__("conftest")  # makes the collection importable
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
-from ansible_collections.composefs.oci.plugins.module_utils.rootfs import bootable, erofswriter
+from ansible_collections.composefs.oci.plugins.module_utils.rootfs import bootable, erofswriter, lastmatch
 from ansible_collections.composefs.oci.plugins.module_utils.errors import EngineError
 from ansible_collections.composefs.oci.plugins.module_utils.rootfs.merge import XATTR_MODES, TreeBuilder
 from ansible_collections.composefs.oci.tests.support.layers import Objects, base
 from ansible_collections.composefs.oci.tests.support.tarbytes import header, member, padding, small_tree, tar
 
 SECONDS_PER_INPUT = 5.0
+# Expressions of a policy that never end are interrupted; here sooner than in a pull.
+lastmatch._MAX_SECONDS = 1.0
 MEMORY = 1 << 29
 FILES = "etc/selinux/t/contexts/files/file_contexts"
 PARENTS = (b"a", b"b", b"usr", b"run", b"etc", b".", b"", b"\xff")
@@ -224,10 +226,10 @@ def swallow(layers: list[bytes]) -> str:
 
 def attempt(layers: list[bytes]) -> str:
     """As swallow(), within limits of time and memory."""
-    started = time.monotonic()
+    started = time.process_time()
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     word = swallow(layers)
-    seconds = time.monotonic() - started
+    seconds = time.process_time() - started
     assert seconds < SECONDS_PER_INPUT, f"took {seconds:.1f} seconds"
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert most == memory or most < MEMORY >> 10, f"needed {most >> 10} MiB"

@@ -142,10 +142,14 @@ class Splitter:
             if (
                 found is not None
                 # Byte 157 begins the name that a link leads to; the type of a link is b"1" or b"2".
-                and (kind in PLAIN_FILES or (octal == NO_SIZE and kind in PLAIN_EMPTY and (block[157] or kind > b"2")))
-                # ".." in the name or in its prefix has to be looked at.
+                and (
+                    kind == b"0"
+                    or (octal == NO_SIZE and kind in PLAIN_EMPTY and (block[157] or kind > b"2"))
+                    or kind in PLAIN_FILES
+                )
+                # ".." in the name or in its prefix, if there is one, has to be looked at.
                 and block.find(b"..", 0, 100) < 0
-                and block.find(b"..", 345, 500) < 0
+                and (not block[345] or block.find(b"..", 345, 500) < 0)
                 and block_sum(block) == (known(checksum) or parser.expected_sum(checksum))
             ):
                 size = int(octal, 8)

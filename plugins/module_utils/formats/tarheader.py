@@ -386,10 +386,15 @@ class Parser:
                 raise _no_header()
             if prefix and magic == b"ustar\x0000":
                 name = prefix + b"/" + name
-            plain = kind in PLAIN_FILES or (
-                size == NO_SIZE and kind in PLAIN_EMPTY and (linkname or kind not in _LINKS)
-            )
-            if plain and not self.pending and b".." not in name:
+            if (
+                not self.pending
+                and (
+                    kind == b"0"
+                    or (size == NO_SIZE and kind in PLAIN_EMPTY and (linkname or kind not in _LINKS))
+                    or kind in PLAIN_FILES
+                )
+                and b".." not in name
+            ):
                 return tuple.__new__(
                     Entry,
                     (

@@ -183,6 +183,23 @@ def test_every_file_is_as_in_the_archives(
     assert refused.value.errno == errno.EROFS
 
 
+def test_tools_that_stay_on_one_file_system_see_all_of_a_mount(mounted: Ensure, point: pathlib.Path) -> None:
+    """A directory and the files in it must not have different device numbers, for then these stop."""
+    mounted("one")
+    expected = sorted(os.path.join(where, name) for where, folders, files in os.walk(point) for name in folders + files)
+    command = ["find", str(point), "-xdev", "-mindepth", "1", "-print0"]
+    found = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.decode()
+    assert sorted(found.split("\0")[:-1]) == expected
+    listed = subprocess.run(["du", "-a", "-x", str(point)], check=True, stdout=subprocess.PIPE).stdout.splitlines()
+    everything = subprocess.run(["du", "-a", str(point)], check=True, stdout=subprocess.PIPE).stdout.splitlines()
+    assert listed == everything and len(listed) > 10
+    command = ["tar", "--one-file-system", "-C", str(point), "-cf", "-", "."]
+    packed = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+    with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
+        names = sorted(os.path.normpath(os.path.join(point, name)) for name in archive.getnames() if name != ".")
+    assert names == expected
+
+
 def test_a_second_run_changes_nothing_and_check_mode_mounts_nothing(mounted: Ensure, point: pathlib.Path) -> None:
     assert mounted("one", check=True).changed
     assert not point.exists() and mountinfo.at(str(point)) is None
