@@ -42,9 +42,9 @@ BREAKAGES = (
     Breakage(
         "rollout",
         "a bad image reaches canaries only",
-        "roles/rollout/tasks/wave.yml",
-        "  when: rollout_gate_now.stop\n",
-        "  when: rollout_gate_now.stop and false\n",
+        "plugins/plugin_utils/rollout.py",
+        'return succeeded(result(host, "rollout_confirmed")) and not result(host, "rollout_reverted")',
+        "return bool(host)",
         "test_a_bad_image_reaches_canaries_only_and_they_go_back",
     ),
     Breakage(
