@@ -11,7 +11,7 @@
 
 A platform has ``name``; ``kind``: namespace (default) or guest; ``suite``; ``flavour``: bare or ready (namespace),
 isolated: true (namespace). ``lab`` has ``images`` (names, see images.py), ``registries`` (name: {tls, user, password,
-filled: false for one without images}),
+filled: false for one without images, access_log: true}),
 ``archives`` (transport:file to make, and the image to put there) and ``programs`` that must be on the PATH.
 
 Two variables of the environment change every host of a scenario, so that it can be tried on others than it names:

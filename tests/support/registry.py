@@ -148,9 +148,11 @@ class Registry:
         password: str = "",
         port: int = 0,
         storage: str | os.PathLike[str] | None = None,
+        access_log: bool = False,
     ) -> None:
         self.directory = pathlib.Path(directory).resolve()
         self.tls, self.user, self.password, self.port = tls, user, password, port
+        self.access_log = access_log
         self.storage = pathlib.Path(storage).resolve() if storage else self.directory / "data"
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -246,7 +248,7 @@ class Registry:
             }
         document: dict[str, object] = {
             "version": 0.1,
-            "log": {"level": "warn", "accesslog": {"disabled": True}},
+            "log": {"level": "warn", "accesslog": {"disabled": not self.access_log}},
             "storage": {"filesystem": {"rootdirectory": str(self.storage)}, "delete": {"enabled": True}},
             "http": http_part,
         }
