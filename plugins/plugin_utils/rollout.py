@@ -424,7 +424,9 @@ def report(
 
 
 def plan(hosts: Mapping[str, Host], path: str, digest: str) -> dict[str, Any]:
-    """What a rollout would do: a row for each host, and totals. ``bytes`` are what the host would fetch."""
+    """What a rollout would do: a row for each host, and totals. ``bytes`` are what the host would fetch. ``shared`` are
+    the digests that at least two hosts to be changed have now: a delta from each of them is worth making.
+    """
     rows = []
     for name, host in hosts.items():
         planned = result(host, "rollout_planned")
@@ -449,7 +451,9 @@ def plan(hosts: Mapping[str, Host], path: str, digest: str) -> dict[str, Any]:
         "failed": sum(row["state"] in (FAILED, REVERT_FAILED) for row in rows),
         "bytes": sum(row["bytes"] or 0 for row in rows),
     }
-    return {"hosts": rows, "totals": totals}
+    before = [row["before"] for row in rows if row["before"] and row["state"] == "change"]
+    shared = sorted(old for old in set(before) if before.count(old) >= 2)
+    return {"hosts": rows, "totals": totals, "shared": shared}
 
 
 def status(hosts: Mapping[str, Host], name: str = "", path: str = "") -> dict[str, Any]:

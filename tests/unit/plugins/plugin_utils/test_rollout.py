@@ -275,6 +275,12 @@ def test_a_plan_counts_bytes_and_hosts() -> None:
     }
 
 
+def test_deltas_are_worth_making_from_what_at_least_two_hosts_have() -> None:
+    hosts = {"a": HOSTS["untouched"], "b": HOSTS["staged"], "c": HOSTS["current"]}
+    assert rollout.plan(hosts, PATH, NEW)["shared"] == [OLD]
+    assert rollout.plan({"a": HOSTS["untouched"], "c": HOSTS["current"]}, PATH, NEW)["shared"] == []
+
+
 def test_the_digest_is_the_index_where_that_is_pinned() -> None:
     answer = {"digest": OLD, "registry_digest": OLD, "index_digest": NEW}
     assert [rollout.digest_of(answer, pin) for pin in ("index", "manifest")] == [NEW, OLD]
