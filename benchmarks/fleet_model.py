@@ -1,0 +1,104 @@
+# Copyright (c) composefs.oci contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""A model of a rollout on paper: how long an update takes and what the origin has to send, for a fleet in sites.
+
+    python3 benchmarks/fleet_model.py --hosts 100000 --sites 400 --update 60.5 --delta 1.5 --peer 7.8
+
+Hosts prefetch in waves. All hosts of a wave share the origin's link, those of a site also the site's link, and a seed's
+link is shared by the hosts that take from it. What a transfer gets is its share of the narrowest link. Sizes are in MB,
+links in Mbit/s, times in seconds. Processor time counts per host, beside the transfer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+
+
+@dataclasses.dataclass(frozen=True)
+class Fleet:
+    """Hosts, sites, waves, and links in Mbit/s."""
+
+    hosts: int
+    sites: int
+    waves: int
+    origin: float
+    site: float
+    lan: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Seconds until the last host has the image, and MB that the origin sent."""
+
+    seconds: float
+    megabytes: float
+
+
+def wave(fleet: Fleet, hosts: int, megabytes: float, work: float) -> Outcome:
+    """One wave whose hosts all fetch from the origin; they are spread evenly over the sites."""
+    if not hosts:
+        return Outcome(0.0, 0.0)
+    here = math.ceil(hosts / fleet.sites)
+    share = min(fleet.origin / hosts, fleet.site / here, fleet.lan)
+    return Outcome(megabytes * 8 / share + work, megabytes * hosts)
+
+
+def direct(fleet: Fleet, megabytes: float, work: float) -> Outcome:
+    """Every host fetches from the origin: whole layers, or deltas."""
+    seconds = sent = 0.0
+    left = fleet.hosts
+    for number in range(fleet.waves):
+        hosts = math.ceil(left / (fleet.waves - number))
+        one = wave(fleet, hosts, megabytes, work)
+        seconds, sent, left = seconds + one.seconds, sent + one.megabytes, left - hosts
+    return Outcome(seconds, sent)
+
+
+def by_seeds(fleet: Fleet, first: float, seeded: float, seeds: int, work: float) -> Outcome:
+    """``seeds`` hosts of each site fetch ``first`` MB from the origin; the others then take ``seeded`` MB each from
+    them.
+    """
+    begun = wave(fleet, min(seeds * fleet.sites, fleet.hosts), first, work)
+    others = max(math.ceil(fleet.hosts / fleet.sites) - seeds, 0)
+    seconds = begun.seconds
+    for number in range(fleet.waves):
+        hosts = math.ceil(others / fleet.waves) if number < fleet.waves else 0
+        if hosts:
+            seconds += seeded * 8 / min(fleet.lan * seeds / hosts, fleet.lan) + work
+    return Outcome(seconds, begun.megabytes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hosts", type=int, nargs="+", default=[10, 1000, 100_000])
+    parser.add_argument("--sites", type=int, default=0, help="default: one for each 250 hosts")
+    parser.add_argument("--waves", type=int, default=4)
+    parser.add_argument("--origin", type=float, default=10_000, help="the registry's link")
+    parser.add_argument("--site", type=float, default=100, help="a site's link to the registry")
+    parser.add_argument("--lan", type=float, default=1000, help="a host's link within its site")
+    parser.add_argument("--seeds", type=int, default=2, help="of each site")
+    parser.add_argument("--update", type=float, default=60.5, help="whole layers")
+    parser.add_argument("--delta", type=float, default=1.5)
+    parser.add_argument("--peer", type=float, default=17.4, help="objects that are missing, as a peer sends them")
+    parser.add_argument("--work", type=float, default=2.0, help="seconds of processor for a pull")
+    options = parser.parse_args()
+    print("| hosts | sites | way | minutes | origin sends |")
+    print("|---|---|---|---|---|")
+    for hosts in options.hosts:
+        sites = options.sites or max(1, hosts // 250)
+        fleet = Fleet(hosts, sites, options.waves, options.origin, options.site, options.lan)
+        for name, found in (
+            ("layers", direct(fleet, options.update, options.work)),
+            ("delta", direct(fleet, options.delta, options.work)),
+            ("seeds by layers, peers", by_seeds(fleet, options.update, options.peer, options.seeds, options.work)),
+            ("seeds by delta, peers", by_seeds(fleet, options.delta, options.peer, options.seeds, options.work)),
+        ):
+            print(f"| {hosts} | {sites} | {name} | {found.seconds / 60:.1f} | {found.megabytes / 1000:.2f} GB |")
+
+
+if __name__ == "__main__":
+    main()
