@@ -31,6 +31,18 @@ options:
     description:
       - The name of the image to describe. Without O(name) and O(digest) all images that have names are listed.
     type: str
+  names:
+    description:
+      - The names of the images to describe, several or none; C(*), C(?) and C([...]) stand for what they do in a shell,
+        with C(*) also for slashes. An image is described if one of its names fits.
+    type: list
+    elements: str
+    version_added: 0.2.0
+  labels:
+    description:
+      - Describe only images that have all these labels, with these values. The values are patterns as in O(names).
+    type: dict
+    version_added: 0.2.0
   digest:
     description:
       - The manifest digest of the image to describe, as V(sha256:) and 64 hexadecimal digits. The image need not have a
@@ -65,6 +77,12 @@ EXAMPLES = r"""
   loop: "{{ found.images }}"
   loop_control:
     label: "{{ item.digest }}"
+
+- name: List the images of a team that are of version 1
+  composefs.oci.composefs_image_info:
+    names: [docker://registry.example.com/team/*]
+    labels:
+      org.opencontainers.image.version: 1.*
 
 - name: Describe one image of a user's own repository
   composefs.oci.composefs_image_info:
@@ -247,6 +265,24 @@ images:
         composefs.image.v1: 14a26c957c84f6eb774b91205476adc13196c7c33b9dd97d08d43725ecb90b63
       mounted_at: [/srv/app]
       disk_use: {own: 48037181, shared: 29810442, own_objects: 1210, shared_objects: 1921}
+totals:
+  description: Figures of all RV(images) together.
+  returned: success
+  type: dict
+  contains:
+    images:
+      description: How many images were found.
+      type: int
+    names:
+      description: How many names they have.
+      type: int
+    layers:
+      description: How many different layers they have.
+      type: int
+    size:
+      description: The bytes of the blobs of these layers, each counted once.
+      type: int
+  sample: {images: 1, names: 1, layers: 1, size: 29125228}
 dumpfile:
   description: The absolute path of the dumpfile. V(null) without O(dumpfile).
   returned: always
@@ -261,6 +297,7 @@ error:
 """
 
 import os
+from fnmatch import fnmatchcase
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
@@ -283,6 +320,7 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
     path = base["repository"] = repository_path(module)
     with opened_repository(module, path) as repository:
         images, complaints = list_images(repository, params["name"] or "", params["digest"] or "")
+        images = [image for image in images if fits(image, params["names"], params["labels"] or {})]
         use = disk_use(repository, [image["digest"] for image in images]) if params["disk_use"] else {}
         for image in images:
             image["mounted_at"] = mountinfo.showing(image["image_ids"].values())
@@ -294,7 +332,23 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
                 called = ", ".join(image["names"]) or image["digest"]
                 module.warn(f"The {texts} of {called} are too long: only their first {TEXTS_LIMIT} bytes are returned.")
         changed = bool(params["dumpfile"]) and write_dumpfile(module, repository, images, base)
-    return {"changed": changed, "images": images}
+    return {"changed": changed, "images": images, "totals": totals(images)}
+
+
+def fits(image: dict[str, Any], names: list[str] | None, labels: dict[str, Any]) -> bool:
+    """Whether an image has one of the names and all of the labels, which are patterns."""
+    if names is not None and not any(fnmatchcase(name, pattern) for name in image["names"] for pattern in names):
+        return False
+    return all(
+        key in image["labels"] and fnmatchcase(image["labels"][key], str(value)) for key, value in labels.items()
+    )
+
+
+def totals(images: list[dict[str, Any]]) -> dict[str, int]:
+    """Figures of all images together."""
+    sizes = {layer["digest"]: layer["size"] for image in images for layer in image["layers"]}
+    named = sum(len(image["names"]) for image in images)
+    return {"images": len(images), "names": named, "layers": len(sizes), "size": sum(sizes.values())}
 
 
 def write_dumpfile(
@@ -322,13 +376,15 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "name": {"type": "str"},
+            "names": {"type": "list", "elements": "str"},
+            "labels": {"type": "dict"},
             "digest": {"type": "str"},
             "repository": {"type": "path"},
             "unsafe_repository": {"type": "str", "choices": ["refuse", "accept"], "default": "refuse"},
             "disk_use": {"type": "bool", "default": False},
             "dumpfile": {"type": "path"},
         },
-        mutually_exclusive=[("name", "digest")],
+        mutually_exclusive=[("name", "digest", "names")],
         supports_check_mode=True,
     )
     if module.params["dumpfile"] and not (module.params["name"] or module.params["digest"]):

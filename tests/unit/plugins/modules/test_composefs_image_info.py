@@ -85,6 +85,32 @@ def test_all_images_are_listed(run: Any, path: str) -> None:
     assert run(name="nothing")["images"] == []
 
 
+def test_images_are_chosen_by_patterns_of_names_and_labels(run: Any, path: str) -> None:
+    def found(**values: Any) -> list[str]:
+        return [name for image in run(**values)["images"] for name in image["names"]]
+
+    with Repository.open(path, write=True) as repository:
+        repository.tag("docker://r.test/team/app:1", repository.tag_digest("app") or "")
+    assert found(names=["app"]) == found(names=["*/team/*"]) == ["app", "docker://r.test/team/app:1"]
+    assert found(names=["b?re", "nothing"]) == ["bare"] and found(names=[]) == []
+    assert found(labels={"author": "app"}) == [], "the configuration's author is no label"
+
+
+def test_labels_have_to_fit_with_their_values() -> None:
+    image = {"names": ["app"], "labels": {"version": "1.4", "empty": ""}}
+    assert composefs_image_info.fits(image, None, {"version": "1.*", "empty": ""})
+    assert composefs_image_info.fits(image, None, {"version": 1.4})
+    assert not composefs_image_info.fits(image, None, {"version": "2.*"})
+    assert not composefs_image_info.fits(image, None, {"other": "*"})
+
+
+def test_totals_count_each_layer_once(run: Any) -> None:
+    layer = {"digest": "sha256:a", "size": 5}
+    images = [{"names": ["a", "b"], "layers": [layer]}, {"names": [], "layers": [layer, {"digest": "x", "size": 2}]}]
+    assert composefs_image_info.totals(images) == {"images": 2, "names": 2, "layers": 2, "size": 7}
+    assert run()["totals"] == {"images": 2, "names": 2, "layers": 0, "size": 0}
+
+
 def test_disk_use_is_told_on_demand(run: Any) -> None:
     app, bare = (image["disk_use"] for image in run(disk_use=True)["images"])
     assert app["own"] > bare["own"] > 0
@@ -113,7 +139,7 @@ def test_a_dumpfile_needs_one_image(run: Any, tmp_path: Path, values: dict[str, 
 
 def test_the_documentation_has_the_return_values_of_the_code(run: Any) -> None:
     documented = yaml.safe_load(composefs_image_info.RETURN)
-    assert set(documented) | {"changed"} == SHAPE | {"error"}
+    assert set(documented) | {"changed"} == SHAPE | {"error", "totals"}
     assert set(documented["images"]["contains"]) == set(run()["images"][0]) == set(documented["images"]["sample"][0])
 
 
