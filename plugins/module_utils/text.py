@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 MESSAGE_LIMIT = 4096
@@ -70,6 +70,18 @@ def name_files(options: dict[str, Any]) -> None:
     for key in PATH_OPTIONS & options.keys():
         if isinstance(options[key], str):
             options[key] = file_name(options[key])
+
+
+def named_files(values: Any, convert: Callable[[str], str]) -> Any:
+    """A document of plain values in which the texts under the keys of ``PATH_OPTIONS`` went through ``convert``: what
+    is written down is text (``from_file_name``), what is read is used as names of files (``file_name``).
+    """
+    if isinstance(values, Mapping):
+        return {
+            key: convert(item) if key in PATH_OPTIONS and isinstance(item, str) else named_files(item, convert)
+            for key, item in values.items()
+        }
+    return [named_files(item, convert) for item in values] if isinstance(values, (list, tuple)) else values
 
 
 def printable(text: str, limit: int = MESSAGE_LIMIT) -> str:

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, field, replace
 
 from ..errors import InvalidReference
+from ..text import file_name
 from .digests import is_digest
 
 # What skopeo calls transports; ``registry:`` is another spelling of ``docker://``.
@@ -66,10 +67,10 @@ class Reference:
         skopeo does.
         """
         if self.transport == "dir":
-            return self.name
+            return file_name(self.name)
         if self.transport == "composefs":
-            return self.repository
-        return self.name.split(":", 1)[0] if self.transport in _LOCAL else ""
+            return file_name(self.repository)
+        return file_name(self.name.split(":", 1)[0]) if self.transport in _LOCAL else ""
 
     def pinned(self, digest: str) -> Reference:
         """The reference to the same repository by ``sha256:<hex>``: what a tag meant a moment ago. Only registries can

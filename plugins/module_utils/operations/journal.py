@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from ..errors import Busy, EngineError, IncompatibleJournal, ReadOnly, doing, from_os_error
 from ..host import files
+from ..text import file_name, from_file_name, named_files
 
 VERSION = 1
 HISTORY = 50
@@ -202,7 +203,7 @@ def parse(raw: bytes, path: str, any_version: bool = False) -> Journal:
     ``any_version``, or cannot be understood.
     """
     try:
-        values = json.loads(raw)
+        values = named_files(json.loads(raw), file_name)
         if not isinstance(values, dict) or not isinstance(values.get("version"), int):
             raise ValueError("no version")
         if values["version"] > VERSION and not any_version:
@@ -374,7 +375,7 @@ def write(value: Journal, places: Places = HOST) -> None:
     """
     file = file_of(value.path, places)
     name = os.path.basename(file)
-    text = json.dumps(to_values(value), indent=1).encode() + b"\n"
+    text = json.dumps(named_files(to_values(value), from_file_name), indent=1).encode() + b"\n"
     with doing(f"Writing the journal {file}"), files.opened_directory(places.journals) as fd:
         with contextlib.suppress(FileNotFoundError, EngineError):
             old = files.read_whole(fd, name, MAX_SIZE)

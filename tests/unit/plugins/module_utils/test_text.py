@@ -111,6 +111,16 @@ def test_a_state_that_is_none_raises_what_is_caught(change: dict[str, Any]) -> N
         assert progress.summary(state).isprintable()
 
 
+def test_paths_within_a_document_are_written_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "iso8859-1")
+    monkeypatch.setattr(os, "fsencode", lambda name: name.encode("latin-1"))
+    monkeypatch.setattr(os, "fsdecode", lambda name: name.decode("latin-1"))
+    values = {"path": "/b\xfcro", "name": "b\xfcro", "mount": {"upperdir": "/\u65e5", "opts": ["x"]}, "pending": None}
+    used = text.named_files(values, text.file_name)
+    assert used["path"] == "/b\xc3\xbcro" and used["name"] == "b\xfcro" and used["mount"]["upperdir"].isascii() is False
+    assert text.named_files(used, text.from_file_name) == values
+
+
 # --- names of files
 # --------------------------------------------------------------------------------------------------------------------
 
