@@ -22,17 +22,27 @@ import time
 import types
 import typing as t
 
-from ansible.errors import AnsibleConnectionFailure
+from ansible.errors import AnsibleConnectionFailure, AnsibleError
+from ansible.module_utils.parsing.convert_bool import boolean
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
-from ansible_collections.composefs.oci.plugins.module_utils.host.watch import COLLECT, PATIENCE, WATCH, directory_of
+from ansible_collections.composefs.oci.plugins.module_utils.errors import EngineError
+from ansible_collections.composefs.oci.plugins.module_utils.formats.reference import parse_reference
+from ansible_collections.composefs.oci.plugins.module_utils.host.watch import (
+    COLLECT,
+    PATIENCE,
+    PLACES,
+    WATCH,
+    directory_of,
+)
 from ansible_collections.composefs.oci.plugins.module_utils.progress import summary
 from ansible_collections.composefs.oci.plugins.module_utils.text import DATA, printable_values
 from ansible_collections.composefs.oci.plugins.plugin_utils.foretold import facts_of
 
 display = Display()
 
+ARCHIVES = ("oci-archive:", "docker-archive:")
 # How often the host is looked at from within one command there, and how many times, before the command comes back.
 LOOK = 0.25
 LOOKS = 4
@@ -127,6 +137,10 @@ class Line:
             display.display("\r\x1b[2K", stderr=True, screen_only=True, newline=False)
 
 
+def _listed(environment: t.Any) -> list[t.Any]:
+    return environment if isinstance(environment, list) else [environment] if environment else []
+
+
 def _columns() -> int:
     return max(20, getattr(display, "columns", 80) or 80)
 
@@ -140,8 +154,50 @@ class ActionModule(ActionBase):
 
     def run(self, tmp: str | None = None, task_vars: dict[str, t.Any] | None = None) -> dict[str, t.Any]:
         """Run the module; its result. The host need not be honest, so its texts go through the gate here as well."""
-        shown: dict[str, t.Any] = printable_values(self._run(tmp, task_vars), SPARED)
+        before = self._task.environment
+        try:
+            result = self._copied() or self._run(tmp, task_vars)
+        finally:
+            self._task.environment = before
+            if self._copies:
+                with contextlib.suppress(AnsibleConnectionFailure):
+                    self._remove_tmp_path(self._copies)
+        shown: dict[str, t.Any] = printable_values(result, SPARED)
         return shown
+
+    # The directory on the host with copies of archives.
+    _copies = ""
+
+    def _copied(self) -> dict[str, t.Any]:
+        """Copy the archives that lie on the controller to the host; a failure as a result, else nothing."""
+        arguments = self._task.args
+        if boolean(arguments.get("remote_src", True), strict=False) or arguments.get("state") == "absent":
+            return {}
+        if self._task.async_val:
+            return {"failed": True, "msg": "With remote_src: false a task cannot be async.", "error": "invalid_option"}
+        images = arguments.get("images") or [arguments]
+        places: dict[str, str] = {}
+        try:
+            for image in images:
+                text = str(image if isinstance(image, str) else image.get("ref") or "")
+                if not text.startswith(ARCHIVES):
+                    continue
+                reference = parse_reference(text)
+                if reference.path in places:
+                    continue
+                found = self._find_needle("files", reference.path)
+                if not self._copies:
+                    self._copies = self._make_tmp_path()
+                there = self._connection._shell.join_path(self._copies, f"archive-{len(places)}.tar")
+                places[reference.path] = self._transfer_file(self._loader.get_real_file(found), there) or there
+        except EngineError as error:
+            return {"failed": True, "msg": str(error), "error": error.code}
+        except AnsibleError as error:
+            return {"failed": True, "msg": str(error), "error": "image_not_found"}
+        if places:
+            self._fixup_perms2([self._copies, *places.values()])
+            self._task.environment = [*_listed(self._task.environment), {PLACES: json.dumps(places)}]
+        return {}
 
     def _run(self, tmp: str | None, task_vars: dict[str, t.Any] | None) -> dict[str, t.Any]:
         result = super().run(tmp, task_vars)
@@ -185,8 +241,7 @@ class ActionModule(ActionBase):
     def _execute_with(self, variable: str, value: str, task_vars: dict[str, t.Any]) -> dict[str, t.Any]:
         """Run the module with one more variable in its environment, which is no option, for it is nobody's but ours."""
         before = self._task.environment
-        both = before if isinstance(before, list) else [before] if before else []
-        self._task.environment = [*both, {variable: value}]
+        self._task.environment = [*_listed(before), {variable: value}]
         try:
             return self._execute_module(task_vars=task_vars)
         finally:

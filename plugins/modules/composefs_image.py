@@ -288,6 +288,15 @@ options:
       - Headers to send to O(peers) with every request, for example C(Authorization) with a bearer token.
     type: dict
     version_added: 0.2.0
+  remote_src:
+    description:
+      - Whether archives (C(oci-archive:), C(docker-archive:)) lie on the host. With V(false) they lie on the
+        controller, where they are looked for as M(ansible.builtin.copy) does. Each is copied to the host once, and the
+        copy is removed when the task ends.
+      - With V(false) the task cannot have C(async).
+    type: bool
+    default: true
+    version_added: 1.0.0
   progress_file:
     description:
       - A file on the host that is kept up to date with the progress of the task as a JSON document, for anybody to
@@ -620,6 +629,7 @@ error:
   sample: image_not_found
 """
 
+import json
 import os
 
 from ansible.module_utils.basic import AnsibleModule
@@ -638,7 +648,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.module import opened
 from ansible_collections.composefs.oci.plugins.module_utils.host import mountinfo, watch
 from ansible_collections.composefs.oci.plugins.module_utils.operations import listing
 from ansible_collections.composefs.oci.plugins.module_utils.formats.digests import is_digest
-from ansible_collections.composefs.oci.plugins.module_utils.formats.reference import parse_reference
+from ansible_collections.composefs.oci.plugins.module_utils.formats.reference import Reference, parse_reference
 from ansible_collections.composefs.oci.plugins.module_utils.formats.reference import default_name, other_names
 from ansible_collections.composefs.oci.plugins.module_utils.progress import FileSink, Progress
 from ansible_collections.composefs.oci.plugins.module_utils.pull.plan import Standing
@@ -648,8 +658,19 @@ from ansible_collections.composefs.oci.plugins.module_utils.store.repository imp
 from ansible_collections.composefs.oci.plugins.module_utils.source.options import ProxyOptions
 
 
-def requests_of(params: dict) -> list[pull.Request]:
-    """The images that the task is about."""
+def place_of(reference: Reference, params: dict, places: dict[str, str]) -> str:
+    """The reference of the copy of an archive that lies on the controller; empty if it lies on the host."""
+    if params.get("remote_src", True) or reference.transport not in ("oci-archive", "docker-archive"):
+        return ""
+    if reference.path not in places:
+        raise InvalidOption(
+            f"The archive {reference.path} was not copied to the host.", "Set remote_src to true if it lies there."
+        )
+    return f"{reference.transport}:{places[reference.path]}{reference.name[len(reference.path) :]}"
+
+
+def requests_of(params: dict, places: dict[str, str] | None = None) -> list[pull.Request]:
+    """The images that the task is about. ``places`` says where copies of archives lie on the host."""
     asked = params["images"]
     if asked is None:
         asked = [{key: params[key] for key in IMAGE}]
@@ -670,6 +691,9 @@ def requests_of(params: dict) -> list[pull.Request]:
                 f"{digest!r} is not a digest.", "Write 'digest' as sha256: and 64 hexadecimal digits."
             )
         local = params["state"] == "present" and is_local(ref, bool(leaving) and not image["ref"])
+        place = ""
+        if params["state"] == "present" and not local:
+            place = place_of(parse_reference(ref), params, places or {})
         if not image["name"]:
             if local:
                 parse_reference(ref)  # what is none is refused; a digest alone names nothing
@@ -690,6 +714,7 @@ def requests_of(params: dict) -> list[pull.Request]:
                 tags=tuple(image["tags"] or ()),
                 gives_up=leaving if leaving != name else "",
                 local=local,
+                place=place,
                 erofs=image.get("erofs") if params["images"] is not None else None,
                 bootable=image.get("bootable") if params["images"] is not None else None,
             )
@@ -813,7 +838,7 @@ def run(module: AnsibleModule, base: dict, life: watch.Life) -> dict:
     several = params["images"] is not None
     path = repository_path(module)
     base.update(repository=path)
-    requests = requests_of(params)
+    requests = requests_of(params, json.loads(os.environ.pop(watch.PLACES, "") or "{}"))
 
     # Only now, when the references proved to hold no password, they may be shown.
     def remember(facts: list[dict]) -> None:
@@ -976,6 +1001,7 @@ def main() -> None:
             "peer_ca_file": {"type": "path"},
             "peer_headers": {"type": "dict", "no_log": True},
             "progress_file": {"type": "path"},
+            "remote_src": {"type": "bool", "default": True},
         },
         mutually_exclusive=[
             ("ref", "images"),

@@ -38,6 +38,8 @@ PREFIX = "composefs-oci-"
 # Variables of the environment by which the action plugin tells the module the token of a task that it wants to watch,
 # or the directory of a job whose result it wants.
 WATCH, COLLECT = "COMPOSEFS_OCI_WATCH", "COMPOSEFS_OCI_COLLECT"
+# And by which it tells where copies of the controller's archives are: a JSON object of paths there and paths here.
+PLACES = "COMPOSEFS_OCI_PLACES"
 # Seconds between two looks at what the watcher says.
 LOOK = 0.5
 # A watcher that was silent for longer than FRESH seconds may be gone: nothing gets a name. One that was silent for

@@ -32,7 +32,8 @@ class Request:
 
     ``tags`` are further names that it gets; ``gives_up`` is a name that goes when it has its own. ``local`` says that
     ``ref`` is no reference but a digest, or a name, in the repository itself. ``erofs`` and ``bootable`` say which
-    EROFS images to make, None as the pull's options say.
+    EROFS images to make, None as the pull's options say. ``place`` is the reference of a copy that is read
+    instead, empty without one.
     """
 
     ref: str
@@ -47,6 +48,7 @@ class Request:
     local: bool = False
     erofs: bool | None = None
     bootable: bool | None = None
+    place: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -254,7 +254,7 @@ def _plan(repository: Repository, request: Request, options: Options, sources: _
             raise _not_here(repository, request)
         return known
     # Outside of the block that names the reference in errors: one that cannot be understood may hold a password.
-    reference = parse_reference(request.ref)
+    reference = parse_reference(request.place or request.ref)
     try:
         if options.policy == MISSING:
             known = planning.recall(repository, request, [], record)

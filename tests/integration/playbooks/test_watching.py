@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import zstandard
 from faultproxy import FaultProxy, Rule
+from ociimage import Layout, skopeo_copy
 from registry import Registry
 
 if False:  # only for type checkers: pytest gives the fixture
@@ -246,3 +247,22 @@ def test_a_task_with_nothing_to_do_starts_no_job(ready: Site, registry: Registry
     done = ready.run(PULL, "-vvv", registry=registry.address, **ALWAYS)
     assert "changed=False" in done.stdout and "%" not in done.stderr
     assert done.stdout.count("AnsiballZ") + done.stdout.count("EXEC") <= 6, "one command for the module, and no more"
+
+
+def test_an_archive_of_the_controller_is_copied_and_leaves_nothing(ready: Site, images: Layout) -> None:
+    (ready.directory / "files").mkdir()
+    skopeo_copy(f"oci:{images.path}:app", f"oci-archive:{ready.directory}/files/app.tar:app")
+    tasks = """
+- name: Import an archive of the controller
+  composefs.oci.composefs_image:
+    ref: oci-archive:app.tar:app
+    name: app
+    repository: "{{ repository }}"
+    remote_src: false
+"""
+    for wish, changed in (("always", 1), ("never", 0)):
+        done = ready.run(tasks, composefs_progress=wish)
+        assert done.returncode == 0 and f"changed={changed}" in done.stdout, done.stdout + done.stderr
+        assert not any(files for _path, _dirs, files in os.walk(ready.directory / "remote"))
+    missing = ready.run(tasks.replace("app.tar", "nothing.tar"))
+    assert missing.returncode != 0 and "image_not_found" in missing.stdout
