@@ -38,7 +38,7 @@ SCENARIOS = ROOT / "extensions" / "molecule"
 EXAMPLE = ROOT / "examples" / "molecule-rollout"
 LOGS = VENV / "logs"
 SKIP = 77
-GUESTS = ("power", "verity")
+GUESTS = ("confirm", "power", "verity")
 COMMANDS = {
     "skopeo": "skopeo",
     "docker-registry": "docker-registry",

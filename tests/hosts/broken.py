@@ -219,6 +219,22 @@ BREAKAGES = (
         "test_the_persistent_mount_comes_back_after_a_reboot",
     ),
     Breakage(
+        "confirm",
+        "what nobody confirms is taken back",
+        ENGINE + "host/deadman.py",
+        '[f"--on-active={seconds}"',
+        '["--on-active=86400"',
+        "test_what_nobody_confirms_is_taken_back_by_a_timer_of_systemd",
+    ),
+    Breakage(
+        "confirm",
+        "a boot takes what was confirmed",
+        ENGINE + "operations/deployment.py",
+        "wish_of(found.mount, found.current.image_id, path))",
+        "wish_of(found.mount, (found.pending or found.current).image_id, path))",
+        "test_a_power_cut_while_an_image_is_on_trial_ends_the_trial",
+    ),
+    Breakage(
         "power",
         "what has a name is on the disk",
         ENGINE + "host/filesystem.py",
