@@ -123,6 +123,14 @@ BREAKAGES = (
         "test_what_cannot_be_reached_has_its_code",
     ),
     Breakage(
+        "hostile",
+        "planted links are not followed",
+        ENGINE + "host/beneath.py",
+        "_DIRECTORY = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC",
+        "_DIRECTORY = os.O_DIRECTORY | os.O_CLOEXEC",
+        "test_planted_links_lead_root_nowhere",
+    ),
+    Breakage(
         "unprivileged",
         "nobody else gets into the repository",
         ENGINE + "store/create.py",
