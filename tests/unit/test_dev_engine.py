@@ -34,6 +34,7 @@ def engine() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_every_verb_works_on_a_repository(
     engine: ModuleType, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: Any
 ) -> None:

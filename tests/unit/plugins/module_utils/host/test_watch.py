@@ -95,12 +95,14 @@ def test_a_short_task_ends_in_its_own_command_and_leaves_nothing(token: str, tmp
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_without_a_watcher_or_a_place_to_meet_the_task_just_runs(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Command(lambda: watch.run("", task(0.4))).end() == (0, "the result\n")
     monkeypatch.setattr(watch, "PLACE", "/nowhere")
     assert Command(lambda: watch.run(token, task(0.4))).end() == (0, "the result\n")
 
 
+@pytest.mark.slow
 def test_a_long_task_becomes_a_job_whose_result_is_collected(token: str, tmp_path: pathlib.Path) -> None:
     directory = watch.directory_of(token)
     begun = time.monotonic()
@@ -113,6 +115,7 @@ def test_a_long_task_becomes_a_job_whose_result_is_collected(token: str, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_result_that_nobody_collects_goes_with_the_job(
     token: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
