@@ -16,11 +16,12 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Callable, Protocol
 
 from . import text
 from .errors import NotARepository, from_exception
+from .formats.digests import is_digest
 from .host import beneath
 from .store.repository import Repository, default_path
 
@@ -144,6 +145,56 @@ def _tell_nothing_of_files(module: Any) -> None:
     that is the path of.
     """
     module.add_path_info = lambda values: values
+
+
+def guarded(
+    kind: Any,
+    references: Sequence[str],
+    several: str = "",
+    read: Callable[[object], object] = lambda value: value,
+    complain: Callable[[object], str] = lambda value: "",
+) -> Any:
+    """``kind``, which is AnsibleModule, so that it shows no secret although the task is written wrongly.
+
+    What is not understood is not known to be a secret either, and Ansible logs and returns the options of every task.
+    So they are put right before it sees them: credentials in one of the options ``references`` become stars, which no
+    reference may have; and the list ``several`` of such options, as ``read`` puts it, goes if ``complain`` finds its
+    shape wrong. What it says is then the attribute ``complaint`` of the module.
+    """
+    if not isinstance(kind, type):
+        return kind  # a test's
+
+    class Guarded(kind):  # type: ignore[misc]
+        complaint = ""
+
+        def _load_params(self) -> None:
+            super()._load_params()
+            values: Any = None
+            if several and self.params.get(several) is not None:
+                self.params[several] = values = read(self.params[several])
+                wrong = complain(values)
+                if wrong:
+                    self.complaint = f"The option {several} is malformed. {wrong} Write it as documented."
+                    self.params[several] = values = []
+            for place in (self.params, *(values if isinstance(values, list) else [])):
+                for key in references:
+                    if isinstance(place.get(key), str):
+                        place[key] = without_credentials(place[key])
+
+    return Guarded
+
+
+def without_credentials(reference: str) -> str:
+    """``reference`` with stars in the place of a user and a password before an at sign, as in
+    ``docker://user:x@host``.
+    """
+    head, at, tail = reference.rpartition("@")
+    if not at:
+        return reference
+    if is_digest(tail):
+        return f"{without_credentials(head)}@{tail}"
+    scheme, slashes, _rest = head.partition("//")
+    return f"{scheme}{slashes}***@{tail}" if slashes else f"***@{tail}"
 
 
 def run_module(

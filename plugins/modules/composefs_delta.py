@@ -182,7 +182,12 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.composefs.oci.plugins.module_utils.errors import InvalidOption
 from ansible_collections.composefs.oci.plugins.module_utils.formats.reference import parse_reference
-from ansible_collections.composefs.oci.plugins.module_utils.module import opened_repository, repository_path, run_module
+from ansible_collections.composefs.oci.plugins.module_utils.module import (
+    guarded,
+    opened_repository,
+    repository_path,
+    run_module,
+)
 from ansible_collections.composefs.oci.plugins.module_utils.operations import makedelta
 from ansible_collections.composefs.oci.plugins.module_utils.progress import Progress
 from ansible_collections.composefs.oci.plugins.module_utils.source.options import ProxyOptions
@@ -233,7 +238,7 @@ def run(module: AnsibleModule, base: dict) -> dict:
 
 def main() -> None:
     """Entry point of the module."""
-    module = AnsibleModule(
+    module = guarded(AnsibleModule, ("dest",))(
         argument_spec={
             "repository": {"type": "path"},
             "unsafe_repository": {"type": "str", "choices": ["refuse", "accept"], "default": "refuse"},

@@ -644,7 +644,12 @@ from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     SkopeoMissing,
     SkopeoTooOld,
 )
-from ansible_collections.composefs.oci.plugins.module_utils.module import opened_repository, repository_path, run_module
+from ansible_collections.composefs.oci.plugins.module_utils.module import (
+    guarded,
+    opened_repository,
+    repository_path,
+    run_module,
+)
 from ansible_collections.composefs.oci.plugins.module_utils.host import mountinfo, watch
 from ansible_collections.composefs.oci.plugins.module_utils.operations import listing
 from ansible_collections.composefs.oci.plugins.module_utils.formats.digests import is_digest
@@ -899,33 +904,11 @@ OWN = {"erofs": {"type": "bool"}, "bootable": {"type": "bool"}}
 LOGIN = {"username": {"type": "str"}, "password": {"type": "str", "no_log": True}}
 
 
-def guarded(kind):
-    """``kind``, which is AnsibleModule, so that it shows no secret although the task is written wrongly.
-
-    What is not understood is not known to be a secret either, and Ansible logs and returns the options of every task.
-    So they are put right before it sees them: credentials in a reference become stars, which no reference may have,
-    and a malformed list of images goes.
-    """
-    if not isinstance(kind, type):
-        return kind
-
-    class Guarded(kind):
-        complaint = ""
-
-        def _load_params(self):
-            super()._load_params()
-            images = self.params.get("images")
-            if isinstance(images, list):
-                self.params["images"] = [{"ref": item} if is_reference(item) else item for item in images]
-            self.complaint = complaint_about(self.params.get("images"))
-            if self.complaint:
-                self.params["images"] = []
-            images = self.params.get("images")
-            for place in (self.params, *(images if isinstance(images, list) else [])):
-                if isinstance(place.get("ref"), str):
-                    place["ref"] = without_credentials(place["ref"])
-
-    return Guarded
+def written_out(images: object) -> object:
+    """The images, those that are given as a bare reference as dictionaries."""
+    if not isinstance(images, list):
+        return images
+    return [{"ref": item} if is_reference(item) else item for item in images]
 
 
 def is_reference(item: object) -> bool:
@@ -954,20 +937,9 @@ def complaint_about(images: object) -> str:
     return ""
 
 
-def without_credentials(text: str) -> str:
-    """``text`` with stars in the place of a user and a password before an at sign, as in ``docker://user:x@host``."""
-    head, at, tail = text.rpartition("@")
-    if not at or is_digest(tail) and "@" not in head:
-        return text
-    if is_digest(tail):
-        return f"{without_credentials(head)}@{tail}"
-    scheme, slashes, _rest = head.partition("//")
-    return f"{scheme}{slashes}***@{tail}" if slashes else f"***@{tail}"
-
-
 def main() -> None:
     """Entry point of the module."""
-    module = guarded(AnsibleModule)(
+    module = guarded(AnsibleModule, ("ref",), "images", written_out, complaint_about)(
         argument_spec={
             **IMAGE,
             "images": {
@@ -1017,10 +989,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     if module.complaint:
-        module.fail_json(
-            f"The option images is malformed. {module.complaint} Write a list of dictionaries as documented.",
-            error=InvalidOption.code,
-        )
+        module.fail_json(module.complaint, error=InvalidOption.code)
     base: dict = {"changed": False}
     # The action plugin says by the environment what is between it and this module.
     job, token = os.environ.pop(watch.COLLECT, ""), os.environ.pop(watch.WATCH, "")

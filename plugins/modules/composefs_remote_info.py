@@ -162,7 +162,7 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.composefs.oci.plugins.module_utils.errors import InvalidOption
 from ansible_collections.composefs.oci.plugins.module_utils.formats.ocidocuments import parse_platform
-from ansible_collections.composefs.oci.plugins.module_utils.module import run_module
+from ansible_collections.composefs.oci.plugins.module_utils.module import guarded, run_module
 from ansible_collections.composefs.oci.plugins.module_utils.operations.remote import look_up
 from ansible_collections.composefs.oci.plugins.module_utils.progress import Progress
 from ansible_collections.composefs.oci.plugins.module_utils.source.options import ProxyOptions
@@ -207,7 +207,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
 
 def main() -> None:
     """Entry point of the module."""
-    module = AnsibleModule(
+    module = guarded(AnsibleModule, ("ref",))(
         argument_spec=ARGUMENT_SPEC,
         mutually_exclusive=[("auth_file", "username")],
         required_together=[("username", "password")],

@@ -161,3 +161,11 @@ def test_credentials_reach_skopeo_and_nothing_else(run: Any, places: Places) -> 
     assert places.options[0].username == "writer" and places.options[0].password == "se:cret w0rd"
     del result["invocation"]
     assert "se:cret" not in json.dumps(result)
+
+
+def test_credentials_in_a_reference_stand_nowhere(capsys: pytest.CaptureFixture[str]) -> None:
+    values = {"source": "a", "target": "b", "dest": "docker://somebody:hunter2@h.example/x", "repository": "/nowhere"}
+    with arguments({**values, "_ansible_remote_tmp": "/tmp"}), pytest.raises(SystemExit):
+        composefs_delta.main()
+    output = capsys.readouterr().out
+    assert "hunter2" not in output and '"failed": true' in output

@@ -96,3 +96,13 @@ def test_an_index_in_a_registry_tells_all_platforms_and_the_one_asked_for(run: A
 def test_what_cannot_be_looked_up_is_told_by_a_code(run: Any, values: dict[str, Any], error: str) -> None:
     failed = run(**values)
     assert failed["failed"] and failed["error"] == error, failed["msg"]
+
+
+def test_credentials_in_a_reference_stand_nowhere(capsys: pytest.CaptureFixture[str]) -> None:
+    with (
+        arguments({"ref": "docker://somebody:hunter2@h.example/x", "_ansible_remote_tmp": "/tmp"}),
+        pytest.raises(SystemExit),
+    ):
+        composefs_remote_info.main()
+    output = capsys.readouterr().out
+    assert "hunter2" not in output and '"failed": true' in output
