@@ -117,6 +117,18 @@ class ImageProxy:
         """Start skopeo and agree on a version. Raises SkopeoMissing, SkopeoTooOld, PolicyRejected, AuthFailed,
         Stalled, ProxyFailed.
         """
+        if self._child is None:
+            self.launch()
+        try:
+            self._initialize()
+        except BaseException:
+            self.close()
+            raise
+
+    def launch(self) -> None:
+        """Start the program and do not wait for it: it gets ready while others are asked. Raises SkopeoMissing and what
+        is wrong with the options.
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:
@@ -133,11 +145,6 @@ class ImageProxy:
                 self._clean_up()
                 raise
         self._socket = ours
-        try:
-            self._initialize()
-        except BaseException:
-            self.close()
-            raise
 
     def _initialize(self) -> None:
         value = self._call("Initialize", what="Starting skopeo").value

@@ -98,6 +98,7 @@ class SkopeoSource(Source):
         self._asked: threading.Thread | None = None
         self._starter: _Starter | None = None
         self._proxy: ImageProxy | None = None
+        self._launched: ImageProxy | None = None
         self._images: dict[Reference, int] = {}
         self._known: set[str] = set()
         self._lock = threading.Lock()
@@ -108,7 +109,7 @@ class SkopeoSource(Source):
         """The running proxy, started if there is none, and its handle of the image, opened if need be."""
         with self._lock:
             if self._proxy is None:
-                proxy = ImageProxy(self.options, reference)
+                proxy, self._launched = self._launched or ImageProxy(self.options, reference), None
                 self._start(proxy.start)
                 self._proxy = proxy
                 self._facts = self._facts._replace(
@@ -120,6 +121,14 @@ class SkopeoSource(Source):
             if reference not in self._images:
                 self._images[reference] = self._proxy.open_image(reference)
             return self._proxy, self._images[reference]
+
+    def _launch(self, reference: Reference) -> None:
+        """Let a proxy get ready that will be needed soon."""
+        with self._lock:
+            if self._proxy is None and self._launched is None:
+                proxy = ImageProxy(self.options, reference)
+                self._start(proxy.launch)
+                self._launched = proxy
 
     def _start(self, start: Callable[[], None]) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -140,8 +149,9 @@ class SkopeoSource(Source):
         return self._facts
 
     def abandon(self) -> None:
-        if self._proxy is not None:
-            self._proxy.abandon()
+        for proxy in (self._proxy, self._launched):
+            if proxy is not None:
+                proxy.abandon()
 
     def renew(self, generation: int) -> None:
         with self._lock:
@@ -149,15 +159,20 @@ class SkopeoSource(Source):
                 return
             self.generation += 1
             self._images.clear()
-            proxy, self._proxy = self._proxy, None
-        if proxy is not None:
-            proxy.kill()
+            proxies = self._proxy, self._launched
+            self._proxy = self._launched = None
+        for proxy in proxies:
+            if proxy is not None:
+                proxy.kill()
 
     def close(self) -> None:
         with self._lock:
             proxy, self._proxy = self._proxy, None
             images = [image for reference, image in self._images.items() if not reference.is_remote]
             self._images.clear()
+            launched, self._launched = self._launched, None
+        if launched is not None:
+            launched.close()
         if proxy is not None:
             with contextlib.suppress(EngineError):
                 for image in images if proxy.alive else ():
@@ -182,6 +197,7 @@ class SkopeoSource(Source):
         if reference.registry not in self._known:
             check_realm(self.options, reference.registry)
             self._known.add(reference.registry)
+        self._launch(reference)
         top, raw = top_digest(self.options, reference)
         chosen = indexes.Chosen(Descriptor("", top, len(raw)), None)
         if ocidocuments.is_index(raw):

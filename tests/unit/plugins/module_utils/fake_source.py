@@ -141,6 +141,9 @@ class FakeProxy:
             raise passing(ProxyFailed("skopeo is gone, it was killed.", "Run the task again."))
         self.world.requests.append((method, what))
 
+    def launch(self) -> None:
+        self.launched_by = threading.current_thread().name
+
     def start(self) -> None:
         self.started_by = threading.current_thread().name
         if self.world.starting:
