@@ -151,6 +151,8 @@ class ActionModule(ActionBase):
     _supports_async = True
     _supports_check_mode = True
     _supports_diff = True
+    # Whether what check mode says of names is remembered for later tasks; the results of other modules are no pulls.
+    foretells_names = True
 
     def run(self, tmp: str | None = None, task_vars: dict[str, t.Any] | None = None) -> dict[str, t.Any]:
         """Run the module; its result. The host need not be honest, so its texts go through the gate here as well."""
@@ -210,7 +212,7 @@ class ActionModule(ActionBase):
         )
         if quiet or not watched(str(self._templar.template(task_vars.get("composefs_progress", "auto")))):
             result.update(self._execute_module(task_vars=task_vars, wrap_async=bool(self._task.async_val)))
-            if self._task.check_mode and result.get("changed") and not self._task.no_log:
+            if self.foretells_names and self._task.check_mode and result.get("changed") and not self._task.no_log:
                 facts = facts_of(result, self._task.args.get("state") == "absent")
                 if facts:
                     result["ansible_facts"] = facts

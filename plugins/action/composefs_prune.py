@@ -6,6 +6,10 @@
 
 from __future__ import annotations
 
-from ansible_collections.composefs.oci.plugins.action.composefs_image import ActionModule
+from ansible_collections.composefs.oci.plugins.action import composefs_image
 
-__all__ = ["ActionModule"]
+
+class ActionModule(composefs_image.ActionModule):
+    """The action behind ``composefs.oci.composefs_prune``."""
+
+    foretells_names = False
