@@ -122,7 +122,9 @@ def pull(options: argparse.Namespace) -> object:
             outcomes = pull.pull_images(repository, [request], settings, listener)
         finally:
             listener.close()
-        return [pull.describe(repository, outcome).result.values() for outcome in outcomes]
+        return [
+            {"changed": outcome.changed, **pull.describe(repository, outcome).result.values()} for outcome in outcomes
+        ]
 
 
 def list_images(options: argparse.Namespace) -> object:

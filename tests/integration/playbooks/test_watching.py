@@ -52,7 +52,7 @@ ALWAYS = {"composefs_progress": "always"}
 
 
 def jobs() -> set[str]:
-    return set(glob.glob("/tmp/composefs-oci-*"))
+    return set(glob.glob("/tmp/composefs-oci-" + "[0-9a-f]" * 32))
 
 
 def named(site: Site) -> bool:
