@@ -285,3 +285,24 @@ def test_the_digest_is_the_index_where_that_is_pinned() -> None:
     answer = {"digest": OLD, "registry_digest": OLD, "index_digest": NEW}
     assert [rollout.digest_of(answer, pin) for pin in ("index", "manifest")] == [NEW, OLD]
     assert rollout.digest_of({"digest": OLD, "index_digest": None}, "index") == OLD
+
+
+def test_the_status_tells_what_hosts_have_and_what_it_costs() -> None:
+    info = {
+        "free_bytes": 7,
+        "names": [{"name": "app", "own": 1, "shared": 2}, {"name": f"app@{OLD}", "own": 3, "shared": 4}],
+    }
+    hosts = {
+        "a": {**HOSTS["drifted"], "rollout_repository_info": info},
+        "b": HOSTS["absent"],
+        "c": {"rollout_before": {"deployments": []}},
+    }
+    told = rollout.status(hosts)
+    first, second, third = told["hosts"]
+    assert (first["state"], first["drift"], first["free_bytes"]) == ("drifted", True, 7)
+    assert (second["state"], second["error"], third["state"]) == ("absent", "unreachable", "none")
+    assert rollout.comma_separated(told["hosts"]).splitlines()[0].startswith("host,site,state,name,path")
+
+
+def test_a_cell_that_a_spreadsheet_would_compute_is_text() -> None:
+    assert "'=1+1" in rollout.comma_separated([{"host": "=1+1"}])
