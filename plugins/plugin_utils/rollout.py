@@ -487,6 +487,7 @@ STATUS += (
     "unit_state",
     "drift",
     "own_bytes",
+    "shared_bytes",
     "free_bytes",
     "last_result",
     "last_time",
@@ -523,11 +524,22 @@ def _status_row(
         "persistent": (found.get("mount") or {}).get("persistent"),
         "unit_state": mount.get("unit_state"),
         "drift": bool(mounted and expected and mounted != expected) or found.get("state") == DRIFTED,
-        "own_bytes": information.get("bytes"),
+        "own_bytes": _bytes_of(information, found.get("name"), "own"),
+        "shared_bytes": _bytes_of(information, found.get("name"), "shared"),
         "free_bytes": information.get("free_bytes"),
         "last_result": last.get("result"),
         "last_time": last.get("time"),
     }
+
+
+def _bytes_of(information: Mapping[str, Any], name: Any, kind: str) -> int | None:
+    """The bytes of all images whose names begin with that of the deployment: the name itself, and its pins."""
+    mine = [
+        entry.get(kind)
+        for entry in information.get("names") or ()
+        if entry.get("name") == name or str(entry.get("name")).startswith(f"{name}@")
+    ]
+    return sum(mine) if mine and all(isinstance(one, int) for one in mine) else None
 
 
 def comma_separated(rows: Sequence[Mapping[str, Any]]) -> str:

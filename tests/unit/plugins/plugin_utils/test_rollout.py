@@ -51,7 +51,9 @@ HOSTS: dict[str, dict[str, Any]] = {
     "untouched": {"rollout_before": BEFORE},
     "drifted": {
         "rollout_before": {
-            "deployments": [{"path": PATH, "current": {"digest": OLD}, "pending": None, "state": "drifted"}]
+            "deployments": [
+                {"path": PATH, "name": "app", "current": {"digest": OLD}, "pending": None, "state": "drifted"}
+            ]
         }
     },
     "revert_failed": {
@@ -300,6 +302,7 @@ def test_the_status_tells_what_hosts_have_and_what_it_costs() -> None:
     told = rollout.status(hosts)
     first, second, third = told["hosts"]
     assert (first["state"], first["drift"], first["free_bytes"]) == ("drifted", True, 7)
+    assert (first["own_bytes"], first["shared_bytes"]) == (4, 6)
     assert (second["state"], second["error"], third["state"]) == ("absent", "unreachable", "none")
     assert rollout.comma_separated(told["hosts"]).splitlines()[0].startswith("host,site,state,name,path")
 
