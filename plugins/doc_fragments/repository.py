@@ -34,5 +34,5 @@ options:
     type: str
     choices: [refuse, accept]
     default: refuse
-    version_added: 1.0.0
+    version_added: 0.2.0
 """

@@ -8,7 +8,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: composefs_deployment
 short_description: Try an image at a mount point, and keep it or go back
-version_added: 1.0.0
+version_added: 0.2.0
 author:
   - composefs.oci contributors (@composefs)
 description:

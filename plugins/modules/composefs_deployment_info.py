@@ -8,7 +8,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: composefs_deployment_info
 short_description: Tell what is deployed at the mount points of a host
-version_added: 1.0.0
+version_added: 0.2.0
 author:
   - composefs.oci contributors (@composefs)
 description:

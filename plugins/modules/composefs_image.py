@@ -296,7 +296,7 @@ options:
       - With V(false) the task cannot have C(async).
     type: bool
     default: true
-    version_added: 1.0.0
+    version_added: 0.2.0
   progress_file:
     description:
       - A file on the host that is kept up to date with the progress of the task as a JSON document, for anybody to

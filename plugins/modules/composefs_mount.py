@@ -88,7 +88,7 @@ options:
         place, whatever O(state) says.
     type: bool
     default: false
-    version_added: 1.0.0
+    version_added: 0.2.0
   suid:
     description:
       - Whether setuid and setgid bits and the capabilities of files take effect. With V(true) whoever made the image
@@ -96,7 +96,7 @@ options:
       - Every mount is V(nosuid) otherwise, also with O(bootable). A mount that lacks only this gets it in place.
     type: bool
     default: false
-    version_added: 1.0.0
+    version_added: 0.2.0
   upperdir:
     description:
       - A directory that takes all changes, so that the mount can be written. It is made if it does not exist. Requires
@@ -133,7 +133,7 @@ options:
         They have names in the repository that every collector of garbage respects; see RV(keeps).
     type: int
     default: 1
-    version_added: 1.0.0
+    version_added: 0.2.0
 notes:
   - What is mounted is remembered in a journal, C(/var/lib/composefs-oci/deployments/), one file for each O(path), and
     kept alive by names in the repository, a link below C(images/refs/composefs-oci) and a pin, the name

@@ -8,7 +8,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: composefs_prune
 short_description: Free the space of images that nothing in a composefs repository keeps any more
-version_added: 1.0.0
+version_added: 0.2.0
 author:
   - composefs.oci contributors (@composefs)
 description:

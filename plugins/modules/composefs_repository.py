@@ -163,7 +163,7 @@ unsafe:
   returned: always
   type: bool
   sample: false
-  version_added: 1.0.0
+  version_added: 0.2.0
 algorithm:
   description: The hash of the repository's fs-verity digests, V(sha256) or V(sha512).
   returned: always

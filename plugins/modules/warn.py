@@ -8,7 +8,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: warn
 short_description: Warn from a role
-version_added: 1.0.0
+version_added: 0.2.0
 author:
   - composefs.oci contributors (@composefs)
 description:

@@ -25,10 +25,12 @@ ROOT = HERE.parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/support")]
 
 from ociimage import Layout
-from plugins.module_utils import fsverity, provision, pull
+from plugins.module_utils.formats import fsverity
 from plugins.module_utils.progress import Progress
-from plugins.module_utils.repository import Repository
-from plugins.module_utils.skopeo import ProxyOptions
+from plugins.module_utils.pull import pull
+from plugins.module_utils.source.options import ProxyOptions
+from plugins.module_utils.store import create
+from plugins.module_utils.store.repository import Repository
 from tarbytes import DIRECTORY, member, small_tree, tar
 
 LICENSE = "SPDX-FileCopyrightText: composefs.oci contributors\nSPDX-License-Identifier: GPL-3.0-or-later\n"
@@ -85,7 +87,7 @@ def main() -> None:
             subprocess.run([*cfsctl, "init", "--insecure", "--algorithm", "fsverity-sha512-12"], check=True)
             subprocess.run([*cfsctl, "oci", "pull", source, "one"], check=True)
         age(here / "older")
-        provision.prepare(str(here / "collection"), fsverity.SHA512, provision.DISABLED)
+        create.prepare(str(here / "collection"), fsverity.SHA512, create.DISABLED)
         with Repository.open(str(here / "collection")) as repository:
             options = pull.Options(proxy=ProxyOptions(executable=("skopeo",), unenforced_policy="ignore"))
             pull.pull_images(repository, [pull.Request(source, "one")], options, Progress(None))
