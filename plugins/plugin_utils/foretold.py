@@ -40,7 +40,7 @@ def facts_of(result: dict[str, t.Any], absent: bool) -> dict[str, t.Any]:
     for image in result.get("images") or [result]:
         repository, name = image.get("repository") or result.get("repository"), image.get("name")
         before = image.get("previous_digest")
-        if not repository or not name or (before is not None and image.get("digest") == before):
+        if not repository or not name or (before and image.get("digest") == before):
             continue
         key = hashlib.sha256(f"{repository}\0{name}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
         facts[PREFIX + key] = {

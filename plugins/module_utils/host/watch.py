@@ -205,7 +205,7 @@ def run(token: str, main: Callable[[Life], None]) -> None:
         with interruptible(life):
             main(life)
     except Interrupted:
-        sys.exit(1)
+        raise SystemExit(1) from None
 
 
 def _meeting_place(token: str) -> str:
@@ -285,7 +285,7 @@ def _work(directory: str, parent: socket.socket, main: Callable[[Life], None]) -
             _hand_over(job, parent)
             raise
     except Interrupted:
-        sys.exit(1)
+        raise SystemExit(1) from None
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 

@@ -113,7 +113,9 @@ def _journals(repository: Repository, places: Places) -> list[Keeper]:
         pending = one.pending
         entries = [one.current, *one.previous, pending]
         # What is on trial may come from another repository than what was there before.
-        if not any(_same(place, repository) for place in {one.repository, pending and pending.repository} if place):
+        if not any(
+            _same(place, repository) for place in (one.repository, pending.repository if pending else "") if place
+        ):
             continue
         images = {entry.image_id for entry in entries if entry} | {pending.origin if pending else None}
         manifests = {entry.digest for entry in entries if entry}

@@ -82,8 +82,9 @@ class _Starter(threading.Thread):
 
         self._todo.put(work)
         done.wait()
-        if outcome[1] is not None:
-            raise outcome[1]
+        error = outcome[1]
+        if isinstance(error, BaseException):
+            raise error
         return cast(T, outcome[0])
 
 

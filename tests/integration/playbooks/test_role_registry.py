@@ -11,7 +11,7 @@ import json
 import os
 import pathlib
 import subprocess
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from aptroot import Unavailable
@@ -19,7 +19,7 @@ from ociimage import Layout
 from registry import Registry
 from trixie_skopeo import trixie_skopeo
 
-if False:  # only for type checkers: pytest gives the fixture
+if TYPE_CHECKING:  # pytest gives the fixture
     from conftest import Site
 
 SECRET = "se:cret w0rd"

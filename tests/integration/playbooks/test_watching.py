@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import zstandard
@@ -27,7 +28,7 @@ from faultproxy import FaultProxy, Rule
 from ociimage import Layout, skopeo_copy
 from registry import Registry
 
-if False:  # only for type checkers: pytest gives the fixture
+if TYPE_CHECKING:  # pytest gives the fixture
     from conftest import Site
 
 PREPARE = """

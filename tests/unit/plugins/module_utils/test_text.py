@@ -179,7 +179,7 @@ def locales(tmp_path: pathlib.Path) -> dict[str, dict[str, str]]:
     }
     if shutil.which("localedef"):
         made = ["localedef", "-f", "ISO-8859-1", "-i", "de_DE", str(tmp_path / "de_DE.ISO-8859-1")]
-        if not subprocess.run(made, capture_output=True).returncode:
+        if not subprocess.run(made, capture_output=True, check=False).returncode:
             found["iso8859-1"] = {**plain, "LOCPATH": str(tmp_path), "LC_ALL": "de_DE.ISO-8859-1", "PYTHONUTF8": "0"}
     return found
 

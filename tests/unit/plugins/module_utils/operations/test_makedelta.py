@@ -74,10 +74,10 @@ class Bench:
         return (self.directory / "delta/blobs/sha256" / digest[7:]).read_bytes()
 
     def applied(self, digest: str) -> bytes:
-        with (
-            self.opened() as (repository, old, _new),
-            contextlib.closing(SourceFiles(repository.objects, repository.algorithm, old.image)) as files,
-        ):
+        with contextlib.ExitStack() as stack:
+            repository, old, _new = stack.enter_context(self.opened())
+            files = SourceFiles(repository.objects, repository.algorithm, old.image)
+            stack.callback(files.close)
             path = self.directory / "delta/blobs/sha256" / digest[7:]
             with path.open("rb") as file:
                 return b"".join(tardiff.apply(file.read, files.open, 1 << 30))

@@ -163,7 +163,8 @@ def test_the_layer_that_a_delta_makes_is_the_one_that_the_blob_makes(updated: Up
     pull_all(tmp_path / "other", APP)
     with Repository.open(str(updated.path)) as one, Repository.open(str(tmp_path / "other")) as two:
         stream = f"oci-layer-{sha256(NEW)}"
-        assert one.stream(stream) == two.stream(stream) is not None
+        assert one.stream(stream) == two.stream(stream)
+        assert one.stream(stream) is not None
 
 
 def test_check_mode_foretells_what_is_fetched(updated: Updated) -> None:

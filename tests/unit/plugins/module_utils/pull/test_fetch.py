@@ -206,7 +206,7 @@ def test_a_pull_that_dies_frees_the_layer(world: World, repo: Repository) -> Non
     timer.start()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules[__name__], "children", list)
-        (result,) = fetch.run().values()
+        (result,) = list(fetch.run().values())
     timer.join()
     assert result.fetched > 0
 
@@ -214,7 +214,7 @@ def test_a_pull_that_dies_frees_the_layer(world: World, repo: Repository) -> Non
 def test_nobody_waits_for_ever_for_a_layer(world: World, repo: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "LOCK_WAIT", 0.3)
     with Repository.open(repo.path, write=True) as other, other.lock(f"layer-{sha256(TARS[0])}"):
-        (result,) = Fetch(world, repo, 1).run().values()
+        (result,) = list(Fetch(world, repo, 1).run().values())
     assert result.fetched > 0
 
 
