@@ -238,7 +238,11 @@ def test_a_job_without_any_sign_ends_and_names_nothing(job: Job, clock: Clock, m
 
 def test_only_something_to_fetch_makes_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     told = []
-    monkeypatch.setattr(Life, "busy", told.append)
+
+    def busy(life: Life) -> None:
+        told.append(life)
+
+    monkeypatch.setattr(Life, "busy", busy)
     sink = watch.Announcer(Life())
     sink.event(Event(STARTED, "sha256:a"))
     assert told == []
