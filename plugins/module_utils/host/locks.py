@@ -80,10 +80,13 @@ def lock_file(
     try:
         yield waited
     finally:
-        if not keep:
-            with contextlib.suppress(OSError):
-                os.unlink(name, dir_fd=dir_fd)
-        os.close(fd)
+        # The lock is let go whatever ends the clean-up: a process that goes on must not wait for itself.
+        try:
+            if not keep:
+                with contextlib.suppress(OSError):
+                    os.unlink(name, dir_fd=dir_fd)
+        finally:
+            os.close(fd)
 
 
 def _open_or_make(dir_fd: int, name: str) -> int:
