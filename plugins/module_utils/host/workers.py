@@ -10,7 +10,6 @@ Also how a process makes itself less important than others.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import selectors
@@ -46,6 +45,10 @@ def yield_to_others(nice: int | None, io_class: str | None) -> None:
     number = _IOPRIO_SET.get(os.uname().machine)
     if io_class and number is not None:
         kind, level = IO_CLASSES[io_class]
+        try:
+            import ctypes
+        except ImportError:
+            return  # a Python built without it
         ctypes.CDLL(None).syscall(number, 1, 0, kind << 13 | level)
 
 

@@ -18,13 +18,12 @@ import http.client
 import io
 import re
 import socket
-import ssl
 import tempfile
 import threading
 import time
 import zlib
 from collections.abc import Mapping
-from typing import Any, BinaryIO, Callable
+from typing import TYPE_CHECKING, Any, BinaryIO, Callable
 from urllib.parse import quote, urlsplit
 
 from ..errors import (
@@ -34,6 +33,7 @@ from ..errors import (
     FormatError,
     ImageNotFound,
     InvalidOption,
+    MissingLibrary,
     RegistryUnreachable,
     Stalled,
     TlsFailed,
@@ -42,6 +42,9 @@ from ..errors import (
 from ..formats import fsverity, splitstream
 from ..formats.reference import Reference
 from .source import LayerObjects, Source
+
+if TYPE_CHECKING:
+    import ssl
 
 CONNECTIONS = 8
 SILENCE = 10.0
@@ -100,8 +103,15 @@ class PeerSource(Source):
         self._context: ssl.SSLContext | None = None
         if url.startswith("https:"):
             try:
+                import ssl  # late: a Python may lack it, and speaks plain HTTP only
+            except ImportError as error:
+                raise MissingLibrary(
+                    "The host's Python was built without ssl, so peers cannot be asked by https.",
+                    "Name peers by http, or use a Python with ssl.",
+                ) from error
+            try:
                 self._context = ssl.create_default_context(cafile=options.ca_file)
-            except (OSError, ssl.SSLError) as error:
+            except OSError as error:
                 raise InvalidOption(
                     f"The certificates in {options.ca_file} cannot be read.", "Name a file in PEM format."
                 ) from error
@@ -194,7 +204,7 @@ class _Connection:
     def failed(self, error: Exception, doing: str) -> EngineError:
         if isinstance(error, (socket.timeout, TimeoutError)):
             return Stalled(f"{self._name.capitalize()} was silent for {self._options.silence:g} seconds, {doing}.")
-        if isinstance(error, ssl.SSLError):
+        if error.__class__.__module__ == "ssl":
             return TlsFailed(f"The certificate of {self._name} is not accepted.", "Look at 'peer_ca_file'.")
         if isinstance(error, OSError):
             return RegistryUnreachable(f"Cannot reach {self._name}: {error.strerror or type(error).__name__}.")

@@ -16,7 +16,6 @@ import glob
 import http.client
 import os
 import re
-import ssl
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -61,6 +60,10 @@ def check_realm(options: ProxyOptions, registry: str) -> None:
 def _challenges(options: ProxyOptions, registry: str) -> list[str]:
     """What the registry answers to a visitor without credentials."""
     # Nobody is trusted here and nothing is sent, so the certificate does not matter: skopeo judges it.
+    try:
+        import ssl  # late: a Python may lack it, and then nobody can be asked
+    except ImportError:
+        return []
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE

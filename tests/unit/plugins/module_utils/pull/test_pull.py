@@ -277,10 +277,10 @@ def test_an_operating_system_error_while_looking_up_is_an_engine_error(
     path: pathlib.Path, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: Any) -> Any:
-        raise OSError(24, "Too many open files")
+        raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(pull.planning, "look_up", fail)
-    with pytest.raises(EngineError, match=f"Looking up {REGISTRY}app: Too many open files"):
+    with pytest.raises(EngineError, match=f"Looking up {REGISTRY}app: Input/output error"):
         pull_all(path, app())
 
 
