@@ -32,14 +32,20 @@ class Run:
         """The result of the task on the host; AssertionError unless there is exactly one."""
         found = [entry["result"] for entry in self.entries if entry["host"] == host and entry["task"].endswith(task)]
         assert len(found) == 1, f"{task} has {len(found)} results on {host} in {self.name}"
-        return dict(found[0])
+        # What check mode hands on to later tasks is no part of what a task did.
+        return {key: value for key, value in found[0].items() if key != "ansible_facts"}
 
     def modules(self, host: str) -> list[tuple[str, dict[str, Any]]]:
         """Task name and result of every task of the collection's modules on the host, but not of those that were
         skipped.
         """
         mine = [entry for entry in self.entries if entry["host"] == host and entry["kind"] != "skipped"]
-        return [(entry["task"], entry["result"]) for entry in mine if entry["action"].startswith("composefs.oci.")]
+        return [
+            (entry["task"], {key: value for key, value in entry["result"].items() if key != "ansible_facts"})
+            for entry in mine
+            # The warnings of roles are for people.
+            if entry["action"].startswith("composefs.oci.") and entry["action"] != "composefs.oci.warn"
+        ]
 
 
 def ephemeral() -> pathlib.Path:
