@@ -15,7 +15,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
 from ..formats import indexes, ocidocuments
 from ..host import machine
@@ -71,21 +71,21 @@ class _Starter(threading.Thread):
 
     def call(self, function: Callable[[], T]) -> T:
         done = threading.Event()
-        outcome: list[Any] = [None, None]
+        outcome: list[T] = []
+        failures: list[BaseException] = []
 
         def work() -> None:
             try:
-                outcome[0] = function()
+                outcome.append(function())
             except BaseException as error:
-                outcome[1] = error
+                failures.append(error)
             done.set()
 
         self._todo.put(work)
         done.wait()
-        error = outcome[1]
-        if isinstance(error, BaseException):
+        for error in failures:
             raise error
-        return cast(T, outcome[0])
+        return outcome[0]
 
 
 class SkopeoSource(Source):
