@@ -226,7 +226,7 @@ def running(repository_path: pathlib.Path, tmp_path: pathlib.Path) -> Iterator[C
         textwrap.dedent(
             f"""
             import json, sys
-            sys.path[:0] = {[path for path in sys.path if path]!r}
+            sys.path[:0] = {[str(pathlib.Path(__file__).parent), *filter(None, sys.path)]!r}
             import conftest, pulling
             from ansible_collections.composefs.oci.plugins.module_utils.errors import EngineError
             reference, settings = json.loads(sys.argv[1])
