@@ -376,9 +376,9 @@ PARTS: dict[str, tuple[Callable[[Part], None], float]] = {
     # Name: function, seconds after which it is ended.
     "near": (near, 300),
     "sanity": (sanity, 2400),
-    "hosts": (hosts, 2400),
-    "guests": (guests, 2400),
-    "integration": (integration, 2400),
+    "hosts": (hosts, 3600),
+    "guests": (guests, 3600),
+    "integration": (integration, 3600),
     "demo": (demo, 900),
     "ansible-lint": (ansible_lint, 600),
     "galaxy": (galaxy, 600),
