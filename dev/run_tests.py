@@ -473,9 +473,9 @@ def main() -> int:
     )
     arguments = parser.parse_args(namespace=OPTIONS)
     environment.complete_path()
-    PARTS[f"unit-{sys.version_info[0]}.{sys.version_info[1]}"] = (own_python, 1200)
+    PARTS[f"unit-{sys.version_info[0]}.{sys.version_info[1]}"] = (own_python, 2400)
     for version in other_pythons():
-        PARTS[f"unit-{version[0]}.{version[1]}"] = (unit_on(version), 1200)
+        PARTS[f"unit-{version[0]}.{version[1]}"] = (unit_on(version), 2400)
     GROUPS["unit"] = [name for name in PARTS if name.startswith("unit-")]
     if arguments.list:
         for name, (function, _limit) in PARTS.items():
