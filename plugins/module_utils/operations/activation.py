@@ -433,5 +433,7 @@ def _move_name(repository: Repository, name: str, current: Image, pin: str | Non
     try:
         if current.digest is not None and repository.tag_digest(name) != current.digest:
             keeping.name_like(repository, name, pin or name, current.digest)
+            # Whoever is told that it is confirmed finds the name moved, also after the power went.
+            repository.sync()
     except EngineError as error:
         host.warn(str(error))
