@@ -48,21 +48,25 @@ def disarm(name: str, run: Run, systemd: bool) -> None:
     if systemd:
         run(["systemctl", "--no-ask-password", "stop", f"{name}.timer"])
         return
-    for pid in waiting(name):
+    for group in waiting(name):
         with contextlib.suppress(OSError):
             # The shell and its sleep; nothing else is in their group, which was made for them.
-            os.killpg(os.getpgid(pid), signal.SIGTERM)
+            os.killpg(group, signal.SIGTERM)
 
 
-def waiting(name: str) -> list[int]:
-    """The process ids of detached shells that wait to run the command of this name."""
-    found = []
+def waiting(name: str) -> set[int]:
+    """The process groups of detached shells that wait to run the command of this name.
+
+    A group is told once although two of its processes may match: between its fork and the start of sleep, the shell's
+    child has the command line of the shell.
+    """
+    found = set()
     marks = [b"-c", os.fsencode(_SCRIPT), os.fsencode(name)]
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             with contextlib.suppress(OSError), open(f"/proc/{entry}/cmdline", "rb") as file:
                 if file.read(65536).split(b"\0")[1:4] == marks:
-                    found.append(int(entry))
+                    found.add(os.getpgid(int(entry)))
     return found
 
 
