@@ -64,7 +64,7 @@ def run(data: bytes) -> None:
     if not data:
         return
     blob = data[1:] if data[0] == 0 else tardiff.MAGIC[1 if data[0] & 1 else 2] + frame(data[1:])
-    started = time.monotonic()
+    started = time.process_time()
     total = 0
     try:
         for piece in tardiff.apply(io.BytesIO(blob).read, open_file, LIMIT):
@@ -73,7 +73,7 @@ def run(data: bytes) -> None:
     except InvalidLayer:
         pass
     assert total <= LIMIT, "it writes more than it may"
-    assert time.monotonic() - started < SECONDS_PER_INPUT, "too slow"
+    assert time.process_time() - started < SECONDS_PER_INPUT, "too slow"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10 < MEGABYTES, "memory grows"
 
 
