@@ -106,9 +106,9 @@ def test_without_a_watcher_or_a_place_to_meet_the_task_just_runs(token: str, mon
 def test_a_long_task_becomes_a_job_whose_result_is_collected(token: str, tmp_path: pathlib.Path) -> None:
     directory = watch.directory_of(token)
     begun = time.monotonic()
-    code, said = Command(lambda: watch.run(token, task(1.0))).end()
+    code, said = Command(lambda: watch.run(token, task(4.0))).end()
     assert code == 0 and json.loads(said) == {"changed": False, "composefs_job": directory}
-    assert time.monotonic() - begun < 0.9
+    assert time.monotonic() - begun < 3.5
     assert os.stat(directory).st_mode & 0o777 == 0o700
     wait_for(lambda: os.path.exists(f"{directory}/result"))
     assert Command(lambda: watch.collect(directory)).end() == (0, "the result\n")
@@ -165,7 +165,7 @@ def test_a_plain_task_ends_when_nobody_reads_what_it_says(token: str, tmp_path: 
     time.sleep(0.2)
     begun = time.monotonic()
     command.leave()
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < 20
 
 
 # --- signs of life

@@ -366,7 +366,7 @@ def test_a_transfer_that_breaks_off_is_explained_by_skopeo(
         match=r"ended after 500 of \d+ bytes\. skopeo says: expected 9 bytes in blob, got 500\. Try again\.$",
     ):
         run.run()
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 18
 
 
 def test_what_broke_a_transfer_may_be_gone_at_the_next_try(
@@ -495,7 +495,7 @@ def test_an_interrupted_pull_leaves_no_process_and_does_not_hang(
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         run.run()
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20
 
 
 # --- processors

@@ -311,7 +311,7 @@ def test_nothing_waits_for_ever(method):
         assert not proxy.alive
         with pytest.raises(ProxyFailed, match="not running"):
             proxy.open_image()
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 30
 
 
 def test_a_pipe_that_stays_silent_is_a_stall():
@@ -327,7 +327,7 @@ def test_a_document_that_drips_is_a_stall_in_the_end():
         start = time.monotonic()
         with pytest.raises(Stalled):
             proxy.get_manifest(1)
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 15
 
 
 @pytest.mark.parametrize("method", ["OpenImage", "GetManifest", "FinishPipe"])
@@ -379,7 +379,7 @@ def test_kill_from_another_thread_ends_a_request_at_once():
         with pytest.raises(ProxyFailed, match="the pull was given up") as caught:
             proxy.open_image()
         assert skopeo.is_retryable(caught.value)
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 15
         timer.join()
         proxy.kill()
 
@@ -388,14 +388,14 @@ def test_kill_does_not_depend_on_reaching_every_process():
     wrapper = (
         "import os, sys\nif os.fork() == 0:\n    os.setsid()\n    os.execv(sys.argv[1], sys.argv[1:])\nos.wait()\n"
     )
-    executable = (sys.executable, "-I", "-S", "-c", wrapper, *options({"OpenImage": {"sleep": 3}}).executable)
-    with ImageProxy(ProxyOptions(executable=executable, timeout=10), REMOTE) as proxy:
+    executable = (sys.executable, "-I", "-S", "-c", wrapper, *options({"OpenImage": {"sleep": 8}}).executable)
+    with ImageProxy(ProxyOptions(executable=executable, timeout=20), REMOTE) as proxy:
         timer = threading.Timer(0.2, proxy.kill)
         timer.start()
         start = time.monotonic()
         with pytest.raises(ProxyFailed):
             proxy.open_image()
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 7
         timer.join()
 
 
@@ -403,7 +403,7 @@ def test_close_does_not_wait_for_a_skopeo_that_stays():
     start = time.monotonic()
     with fake({"linger": 60}):
         pass
-    assert time.monotonic() - start < 4
+    assert time.monotonic() - start < 30
 
 
 def test_requests_of_several_threads_do_not_mix():
