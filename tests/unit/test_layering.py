@@ -37,7 +37,8 @@ MAY_KNOW: dict[str, set[str]] = {
 FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "": (("text",), ("errors", "progress")),
     "formats": (
-        ("codecs", "digests", "fsverity", "strictjson", "tarheader"),
+        ("codecs", "digests", "strictjson", "tarheader"),
+        ("fsverity",),
         ("metajson", "ocidocuments", "reference", "repolayout", "splitstream", "tar", "tardiff"),
         ("indexes", "ocischemas"),
     ),

@@ -2,12 +2,21 @@
 # Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
 # SPDX-License-Identifier: BSD-2-Clause
 
-"""OCI digests (OCI image specification, "Digests"): making and recognising them. No I/O."""
+"""OCI digests (OCI image specification, "Digests"): making and recognising them, and the types that keep the digests
+of a repository apart. No I/O."""
 
 from __future__ import annotations
 
 import hashlib
 import re
+from typing import NewType
+
+ObjectDigest = NewType("ObjectDigest", bytes)
+"""The fs-verity digest that names an object of a repository, in raw bytes. It is never the SHA-256 of the content."""
+StreamDigest = NewType("StreamDigest", ObjectDigest)
+"""The digest of an object that holds a splitstream. So it serves wherever an object is asked for, and not the other way
+round.
+"""
 
 # The digest of the two bytes ``{}``, the configuration that artifacts share (OCI image spec, "Guidance for an empty
 # descriptor").
@@ -18,6 +27,18 @@ ANY_DIGEST = re.compile(r"[a-z0-9]+(?:[+._-][a-z0-9]+)*:[a-zA-Z0-9=_-]+\Z")
 
 _SHA256 = re.compile(r"sha256:[0-9a-f]{64}\Z")
 _OCI_DIGEST = re.compile("sha256:[0-9a-f]{64}|sha384:[0-9a-f]{96}|sha512:[0-9a-f]{128}")
+
+
+def object_digest(text: str) -> ObjectDigest:
+    """The digest that is written as ``text``, which the engine wrote itself in hex; see ``fsverity.parse_hex`` for
+    others' texts.
+    """
+    return ObjectDigest(bytes.fromhex(text))
+
+
+def stream_digest(text: str) -> StreamDigest:
+    """The same for the object of a splitstream."""
+    return StreamDigest(object_digest(text))
 
 
 def digest_of(raw: bytes) -> str:

@@ -21,6 +21,7 @@ import time
 from typing import Any, Callable, NamedTuple, Union
 
 from ..errors import DigestMismatch, FormatError, IncompatibleRepository, VerityUnsupported
+from .digests import ObjectDigest
 
 Bytes = Union[bytes, bytearray, memoryview]
 
@@ -85,7 +86,7 @@ def algorithm_from_meta(text: str) -> Algorithm:
     return algorithm
 
 
-def digest(data: Bytes, algorithm: Algorithm) -> bytes:
+def digest(data: Bytes, algorithm: Algorithm) -> ObjectDigest:
     """The fs-verity digest (raw bytes) of ``data``, a whole file; a memoryview must be contiguous and of bytes."""
     size = len(data)
     new = algorithm.new
@@ -149,7 +150,7 @@ class Hasher:
             if end < size:
                 tail += view[end:]
 
-    def digest(self) -> bytes:
+    def digest(self) -> ObjectDigest:
         """The digest of everything so far; more may follow."""
         algorithm = self.algorithm
         new = algorithm.new
@@ -189,21 +190,21 @@ def _push(levels: list[bytearray], at: int, hashes: bytes, algorithm: Algorithm)
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def object_path(digest: bytes) -> str:
+def object_path(digest: ObjectDigest) -> str:
     """Where below ``objects/`` the object with this digest lies: ``ab/cdef…``."""
     text = digest.hex()
     return f"{text[:2]}/{text[2:]}"
 
 
-def parse_hex(text: str, algorithm: Algorithm) -> bytes:
+def parse_hex(text: str, algorithm: Algorithm) -> ObjectDigest:
     """The digest written as ``text``: exactly two hex digits a byte, either case; FormatError otherwise."""
     # bytes.fromhex alone would skip blanks between the digits.
     if len(text) != 2 * algorithm.size or not re.fullmatch("[0-9a-fA-F]+", text):
         raise FormatError(f"{text[:200]!r} is not a {algorithm.name} fs-verity digest in hex.", "Check the repository.")
-    return bytes.fromhex(text)
+    return ObjectDigest(bytes.fromhex(text))
 
 
-def parse_object_path(text: str, algorithm: Algorithm) -> bytes:
+def parse_object_path(text: str, algorithm: Algorithm) -> ObjectDigest:
     """The digest in an object's path name or link text, of which only the end (``ab/cdef…``) is looked at; FormatError
     if that is none.
 
@@ -264,7 +265,7 @@ def enable(fd: int, algorithm: Algorithm) -> bool:
             return True
 
 
-def measure(fd: int, algorithm: Algorithm) -> bytes | None:
+def measure(fd: int, algorithm: Algorithm) -> ObjectDigest | None:
     """The digest that the kernel enforces on the file behind ``fd``, or None if it is not sealed.
 
     DigestMismatch if it is sealed with another algorithm, VerityUnsupported if the file system or the kernel knows no
@@ -284,7 +285,7 @@ def measure(fd: int, algorithm: Algorithm) -> bytes | None:
     number, size = struct.unpack_from("=HH", buffer)
     if (number, size) != (algorithm.id, algorithm.size):
         raise _other_algorithm(algorithm)
-    return bytes(buffer[4:])
+    return ObjectDigest(bytes(buffer[4:]))
 
 
 _UNSUPPORTED = (errno.ENOTTY, errno.EOPNOTSUPP)

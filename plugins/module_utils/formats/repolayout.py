@@ -10,17 +10,43 @@ Nothing here touches a disk.
 from __future__ import annotations
 
 import re
+from typing import NewType
 
 from ..errors import InvalidReference
 from ..text import file_name, from_file_name
 from .digests import is_oci_digest
 
+StreamName = NewType("StreamName", str)
+"""A name in ``streams/``, without the directory."""
+
 NAME_MAX = 255
 MANIFEST_PREFIX = "oci-manifest-"
+CONFIG_PREFIX = "oci-config-"
+LAYER_PREFIX = "oci-layer-"
 TAGS = "streams/refs/oci"
 IMAGE_REFS = "images/refs"
 
 _ESCAPED = re.compile("%2F|%25")
+
+
+def stream_name(prefix: str, digest: str) -> StreamName:
+    """What the stream of a document or layer is called: its kind and its OCI digest."""
+    return StreamName(prefix + digest)
+
+
+def manifest_stream(digest: str) -> StreamName:
+    """The stream of the manifest ``sha256:<hex>``."""
+    return StreamName(MANIFEST_PREFIX + digest)
+
+
+def config_stream(digest: str) -> StreamName:
+    """The stream of the configuration ``sha256:<hex>``."""
+    return StreamName(CONFIG_PREFIX + digest)
+
+
+def layer_stream(diff_id: str) -> StreamName:
+    """The stream of the layer whose unpacked tar has the digest ``sha256:<hex>``."""
+    return StreamName(LAYER_PREFIX + diff_id)
 
 
 def encode_tag(name: str) -> str:

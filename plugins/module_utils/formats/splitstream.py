@@ -24,6 +24,7 @@ from typing import Any, BinaryIO, Callable, NamedTuple, Union, overload
 
 from . import codecs
 from ..errors import FormatError
+from .digests import ObjectDigest
 from .fsverity import Algorithm
 
 Bytes = Union[bytes, bytearray, memoryview]
@@ -56,7 +57,7 @@ class ExternalRef(NamedTuple):
     """A chunk that is the whole content of the object ``digest``, which is number ``index`` of the table."""
 
     index: int  # type: ignore[assignment]  # the field's name hides tuple.index, which nobody misses
-    digest: bytes
+    digest: ObjectDigest
 
 
 # --- writing
@@ -178,7 +179,7 @@ class Writer:
             if len(out) > _PIECE:
                 self._drain()
 
-    def external(self, digest: bytes, size: int) -> None:
+    def external(self, digest: ObjectDigest, size: int) -> None:
         """Append the object with this fs-verity ``digest`` (bytes), whose content has ``size`` bytes."""
         index = self._objects.index(digest)
         out = self._out
@@ -194,7 +195,7 @@ class Writer:
         if len(out) > _PIECE:
             self._drain()
 
-    def named_ref(self, name: str, digest: bytes) -> None:
+    def named_ref(self, name: str, digest: ObjectDigest) -> None:
         """Name another splitstream or image, given by its fs-verity ``digest`` (bytes); a name that was there already
         gets the new meaning.
         """
@@ -359,7 +360,7 @@ class _Range:
         return data
 
 
-class DigestTable(Sequence[bytes]):
+class DigestTable(Sequence[ObjectDigest]):
     """Digests of ``size`` bytes each, kept as one bytes object."""
 
     __slots__ = ("data", "size")
@@ -372,23 +373,23 @@ class DigestTable(Sequence[bytes]):
         return len(self.data) // self.size
 
     @overload
-    def __getitem__(self, index: int) -> bytes: ...
+    def __getitem__(self, index: int) -> ObjectDigest: ...
 
     @overload
     def __getitem__(self, index: slice) -> DigestTable: ...
 
-    def __getitem__(self, index: int | slice) -> bytes | DigestTable:
+    def __getitem__(self, index: int | slice) -> ObjectDigest | DigestTable:
         if isinstance(index, slice):
             return DigestTable(b"".join([self[i] for i in range(*index.indices(len(self)))]), self.size)
         if index < 0:
             index += len(self)
         if not 0 <= index < len(self):
             raise IndexError("no such digest")
-        return self.data[index * self.size : (index + 1) * self.size]
+        return ObjectDigest(self.data[index * self.size : (index + 1) * self.size])
 
-    def __iter__(self) -> Iterator[bytes]:
+    def __iter__(self) -> Iterator[ObjectDigest]:
         size = self.size
-        return (self.data[at : at + size] for at in range(0, len(self.data), size))
+        return (ObjectDigest(self.data[at : at + size]) for at in range(0, len(self.data), size))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, DigestTable) and (self.data, self.size) == (other.data, other.size)
@@ -412,9 +413,9 @@ class Splitstream:
         self.content_type = content_type
         self.size = size
         """Bytes of the whole stream, those of its objects included, as the writer put it down."""
-        self.stream_refs: list[bytes] = []
+        self.stream_refs: list[ObjectDigest] = []
         self.object_refs = DigestTable(b"", algorithm.size)
-        self.named_refs: dict[str, bytes] = {}
+        self.named_refs: dict[str, ObjectDigest] = {}
         self._file = file
         self._chunks = (0, 0)
 
@@ -458,7 +459,7 @@ class Splitstream:
         self.named_refs = _parse_names(_read_names(_Range(file, *ranges["names"])), self.stream_refs)
         return self
 
-    def chunks(self, object_size: Callable[[bytes], int] | None = None) -> Iterator[bytes | ExternalRef]:
+    def chunks(self, object_size: Callable[[ObjectDigest], int] | None = None) -> Iterator[bytes | ExternalRef]:
         """The stream in order: inline bytes in pieces of at most 256 KiB, and references to objects.
 
         ``object_size`` tells the size of an object by its digest; with it the sizes of all pieces are held against the
@@ -486,7 +487,7 @@ class Splitstream:
             if value >= 0:
                 if value >= count:
                     raise _damaged(f"a chunk refers to object number {value} of {count}")
-                digest = digests[value * width : (value + 1) * width]
+                digest = ObjectDigest(digests[value * width : (value + 1) * width])
                 references_left -= 1
                 if object_size is not None:
                     total += object_size(digest)
@@ -606,14 +607,14 @@ def _read_names(source: codecs.Source) -> bytes:
 _NAME = re.compile(rb"\+?0*([0-9]{1,20}):(.*)", re.DOTALL)
 
 
-def _parse_names(text: bytes, streams: list[bytes]) -> dict[str, bytes]:
+def _parse_names(text: bytes, streams: list[ObjectDigest]) -> dict[str, ObjectDigest]:
     """``index:name`` entries, each ended by NUL; the name may contain colons itself, and the last of several entries
     for a name counts.
     """
     *entries, rest = text.split(b"\0")
     if rest:
         raise _damaged("trailing junk in its names")
-    names: dict[str, bytes] = {}
+    names: dict[str, ObjectDigest] = {}
     for entry in entries:
         match = _NAME.fullmatch(entry)
         index = int(match[1]) if match else len(streams)

@@ -19,6 +19,7 @@ import dataclasses
 import os
 import time
 
+from ..formats import repolayout
 from ..errors import (
     Busy,
     EngineError,
@@ -26,7 +27,7 @@ from ..errors import (
     InvalidOption,
     Reverted,
 )
-from ..formats.digests import is_oci_digest
+from ..formats.digests import is_oci_digest, object_digest
 from ..host import deadman, mountinfo
 from ..host.mountinfo import Mounted
 from ..store import namerecords
@@ -256,7 +257,7 @@ def _manifest(repository: Repository, name: str | None, digest: str | None) -> t
         return pinned, digest
     if not is_oci_digest(digest):
         raise InvalidOption(f"{digest!r} is no digest of an image.", "Digests look like sha256:<64 hex digits>.")
-    if repository.stream(f"oci-manifest-{digest}") is None:
+    if repository.stream(repolayout.manifest_stream(digest)) is None:
         raise ImageNotFound(
             f"The repository {repository.path} has neither the name {name}@{digest} nor a manifest of that digest.",
             _PREFETCH,
@@ -325,7 +326,7 @@ def _adopted(repository: Repository, found: Journal, origin: str, base: Settings
     """A journal for the mount that is there, so that there is a way back to it. Busy if it is none of this
     repository's images, and none that the journal knows.
     """
-    if not repository.image(bytes.fromhex(origin)):
+    if not repository.image(object_digest(origin)):
         raise Busy(
             f"At {found.path} the image {origin} is mounted, which the repository {repository.path} does not have, so "
             f"there would be no way back.",

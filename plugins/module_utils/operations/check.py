@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from ..formats.repolayout import StreamName
+from ..formats.digests import ObjectDigest, StreamDigest, object_digest
 from . import checkobjects, keepers
 from .findings import (
     BAD_LINK,
@@ -109,10 +111,10 @@ class _Check:
         self.progress = progress
         self.graph = Graph.read(repository)
         self.findings: list[Finding] = []
-        self.seen: set[bytes] = set()
-        self.missing: set[bytes] = set()
-        self.unreadable: set[bytes] = set()
-        self.configs: dict[bytes, tuple[str, list[str]]] = {}
+        self.seen: set[ObjectDigest] = set()
+        self.missing: set[ObjectDigest] = set()
+        self.unreadable: set[ObjectDigest] = set()
+        self.configs: dict[StreamDigest, tuple[str, list[str]]] = {}
         """The configuration streams of containers: the digest of the document, and its diff_ids."""
         try:
             found = look(repository)
@@ -161,15 +163,15 @@ class _Check:
         self.findings.sort(key=lambda one: (order[one.code], one.path))
         return Report(self.findings, checked)
 
-    def add(self, code: str, object_: bytes | None, path: str, message: str, repairable: str = NO) -> None:
+    def add(self, code: str, object_: ObjectDigest | None, path: str, message: str, repairable: str = NO) -> None:
         self.findings.append(Finding(code, object_.hex() if object_ else None, path, message, repairable=repairable))
 
     # --- names, links, tables
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _nodes(self) -> list[bytes]:
+    def _nodes(self) -> list[ObjectDigest]:
         """The streams and images to look at: all, or those of the images that were asked for."""
-        found: dict[bytes, None] = {}
+        found: dict[ObjectDigest, None] = {}
         for root in self.roots:
             for node in self.graph.nodes(root, lambda _node, _error: None):
                 found[node] = None
@@ -207,7 +209,7 @@ class _Check:
                 )
                 self.findings[-1].names = [root.name]
 
-    def _check_node(self, node: bytes) -> None:
+    def _check_node(self, node: ObjectDigest) -> None:
         """One stream or image: whether it is there and whole, and whether everything is there that it leads to."""
         if self._absent(node, "a stream or image"):
             return
@@ -223,10 +225,10 @@ class _Check:
             self.add(code, node, path, error.text)
             return
         try:
-            with self.repository.open_object_stream(node) as stream:
-                lost: list[bytes] = []
+            with self.repository.open_object_stream(StreamDigest(node)) as stream:
+                lost: list[ObjectDigest] = []
 
-                def size_of(digest: bytes) -> int:
+                def size_of(digest: ObjectDigest) -> int:
                     size = self._size(digest)
                     if size is None:
                         lost.append(digest)
@@ -250,12 +252,12 @@ class _Check:
             else:
                 self.add(STREAM_DAMAGED, node, path, f"The stream {node.hex()}: {error.text}")
 
-    def _size(self, digest: bytes) -> int | None:
+    def _size(self, digest: ObjectDigest) -> int | None:
         """The bytes of an object, None if it is not there."""
         found = self.repository.objects.stat(digest)
         return found.st_size if found is not None and stat.S_ISREG(found.st_mode) else None
 
-    def _absent(self, digest: bytes, needed_by: str) -> bool:
+    def _absent(self, digest: ObjectDigest, needed_by: str) -> bool:
         """Whether an object is missing; told once each."""
         if digest in self.missing:
             return True
@@ -273,7 +275,7 @@ class _Check:
     # --- documents
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _check_documents(self, nodes: set[bytes]) -> None:
+    def _check_documents(self, nodes: set[ObjectDigest]) -> None:
         for name, node in self.graph.streams.items():
             if node not in nodes or node in self.missing or node in self.unreadable:
                 continue
@@ -282,7 +284,7 @@ class _Check:
             elif name.startswith(imagestreams.CONFIG):
                 self._read(imagestreams.CONFIG, name[len(imagestreams.CONFIG) :], node, f"streams/{name}")
 
-    def _check_manifest(self, name: str, node: bytes) -> None:
+    def _check_manifest(self, name: StreamName, node: StreamDigest) -> None:
         path = f"streams/{name}"
         document = self._read(imagestreams.MANIFEST, name[len(imagestreams.MANIFEST) :], node, path)
         if document is None:
@@ -293,12 +295,12 @@ class _Check:
             self.add(DOCUMENT_DAMAGED, node, path, f"The manifest {name}: {error.text}")
             return
         digest = manifest.config.digest
-        stream = document.refs.get(imagestreams.CONFIG_REF + digest)
+        stream = document.stream_of(imagestreams.CONFIG_REF + digest)
         if stream is None:
             self.add(DOCUMENT_DAMAGED, node, path, f"The manifest {name} does not lead to its configuration.")
             return
-        if self.graph.streams.get(imagestreams.CONFIG + digest) != stream:
-            self._unnamed(imagestreams.CONFIG + digest, stream)
+        if self.graph.streams.get(repolayout.config_stream(digest)) != stream:
+            self._unnamed(repolayout.config_stream(digest), stream)
         if stream in self.missing or stream in self.unreadable:
             return
         config = self._read(imagestreams.CONFIG, digest, stream, f"streams/{imagestreams.CONFIG}{digest}")
@@ -322,18 +324,18 @@ class _Check:
                     text = f"The EROFS image {image.hex()} of {name} is not listed, so it cannot be mounted."
                     self.add(IMAGE_UNLISTED, image, f"images/{image.hex()}", text, LOCAL)
         for layer in dict.fromkeys(layers):
-            target = holder.refs.get(layer)
+            target = holder.stream_of(layer)
             if target is None:
                 self.add(DOCUMENT_DAMAGED, holder.stream, place, f"{place} does not lead to the layer {layer}.")
-            elif imagestreams.LAYER + layer not in self.graph.streams:
-                self._unnamed(imagestreams.LAYER + layer, target)
+            elif repolayout.layer_stream(layer) not in self.graph.streams:
+                self._unnamed(repolayout.layer_stream(layer), target)
 
-    def _unnamed(self, name: str, stream: bytes) -> None:
+    def _unnamed(self, name: StreamName, stream: StreamDigest) -> None:
         path = f"streams/{name}"
         if not any(finding.code == STREAM_UNNAMED and finding.path == path for finding in self.findings):
             self.add(STREAM_UNNAMED, stream, path, f"The stream {name} of an image has not its name.", LOCAL)
 
-    def _read(self, kind: str, digest: str, node: bytes, path: str) -> imagestreams.Document | None:
+    def _read(self, kind: str, digest: str, node: StreamDigest, path: str) -> imagestreams.Document | None:
         """The document, None if it is damaged; told once each."""
         if node in self.unreadable:
             return None
@@ -353,7 +355,7 @@ class _Check:
 
     def _check_some_objects(self) -> checkobjects.Counted:
         counted = checkobjects.Counted()
-        wanted: set[bytes] = set()
+        wanted: set[ObjectDigest] = set()
         for root in self.roots:
             wanted |= self.graph.reaches(root, lambda _node, _error: None)
         for number, digest in enumerate(sorted(wanted - self.missing)):
@@ -366,7 +368,7 @@ class _Check:
                 self.progress.message(f"Checking objects: {number} of {len(wanted)}")
         return counted
 
-    def _check_layers(self, nodes: Iterable[bytes], processors: int) -> None:
+    def _check_layers(self, nodes: Iterable[ObjectDigest], processors: int) -> None:
         """Prove every layer by its tar."""
         wanted = set(nodes)
         layers = [
@@ -422,7 +424,7 @@ class _Check:
             for key, has, wants in value[1:]:
                 self.add(
                     IMAGE_WRONG,
-                    bytes.fromhex(has),
+                    object_digest(has),
                     f"images/{has}",
                     f"The EROFS image {has} ({key}) is not what its layers make, which is {wants}.",
                     LOCAL,
@@ -442,9 +444,9 @@ class _Check:
                     f"kernel has read of it is served on, and it cannot be mounted again.",
                 )
 
-    def damaged(self) -> set[bytes]:
+    def damaged(self) -> set[ObjectDigest]:
         """Every object that something was found about."""
-        return {bytes.fromhex(one.object) for one in self.findings if one.object}
+        return {object_digest(one.object) for one in self.findings if one.object}
 
     # --- what that means
     # ----------------------------------------------------------------------------------------------------------------
@@ -463,7 +465,7 @@ class _Check:
         for finding in self.findings:
             if not finding.object:
                 continue
-            digest = bytes.fromhex(finding.object)
+            digest = object_digest(finding.object)
             names = {root.name for root in reached[digest]}
             finding.names = sorted({*finding.names, *names})
             if finding.repairable == NO and finding.code != MOUNT_LOST:
@@ -473,17 +475,16 @@ class _Check:
 
 
 def _mendable(
-    repository: Repository, graph: Graph, bad: set[bytes], configs: dict[bytes, tuple[str, list[str]]]
-) -> set[bytes]:
+    repository: Repository, graph: Graph, bad: set[ObjectDigest], configs: dict[StreamDigest, tuple[str, list[str]]]
+) -> set[ObjectDigest]:
     """Those of the ``bad`` objects that can be made anew of what is here."""
     found = set()
     for stream in configs:
         images = {node for node in graph.nodes(Root("", "", stream), lambda _node, _error: None)[1:] if node in bad}
         with contextlib.suppress(EngineError), repository.open_object_stream(stream) as opened:
-            refs = opened.named_refs
-            made = {digest for key, digest in refs.items() if imagestreams.is_image_ref(key)}
-            layers = {digest for key, digest in refs.items() if not imagestreams.is_image_ref(key)}
-            below: set[bytes] = set()
+            made = set(imagestreams.images_among(opened.named_refs).values())
+            layers = set(imagestreams.streams_among(opened.named_refs).values())
+            below: set[ObjectDigest] = set()
             for layer in layers:
                 below |= graph.reaches(Root("", "", layer), lambda _node, _error: None)
             if not bad.intersection(below):
@@ -491,7 +492,7 @@ def _mendable(
     return found
 
 
-def _wrong_images(repository: Repository, stream: bytes, layers: Sequence[str]) -> list[list[str]]:
+def _wrong_images(repository: Repository, stream: StreamDigest, layers: Sequence[str]) -> list[list[str]]:
     """The EROFS images of a configuration that are not what its layers make: key, digest, and what it should be."""
     from ..pull import makeimages
     from ..rootfs import erofswriter
@@ -503,7 +504,7 @@ def _wrong_images(repository: Repository, stream: bytes, layers: Sequence[str]) 
     if not wanted or any(layer not in refs for layer in layers):
         return []
     try:
-        system = makeimages.build_tree(repository, [refs[layer] for layer in layers])
+        system = makeimages.build_tree(repository, [StreamDigest(refs[layer]) for layer in layers])
         wrong = []
         for boot in (False, True):
             keys = [key for key, (_version, for_boot) in wanted.items() if for_boot == boot]

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ..formats.digests import ObjectDigest, object_digest
 from ..formats import fsverity
 from ..host import workers
 from ..errors import DigestMismatch, VerityUnsupported, doing
@@ -81,7 +82,7 @@ def check_objects(
     return counted, findings
 
 
-def check_one(repository: Repository, digest: bytes) -> Finding | None:
+def check_one(repository: Repository, digest: ObjectDigest) -> Finding | None:
     """The same for one object, which exists; None if it is right."""
     name = fsverity.object_path(digest)
     with doing(f"Checking {repository.path}/objects/{name}"):
@@ -126,10 +127,10 @@ def _is_hex(text: str) -> bool:
     return not text.strip("0123456789abcdef")
 
 
-def _digest_of(repository: Repository, first: str, name: str) -> bytes | None:
+def _digest_of(repository: Repository, first: str, name: str) -> ObjectDigest | None:
     if len(name) != 2 * repository.algorithm.size - 2 or not _is_hex(name):
         return None
-    return bytes.fromhex(first + name)
+    return object_digest(first + name)
 
 
 def _stray(path: str) -> Finding:
@@ -166,7 +167,7 @@ def _check_directory(repository: Repository, first: str, tell: Callable[[Any], N
 
 
 def _fault(
-    repository: Repository, dirfd: int, name: str, digest: bytes, buffer: bytearray
+    repository: Repository, dirfd: int, name: str, digest: ObjectDigest, buffer: bytearray
 ) -> tuple[tuple[str, str] | None, int]:
     """Code and message of what is wrong with one object, None if nothing is, and its bytes."""
     try:
@@ -218,7 +219,7 @@ def _fault(
 
 
 def _sealed_fault(
-    repository: Repository, fd: int, digest: bytes, buffer: bytearray
+    repository: Repository, fd: int, digest: ObjectDigest, buffer: bytearray
 ) -> tuple[tuple[str, str] | None, int]:
     """The same where the kernel vouches for what it reads: it is asked for the digest, and made to read everything."""
     text = digest.hex()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from ..formats.digests import ObjectDigest
 from ..store import imagestreams
 from ..store import graph as graphs
 from ..errors import EngineError
@@ -43,7 +44,7 @@ def disk_use(repository: Repository, wanted: Iterable[str]) -> dict[str, DiskUse
     owners = graph.owners(list(roots.values()), lambda _node, _error: None)
     parts = [owners.part(first) for first in range(256)]
     numbers = {name: number for number, name in enumerate(roots)}
-    sizes: dict[bytes, int] = {}
+    sizes: dict[ObjectDigest, int] = {}
     found = {}
     for digest in dict.fromkeys(wanted):
         if digest not in roots:
@@ -63,7 +64,7 @@ def _readable(graph: Graph, root: Root) -> bool:
     """Whether the documents of an image are whole; a layer that is not counts as nothing but its own stream."""
     try:
         manifest = imagestreams.read(graph.repository, imagestreams.MANIFEST, root.name)
-        for name, stream in manifest.refs.items() if manifest else ():
+        for name, stream in imagestreams.streams_among(manifest.refs).items() if manifest else ():
             if name.startswith(imagestreams.CONFIG_REF):
                 digest = name[len(imagestreams.CONFIG_REF) :]
                 imagestreams.read_object(graph.repository, imagestreams.CONFIG, digest, stream)
@@ -72,7 +73,7 @@ def _readable(graph: Graph, root: Root) -> bool:
     return manifest is not None
 
 
-def _size(repository: Repository, digest: bytes, sizes: dict[bytes, int]) -> int:
+def _size(repository: Repository, digest: ObjectDigest, sizes: dict[ObjectDigest, int]) -> int:
     if digest not in sizes:
         found = repository.objects.stat(digest)
         sizes[digest] = found.st_size if found is not None else 0

@@ -12,13 +12,14 @@ import dataclasses
 import os
 import re
 
+from ..formats.digests import object_digest
+from ..formats import repolayout
 from . import bootmount
 from . import journal
 from .journal import HOST, Places
 from ..host import mountinfo
 from ..errors import EngineError
 from ..store.graph import Graph, Root
-from ..store.imagestreams import MANIFEST
 from ..store.repository import Repository
 
 MOUNT, UNIT, JOURNAL = "mount", "unit", "journal"
@@ -63,15 +64,15 @@ def roots(graph: Graph, found: list[Keeper]) -> list[Root]:
     for keeper in found:
         name = f"{keeper.kind} {keeper.place}"
         for manifest in sorted(keeper.manifests):
-            node = graph.streams.get(MANIFEST + manifest)
+            node = graph.streams.get(repolayout.manifest_stream(manifest))
             if node is not None:
                 added.append(Root(keeper.kind, name, node))
         for image in sorted(keeper.images):
             # Much that stands in the list of mounts only looks like the digest of an image: it leads nowhere then.
             if len(image) == size and (
-                image in graph.images or repository.objects.stat(bytes.fromhex(image)) is not None
+                image in graph.images or repository.objects.stat(object_digest(image)) is not None
             ):
-                added.append(Root(keeper.kind, name, bytes.fromhex(image), True))
+                added.append(Root(keeper.kind, name, object_digest(image), True))
     return added
 
 

@@ -16,6 +16,7 @@ import re
 from collections.abc import Container, Iterable
 from typing import NamedTuple
 
+from ..formats.digests import object_digest
 from ..errors import EngineError, InvalidReference
 from ..formats import repolayout
 from ..store import namerecords
@@ -92,7 +93,7 @@ def foresee(
 def keep(repository: Repository, names: Names, image_id: str, manifest: str | None) -> None:
     """Make the names, durably. ReadOnly, PermissionDenied and others where the repository cannot be written."""
     repository.require_writable()
-    changed = repository.link_image_ref(names.link, bytes.fromhex(image_id))
+    changed = repository.link_image_ref(names.link, object_digest(image_id))
     if names.pin is not None and names.own and manifest is not None and repository.tag_digest(names.pin) != manifest:
         name_like(repository, names.pin, split_pin(names.pin)[0], manifest)
         changed = True

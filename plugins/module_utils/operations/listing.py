@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from ..formats import ocidocuments
+from ..formats import ocidocuments, repolayout
 from ..store import imagestreams, namerecords
 from ..errors import EngineError, FormatError, ImageNotFound, MissingLibrary
 from ..store.repository import Repository
@@ -28,7 +28,7 @@ def list_images(repository: Repository, name: str = "", digest: str = "") -> tup
         names.setdefault(manifest, []).append(tag)
     wanted: Sequence[str]
     if digest:
-        wanted = [digest] if repository.stream(imagestreams.MANIFEST + digest) is not None else []
+        wanted = [digest] if repository.stream(repolayout.manifest_stream(digest)) is not None else []
     else:
         wanted = [manifest for manifest, tags in names.items() if not name or name in tags]
     found, complaints = [], []
@@ -50,7 +50,7 @@ def describe_image(repository: Repository, digest: str) -> dict[str, Any]:
         raise ImageNotFound(f"The repository {repository.path} has no manifest {digest}.", "Pull the image again.")
     manifest = ocidocuments.parse_manifest(document.raw)
     config_digest = manifest.config.digest
-    stream = document.refs.get(imagestreams.CONFIG_REF + config_digest)
+    stream = document.stream_of(imagestreams.CONFIG_REF + config_digest)
     if stream is None:
         raise FormatError(f"The manifest {digest} does not lead to its configuration.", "Pull the image again.")
     config_document = imagestreams.read_object(repository, imagestreams.CONFIG, config_digest, stream)

@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..formats.digests import ObjectDigest, StreamDigest
 from ..errors import (
     DigestMismatch,
     EngineError,
@@ -61,8 +62,8 @@ class Stored(NamedTuple):
 
     manifest: ocidocuments.Manifest
     config: ocidocuments.Config
-    image: bytes
-    streams: dict[str, bytes]
+    image: ObjectDigest
+    streams: dict[str, StreamDigest]
 
 
 class Made(NamedTuple):
@@ -92,7 +93,8 @@ def find(repository: Repository, text: str) -> Stored:
     if config_document is None or image is None:
         raise ImageNotFound(f"The image {text} has no EROFS image in {repository.path}.", "Pull it again.")
     config = ocidocuments.parse_config(config_document.raw)
-    streams = {diff_id: config_document.refs[diff_id] for diff_id in config.diff_ids if diff_id in config_document.refs}
+    known = imagestreams.streams_among(config_document.refs)
+    streams = {diff_id: known[diff_id] for diff_id in config.diff_ids if diff_id in known}
     if len(streams) != len(set(config.diff_ids)):
         raise FormatError(f"The image {text} does not lead to all of its layers.", "Pull it again.")
     return Stored(manifest, config, image, streams)
@@ -236,7 +238,7 @@ def _record(repository: Repository, text: str, image: Stored) -> namerecords.Nam
 class _Known:
     """The regular files of the source image: by content, by path, and by path with all numbers taken for equal."""
 
-    def __init__(self, repository: Repository, image: bytes) -> None:
+    def __init__(self, repository: Repository, image: ObjectDigest) -> None:
         fd = repository.objects.open(image)
         try:
             with ErofsImage.open(fd, repository.algorithm) as opened:
@@ -244,7 +246,7 @@ class _Known:
         finally:
             os.close(fd)
         self.objects = repository.objects
-        self._by_digest: dict[bytes, bytes] = {}
+        self._by_digest: dict[ObjectDigest, bytes] = {}
         self._by_path: dict[bytes, Leaf] = {}
         self._alike: dict[bytes, list[bytes]] = {}
         for path, node in walk(root):
@@ -255,7 +257,7 @@ class _Known:
                     self._by_path[path] = node
                     self._alike.setdefault(_numberless(path), []).append(path)
 
-    def same(self, digest: bytes) -> bytes | None:
+    def same(self, digest: ObjectDigest) -> bytes | None:
         """A path of the file with this content."""
         return self._by_digest.get(digest)
 
@@ -278,7 +280,9 @@ def _normal(path: bytes) -> bytes:
     return b"/".join(part for part in path.split(b"/") if part not in (b"", b"."))
 
 
-def _diff(repository: Repository, stream: bytes, known: _Known, write: Callable[[bytes], object], level: int) -> None:
+def _diff(
+    repository: Repository, stream: StreamDigest, known: _Known, write: Callable[[bytes], object], level: int
+) -> None:
     """Write the tar-diff of one stored layer."""
     writer = tardiff.Writer(write, level)
     with repository.open_object_stream(stream, splitstream.LAYER) as opened:
@@ -304,7 +308,7 @@ def _diff(repository: Repository, stream: bytes, known: _Known, write: Callable[
     writer.finish()
 
 
-def _file(writer: tardiff.Writer, known: _Known, path: bytes, digest: bytes, level: int) -> None:
+def _file(writer: tardiff.Writer, known: _Known, path: bytes, digest: ObjectDigest, level: int) -> None:
     """The content of one file, by the cheapest means."""
     fd = known.objects.open(digest)
     try:
@@ -355,7 +359,7 @@ def _mapped(fd: int) -> Buffer:
     return mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
 
 
-def _prove(repository: Repository, path: str, image: bytes, diff_id: str, layer_size: int) -> None:
+def _prove(repository: Repository, path: str, image: ObjectDigest, diff_id: str, layer_size: int) -> None:
     """Apply the tar-diff in the file ``path``; DigestMismatch unless it makes the layer."""
     sha256 = hashlib.sha256()
     with (

@@ -29,7 +29,7 @@ from ..errors import (
     doing,
 )
 from ..host.mountinfo import Mounted
-from ..formats.digests import is_oci_digest
+from ..formats.digests import ObjectDigest, is_oci_digest, object_digest
 from ..store.repository import Repository
 
 REQUIRED, PREFERRED, DISABLED = "required", "preferred", "disabled"
@@ -132,7 +132,7 @@ def ensure_mounted(
         _check_replaceable(there, target)
     _check_place(repository, target.path)
     require_capability(f"Mounting at {target.path}")
-    with open_image(repository, bytes.fromhex(target.image_id)) as image:
+    with open_image(repository, object_digest(target.image_id)) as image:
         if not check:
             objects = repository.objects.dirfd
             request = mountcalls.Request(
@@ -209,7 +209,7 @@ def check(wish: Wish) -> tuple[str, ...]:
     return _checked(wish.options, bool(wish.upperdir), wish.dev, wish.suid)
 
 
-def resolve(repository: Repository, image: str, bootable: bool = False) -> bytes:
+def resolve(repository: Repository, image: str, bootable: bool = False) -> ObjectDigest:
     """The fs-verity digest of the EROFS image that ``image`` means: its id in hex, a manifest digest (``sha256:<hex>``)
     or a name.
 
@@ -237,12 +237,12 @@ def resolve(repository: Repository, image: str, bootable: bool = False) -> bytes
             f"{image} has no {kind} in the repository {repository.path}.",
             f"Pull it with '{option}: true'. Artifacts have none.",
         )
-    if not repository.image(bytes.fromhex(found)):
+    if not repository.image(object_digest(found)):
         raise ImageNotFound(
             f"The EROFS image {found} of {image} is not listed in the repository {repository.path}.",
             "Pull the image again.",
         )
-    return bytes.fromhex(found)
+    return object_digest(found)
 
 
 def is_id(repository: Repository, image: str) -> bool:
@@ -260,7 +260,7 @@ def manifest_of(repository: Repository, image: str) -> str | None:
 
 
 @contextlib.contextmanager
-def open_image(repository: Repository, digest: bytes) -> Iterator[int]:
+def open_image(repository: Repository, digest: ObjectDigest) -> Iterator[int]:
     """A descriptor of the image whose content was just proven to have the digest: mount this one, for a name may come
     to mean another file.
 
@@ -404,7 +404,7 @@ def _make_directory(path: str) -> None:
         os.close(beneath.open_path(path, links=False, make=True))
 
 
-def _parse_id(text: str, algorithm: fsverity.Algorithm) -> bytes | None:
+def _parse_id(text: str, algorithm: fsverity.Algorithm) -> ObjectDigest | None:
     try:
         return fsverity.parse_hex(text, algorithm)
     except FormatError:
@@ -418,7 +418,7 @@ def _is_sealed(fd: int, algorithm: fsverity.Algorithm) -> bool:
         return False
 
 
-def _hash(fd: int, algorithm: fsverity.Algorithm) -> bytes:
+def _hash(fd: int, algorithm: fsverity.Algorithm) -> ObjectDigest:
     hasher = fsverity.Hasher(algorithm)
     offset = 0
     while True:

@@ -11,6 +11,7 @@ import os
 import stat
 from typing import Any
 
+from ..formats.digests import ObjectDigest
 from ..host import locks
 from ..errors import EngineError, doing
 from ..store import checks, imagestreams, marks, namerecords
@@ -106,7 +107,7 @@ def _names(repository: Repository, graph: Graph) -> tuple[list[dict[str, Any]], 
     return sorted(names, key=lambda one: str(one["name"])), totals
 
 
-def _pass_over(_node: bytes, _error: EngineError) -> None:
+def _pass_over(_node: ObjectDigest, _error: EngineError) -> None:
     """What cannot be read counts as nothing."""
 
 

@@ -23,6 +23,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from ..formats.digests import ObjectDigest
 from . import keepers
 from ..formats import fsverity
 from ..errors import EngineError, FormatError, doing
@@ -178,7 +179,7 @@ def _rank(path: str) -> tuple[int, str]:
     return next((number for number, top in enumerate(tops) if path.startswith(top)), len(tops)), path
 
 
-def _pass_over(_node: bytes, _error: EngineError) -> None:
+def _pass_over(_node: ObjectDigest, _error: EngineError) -> None:
     """The other look at the graph complains."""
 
 
@@ -249,7 +250,7 @@ def _entries(repository: Repository, problems: list[Problem]) -> Iterator[list[t
                     if len(digest) != size or digest.hex()[2:] != name or not stat.S_ISREG(entry.st_mode):
                         problems.append(Problem("stray_file", f"objects/{first:02x}/{name}"))
                     else:
-                        found.append((name, graphs.key(digest), entry.st_size))
+                        found.append((name, graphs.key(ObjectDigest(digest)), entry.st_size))
             finally:
                 os.close(fd)
         yield found

@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from ..formats.repolayout import StreamName
 from . import check, keepers
 from .findings import (
     BAD_LINK,
@@ -37,8 +38,8 @@ from .findings import (
     STREAM_UNNAMED,
     Finding,
 )
-from ..formats import fsverity, ocidocuments
-from ..formats.digests import digest_of, is_oci_digest
+from ..formats import fsverity, ocidocuments, repolayout
+from ..formats.digests import ObjectDigest, StreamDigest, digest_of, is_oci_digest, object_digest
 from ..errors import EngineError, FormatError, InvalidOption, doing
 from ..progress import Progress
 from ..pull import plan as planning
@@ -146,7 +147,7 @@ class _Source:
                 "Choose another 'source'.",
             )
 
-    def has(self, digest: bytes) -> bool:
+    def has(self, digest: ObjectDigest) -> bool:
         """Whether the other repository has a good object of this digest."""
         return self.other is not None and self.other.objects.verify(digest)
 
@@ -196,7 +197,7 @@ def _foretold(repository: Repository, finding: Finding, source: _Source) -> Repa
     text = "would be mended"
     if finding.repairable == NO:
         return None
-    digest = bytes.fromhex(finding.object) if finding.object else None
+    digest = object_digest(finding.object) if finding.object else None
     if finding.repairable == LOCAL:
         how = "rebuilt" if finding.names else "set_aside"
     elif digest is not None and source.has(digest):
@@ -236,7 +237,7 @@ class _Repair:
 
     def run(self) -> None:
         repository = self.repository
-        bad = {bytes.fromhex(one.object) for one in self.findings if one.object and one.code != IMAGE_UNLISTED}
+        bad = {object_digest(one.object) for one in self.findings if one.object and one.code != IMAGE_UNLISTED}
         repository.objects.suspects = set(bad)
         affected = {name for one in self.findings for name in one.names}
         tags = repository.tags()
@@ -264,9 +265,9 @@ class _Repair:
     def _mend_here(self, number: int, finding: Finding) -> None:
         """Links, proofs, seals, and what the other repository has."""
         repository, code = self.repository, finding.code
-        digest = bytes.fromhex(finding.object) if finding.object else None
+        digest = object_digest(finding.object) if finding.object else None
         if code == STREAM_UNNAMED and digest is not None and repository.objects.contains(digest):
-            repository.register(finding.path[len("streams/") :], digest)
+            repository.register(StreamName(finding.path[len("streams/") :]), StreamDigest(digest))
             self.how[number] = "rebuilt"
         elif code == IMAGE_UNLISTED and digest is not None and repository.objects.contains(digest):
             repository.link_image(digest)
@@ -298,14 +299,14 @@ class _Repair:
             self._copy(digest)
             self.how[number] = "copied"
 
-    def _links_to(self, digest: bytes, finding: Finding) -> list[str]:
+    def _links_to(self, digest: ObjectDigest, finding: Finding) -> list[str]:
         if finding.path.startswith("streams/"):
             return [finding.path]
         graph = graphs.Graph.read(self.repository)
         links = (("streams", graph.streams), ("images", graph.images))
         return [f"{kind}/{name}" for kind, found in links for name, one in found.items() if one == digest]
 
-    def _links_needing(self, digest: bytes) -> list[str]:
+    def _links_needing(self, digest: ObjectDigest) -> list[str]:
         """The links of streams and images that lead to the object, or to something that refers to it."""
         graph = graphs.Graph.read(self.repository)
         found = []
@@ -316,7 +317,7 @@ class _Repair:
                     found.append(f"{kind}/{name}")
         return found
 
-    def _copy(self, digest: bytes) -> None:
+    def _copy(self, digest: ObjectDigest) -> None:
         other = self.source.other
         if other is None:
             return
@@ -362,9 +363,9 @@ class _Repair:
 
     def _wanted_images(self, manifest: str) -> publish.Images:
         """The EROFS images that the configuration had, as far as that can be read."""
-        there = self.repository.stream(imagestreams.MANIFEST + manifest)
+        there = self.repository.stream(repolayout.manifest_stream(manifest))
         document = imagestreams.refs_of(self.repository, imagestreams.MANIFEST, there) if there else None
-        for key, stream in (document or {}).items():
+        for key, stream in imagestreams.streams_among(document or {}).items():
             if key.startswith(imagestreams.CONFIG_REF):
                 refs = imagestreams.refs_of(self.repository, imagestreams.CONFIG, stream)
                 if refs is not None:
@@ -377,12 +378,12 @@ class _Repair:
         """Let the configuration forget EROFS images that are not what its layers make; they are then made anew."""
         repository = self.repository
         wrong = {
-            bytes.fromhex(one.object)
+            object_digest(one.object)
             for one in self.findings
             if one.code in (IMAGE_WRONG, IMAGE_DAMAGED) and one.object
         }
         document = imagestreams.usable(repository, imagestreams.MANIFEST, manifest) if wrong else None
-        for key, stream in (document.refs if document else {}).items():
+        for key, stream in imagestreams.streams_among(document.refs if document else {}).items():
             if not key.startswith(imagestreams.CONFIG_REF):
                 continue
             digest = key[len(imagestreams.CONFIG_REF) :]
@@ -417,7 +418,7 @@ class _Repair:
             layers = [one for _layer, one in ocidocuments.pairs(parsed, ocidocuments.parse_config(config_raw))]
         refs = {}
         for layer in layers:
-            stream = repository.stream(imagestreams.LAYER + layer)
+            stream = repository.stream(repolayout.layer_stream(layer))
             if stream is None or not repository.objects.contains(stream):
                 return False
             refs[layer] = stream
@@ -441,14 +442,14 @@ class _Repair:
             known = imagestreams.usable(repository, kind, digest)
             if known is not None:
                 return known.raw
-        for _name, object_digest in repository.objects.names():
-            if object_digest is None:
+        for _name, one in repository.objects.names():
+            if one is None:
                 continue
             with contextlib.suppress(EngineError, OSError):
-                found = repository.objects.stat(object_digest)
+                found = repository.objects.stat(one)
                 if found is None or found.st_size > ocidocuments.MAX_CONFIG or found.st_size != (size or found.st_size):
                     continue
-                raw = repository.objects.read(object_digest, ocidocuments.MAX_CONFIG)
+                raw = repository.objects.read(one, ocidocuments.MAX_CONFIG)
                 if digest_of(raw) == digest:
                     return raw
         return None
@@ -465,7 +466,7 @@ class _Repair:
         with self._told("mounts"):
             mounted = [root for root in keepers.roots(graph, self.look(repository)) if root.kind == keepers.MOUNT]
             damaged = {
-                bytes.fromhex(one.object): number
+                object_digest(one.object): number
                 for number, one in enumerate(self.findings)
                 if one.object and one.code in (OBJECT_DAMAGED, OBJECT_UNREADABLE)
             }

@@ -15,6 +15,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 
+from ..formats.digests import ObjectDigest
 from ..errors import EngineError
 from ..formats import digests, ocidocuments, tardiff
 from ..formats.ocidocuments import Descriptor
@@ -194,7 +195,7 @@ def _take(repository: Repository, plan: Plan, source: Patient, reference: Refere
     return "" if used else "no missing layer becomes smaller by it."
 
 
-def source_image(repository: Repository, config: str) -> bytes | None:
+def source_image(repository: Repository, config: str) -> ObjectDigest | None:
     """The EROFS image (object digest) of the stored configuration ``config``; None if there is none to read from."""
     document = imagestreams.usable(repository, imagestreams.CONFIG, config)
     for version in (2, 1):

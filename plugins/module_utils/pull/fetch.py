@@ -26,6 +26,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
+from ..formats.repolayout import StreamName
+from ..formats.digests import StreamDigest, stream_digest
 from ..host import processes
 from ..store import imagestreams, proofs
 from ..errors import (
@@ -73,7 +75,7 @@ class Job(NamedTuple):
     own blob is what counts.
     """
 
-    stream: str
+    stream: StreamName
     spec: LayerSpec
     source: Patient
     reference: Reference
@@ -343,7 +345,7 @@ class Fetcher:
         parallel: int,
         timeout: float,
         progress: Progress,
-        arrived: Callable[[str, bytes], None] = lambda stream, digest: None,
+        arrived: Callable[[StreamName, StreamDigest], None] = lambda stream, digest: None,
         limits: Limits = Limits(),  # noqa: B008 -- it is frozen
     ) -> None:
         """``arrived`` is told the stream and the object digest of each layer that was named, by any thread."""
@@ -358,9 +360,9 @@ class Fetcher:
         self._sources: list[Patient] = []
         # Lanes are threads, and a store serves one at a time.
         self._naming = threading.Lock()
-        self.results: dict[str, LayerResult] = {}
+        self.results: dict[StreamName, LayerResult] = {}
         # Stream -> the job that brought it.
-        self.brought: dict[str, Job] = {}
+        self.brought: dict[StreamName, Job] = {}
         self.disappointments: list[Disappointment] = []
         self._left_out: set[Patient] = set()
 
@@ -399,7 +401,7 @@ class Fetcher:
             raise self._failure
 
     def _lane(self, worker: Worker, todo: queue.Queue[Job]) -> None:
-        waiting: dict[str, float] = {}
+        waiting: dict[StreamName, float] = {}
         try:
             while self._failure is None:
                 try:
@@ -417,7 +419,7 @@ class Fetcher:
                         result = self._somehow(worker, job)
                         self._publish(job, result)
                 self.results[job.stream] = result
-                self._arrived(job.stream, bytes.fromhex(result.stream))
+                self._arrived(job.stream, stream_digest(result.stream))
                 self._progress(Event(DONE, job.spec.diff_id, job.spec.size, job.spec.size))
         except EngineError as error:
             self._failure = self._failure or error
@@ -425,7 +427,9 @@ class Fetcher:
             # Nothing may pass unnoticed: a lane that ends without a word counts as done.
             self._failure = self._failure or from_exception(error, "importing layers")
 
-    def _claim(self, job: Job, stack: contextlib.ExitStack, waiting: dict[str, float], todo: queue.Queue[Job]) -> bool:
+    def _claim(
+        self, job: Job, stack: contextlib.ExitStack, waiting: dict[StreamName, float], todo: queue.Queue[Job]
+    ) -> bool:
         """Take the lock of a layer until ``stack`` ends; False if another pull fetches it, and the job was put back.
 
         Each layer is fetched by one pull at a time: the others wait, and do what else they have to do meanwhile. A
@@ -463,7 +467,7 @@ class Fetcher:
     def _publish(self, job: Job, result: LayerResult) -> None:
         # The barrier first: a name must never lead to bytes that a power cut can still take away.
         self._repository.sync()
-        digest = bytes.fromhex(result.stream)
+        digest = stream_digest(result.stream)
         with self._naming:
             imagestreams.name_layer(self._repository, job.stream, digest)
             self._repository.trust(job.spec.diff_id, digest)

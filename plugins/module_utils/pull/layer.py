@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, BinaryIO, NamedTuple, Union, cast
 
+from ..formats.digests import object_digest
 from ..formats import codecs, splitstream, tar
 from ..errors import DigestMismatch, EngineError, InvalidLayer, RegistryUnreachable, Stalled
 from ..formats.fsverity import Algorithm
@@ -211,7 +212,7 @@ def _from_files(source: PipeSource, spec: LayerSpec, objects: ObjectStore, algor
     from ..formats import tardiff  # late: most layers are not made so
     from .sourcefiles import SourceFiles
 
-    with contextlib.closing(SourceFiles(objects, algorithm, bytes.fromhex(spec.image))) as files:
+    with contextlib.closing(SourceFiles(objects, algorithm, object_digest(spec.image))) as files:
         gathered: list[bytes] = []
         size = 0
         for piece in tardiff.apply(source.read, files.open, spec.limit):

@@ -17,7 +17,8 @@ import os
 import stat
 from typing import BinaryIO, cast
 
-from ..formats import ocidocuments, splitstream
+from ..formats.digests import ObjectDigest, StreamDigest
+from ..formats import ocidocuments, repolayout, splitstream
 from ..host import beneath
 from ..store import imagestreams
 from ..errors import FormatError, ImageNotFound, doing
@@ -33,7 +34,7 @@ _BLOB = "application/octet-stream"
 class LocalLayer(LayerObjects):
     """A layer in another repository."""
 
-    def __init__(self, repository: Repository, stream: bytes, trusted: bool) -> None:
+    def __init__(self, repository: Repository, stream: StreamDigest, trusted: bool) -> None:
         self.algorithm = repository.algorithm
         self.stream = stream
         self.trusted = trusted
@@ -42,7 +43,7 @@ class LocalLayer(LayerObjects):
     def splitstream(self) -> BinaryIO:
         return self.open_object(self.stream)
 
-    def open_object(self, digest: bytes) -> BinaryIO:
+    def open_object(self, digest: ObjectDigest) -> BinaryIO:
         return cast(BinaryIO, os.fdopen(self._objects.open(digest), "rb", buffering=0))
 
     def linkable(self, fd: int) -> bool:
@@ -119,12 +120,12 @@ class LocalSource(Source):
         kind = _TAR if container else _BLOB
         return [Descriptor(kind, diff_id, sizes[diff_id]) for diff_id in diff_ids]
 
-    def _stream(self, reference: Reference, diff_id: str) -> bytes:
+    def _stream(self, reference: Reference, diff_id: str) -> StreamDigest:
         repository = self._repository(reference)
         # What the image was made of; its name may meanwhile lead to the same tar stored otherwise.
         manifest = imagestreams.usable(repository, imagestreams.MANIFEST, reference.digest)
-        stream = manifest.refs.get(diff_id) if manifest is not None else None
-        stream = stream or repository.stream(imagestreams.LAYER + diff_id)
+        stream = manifest.stream_of(diff_id) if manifest is not None else None
+        stream = stream or repository.stream(repolayout.layer_stream(diff_id))
         if stream is None:
             raise FormatError(
                 f"The layer {diff_id} is missing from the repository {reference.path}.", "Pull the image there again."

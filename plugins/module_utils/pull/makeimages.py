@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from ..formats.repolayout import StreamName
+from ..formats.digests import ObjectDigest, StreamDigest, object_digest, stream_digest
 from ..formats import splitstream
 from ..host import processes
 from ..rootfs import erofswriter
@@ -21,7 +23,7 @@ from ..formats.tar import EntryReader
 from ..rootfs.merge import TreeBuilder
 
 
-def build_tree(repository: Repository, layers: Iterable[bytes]) -> FileSystem:
+def build_tree(repository: Repository, layers: Iterable[StreamDigest]) -> FileSystem:
     """The file tree of the layers, given as object digests of their streams, base layer first. Raises InvalidLayer,
     TooLarge and FormatError.
     """
@@ -35,8 +37,8 @@ def build_tree(repository: Repository, layers: Iterable[bytes]) -> FileSystem:
 
 
 def write_images(
-    repository: Repository, layers: Sequence[bytes], plain: Sequence[int], bootable: Sequence[int]
-) -> tuple[dict[int, bytes], dict[int, bytes]]:
+    repository: Repository, layers: Sequence[StreamDigest], plain: Sequence[int], bootable: Sequence[int]
+) -> tuple[dict[int, ObjectDigest], dict[int, ObjectDigest]]:
     """Store the images of the formats ``plain``, and those ``bootable`` of the tree prepared for boot; format -> object
     digest for both.
 
@@ -61,7 +63,7 @@ class Ahead:
     def __init__(
         self,
         repository: Repository,
-        layers: Sequence[tuple[str, bytes | None]],
+        layers: Sequence[tuple[StreamName, StreamDigest | None]],
         plain: Sequence[int],
         bootable: Sequence[int],
         leave: Callable[[], None],
@@ -75,15 +77,15 @@ class Ahead:
 
         self._task = processes.Task(_WORK, work, leave)
 
-    def arrived(self, stream: str, digest: bytes) -> None:
+    def arrived(self, stream: StreamName, digest: StreamDigest) -> None:
         """Say that a layer is there now, under this object digest."""
         if stream in self._layers:
             self._layers[stream] = digest
             self._task.tell([stream, digest.hex()])
 
     def images(
-        self, layers: Sequence[bytes], plain: Sequence[int], bootable: Sequence[int]
-    ) -> tuple[dict[int, bytes], dict[int, bytes]] | None:
+        self, layers: Sequence[StreamDigest], plain: Sequence[int], bootable: Sequence[int]
+    ) -> tuple[dict[int, ObjectDigest], dict[int, ObjectDigest]] | None:
         """What `write_images` returns for the same arguments; None if it is not what was made here."""
         if [self._layers[stream] for stream in self._order] != list(layers):
             return None
@@ -96,16 +98,18 @@ class Ahead:
         self._task.close()
 
 
-def _as_they_come(order: Sequence[str], known: dict[str, bytes | None], hear: Callable[[], Any]) -> Iterator[bytes]:
+def _as_they_come(
+    order: Sequence[StreamName], known: dict[StreamName, StreamDigest | None], hear: Callable[[], Any]
+) -> Iterator[StreamDigest]:
     for stream in order:
         while (digest := known[stream]) is None:
             name, text = hear()
-            known[name] = bytes.fromhex(text)
+            known[name] = stream_digest(text)
         yield digest
 
 
 def _make(
-    repository: Repository, layers: Iterable[bytes], plain: Sequence[int], bootable: Sequence[int]
+    repository: Repository, layers: Iterable[StreamDigest], plain: Sequence[int], bootable: Sequence[int]
 ) -> list[dict[str, str]]:
     system = build_tree(repository, layers)
     answers = [{str(version): _store(repository, system, version) for version in plain}]
@@ -118,8 +122,8 @@ def _make(
     return answers
 
 
-def _made(answers: Any) -> tuple[dict[int, bytes], dict[int, bytes]]:
-    first, second = ({int(version): bytes.fromhex(digest) for version, digest in images.items()} for images in answers)
+def _made(answers: Any) -> tuple[dict[int, ObjectDigest], dict[int, ObjectDigest]]:
+    first, second = ({int(version): object_digest(digest) for version, digest in images.items()} for images in answers)
     return first, second
 
 

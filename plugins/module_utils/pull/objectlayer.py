@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
+from ..formats.digests import ObjectDigest
 from ..formats import fsverity, splitstream
 from ..errors import DigestMismatch, doing
 from .layer import CHUNK, LayerResult, LayerSpec, counters, layer_result, spool
@@ -104,11 +105,11 @@ class _Taker:
         self._objects = objects
         self._same = offer.algorithm == objects.algorithm
         # What was taken over already: the digest there -> digest here and size.
-        self._taken: dict[bytes, tuple[bytes, int]] = {}
+        self._taken: dict[ObjectDigest, tuple[ObjectDigest, int]] = {}
         self._may_clone = True
         self._may_link = True
 
-    def has(self, digest: bytes) -> bool:
+    def has(self, digest: ObjectDigest) -> bool:
         """Whether the object is here already, under the same digest."""
         return self._same and self._objects.contains(digest)
 
@@ -116,7 +117,7 @@ class _Taker:
         if self.sha256 is not None:
             self.sha256.update(data)
 
-    def take(self, digest: bytes) -> tuple[bytes, int]:
+    def take(self, digest: ObjectDigest) -> tuple[ObjectDigest, int]:
         """Make the object ours: its digest here and its size."""
         known = self._taken.get(digest)
         if known is None and not self.has(digest):
@@ -131,19 +132,19 @@ class _Taker:
             self._hash_ours(known[0])
         return known
 
-    def _size(self, digest: bytes) -> int:
+    def _size(self, digest: ObjectDigest) -> int:
         fd = self._objects.open(digest)
         try:
             return os.fstat(fd).st_size
         finally:
             os.close(fd)
 
-    def _hash_ours(self, digest: bytes) -> None:
+    def _hash_ours(self, digest: ObjectDigest) -> None:
         fd = self._objects.open(digest)
         with os.fdopen(fd, "rb", buffering=0) as file:
             self._read(file, lambda data: None)
 
-    def _bring(self, digest: bytes) -> tuple[bytes, int]:
+    def _bring(self, digest: ObjectDigest) -> tuple[ObjectDigest, int]:
         expect = digest if self._same else None
         with self._offer.open_object(digest) as file:
             fd = _regular(file)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..formats.repolayout import StreamName
 from ..errors import EngineError, ImageNotFound
 from ..formats.fsverity import Algorithm
 from ..progress import Progress
@@ -33,7 +34,7 @@ class Peers:
         urls: Sequence[str],
         options: PeerOptions,
         algorithm: Algorithm,
-        missing: Mapping[str, tuple[Plan, Layer]],
+        missing: Mapping[StreamName, tuple[Plan, Layer]],
         progress: Progress,
     ) -> None:
         sizes = {layer.diff_id: layer.source.size for _plan, layer in missing.values()}

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 
-from ..formats import ocidocuments
+from ..formats.repolayout import StreamName
+from ..formats import ocidocuments, repolayout
 from ..host import machine
 from ..store import imagestreams, namerecords, proofs
 from ..errors import UnexpectedDigest
-from ..formats.digests import is_digest
+from ..formats.digests import ObjectDigest, StreamDigest, is_digest
 from ..formats.reference import Reference, parse_reference
 from ..store.namerecords import NameRecord
 from ..store.repository import Repository
@@ -60,7 +61,7 @@ class LayerDelta:
     descriptor: ocidocuments.Descriptor
     source: Patient
     reference: Reference
-    image: bytes
+    image: ObjectDigest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +75,9 @@ class Layer:
 
     blob: ocidocuments.Descriptor
     diff_id: str
-    stream: str
+    stream: StreamName
     source: ocidocuments.Descriptor
-    stored: bytes | None
+    stored: StreamDigest | None
     delta: LayerDelta | None = None
 
     @property
@@ -139,14 +140,12 @@ class Plan:
     # Names besides the request's that have to be given, and to go.
     further: tuple[str, ...] = ()
     leaving: tuple[str, ...] = ()
-    image_refs: dict[str, bytes] = dataclasses.field(default_factory=dict)
+    image_refs: dict[str, ObjectDigest] = dataclasses.field(default_factory=dict)
     warnings: list[str] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.config is not None and self.config_document is not None:
-            self.image_refs = {
-                name: digest for name, digest in self.config_document.refs.items() if imagestreams.is_image_ref(name)
-            }
+            self.image_refs = imagestreams.images_among(self.config_document.refs)
 
     @property
     def previous(self) -> str | None:
@@ -188,7 +187,7 @@ class Plan:
     def config_digest(self) -> str:
         return self.manifest.config.digest
 
-    def missing(self) -> dict[str, Layer]:
+    def missing(self) -> dict[StreamName, Layer]:
         """The layers to fetch, each once, by stream name."""
         return {layer.stream: layer for layer in self.layers if layer.stored is None}
 
@@ -295,7 +294,7 @@ def _here(repository: Repository, request: Request, standing: Standing) -> tuple
     is none. UnexpectedDigest if it is not the one that was asked for.
     """
     if is_digest(request.ref):
-        digest = request.ref if repository.stream(imagestreams.MANIFEST + request.ref) is not None else None
+        digest = request.ref if repository.stream(repolayout.manifest_stream(request.ref)) is not None else None
         names = [name for name, manifest in repository.tags().items() if manifest == digest]
     else:
         names = [request.ref]
@@ -339,12 +338,12 @@ def _stored_layer(
     record: bool,
     warnings: list[str],
 ) -> Layer:
-    stream = imagestreams.LAYER + diff_id
+    stream = repolayout.layer_stream(diff_id)
     candidate = repository.stream(stream)
     if plan.config is None and plan.manifest_document is not None:
         # The stream's name may meanwhile lead to a container's split tar of the same bytes; what the artifact has is
         # still right.
-        candidate = plan.manifest_document.refs.get(diff_id, candidate)
+        candidate = plan.manifest_document.stream_of(diff_id) or candidate
     stored = proofs.proved_layer(repository, candidate, diff_id, plan.config is not None, record, warnings)
     return Layer(blob, diff_id, stream, source, stored)
 

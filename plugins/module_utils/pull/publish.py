@@ -14,6 +14,9 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from ..formats import repolayout
+from ..formats.repolayout import StreamName
+from ..formats.digests import ObjectDigest, StreamDigest
 from ..store import imagestreams, proofs
 from ..errors import Busy, FormatError
 from .plan import Layer, Plan
@@ -38,7 +41,7 @@ class Images(NamedTuple):
     bootable: bool = False
 
 
-def predict(repository: Repository, plan: Plan, images: Images) -> list[str]:
+def predict(repository: Repository, plan: Plan, images: Images) -> list[StreamName]:
     """The names under ``streams/`` that publish() would register, after those of the missing layers."""
     streams = list(plan.missing())
     layers = {layer.diff_id: _expected(repository, plan, layer) for layer in plan.layers}
@@ -51,7 +54,7 @@ def predict(repository: Repository, plan: Plan, images: Images) -> list[str]:
         # An image whose object is gone comes back the same: making images is deterministic.
         manifest = plan.manifest_document
         if manifest is None or manifest.refs != _manifest_refs(plan, config.stream, layers):
-            streams.append(imagestreams.MANIFEST + plan.digest)
+            streams.append(repolayout.manifest_stream(plan.digest))
         return streams
     holders = imagestreams.manifests_of_config(repository, plan.config_digest)
     coming = _coming_config(repository, plan, images, layers, holders)
@@ -63,8 +66,8 @@ def predict(repository: Repository, plan: Plan, images: Images) -> list[str]:
         manifests.insert(0, plan.digest)
     return [
         *streams,
-        imagestreams.CONFIG + plan.config_digest,
-        *(imagestreams.MANIFEST + digest for digest in manifests),
+        repolayout.config_stream(plan.config_digest),
+        *(repolayout.manifest_stream(digest) for digest in manifests),
     ]
 
 
@@ -72,7 +75,7 @@ def unfinished(repository: Repository, plan: Plan, images: Images) -> bool:
     """Whether publish() has something to repair that no stream shows: an image without its object or link, or what a
     crash left behind.
     """
-    if repository.stream(imagestreams.PENDING + plan.config_digest) is not None:
+    if repository.stream(repolayout.stream_name(imagestreams.PENDING, plan.config_digest)) is not None:
         return True
     wanted = _wanted(repository, plan, images)
     return any(
@@ -98,10 +101,10 @@ def publish(
     repository: Repository,
     plan: Plan,
     images: Images,
-    fetched: Mapping[str, bytes],
+    fetched: Mapping[StreamName, StreamDigest],
     progress: Progress,
     ahead: Ahead | None = None,
-) -> list[str]:
+) -> list[StreamName]:
     """Store and name what ``plan`` still lacks; the names under ``streams/`` that were given. ``fetched``: layer stream
     -> object digest. ``ahead`` is what `begin` returned for this plan.
 
@@ -114,7 +117,7 @@ def publish(
     """
     tree = [layer.stored or fetched[layer.stream] for layer in plan.layers]
     layers = {layer.diff_id: digest for layer, digest in zip(plan.layers, tree)}
-    made: dict[str, bytes] = {}
+    made: dict[str, ObjectDigest] = {}
     _read_again(repository, plan)
     _make_missing(repository, plan, images, tree, layers, made, progress, ahead)
     with alone(repository, progress):
@@ -140,8 +143,8 @@ def publish(
                 repository.link_image(image)
         imagestreams.replace(repository, plan.config_digest, decision.config, decision.manifests)
     return [
-        *([imagestreams.CONFIG + plan.config_digest] if decision.moves else []),
-        *(imagestreams.MANIFEST + digest for digest in decision.manifests),
+        *([repolayout.config_stream(plan.config_digest)] if decision.moves else []),
+        *(repolayout.manifest_stream(digest) for digest in decision.manifests),
     ]
 
 
@@ -162,17 +165,17 @@ class _Decision(NamedTuple):
     EROFS images, and the streams on which all that was decided.
     """
 
-    config: bytes
-    manifests: dict[str, bytes]
+    config: StreamDigest
+    manifests: dict[str, StreamDigest]
     moves: bool
-    images: dict[str, bytes]
-    based_on: tuple[bytes | None, bytes | None]
+    images: dict[str, ObjectDigest]
+    based_on: tuple[StreamDigest | None, StreamDigest | None]
 
 
-def _streams(repository: Repository, plan: Plan) -> tuple[bytes | None, bytes | None]:
+def _streams(repository: Repository, plan: Plan) -> tuple[StreamDigest | None, StreamDigest | None]:
     return (
-        repository.stream(imagestreams.CONFIG + plan.config_digest),
-        repository.stream(imagestreams.MANIFEST + plan.digest),
+        repository.stream(repolayout.config_stream(plan.config_digest)),
+        repository.stream(repolayout.manifest_stream(plan.digest)),
     )
 
 
@@ -185,9 +188,9 @@ def _make_missing(
     repository: Repository,
     plan: Plan,
     images: Images,
-    tree: Sequence[bytes],
-    layers: Mapping[str, bytes],
-    made: dict[str, bytes],
+    tree: Sequence[StreamDigest],
+    layers: Mapping[str, StreamDigest],
+    made: dict[str, ObjectDigest],
     progress: Progress,
     ahead: Ahead | None = None,
 ) -> None:
@@ -211,7 +214,11 @@ def _make_missing(
 
 
 def _decide(
-    repository: Repository, plan: Plan, images: Images, layers: Mapping[str, bytes], made: Mapping[str, bytes]
+    repository: Repository,
+    plan: Plan,
+    images: Images,
+    layers: Mapping[str, StreamDigest],
+    made: Mapping[str, ObjectDigest],
 ) -> _Decision:
     """Store the documents as they have to be now, by what the repository holds."""
     based_on = _streams(repository, plan)
@@ -238,7 +245,9 @@ def _decide(
     return _Decision(config_stream, manifests, moves, image_refs, based_on)
 
 
-def _true_images(repository: Repository, plan: Plan, layers: Mapping[str, bytes | None]) -> dict[str, bytes]:
+def _true_images(
+    repository: Repository, plan: Plan, layers: Mapping[str, StreamDigest | None]
+) -> dict[str, ObjectDigest]:
     """The EROFS images that the stored configuration leads to and that stay: those made of the same layers.
 
     Two programs that fetch a layer at once give it two streams of the same tar. An image made of the other one is as
@@ -247,8 +256,8 @@ def _true_images(repository: Repository, plan: Plan, layers: Mapping[str, bytes 
     before = plan.config_document
     if before is None or plan.config is None:
         return {}
-    images = {name: digest for name, digest in before.refs.items() if imagestreams.is_image_ref(name)}
-    others = {name: digest for name, digest in before.refs.items() if not imagestreams.is_image_ref(name)}
+    images = imagestreams.images_among(before.refs)
+    others = imagestreams.streams_among(before.refs)
     if not images or others.keys() != layers.keys():
         return {}
     for diff_id, stream in others.items():
@@ -257,7 +266,7 @@ def _true_images(repository: Repository, plan: Plan, layers: Mapping[str, bytes 
     return images
 
 
-def _is_whole(repository: Repository, image: bytes) -> bool:
+def _is_whole(repository: Repository, image: ObjectDigest) -> bool:
     """Whether an EROFS image is there and begins like one: a file system that went down may have left its name only."""
     if not repository.objects.contains(image):
         return False
@@ -281,7 +290,7 @@ def _by_tree(formats: Sequence[tuple[int, bool]]) -> tuple[list[int], list[int]]
     return [version for version, boot in formats if not boot], [version for version, boot in formats if boot]
 
 
-def image_id(repository: Repository, refs: Mapping[str, bytes], boot: bool) -> str | None:
+def image_id(repository: Repository, refs: Mapping[str, ObjectDigest], boot: bool) -> str | None:
     """The EROFS image (hex) in the repository's own format among the named ``refs`` of a configuration, None if there
     is none.
     """
@@ -308,7 +317,7 @@ def _wanted(repository: Repository, plan: Plan, images: Images) -> dict[str, tup
     return {imagestreams.image_ref(version, boot): (version, boot) for version, boot in chosen}
 
 
-def _expected(repository: Repository, plan: Plan, layer: Layer) -> bytes | None:
+def _expected(repository: Repository, plan: Plan, layer: Layer) -> StreamDigest | None:
     """The stream object a layer has, or will most likely get: an import is deterministic, so one that vanished comes
     back the same.
     """
@@ -318,7 +327,7 @@ def _expected(repository: Repository, plan: Plan, layer: Layer) -> bytes | None:
     if proved is not None:
         return proved
     document = plan.config_document if plan.config is not None else plan.manifest_document
-    known = document.refs.get(layer.diff_id) if document else None
+    known = document.stream_of(layer.diff_id) if document else None
     there = repository.stream(layer.stream)
     # What is there and is to be replaced is not what the layer will be.
     return None if known == there and there is not None and repository.objects.contains(there) else known
@@ -328,11 +337,10 @@ def _coming_config(
     repository: Repository,
     plan: Plan,
     images: Images,
-    layers: Mapping[str, bytes | None],
+    layers: Mapping[str, StreamDigest | None],
     holders: Mapping[str, imagestreams.Document],
-) -> bytes:
-    """The stream that publish() will give to the configuration, if it is stored already; else empty, which no stream
-    is.
+) -> StreamDigest | None:
+    """The stream that publish() will give to the configuration, if it is stored already.
 
     It is where the name or the document is gone, and where a run died between moving the manifests, ``holders``, and
     the configuration.
@@ -341,22 +349,22 @@ def _coming_config(
     keys = set(_wanted(repository, plan, images))
     if config is not None:
         keys |= _true_images(repository, plan, layers).keys()
-    candidates = [repository.stream(imagestreams.CONFIG + plan.config_digest)]
-    candidates += [document.refs[imagestreams.CONFIG_REF + plan.config_digest] for document in holders.values()]
+    candidates = [repository.stream(repolayout.config_stream(plan.config_digest))]
+    candidates += [document.stream_of(imagestreams.CONFIG_REF + plan.config_digest) for document in holders.values()]
     for stream in dict.fromkeys(candidates):
         refs = imagestreams.refs_of(repository, imagestreams.CONFIG, stream) if stream else None
         if stream and refs is not None and refs.keys() == keys | layers.keys() and _leads_to(plan, refs, layers):
             return stream
-    return b""
+    return None
 
 
-def _leads_to(plan: Plan, refs: Mapping[str, bytes], layers: Mapping[str, bytes | None]) -> bool:
+def _leads_to(plan: Plan, refs: Mapping[str, ObjectDigest], layers: Mapping[str, StreamDigest | None]) -> bool:
     """Whether a stored configuration has exactly these layers."""
     if plan.config is None:
         # The empty configuration is shared by many artifacts and cannot lead to the layers of all: their manifests do.
         return True
-    return {name: digest for name, digest in refs.items() if not imagestreams.is_image_ref(name)} == layers
+    return imagestreams.streams_among(refs) == layers
 
 
-def _manifest_refs(plan: Plan, config: bytes, layers: Mapping[str, T]) -> dict[str, bytes | T]:
+def _manifest_refs(plan: Plan, config: T, layers: Mapping[str, T]) -> dict[str, T]:
     return {imagestreams.CONFIG_REF + plan.config_digest: config, **layers}

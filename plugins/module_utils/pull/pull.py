@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..formats.repolayout import StreamName
 from ..formats import codecs, ocidocuments
 from . import publish
 from ..store import imagestreams, namerecords
@@ -36,7 +37,7 @@ from ..errors import (
     from_os_error,
 )
 from ..formats.ocidocuments import Platform, parse_platform
-from ..formats.digests import is_digest
+from ..formats.digests import StreamDigest, is_digest, stream_digest
 from ..formats.reference import Reference, parse_reference
 from .limits import MIN_RATE, Limits
 from .plan import Layer, Plan, Request
@@ -92,11 +93,11 @@ class Outcome:
     """What became of one image. ``streams`` are the names that this run registered, or would register in check mode."""
 
     plan: Plan
-    streams: list[str]
+    streams: list[StreamName]
     stats: Stats
     changed: bool
     # Layer stream -> what delivered it in the end, where that is not what the plan says.
-    delivered: dict[str, str] = dataclasses.field(default_factory=dict)
+    delivered: dict[StreamName, str] = dataclasses.field(default_factory=dict)
     bytes_exact: bool = True
 
 
@@ -307,12 +308,12 @@ def _choose_deltas(repository: Repository, plans: Sequence[Plan], options: Optio
         )
 
 
-def _untouched(plans: Sequence[Plan], predictions: Sequence[list[str]], exact: bool) -> list[Outcome]:
+def _untouched(plans: Sequence[Plan], predictions: Sequence[list[StreamName]], exact: bool) -> list[Outcome]:
     """Outcomes of a run that writes nothing; ``exact`` unless peers, which were not asked, may save bytes. A layer that
     several images lack is counted with the first, as a real run would fetch it.
     """
     outcomes = []
-    claimed: set[str] = set()
+    claimed: set[StreamName] = set()
     for plan, predicted in zip(plans, predictions):
         streams = [stream for stream in predicted if stream not in claimed]
         fetched = sum(layer.to_fetch for stream, layer in plan.missing().items() if stream not in claimed)
@@ -343,7 +344,7 @@ def _carry_out(
     clock: _Clock,
     limits: Limits,
 ) -> list[Outcome]:
-    missing: dict[str, tuple[Plan, Layer]] = {}
+    missing: dict[StreamName, tuple[Plan, Layer]] = {}
     for plan in plans:
         progress(Event(IMAGE, text=plan.request.name))
         for layer in plan.layers:
@@ -359,7 +360,7 @@ def _carry_out(
         plans[0].warnings += found.warnings
         begun: dict[str, Ahead] = {}
         fetched = {}
-        delivered: dict[str, str] = {}
+        delivered: dict[StreamName, str] = {}
         told: list[dict[str, Any]] = []
         if missing:
             # Loaded here: a run that fetches nothing starts faster without the decoders and the tar splitter.
@@ -369,7 +370,7 @@ def _carry_out(
             jobs = [_job(stream, plan, layer, seeds) for stream, (plan, layer) in missing.items()]
             begun = _begin(repository, plans, options, usable_processors(), stack)
 
-            def arrived(stream: str, digest: bytes) -> None:
+            def arrived(stream: StreamName, digest: StreamDigest) -> None:
                 for ahead in begun.values():
                     ahead.arrived(stream, digest)
 
@@ -387,9 +388,9 @@ def _carry_out(
                 elif seeds is not None and not isinstance(error, ImageNotFound):
                     plan.warnings.append(seeds.complaint(job, error))
         clock.lap("fetch")
-        stored = {stream: bytes.fromhex(result.stream) for stream, result in fetched.items()}
+        stored = {stream: stream_digest(result.stream) for stream, result in fetched.items()}
         outcomes = []
-        claimed: set[str] = set()
+        claimed: set[StreamName] = set()
         for plan in plans:
             mine = [stream for stream in plan.missing() if stream not in claimed]
             claimed.update(mine)
@@ -483,7 +484,7 @@ def _begin(
 
 
 def _peers(
-    options: Options, repository: Repository, missing: Mapping[str, tuple[Plan, Layer]], progress: Progress
+    options: Options, repository: Repository, missing: Mapping[StreamName, tuple[Plan, Layer]], progress: Progress
 ) -> Peers | None:
     if not options.peers:
         return None
@@ -494,7 +495,7 @@ def _peers(
     return Peers(options.peers, chosen, repository.algorithm, missing, progress)
 
 
-def _job(stream: str, plan: Plan, layer: Layer, seeds: Peers | None) -> Any:
+def _job(stream: StreamName, plan: Plan, layer: Layer, seeds: Peers | None) -> Any:
     """The fetcher's job for a missing layer: by its delta if there is one, then by peers, then by itself."""
     from .fetch import DELTA, Job
     from .layer import TAR_DIFF, LayerSpec
@@ -640,7 +641,7 @@ def describe(repository: Repository, outcome: Outcome) -> Report:
             for layer in plan.layers
         ],
         bytes_exact=outcome.bytes_exact,
-        streams=outcome.streams,
+        streams=list(outcome.streams),
         stats=outcome.stats,
         policy=plan.policy,
         skopeo_version=facts.skopeo_version,

@@ -25,6 +25,7 @@ import struct
 from collections.abc import Callable
 from typing import Any, cast
 
+from ..formats.digests import ObjectDigest
 from ..formats import fsverity
 from ..host import processes
 from ..errors import EngineError, from_values, to_values
@@ -43,7 +44,7 @@ class DirectStorer:
 
     def __init__(self, objects: ObjectStore) -> None:
         self._objects = objects
-        self.put: Callable[[fsverity.Bytes], bytes] = objects.put
+        self.put: Callable[[fsverity.Bytes], ObjectDigest] = objects.put
 
     def finish(self) -> None:
         """Return when all is stored."""
@@ -86,7 +87,7 @@ class Storer:
         os.close(source)
         theirs.close()
 
-    def put(self, data: fsverity.Bytes) -> bytes:
+    def put(self, data: fsverity.Bytes) -> ObjectDigest:
         """Have ``data``, which must not change any more, stored soon; its fs-verity digest. Raises what went wrong with
         earlier ones.
         """
@@ -188,7 +189,7 @@ def _serve(source: int, control: socket.socket, objects: ObjectStore) -> None:
         try:
             for place in range(0, len(table), entry):
                 end = start + _SIZE.unpack_from(table, place + digest_size)[0]
-                objects.put_known(bytes(table[place : place + digest_size]), contents[start:end])
+                objects.put_known(ObjectDigest(bytes(table[place : place + digest_size])), contents[start:end])
                 start = end
         except Exception as error:
             failed = True

@@ -13,6 +13,7 @@ import mmap
 import os
 from typing import TYPE_CHECKING
 
+from ..formats.digests import ObjectDigest
 from ..errors import FormatError, from_os_error
 from ..formats.fsverity import Algorithm
 from ..formats.tardiff import File
@@ -29,7 +30,7 @@ class SourceFiles:
     FormatError if the image or one of its files is damaged or missing.
     """
 
-    def __init__(self, objects: ObjectStore, algorithm: Algorithm, image: bytes) -> None:
+    def __init__(self, objects: ObjectStore, algorithm: Algorithm, image: ObjectDigest) -> None:
         self._objects = objects
         fd = objects.open(image)
         try:
@@ -70,7 +71,7 @@ class _Inline:
 class _Object:
     """A file that is an object. The descriptor is taken over."""
 
-    def __init__(self, fd: int, digest: bytes, size: int) -> None:
+    def __init__(self, fd: int, digest: ObjectDigest, size: int) -> None:
         self._fd = fd
         self._digest = digest
         self.size = size

@@ -17,6 +17,7 @@ from array import array
 from binascii import hexlify
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from ..formats.digests import ObjectDigest
 from .erofs import (
     BLOCK,
     ESCAPED,
@@ -173,8 +174,8 @@ class Inodes:
         self.empty = Xattrs(((), (), ()))
         self._sets_by_id: dict[int, Xattrs] = {}
         self._sets: dict[tuple[tuple[tuple[bytes, bytes], ...], int], Xattrs] = {}
-        self._digests: set[bytes] = set()
-        self.shared_digests: dict[bytes, tuple[int, int]] = {}
+        self._digests: set[ObjectDigest] = set()
+        self.shared_digests: dict[ObjectDigest, tuple[int, int]] = {}
         self.shared: list[Entry] = []
         self.shared_size = 0
         # The constant bytes around the digest in metacopy and redirect.
@@ -451,7 +452,7 @@ class Inodes:
                     "Rebuild the image without them.",
                 )
 
-    def _pointer(self, digest: bytes) -> tuple[Entry, Entry]:
+    def _pointer(self, digest: ObjectDigest) -> tuple[Entry, Entry]:
         text = hexlify(digest)
         return (XI_TRUSTED, METACOPY, self.metacopy_head + digest), (
             XI_TRUSTED,
@@ -477,7 +478,7 @@ class Inodes:
             xattrs.refs = (refs[0], refs[1], refs[2])
             xattrs.plain = b"".join((XATTR_HEADER.pack(~xattrs.bits & 0xFFFFFFFF, xattrs.shared), *refs, *xattrs.local))
 
-    def pointing(self, xattrs: Xattrs, digest: bytes) -> bytes:
+    def pointing(self, xattrs: Xattrs, digest: ObjectDigest) -> bytes:
         """The xattrs of an external file: its set with metacopy and redirect in their places."""
         if digest in self.shared_digests:
             bits = ~(xattrs.bits | self.pointer_bits) & 0xFFFFFFFF

@@ -19,6 +19,7 @@ from binascii import unhexlify
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, NoReturn
 
+from ..formats.digests import ObjectDigest
 from .erofs import (
     BLOCK,
     CHUNKED,
@@ -121,12 +122,12 @@ class ErofsImage:
     def __exit__(self, *_args: object) -> None:
         self.close()
 
-    def objects(self) -> set[bytes]:
+    def objects(self) -> set[ObjectDigest]:
         """The digests of all objects that the image refers to. What is no valid reference is skipped, as other
         composefs tools do.
         """
         self._start()
-        objects: set[bytes] = set()
+        objects: set[ObjectDigest] = set()
         visited = bytearray(self._length // SLOT + 1)
         self._within(self.root_nid * SLOT, SLOT, "inode")
         visited[self.root_nid] = 1
@@ -511,7 +512,7 @@ class ErofsImage:
             return Leaf(stat, kind, size=inode.size)  # a hole
         return Leaf(stat, kind, b"".join(self._pieces(inode)))
 
-    def _metacopy_digest(self, value: bytes) -> bytes | None:
+    def _metacopy_digest(self, value: bytes) -> ObjectDigest | None:
         if (
             len(value) < 4
             or value[0]
@@ -520,15 +521,15 @@ class ErofsImage:
             or self._sizes.get(value[3]) != len(value) - 4
         ):
             return None
-        return value[4:]
+        return ObjectDigest(value[4:])
 
-    def _redirect_digest(self, value: bytes) -> bytes | None:
+    def _redirect_digest(self, value: bytes) -> ObjectDigest | None:
         """The digest at the end of an object path, ``xx/`` and the rest in hex, whatever stands before."""
         for size in sorted(self._sizes.values(), reverse=True):
             text = value[-2 * size - 1 :]
             if len(text) == 2 * size + 1 and text[2:3] == b"/" and b"/" not in text[3:]:
                 try:
-                    return unhexlify(text[:2] + text[3:])
+                    return ObjectDigest(unhexlify(text[:2] + text[3:]))
                 except ValueError:
                     continue
         return None

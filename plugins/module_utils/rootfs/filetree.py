@@ -14,6 +14,8 @@ import stat as st
 from collections.abc import Iterator
 from typing import Union
 
+from ..formats.digests import ObjectDigest
+
 
 class Stat:
     """Metadata of one inode.
@@ -79,7 +81,7 @@ class Leaf:
         stat: Stat,
         kind: int = st.S_IFREG,
         data: bytes = b"",
-        digest: bytes | None = None,
+        digest: ObjectDigest | None = None,
         size: int | None = None,
         rdev: int = 0,
     ) -> None:

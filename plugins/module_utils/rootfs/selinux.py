@@ -15,6 +15,7 @@ import stat as st
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from ..formats.digests import ObjectDigest
 from .lastmatch import LastMatch, Pattern, State
 from ..errors import InvalidLayer
 from .filetree import Directory, Leaf, Node, Stat, count_links, directories
@@ -23,7 +24,7 @@ from .merge import MAX_XATTR_VALUE
 
 LABEL = b"security.selinux"
 #: What reads an external file: (digest, limit in bytes) -> content; it raises an EngineError for a longer one.
-ReadObject = Callable[[bytes, int], bytes]
+ReadObject = Callable[[ObjectDigest, int], bytes]
 
 #: The file_contexts of a complete distribution has half a megabyte.
 MAX_POLICY_FILE = 16 << 20

@@ -26,6 +26,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, BinaryIO, Callable
 from urllib.parse import quote, urlsplit
 
+from ..formats.digests import ObjectDigest, StreamDigest
 from ..errors import (
     AuthFailed,
     DigestMismatch,
@@ -356,11 +357,11 @@ class _PeerLayer(LayerObjects):
         self._lock = threading.Condition()
         self._threads: list[threading.Thread] = []
         self._connections: list[_Connection] = []
-        self._wanted: list[bytes] = []
-        self._place: dict[bytes, int] = {}
+        self._wanted: list[ObjectDigest] = []
+        self._place: dict[ObjectDigest, int] = {}
         self._next = 0
         self._taken = 0
-        self._ready: dict[bytes, bytes | _Lent | EngineError] = {}
+        self._ready: dict[ObjectDigest, bytes | _Lent | EngineError] = {}
         self._closed = False
         self._waited = 0.0
         self._came = 0
@@ -377,7 +378,7 @@ class _PeerLayer(LayerObjects):
                 body = connection.get(path, _Budget(limit, "a splitstream"), "the layer")
             finally:
                 alarm.cancel()
-            self.stream = self._receive(body)
+            self.stream = StreamDigest(ObjectDigest(self._receive(body)))
             self.fetched = body.wire
             found = splitstream.Splitstream.open(self._file, algorithm, splitstream.LAYER)
             most = max(TAR_LEAST, TAR_FACTOR * layer_size)
@@ -411,7 +412,7 @@ class _PeerLayer(LayerObjects):
         self._file.seek(0)
         return self._file
 
-    def expect(self, digests: list[bytes]) -> None:
+    def expect(self, digests: list[ObjectDigest]) -> None:
         self._wanted = digests
         self._place = {digest: number for number, digest in enumerate(digests)}
         while len(self._connections) < min(CONNECTIONS, len(digests)):
@@ -438,7 +439,7 @@ class _PeerLayer(LayerObjects):
                 self._tell(digest, from_exception(error, "fetching from the peer"), 0)
                 return
 
-    def _one(self, connection: _Connection, digest: bytes) -> None:
+    def _one(self, connection: _Connection, digest: ObjectDigest) -> None:
         body = connection.get(f"objects/{fsverity.object_path(digest)}", self._budget, f"object {digest.hex()}")
         with body:
             if body.length is not None and body.length > _LARGE:
@@ -450,14 +451,14 @@ class _PeerLayer(LayerObjects):
             else:
                 self._tell(digest, body.whole(), body.wire)
 
-    def _tell(self, digest: bytes, what: bytes | _Lent | EngineError, wire: int) -> None:
+    def _tell(self, digest: ObjectDigest, what: bytes | _Lent | EngineError, wire: int) -> None:
         with self._lock:
             self._ready[digest] = what
             self._came += wire
             self.fetched = (self.fetched or 0) + wire
             self._lock.notify_all()
 
-    def open_object(self, digest: bytes) -> BinaryIO:
+    def open_object(self, digest: ObjectDigest) -> BinaryIO:
         with self._lock:
             place = self._place.get(digest)
             if place is None:

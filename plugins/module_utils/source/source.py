@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from typing import BinaryIO, NamedTuple, TypeVar
 
+from ..formats.digests import ObjectDigest, StreamDigest
 from ..formats.fsverity import Algorithm
 from ..errors import EngineError
 from ..formats.ocidocuments import Descriptor, Manifest, Platform
@@ -86,7 +87,7 @@ class LayerObjects:
     """
 
     algorithm: Algorithm
-    stream: bytes
+    stream: StreamDigest
     trusted: bool = False
     fetched: int | None = None
 
@@ -94,7 +95,7 @@ class LayerObjects:
         """The bytes of the splitstream object, from its beginning; the caller closes it."""
         raise NotImplementedError
 
-    def open_object(self, digest: bytes) -> BinaryIO:
+    def open_object(self, digest: ObjectDigest) -> BinaryIO:
         """The content of the object with this digest, from its beginning; the caller closes it.
 
         A file whose ``fileno()`` is that of a regular file on this host is cloned where the file systems allow; any
@@ -108,7 +109,7 @@ class LayerObjects:
         """
         return False
 
-    def expect(self, digests: list[bytes]) -> None:
+    def expect(self, digests: list[ObjectDigest]) -> None:
         """A hint: these objects will be asked for, in this order. A source that waits for a network may begin."""
 
     def close(self) -> None:

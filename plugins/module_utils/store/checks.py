@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from ..formats.digests import ObjectDigest
 from ..formats import fsverity
 from ..host import files
 from ..errors import EngineError, doing
@@ -57,7 +58,7 @@ def set_aside(repository: Repository, path: str) -> bool:
     return True
 
 
-def keep_copy(repository: Repository, digest: bytes) -> None:
+def keep_copy(repository: Repository, digest: ObjectDigest) -> None:
     """Give an object a second name there before it is replaced. It is only for who wants to look at it later, so what
     cannot be kept is not.
     """

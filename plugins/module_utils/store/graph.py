@@ -23,13 +23,18 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from ..formats.splitstream import DigestTable
+from ..formats.repolayout import StreamName
+from ..formats.digests import ObjectDigest, StreamDigest
 from ..formats import digests, fsverity, repolayout
 from ..errors import EngineError, FormatError, doing
-from .imagestreams import CONFIG
 from .repository import Repository
 
 TAG, REFERRER, REF, IMAGE_REF = "tag", "referrer", "ref", "image_ref"
 SHARED = -1
+
+Broken = Callable[[ObjectDigest, EngineError], None]
+"""Is told of a stream or image that cannot be read, and why."""
 
 _REFERRERS = "streams/refs/oci-referrers"
 _FIRST_COMPACTION = 4096
@@ -50,7 +55,7 @@ class Root(NamedTuple):
 
     kind: str
     name: str
-    node: bytes
+    node: ObjectDigest
     image: bool = False
 
 
@@ -67,15 +72,15 @@ class Graph:
     def __init__(self, repository: Repository, prove: bool = False) -> None:
         self.repository = repository
         self._prove = prove
-        self.streams: dict[str, bytes] = {}
+        self.streams: dict[StreamName, StreamDigest] = {}
         """Names under ``streams/`` and the objects that they lead to."""
-        self.images: dict[str, bytes] = {}
+        self.images: dict[str, ObjectDigest] = {}
         """The same under ``images/``."""
         self.roots: list[Root] = []
         self.times: dict[str, float] = {}
         """When each image got its name, in seconds since the epoch."""
         self.problems: list[Problem] = []
-        self._next: dict[bytes, tuple[bytes, ...]] = {}
+        self._next: dict[ObjectDigest, tuple[ObjectDigest, ...]] = {}
 
     @classmethod
     def read(cls, repository: Repository, prove: bool = False, before: Graph | None = None) -> Graph:
@@ -86,13 +91,11 @@ class Graph:
         self = cls(repository, prove)
         if before is not None:
             self._next = before._next
-        for kind, found in (("streams", self.streams), ("images", self.images)):
-            for link in list_links(repository, kind, recursive=False):
-                digest = self._object_of(link)
-                if digest is not None:
-                    found[link.path[len(kind) + 1 :]] = digest
+        self.streams = {StreamName(name): StreamDigest(digest) for name, digest in self._listed("streams")}
+        self.images = dict(self._listed("images"))
+        streams: dict[str, ObjectDigest] = {str(name): digest for name, digest in self.streams.items()}
         for link in list_links(repository, "streams/refs"):
-            self._add_ref(link, self.streams)
+            self._add_ref(link, streams)
         for link in list_links(repository, "images/refs"):
             self._add_ref(link, self.images)
         return self
@@ -104,7 +107,7 @@ class Graph:
     # --- questions
     # ----------------------------------------------------------------------------------------------------------------
 
-    def nodes(self, root: Root, broken: Callable[[bytes, EngineError], None] | None = None) -> list[bytes]:
+    def nodes(self, root: Root, broken: Broken | None = None) -> list[ObjectDigest]:
         """The streams and images that ``root`` reaches, itself first. What cannot be read goes to ``broken``, or ends
         in FormatError.
         """
@@ -117,44 +120,44 @@ class Graph:
                     todo.append(child)
         return list(seen)
 
-    def reaches(self, root: Root, broken: Callable[[bytes, EngineError], None] | None = None) -> set[bytes]:
+    def reaches(self, root: Root, broken: Broken | None = None) -> set[ObjectDigest]:
         """Every object that ``root`` keeps alive, streams and images included."""
-        found: set[bytes] = set()
+        found: set[ObjectDigest] = set()
         for node in self.nodes(root, broken):
             found.add(node)
             table = self._table(node, follow_image=root.image and node == root.node, broken=broken)
             size = self.repository.algorithm.size
-            found.update(table[at : at + size] for at in range(0, len(table), size))
+            found.update(DigestTable(table, size))
         return found
 
-    def reached_by(self, objects: Iterable[bytes], roots: Sequence[Root] | None = None) -> dict[bytes, list[Root]]:
+    def reached_by(
+        self, objects: Iterable[ObjectDigest], roots: Sequence[Root] | None = None
+    ) -> dict[ObjectDigest, list[Root]]:
         """The roots that keep each of these objects alive; for few objects, whatever the size of the repository."""
         wanted = set(objects)
-        found: dict[bytes, list[Root]] = {digest: [] for digest in wanted}
-        hits: dict[tuple[bytes, bool], set[bytes]] = {}
+        found: dict[ObjectDigest, list[Root]] = {digest: [] for digest in wanted}
+        hits: dict[tuple[ObjectDigest, bool], set[ObjectDigest]] = {}
         for root in self.roots if roots is None else roots:
-            reached: set[bytes] = set()
+            reached: set[ObjectDigest] = set()
             for node in self.nodes(root, _ignore):
                 key = (node, root.image and node == root.node)
                 if key not in hits:
                     table = self._table(node, follow_image=key[1], broken=_ignore)
                     size = self.repository.algorithm.size
-                    hits[key] = {node, *(table[at : at + size] for at in range(0, len(table), size))} & wanted
+                    hits[key] = {node, *DigestTable(table, size)} & wanted
                 reached |= hits[key]
             for digest in reached:
                 found[digest].append(root)
         return found
 
-    def owners(self, roots: Sequence[Root], broken: Callable[[bytes, EngineError], None] | None = None) -> Owners:
+    def owners(self, roots: Sequence[Root], broken: Broken | None = None) -> Owners:
         """Which of ``roots`` keeps each object: the number of the root, or SHARED if several do."""
         return self.owners_of_groups([[root] for root in roots], broken)
 
-    def owners_of_groups(
-        self, groups: Sequence[Sequence[Root]], broken: Callable[[bytes, EngineError], None] | None = None
-    ) -> Owners:
+    def owners_of_groups(self, groups: Sequence[Sequence[Root]], broken: Broken | None = None) -> Owners:
         """The same for roots that count as one, such as two images of one mount point."""
-        found: dict[bytes, int] = {}
-        walked: dict[bytes, int] = {}
+        found: dict[ObjectDigest, int] = {}
+        walked: dict[ObjectDigest, int] = {}
         for number, group in enumerate(groups):
             todo = [root.node for root in group]
             for root in group:
@@ -179,7 +182,13 @@ class Graph:
     # --- how
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _object_of(self, link: Link) -> bytes | None:
+    def _listed(self, directory: str) -> Iterator[tuple[str, ObjectDigest]]:
+        for link in list_links(self.repository, directory, recursive=False):
+            digest = self._object_of(link)
+            if digest is not None:
+                yield link.path[len(directory) + 1 :], digest
+
+    def _object_of(self, link: Link) -> ObjectDigest | None:
         if link.text is None:
             self.problems.append(Problem("stray_file", link.path))
             return None
@@ -191,7 +200,7 @@ class Graph:
         self.problems.append(Problem("bad_link", link.path))
         return None
 
-    def _add_ref(self, link: Link, targets: Mapping[str, bytes]) -> None:
+    def _add_ref(self, link: Link, targets: Mapping[str, ObjectDigest]) -> None:
         if link.text is None:
             self.problems.append(Problem("stray_file", link.path))
             return
@@ -201,7 +210,7 @@ class Graph:
         if node is None:
             self.problems.append(Problem("dangling_reference", link.path))
             # The names of early 2026 lead to the digest of the configuration, whose stream is called otherwise.
-            node = targets.get(CONFIG + last) if digests.is_oci_digest(last) else None
+            node = targets.get(repolayout.config_stream(last)) if digests.is_oci_digest(last) else None
             if node is None:
                 return
         if link.path.startswith("images/"):
@@ -214,7 +223,7 @@ class Graph:
             kind = REFERRER if link.path.startswith(f"{_REFERRERS}/") else REF
             self.roots.append(Root(kind, link.path, node))
 
-    def _children(self, node: bytes, broken: Callable[[bytes, EngineError], None] | None) -> tuple[bytes, ...]:
+    def _children(self, node: ObjectDigest, broken: Broken | None) -> tuple[ObjectDigest, ...]:
         if node not in self._next:
             try:
                 self._next[node] = self._read_node(node)
@@ -225,7 +234,7 @@ class Graph:
                 return ()
         return self._next[node]
 
-    def _read_node(self, node: bytes) -> tuple[bytes, ...]:
+    def _read_node(self, node: ObjectDigest) -> tuple[ObjectDigest, ...]:
         """The nodes that a stream or image leads to. FormatError unless it is whole."""
         repository = self.repository
         with doing(f"Following the stream or image {node.hex()}"):
@@ -235,10 +244,10 @@ class Graph:
                 raise FormatError(f"Object {node.hex()} does not have the content that its name says.", _REPAIR)
             if self.is_image(node):
                 return ()
-            with repository.open_object_stream(node) as stream:
+            with repository.open_object_stream(StreamDigest(node)) as stream:
                 return tuple(dict.fromkeys(stream.named_refs.values()))
 
-    def is_image(self, node: bytes) -> bool:
+    def is_image(self, node: ObjectDigest) -> bool:
         """Whether an object begins as an EROFS image of composefs. FormatError if it is missing."""
         from ..rootfs import erofs
 
@@ -246,7 +255,7 @@ class Graph:
             head = file.read(erofs.HEADER.size)
             return len(head) == erofs.HEADER.size and erofs.HEADER.unpack(head)[0] == erofs.COMPOSEFS_MAGIC
 
-    def _table(self, node: bytes, follow_image: bool, broken: Callable[[bytes, EngineError], None] | None) -> bytes:
+    def _table(self, node: ObjectDigest, follow_image: bool, broken: Broken | None) -> bytes:
         """The digests that a node refers to, one after the other. What an image of a configuration refers to is what
         its layers do, so an image is read only where it is a root itself.
         """
@@ -255,7 +264,7 @@ class Graph:
         try:
             if self.is_image(node):
                 return b"".join(image_objects(self.repository, node)) if follow_image else b""
-            with self.repository.open_object_stream(node) as stream:
+            with self.repository.open_object_stream(StreamDigest(node)) as stream:
                 return stream.object_refs.data
         except EngineError as error:
             if broken is None:
@@ -264,7 +273,7 @@ class Graph:
             return b""
 
 
-def image_objects(repository: Repository, digest: bytes) -> set[bytes]:
+def image_objects(repository: Repository, digest: ObjectDigest) -> set[ObjectDigest]:
     """The objects that the EROFS image in the object ``digest`` refers to. FormatError if it is damaged."""
     from ..rootfs.erofsreader import ErofsImage  # late: most questions are about streams
 
@@ -315,7 +324,7 @@ class Owners:
         self._limits[first] = max(2 * len(part), _FIRST_COMPACTION)
 
 
-def key(digest: bytes) -> int:
+def key(digest: ObjectDigest) -> int:
     """By which part() knows an object."""
     return int.from_bytes(digest[:8], sys.byteorder)
 

@@ -14,13 +14,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from ..formats import digests, ocidocuments, splitstream
+from ..formats.repolayout import StreamName
+from ..formats.digests import ObjectDigest, StreamDigest
+from ..formats import digests, ocidocuments, repolayout, splitstream
 from ..errors import FormatError
 from .repository import Repository
 
-MANIFEST = "oci-manifest-"
-CONFIG = "oci-config-"
-LAYER = "oci-layer-"
+MANIFEST = repolayout.MANIFEST_PREFIX
+CONFIG = repolayout.CONFIG_PREFIX
+LAYER = repolayout.LAYER_PREFIX
 CONFIG_REF = "config:"
 IMAGE_REF = "composefs.image"
 BOOT_REF = "composefs.image.boot"
@@ -36,14 +38,29 @@ class Document(NamedTuple):
     """
 
     raw: bytes
-    refs: dict[str, bytes]
-    stream: bytes
+    refs: dict[str, ObjectDigest]
+    stream: StreamDigest
+
+    def stream_of(self, key: str) -> StreamDigest | None:
+        """The stream that the named ref ``key`` leads to: the diff_id of a layer, or CONFIG_REF and a digest."""
+        digest = self.refs.get(key)
+        return None if digest is None else StreamDigest(digest)
 
 
 def image_ref(version: int, boot: bool = False) -> str:
     """The key under which a configuration names its EROFS image of format ``version`` (1 or 2)."""
     key = BOOT_REF if boot else IMAGE_REF
     return key if version == 2 else f"{key}.v1"
+
+
+def streams_among(refs: Mapping[str, ObjectDigest]) -> dict[str, StreamDigest]:
+    """Those of a document's named refs that lead to streams."""
+    return {key: StreamDigest(digest) for key, digest in refs.items() if not is_image_ref(key)}
+
+
+def images_among(refs: Mapping[str, ObjectDigest]) -> dict[str, ObjectDigest]:
+    """Those of a configuration's named refs that lead to EROFS images."""
+    return {key: digest for key, digest in refs.items() if is_image_ref(key)}
 
 
 def is_image_ref(key: str) -> bool:
@@ -56,11 +73,11 @@ def read(repository: Repository, kind: str, digest: str) -> Document | None:
 
     Raises FormatError if what is stored is not that document: then a pull replaces it.
     """
-    stream = repository.stream(kind + digest)
+    stream = repository.stream(repolayout.stream_name(kind, digest))
     return None if stream is None else read_object(repository, kind, digest, stream)
 
 
-def read_object(repository: Repository, kind: str, digest: str, stream: bytes) -> Document:
+def read_object(repository: Repository, kind: str, digest: str, stream: StreamDigest) -> Document:
     """The document ``digest`` from the splitstream object ``stream``; FormatError if it is another one or damaged."""
     content_type, limit = (
         (splitstream.MANIFEST, ocidocuments.MAX_MANIFEST)
@@ -85,7 +102,7 @@ def read_object(repository: Repository, kind: str, digest: str, stream: bytes) -
     return Document(raw, refs, stream)
 
 
-def refs_of(repository: Repository, kind: str, stream: bytes) -> dict[str, bytes] | None:
+def refs_of(repository: Repository, kind: str, stream: StreamDigest) -> dict[str, ObjectDigest] | None:
     """The named refs of the document in the splitstream object ``stream``, whatever became of the document itself; None
     if it cannot be read.
     """
@@ -106,16 +123,18 @@ def usable(repository: Repository, kind: str, digest: str) -> Document | None:
         return None
 
 
-def store(repository: Repository, kind: str, raw: bytes, refs: Mapping[str, bytes]) -> bytes:
+def store(repository: Repository, kind: str, raw: bytes, refs: Mapping[str, ObjectDigest]) -> StreamDigest:
     """Store a document and its splitstream as objects, without a name; the splitstream's object digest."""
     writer = splitstream.Writer(repository.algorithm, splitstream.MANIFEST if kind == MANIFEST else splitstream.CONFIG)
     writer.external(repository.objects.put(raw, prove=True), len(raw))
     for name, digest in refs.items():
         writer.named_ref(name, digest)
-    return repository.objects.put_pieces(writer.finish())
+    return StreamDigest(repository.objects.put_pieces(writer.finish()))
 
 
-def replace(repository: Repository, config: str, config_stream: bytes, manifests: Mapping[str, bytes]) -> None:
+def replace(
+    repository: Repository, config: str, config_stream: StreamDigest, manifests: Mapping[str, StreamDigest]
+) -> None:
     """Point ``oci-config-<config>`` at ``config_stream`` and each manifest (digest -> stream) at its own.
 
     The caller has synced all objects. A collector follows a manifest's ref to its configuration by object, and walks on
@@ -125,17 +144,18 @@ def replace(repository: Repository, config: str, config_stream: bytes, manifests
     move, the configuration moves, and the extra name goes: at every instant every manifest leads to a named
     configuration. A crash leaves at worst the extra name, which the next pull removes.
     """
-    if repository.stream(CONFIG + config) not in (None, config_stream):
-        repository.register(PENDING + config, config_stream)
+    pending = repolayout.stream_name(PENDING, config)
+    if repository.stream(repolayout.config_stream(config)) not in (None, config_stream):
+        repository.register(pending, config_stream)
     else:
-        repository.register(CONFIG + config, config_stream)
+        repository.register(repolayout.config_stream(config), config_stream)
     for digest, stream in manifests.items():
-        repository.register(MANIFEST + digest, stream)
-    repository.register(CONFIG + config, config_stream)
-    repository.unregister(PENDING + config)
+        repository.register(repolayout.manifest_stream(digest), stream)
+    repository.register(repolayout.config_stream(config), config_stream)
+    repository.unregister(pending)
 
 
-def name_layer(repository: Repository, stream: str, digest: bytes) -> None:
+def name_layer(repository: Repository, stream: StreamName, digest: StreamDigest) -> None:
     """Make the layer stream ``stream`` lead to the object ``digest``; the caller has synced what it leads to.
 
     If the name led elsewhere, that object gets another name first, for images may lead to it by its digest: an artifact
@@ -144,11 +164,13 @@ def name_layer(repository: Repository, stream: str, digest: bytes) -> None:
     """
     before = repository.stream(stream)
     if before is not None and before != digest and repository.objects.contains(before):
-        repository.register(KEPT + before.hex(), before)
+        repository.register(repolayout.stream_name(KEPT, before.hex()), before)
     repository.register(stream, digest)
 
 
-def manifests_of_config(repository: Repository, config: str, except_stream: bytes = b"") -> dict[str, Document]:
+def manifests_of_config(
+    repository: Repository, config: str, except_stream: StreamDigest | None = None
+) -> dict[str, Document]:
     """Stored manifests (digest -> document) that lead to the configuration ``config``, through another stream than
     ``except_stream``.
 

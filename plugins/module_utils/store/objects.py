@@ -24,6 +24,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 
 from ..formats import fsverity
+from ..formats.digests import ObjectDigest
 from ..host import beneath, files
 from ..errors import Busy, DigestMismatch, FormatError, IOFailed, VerityUnsupported, from_os_error
 
@@ -88,7 +89,7 @@ class ObjectStore:
         self.algorithm = algorithm
         self.verity = verity
         self.hash_first = True
-        self.suspects: set[bytes] = set()
+        self.suspects: set[ObjectDigest] = set()
         """Objects that a check found damaged: they are taken for present only if their content proves right."""
         self.stats = ObjectStats()
         self._seal = verity or try_verity
@@ -106,7 +107,7 @@ class ObjectStore:
     # --- writing
     # ----------------------------------------------------------------------------------------------------------------
 
-    def put(self, data: fsverity.Bytes, prove: bool = False) -> bytes:
+    def put(self, data: fsverity.Bytes, prove: bool = False) -> ObjectDigest:
         """Store ``data`` (bytes, or a contiguous view of bytes) unless it is there already; its fs-verity digest.
 
         The hot path of a pull, once per small file. An object that is there and right is left alone; a damaged one is
@@ -117,7 +118,7 @@ class ObjectStore:
         self.put_known(digest, data, prove)
         return digest
 
-    def put_known(self, digest: bytes, data: fsverity.Bytes, prove: bool = False) -> None:
+    def put_known(self, digest: ObjectDigest, data: fsverity.Bytes, prove: bool = False) -> None:
         """Like put(), for a caller who computed the digest of ``data`` already, perhaps in another thread."""
         size = len(data)
         try:
@@ -147,7 +148,7 @@ class ObjectStore:
         """Begin an object whose content comes in pieces; memory does not grow with it."""
         return ObjectWriter(self)
 
-    def put_pieces(self, pieces: Iterable[fsverity.Bytes]) -> bytes:
+    def put_pieces(self, pieces: Iterable[fsverity.Bytes]) -> ObjectDigest:
         """Store what the pieces make together as one object, for splitstreams; its fs-verity digest.
 
         One that is there already is proved by its content: a stream may be written again because the one that is there
@@ -162,7 +163,7 @@ class ObjectStore:
             output.abort()
             raise
 
-    def link_in(self, fd: int, digest: bytes, size: int) -> bool:
+    def link_in(self, fd: int, digest: ObjectDigest, size: int) -> bool:
         """Make the regular file ``fd``, whose content was proved to have ``digest``, an object by a hard link; False if
         that cannot be. EngineError when the system refuses otherwise.
         """
@@ -188,7 +189,7 @@ class ObjectStore:
     # --- reading
     # ----------------------------------------------------------------------------------------------------------------
 
-    def contains(self, digest: bytes, size: int | None = None) -> bool:
+    def contains(self, digest: ObjectDigest, size: int | None = None) -> bool:
         """Whether the object is there, of ``size`` bytes if given, and sealed with its own digest where that is
         required.
         """
@@ -197,7 +198,7 @@ class ObjectStore:
         except OSError as error:
             raise from_os_error(error, f"Looking for object {digest.hex()}") from error
 
-    def stat(self, digest: bytes) -> os.stat_result | None:
+    def stat(self, digest: ObjectDigest) -> os.stat_result | None:
         """What the file system says of the object, None if it is not there. EngineError if that cannot be told."""
         try:
             directory = self._directory(digest[0])
@@ -207,7 +208,7 @@ class ObjectStore:
         except OSError as error:
             raise from_os_error(error, f"Looking at object {digest.hex()}") from error
 
-    def remove(self, digest: bytes) -> bool:
+    def remove(self, digest: ObjectDigest) -> bool:
         """Remove the object; False if it is not there. OSError passes."""
         directory = self._directory(digest[0])
         try:
@@ -217,7 +218,7 @@ class ObjectStore:
         except FileNotFoundError:
             return False
 
-    def open(self, digest: bytes) -> int:
+    def open(self, digest: ObjectDigest) -> int:
         """A read-only descriptor of the object, the caller's to close.
 
         In a secure repository the kernel has vouched for the content, now and at every read. Elsewhere a seal is
@@ -250,7 +251,7 @@ class ObjectStore:
             raise
         return fd
 
-    def read(self, digest: bytes, limit: int) -> bytes:
+    def read(self, digest: ObjectDigest, limit: int) -> bytes:
         """The whole content of an object of at most ``limit`` bytes (FormatError if it is larger), proven to have the
         digest.
 
@@ -277,7 +278,7 @@ class ObjectStore:
             raise FormatError(f"The content of object {digest.hex()} does not have this digest.", _REPAIR)
         return data
 
-    def verify(self, digest: bytes) -> bool:
+    def verify(self, digest: ObjectDigest) -> bool:
         """Read the whole object and hash it in user space, whatever its seal says; False if it is missing or
         damaged.
         """
@@ -298,7 +299,7 @@ class ObjectStore:
         finally:
             os.close(fd)
 
-    def names(self) -> Iterator[tuple[str, bytes | None]]:
+    def names(self) -> Iterator[tuple[str, ObjectDigest | None]]:
         """Every entry of the 256 directories as ``(ab/cdef…, digest)``, directory by directory; the digest is None if
         the name is none.
         """
@@ -349,19 +350,19 @@ class ObjectStore:
             self._kept += 1
         return fd
 
-    def _open(self, digest: bytes) -> int:
+    def _open(self, digest: ObjectDigest) -> int:
         """A read-only descriptor of the object's file. FormatError if something else is there; OSError passes."""
         directory = self._directory(digest[0])
         if directory < 0:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         return files.open_regular(directory, digest[1:].hex())
 
-    def _state(self, digest: bytes, size: int | None) -> int:
+    def _state(self, digest: ObjectDigest, size: int | None) -> int:
         """Whether the object is absent, present, or there but wrong. OSError if that cannot be told."""
         state = self._seeming_state(digest, size)
         return _WRONG if state == _PRESENT and digest in self.suspects and not self.verify(digest) else state
 
-    def _seeming_state(self, digest: bytes, size: int | None) -> int:
+    def _seeming_state(self, digest: ObjectDigest, size: int | None) -> int:
         directory = self._directories[digest[0]]
         if directory < 0:
             directory = self._directory(digest[0])
@@ -394,7 +395,7 @@ class ObjectStore:
             return _WRONG if self.verity else _PRESENT
         return _PRESENT if measured == digest else _WRONG
 
-    def _measured(self, fd: int) -> bytes | None:
+    def _measured(self, fd: int) -> ObjectDigest | None:
         """The kernel's digest, or None without a seal; VerityUnsupported only where seals are required."""
         try:
             return fsverity.measure(fd, self.algorithm)
@@ -404,7 +405,7 @@ class ObjectStore:
             self._seal = False
             return None
 
-    def _hash(self, fd: int) -> bytes:
+    def _hash(self, fd: int) -> ObjectDigest:
         """The digest of the file behind ``fd``, computed here. OSError passes."""
         hasher = fsverity.Hasher(self.algorithm)
         offset = 0
@@ -438,7 +439,7 @@ class ObjectStore:
             self._plain = files.gets_mode(self.dirfd, FILE_MODE)
         return made
 
-    def _seal_draft(self, draft: files.Draft, digest: bytes | None) -> bytes | None:
+    def _seal_draft(self, draft: files.Draft, digest: ObjectDigest | None) -> ObjectDigest | None:
         """Seal the written file and have the kernel measure it: its digest, which must be ``digest`` if that is given.
 
         None where there is no fs-verity and none is required. OSError passes.
@@ -495,7 +496,7 @@ class ObjectStore:
         draft.name, copy.name = copy.name, draft.name
         copy.close()  # which is the old file now
 
-    def _place(self, draft: files.Draft, digest: bytes, size: int, state: int) -> None:
+    def _place(self, draft: files.Draft, digest: ObjectDigest, size: int, state: int) -> None:
         """Give the finished file its name, or find that someone else was faster. OSError passes."""
         stats = self.stats
         first, name = digest[0], digest[1:].hex()
@@ -585,7 +586,7 @@ class ObjectWriter:
             raise from_os_error(error, "Reading a cloned object") from error
         return True
 
-    def commit(self, prove: bool = False, expect: bytes | None = None) -> tuple[bytes, int]:
+    def commit(self, prove: bool = False, expect: ObjectDigest | None = None) -> tuple[ObjectDigest, int]:
         """Make it an object: its fs-verity digest (raw bytes) and size in bytes. The writer is closed, also when this
         fails.
 

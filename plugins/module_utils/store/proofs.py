@@ -14,9 +14,9 @@ from __future__ import annotations
 import hashlib
 import os
 
-from ..formats import splitstream
+from ..formats.digests import StreamDigest
+from ..formats import repolayout, splitstream
 from ..errors import EngineError, FormatError
-from . import imagestreams
 from .objects import ObjectStore
 from .repository import Repository
 
@@ -24,8 +24,8 @@ _PIECE = 256 * 1024
 
 
 def proved_layer(
-    repository: Repository, stored: bytes | None, diff_id: str, tar: bool, record: bool, warnings: list[str]
-) -> bytes | None:
+    repository: Repository, stored: StreamDigest | None, diff_id: str, tar: bool, record: bool, warnings: list[str]
+) -> StreamDigest | None:
     """``stored``, the object digest of a layer stream, if it is there and its content is what it is named after; None
     if it must be fetched.
 
@@ -35,7 +35,7 @@ def proved_layer(
     """
     if stored is None or not repository.objects.contains(stored):
         return None
-    stream = imagestreams.LAYER + diff_id
+    stream = repolayout.layer_stream(diff_id)
     try:
         # An artifact's layer is a raw blob, but the same bytes stored as a layer serve as well; a container needs a
         # split tar.

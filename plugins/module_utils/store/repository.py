@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from ..formats.repolayout import StreamName
+from ..formats.digests import ObjectDigest, StreamDigest
 from ..formats import digests, fsverity, repolayout
 from ..host import beneath, files, filesystem, locks
 from . import marks
@@ -256,17 +258,20 @@ class Repository:
     # --- streams and images
     # ------------------------------------------------------------------------------------------------------------------
 
-    def stream(self, name: str) -> bytes | None:
+    def stream(self, name: StreamName) -> StreamDigest | None:
         """The digest of the object behind ``streams/<name>``, or None. It is not looked at whether the object
         exists.
         """
-        return self._object_behind(f"streams/{name}")
+        digest = self._object_behind(f"streams/{name}")
+        return None if digest is None else StreamDigest(digest)
 
-    def streams(self, prefix: str = "") -> list[str]:
+    def streams(self, prefix: str = "") -> list[StreamName]:
         """The names in ``streams/`` that begin with ``prefix``, sorted."""
-        return sorted(name for name in self._list("streams") if name.startswith(prefix) and name != "refs")
+        return sorted(StreamName(name) for name in self._list("streams") if name.startswith(prefix) and name != "refs")
 
-    def open_stream(self, name: str, expect: bytes | None = None) -> contextlib.AbstractContextManager[Splitstream]:
+    def open_stream(
+        self, name: StreamName, expect: bytes | None = None
+    ) -> contextlib.AbstractContextManager[Splitstream]:
         """The stream ``name``, of content type ``expect`` if given; see ``open_object_stream``. FormatError if there is
         none.
         """
@@ -276,7 +281,7 @@ class Repository:
         return self.open_object_stream(digest, expect)
 
     @contextlib.contextmanager
-    def open_object_stream(self, digest: bytes, expect: bytes | None = None) -> Iterator[Splitstream]:
+    def open_object_stream(self, digest: StreamDigest, expect: bytes | None = None) -> Iterator[Splitstream]:
         """The splitstream in the object ``digest``, for the duration of a ``with``. FormatError if it is not one or not
         of the type ``expect``.
         """
@@ -287,7 +292,7 @@ class Repository:
                 stream = Splitstream.open(file, self.algorithm, expect)
             yield stream
 
-    def register(self, name: str, digest: bytes) -> bool:
+    def register(self, name: StreamName, digest: StreamDigest) -> bool:
         """Make ``streams/<name>`` lead to the object ``digest``; True if it did not before. The caller has synced what
         it leads to.
         """
@@ -296,33 +301,33 @@ class Repository:
             raise InvalidReference("A stream cannot be named refs.", "Choose another name.")
         return self._link(f"streams/{name}", f"objects/{fsverity.object_path(digest)}")
 
-    def unregister(self, name: str) -> bool:
+    def unregister(self, name: StreamName) -> bool:
         """Remove ``streams/<name>``; False if it was not there. The objects stay until a collection."""
         return self._unlink(f"streams/{name}")
 
-    def image(self, digest: bytes) -> bool:
+    def image(self, digest: ObjectDigest) -> bool:
         """Whether ``images/<hex>`` exists and leads to the object ``digest``."""
         return self._object_behind(f"images/{digest.hex()}") == digest
 
-    def link_image(self, digest: bytes) -> bool:
+    def link_image(self, digest: ObjectDigest) -> bool:
         """Make ``images/<hex>`` for the EROFS image in the object ``digest``, so that it may be mounted; True if it was
         not there.
         """
         return self._link(f"images/{digest.hex()}", f"objects/{fsverity.object_path(digest)}")
 
-    def image_refs(self, prefix: str) -> dict[str, bytes]:
+    def image_refs(self, prefix: str) -> dict[str, ObjectDigest]:
         """The links below ``images/refs/<prefix>``, name (from there) to image digest; those that lead elsewhere are
         left out.
         """
         base = f"{repolayout.IMAGE_REFS}/{prefix}"
-        found: dict[str, bytes] = {}
+        found: dict[str, ObjectDigest] = {}
         for path, target in self._walk(base):
             with contextlib.suppress(FormatError):
                 name = target.rsplit("/", 1)[-1]
                 found[path[len(base) + 1 :]] = fsverity.parse_hex(name, self.algorithm)
         return found
 
-    def link_image_ref(self, name: str, digest: bytes) -> bool:
+    def link_image_ref(self, name: str, digest: ObjectDigest) -> bool:
         """Make ``images/refs/<name>`` lead to the image ``digest``, which every collector then keeps with all its
         objects; True if it did not before.
 
@@ -379,7 +384,7 @@ class Repository:
         not stored.
         """
         repolayout.check_tag_name(name)
-        stream = repolayout.MANIFEST_PREFIX + manifest_digest
+        stream = repolayout.manifest_stream(manifest_digest)
         if not digests.is_oci_digest(manifest_digest) or self.stream(stream) is None:
             raise ImageNotFound(
                 f"There is no manifest {manifest_digest} in the repository {self.path}.", "Pull the image first."
@@ -395,7 +400,7 @@ class Repository:
     # --- proofs
     # ----------------------------------------------------------------------------------------------------------------
 
-    def trusted(self, diff_id: str) -> bytes | None:
+    def trusted(self, diff_id: str) -> StreamDigest | None:
         """The stream object whose tar was once proven to have the digest ``diff_id``, or None.
 
         A proof counts only if root or the caller made it, in directories that nobody else can write to: whoever may
@@ -415,11 +420,11 @@ class Repository:
                 return None
             raise
         try:
-            return fsverity.parse_hex(text, self.algorithm) if text is not None else None
+            return StreamDigest(fsverity.parse_hex(text, self.algorithm)) if text is not None else None
         except FormatError:
             return None
 
-    def trust(self, diff_id: str, digest: bytes) -> None:
+    def trust(self, diff_id: str, digest: StreamDigest) -> None:
         """Remember that proof. It only spares hashing again, so where this user may not write it is not kept."""
         try:
             self.require_writable()
@@ -450,7 +455,7 @@ class Repository:
     # --- how
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _object_behind(self, path: str) -> bytes | None:
+    def _object_behind(self, path: str) -> ObjectDigest | None:
         text = self._readlink(path)
         if text is None:
             return None
