@@ -166,6 +166,12 @@ by_name:
   returned: always
   type: dict
   sample: {"docker://registry.example.com/app:1": 48037181}
+links:
+  description: References to EROFS images below the repository that mounts of an earlier boot had left.
+  returned: always
+  type: list
+  elements: str
+  sample: []
 held:
   description: The names that O(remove) asked for, but that a mount or the journal of a mount uses.
   returned: always
@@ -252,7 +258,7 @@ def run(module: AnsibleModule, base: dict[str, Any], life: watch.Life) -> dict[s
         progress.close()
     result = values(pruned)
     if pruned.changed:
-        gone = {key: result[key] for key in ("names", "streams", "images") if result[key]}
+        gone = {key: result[key] for key in ("names", "links", "streams", "images") if result[key]}
         result["diff"] = {"before_header": path, "after_header": path, "before": gone, "after": {}}
         if not module.check_mode:
             module.log(f"{path}: removed {pruned.objects} objects, {pruned.bytes} bytes; names: {pruned.names}")

@@ -345,14 +345,21 @@ def kept(places: Places = HOST) -> list[Kept]:
     for one in journals(places).values():
         if isinstance(one, EngineError):
             raise one
-        for role, images in (("current", one.images()[:1] if one.current else ()), ("previous", one.previous)):
-            found += [Kept(one.path, role, one.repository, image.image_id, image.digest, one.name) for image in images]
-        trial = one.pending
-        if trial is not None:
-            repository = trial.repository or one.repository
-            found.append(Kept(one.path, "pending", repository, trial.image_id, trial.digest, trial.name))
-            if trial.origin and (one.current is None or trial.origin != one.current.image_id):
-                found.append(Kept(one.path, "previous", one.repository, trial.origin, None, one.name))
+        found += kept_by(one)
+    return found
+
+
+def kept_by(one: Journal) -> list[Kept]:
+    """The same of one journal: what is current, what came before, and what is on trial, each with its repository."""
+    found: list[Kept] = []
+    for role, images in (("current", one.images()[:1] if one.current else ()), ("previous", one.previous)):
+        found += [Kept(one.path, role, one.repository, image.image_id, image.digest, one.name) for image in images]
+    trial = one.pending
+    if trial is not None:
+        repository = trial.repository or one.repository
+        found.append(Kept(one.path, "pending", repository, trial.image_id, trial.digest, trial.name or one.name))
+        if trial.origin and (one.current is None or trial.origin != one.current.image_id):
+            found.append(Kept(one.path, "previous", one.repository or repository, trial.origin, None, one.name))
     return found
 
 

@@ -8,21 +8,23 @@ journals of mounts keep for going back.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
 
 from ..formats.digests import object_digest
 from ..formats import repolayout
-from . import bootmount
-from . import journal
-from .journal import HOST, Places
+from . import bootmount, deployment, journal, keeping
+from .journal import HOST, Journal, Places
 from ..host import mountinfo
 from ..errors import EngineError
 from ..store.graph import Graph, Root
 from ..store.repository import Repository
 
 MOUNT, UNIT, JOURNAL = "mount", "unit", "journal"
+ENDED = "ended"
+"""Keeps nothing: what a mount or a trial of an earlier boot has left, and nobody needs any more."""
 _DIGEST = re.compile("(?<![0-9a-f])(?:[0-9a-f]{128}|[0-9a-f]{64})(?![0-9a-f])")
 _OBJECT = re.compile("(?<![0-9a-f])([0-9a-f]{2})/([0-9a-f]{126}|[0-9a-f]{62})(?![0-9a-f])")
 
@@ -31,6 +33,8 @@ _OBJECT = re.compile("(?<![0-9a-f])([0-9a-f]{2})/([0-9a-f]{126}|[0-9a-f]{62})(?!
 class Keeper:
     """One reason to keep something: its kind, where it is, and what it needs: EROFS images (hex), manifests
     (``sha256:<hex>``), names.
+
+    Of the kind ENDED it is a reason to let go: of the ``names`` and of the ``links`` (below ``images/refs``).
     """
 
     kind: str
@@ -38,6 +42,7 @@ class Keeper:
     images: frozenset[str] = frozenset()
     manifests: frozenset[str] = frozenset()
     names: frozenset[str] = frozenset()
+    links: frozenset[str] = frozenset()
 
 
 def keepers(repository: Repository, places: Places = HOST) -> list[Keeper]:
@@ -106,25 +111,53 @@ def _loops() -> list[tuple[str, str]]:
 
 
 def _journals(repository: Repository, places: Places) -> list[Keeper]:
-    found = []
+    """What each journal needs of this repository, and what it only kept until this boot."""
+    known: list[tuple[str, Journal]] = []
     for file, one in journal.journals(places).items():
         if isinstance(one, EngineError):
             one.hint = f"What it keeps for going back is unknown until then. {one.hint}".strip()
             raise one
-        pending = one.pending
-        entries = [one.current, *one.previous, pending]
-        # What is on trial may come from another repository than what was there before.
-        if not any(
-            _same(place, repository) for place in (one.repository, pending.repository if pending else "") if place
-        ):
+        known.append((one.path or file, one))
+    found = []
+    for place, one in known:
+        trial = one.pending
+        if not any(_same(path, repository) for path in {one.repository, trial.repository if trial else ""} - {""}):
             continue
-        images = {entry.image_id for entry in entries if entry} | {pending.origin if pending else None}
-        manifests = {entry.digest for entry in entries if entry}
-        names = {one.name, pending.name if pending else None, *one.pins}
-        found.append(
-            Keeper(JOURNAL, one.path or file, *(frozenset(filter(None, one)) for one in (images, manifests, names)))
-        )
+        after = deployment.settled(one, journal.boot_id(), deployment.shown(one.path) is not None)
+        # Each image counts in the repository that it lies in: one on trial may come from another than the others.
+        here = [kept for kept in journal.kept_by(after) if _same(kept.repository, repository)]
+        images = frozenset(kept.image_id for kept in here)
+        manifests = frozenset(kept.digest for kept in here if kept.digest)
+        if here:
+            names = {kept.name for kept in here if kept.name} | set(after.pins)
+            if after != one:
+                names -= set(keeping.surplus(repository, one.path, images, after.pins, manifests)[1])
+            found.append(Keeper(JOURNAL, place, images, manifests, frozenset(names)))
+        if after != one:
+            others = {pin for path, other in known if path != place for pin in other.pins}
+            links, pins = keeping.surplus(repository, one.path, images, after.pins, manifests)
+            gone = frozenset(pins).intersection(repository.tags()) - others
+            if links or gone:
+                found.append(Keeper(ENDED, place, names=gone, links=frozenset(links)))
     return found
+
+
+def settle(ended: list[Keeper], places: Places = HOST) -> None:
+    """Have the journals say what is so, after all is gone that a mount or trial of an earlier boot has left.
+
+    Whoever holds one of them is at work there, and settles it, too.
+    """
+    for keeper in ended:
+        with contextlib.suppress(EngineError), journal.locked(keeper.place, places, wait=0.0):
+            one = journal.read(keeper.place, places)
+            if one is None:
+                continue
+            after = deployment.settled(one, journal.boot_id(), deployment.shown(one.path) is not None)
+            if deployment.is_empty(after):
+                journal.remove(one.path, places)
+            elif after != one:
+                pins = tuple(pin for pin in after.pins if pin not in keeper.names)
+                journal.write(dataclasses.replace(after, pins=pins), places)
 
 
 def _same(path: str, repository: Repository) -> bool:

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from ..formats.digests import ObjectDigest
 from . import keepers
-from ..formats import fsverity
+from ..formats import fsverity, repolayout
 from ..errors import EngineError, FormatError, doing
 from ..progress import Progress
 from ..store import graph as graphs
@@ -59,11 +59,13 @@ class Pruned:
     """What was removed, or would be: names, EROFS images (hex), names under ``streams/``, the number of objects, and
     bytes, of which ``bytes_by_kind`` is the sum.
 
+    ``links``: references below ``images/refs`` that mounts of an earlier boot have left.
     ``by_name``: the bytes that removing each name alone would free. ``held``: names that ``remove`` asked for and that
     are in use. ``problems``: what is not understood and was left alone.
     """
 
     names: list[str] = dataclasses.field(default_factory=list)
+    links: list[str] = dataclasses.field(default_factory=list)
     images: list[str] = dataclasses.field(default_factory=list)
     streams: list[str] = dataclasses.field(default_factory=list)
     objects: int = 0
@@ -81,6 +83,7 @@ class _Plan:
 
     graph: Graph
     roots: list[Root]
+    ended: list[keepers.Keeper]
     result: Pruned = dataclasses.field(default_factory=Pruned)
     # For each of the 256 directories the file names in it.
     dead: list[list[str]] = dataclasses.field(default_factory=list)
@@ -94,11 +97,13 @@ def prune(
     progress: Progress,
     check: bool = False,
     look: Callable[[Repository], list[keepers.Keeper]] = keepers.keepers,
+    settle: Callable[[list[keepers.Keeper]], None] = keepers.settle,
 ) -> Pruned:
     """Remove what nothing keeps, or with ``check`` foretell it.
 
     FormatError (``repository_damaged``) if something that may be needed cannot be read; Busy if others do not let go of
-    the repository within ``wish.timeout`` seconds. ``look`` tells what this host needs.
+    the repository within ``wish.timeout`` seconds. ``look`` tells what this host needs, ``settle`` has its journals
+    forget what mounts of earlier boots have left.
     """
     if not check:
         repository.require_writable()
@@ -108,10 +113,13 @@ def prune(
     progress.message("Waiting until nobody else uses the repository")
     with repository.exclusive(wish.timeout):
         again = Graph.read(repository, prove=True, before=plan.graph)
-        if again.names() != plan.graph.names() or keepers.roots(again, look(repository)) != plan.roots:
+        found = look(repository)
+        moved = keepers.roots(again, found) != plan.roots or _ended(found) != plan.ended
+        if moved or again.names() != plan.graph.names():
             plan = _plan(repository, wish, progress, look, again)
         if plan.result.changed:
             _sweep(repository, plan, progress)
+    settle(plan.ended)
     return plan.result
 
 
@@ -129,13 +137,14 @@ def _plan(
     progress.message("Working out what is kept")
     graph = graph or Graph.read(repository, prove=True)
     found = look(repository)
-    plan = _Plan(graph, keepers.roots(graph, found))
+    plan = _Plan(graph, keepers.roots(graph, found), _ended(found))
     result = plan.result
     result.problems += graph.problems
     result.names, result.held = _chosen(graph, found, wish)
-    gone = set(result.names)
+    result.links = sorted(f"{repolayout.IMAGE_REFS}/{link}" for keeper in plan.ended for link in keeper.links)
+    gone = {*((graphs.TAG, name) for name in result.names), *((graphs.IMAGE_REF, link) for link in result.links)}
     everyone = _by_label([*graph.roots, *plan.roots])
-    staying = {label: roots for label, roots in everyone.items() if label[0] != graphs.TAG or label[1] not in gone}
+    staying = {label: roots for label, roots in everyone.items() if label not in gone}
     live = graph.owners_of_groups(list(staying.values()))
     # What only a name that goes needs may be damaged.
     owners = graph.owners_of_groups(list(everyone.values()), _pass_over) if gone else live
@@ -170,7 +179,7 @@ def _plan(
         result.bytes_by_kind[kind] += size
     result.bytes = sum(result.bytes_by_kind.values())
     result.problems.sort()
-    result.changed = bool(result.names or plan.links or result.objects or plan.files)
+    result.changed = bool(result.names or result.links or plan.links or result.objects or plan.files)
     return plan
 
 
@@ -197,6 +206,10 @@ def _named(repository: Repository, plan: _Plan) -> list[list[tuple[str, str, int
     return found
 
 
+def _ended(found: Sequence[keepers.Keeper]) -> list[keepers.Keeper]:
+    return [keeper for keeper in found if keeper.kind == keepers.ENDED]
+
+
 def _by_label(roots: Sequence[Root]) -> dict[tuple[str, str], list[Root]]:
     """Roots of one name together: what both of them keep, that name keeps alone."""
     found: dict[tuple[str, str], list[Root]] = {}
@@ -207,22 +220,26 @@ def _by_label(roots: Sequence[Root]) -> dict[tuple[str, str], list[Root]]:
 
 def _chosen(graph: Graph, found: Sequence[keepers.Keeper], wish: Wish) -> tuple[list[str], list[str]]:
     """The names to remove, and those that a pattern asks for but that a mount or a journal uses."""
-    if not wish.remove:
-        return [], []
     tags = {root.name: root for root in graph.roots if root.kind == graphs.TAG}
-    newest_first = sorted(tags, key=lambda name: (-graph.times[name], name))
     staying = {name for name in tags if any(fnmatch.fnmatchcase(name, pattern) for pattern in (*NEVER, *wish.keep))}
+    used_names = {name for keeper in found if keeper.kind != keepers.ENDED for name in keeper.names}
+    # Nobody asked for these, but nobody needs them either: they came with a mount that ended with an earlier boot.
+    left = {name for keeper in _ended(found) for name in keeper.names if name in tags} - staying - used_names
+    newest_first = sorted(tags, key=lambda name: (-graph.times[name], name))
     before = time.time() - wish.older_than
     wanted: set[str] = set()
     for pattern in wish.remove:
         matching = [name for name in newest_first if name not in staying and fnmatch.fnmatchcase(name, pattern)]
         wanted.update(name for name in matching[wish.keep_last :] if graph.times[name] <= before)
-    used_names = {name for keeper in found for name in keeper.names}
-    used_nodes = {root.node for root in keepers.roots(graph, list(found))}
-    held = {
-        name for name in wanted if name in used_names or used_nodes.intersection(graph.nodes(tags[name], _pass_over))
-    }
-    return sorted(wanted - held), sorted(held)
+    held = set()
+    if wanted:
+        used_nodes = {root.node for root in keepers.roots(graph, list(found))}
+        held = {
+            name
+            for name in wanted
+            if name in used_names or used_nodes.intersection(graph.nodes(tags[name], _pass_over))
+        }
+    return sorted((wanted - held) | left), sorted(held - left)
 
 
 def _entries(repository: Repository, problems: list[Problem]) -> Iterator[list[tuple[str, int, int]]]:
@@ -291,6 +308,9 @@ def _sweep(repository: Repository, plan: _Plan, progress: Progress) -> None:
     for name in plan.result.names:
         repository.untag(name)
         namerecords.forget(repository, name)
+    for path in plan.result.links:
+        with doing(f"Removing {repository.path}/{path}"), repository.root.parent(path) as (fd, name):
+            _unlink(fd, name, f"{repository.path}/{path}")
     for name in namerecords.strays(repository):
         namerecords.forget(repository, name)
     for path in (*plan.links, *plan.files):

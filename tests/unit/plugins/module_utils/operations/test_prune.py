@@ -27,7 +27,7 @@ from filled_repository import TAGS, copy_of, fill, make_layout
 from ansible_collections.composefs.oci.plugins.module_utils.errors import Busy, FormatError, IncompatibleJournal
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
 from ansible_collections.composefs.oci.plugins.module_utils.operations import check, keepers, prune
-from ansible_collections.composefs.oci.plugins.module_utils.operations.journal import Places
+from ansible_collections.composefs.oci.plugins.module_utils.operations.journal import Places, boot_id
 from ansible_collections.composefs.oci.plugins.module_utils.operations.keepers import Keeper
 from ansible_collections.composefs.oci.plugins.module_utils.operations.prune import Pruned, Wish
 from ansible_collections.composefs.oci.plugins.module_utils.progress import Progress
@@ -347,8 +347,8 @@ def test_current_previous_and_pending_of_a_journal_are_kept(path: pathlib.Path, 
         current={"digest": digests["a"], "image_id": image_of(path, digests["a"])},
         previous=[{"digest": digests["artifact"], "image_id": "0" * 64}],
         pending={
-            **dict.fromkeys(("who", "since", "deadline", "boot", "token"), ""),
-            **{"digest": digests["c"], "image_id": "1" * 64, "from": None, "rollout": None},
+            **dict.fromkeys(("who", "since", "deadline", "token"), ""),
+            **{"digest": digests["c"], "image_id": "1" * 64, "from": None, "rollout": None, "boot": boot_id()},
         },
         pins=["app@x"],
     )
@@ -360,6 +360,96 @@ def test_current_previous_and_pending_of_a_journal_are_kept(path: pathlib.Path, 
     with Repository.open(str(path)) as repository:
         left = {name[len(imagestreams.MANIFEST) :] for name in repository.streams(imagestreams.MANIFEST)}
     assert left == {digests["a"], digests["artifact"], digests["c"]}
+
+
+TRIAL = {**dict.fromkeys(("who", "since", "deadline", "token"), ""), "from": None, "rollout": None}
+
+
+def test_an_image_on_trial_is_kept_in_the_repository_that_it_lies_in(
+    path: pathlib.Path, places: Places, tmp_path: pathlib.Path
+) -> None:
+    """What is current lies in one repository, and what is on trial comes from another."""
+    elsewhere = copy_of(path, tmp_path / "elsewhere")
+    with Repository.open(str(path)) as repository:
+        digests = {name: repository.tag_digest(name) or "" for name in TAGS}
+    current, trial = image_of(path, digests["a"]), image_of(path, digests["c"])
+    journal(
+        places,
+        repository=str(elsewhere),
+        current={"digest": digests["a"], "image_id": current},
+        pending={
+            **TRIAL,
+            **{"digest": digests["c"], "image_id": trial, "from": current, "boot": boot_id()},
+            **{"repository": str(path), "name": "trial"},
+        },
+    )
+    here, there = look(path, places), look(elsewhere, places)
+    assert [(one.images, one.manifests, one.names) for one in here] == [({trial}, {digests["c"]}, {"trial"})]
+    assert [(one.images, one.manifests, one.names) for one in there] == [({current}, {digests["a"]}, {"app"})]
+    assert run(path, Wish(remove=["*"]), need=here).held == ["c"]
+    assert run(elsewhere, Wish(remove=["*"]), need=there).held == ["a"]
+
+
+def test_what_a_mount_of_an_earlier_boot_left_goes_and_its_journal_with_it(path: pathlib.Path, places: Places) -> None:
+    with Repository.open(str(path), write=True) as repository:
+        digests = {name: repository.tag_digest(name) or "" for name in TAGS}
+        images = {name: image_of(path, digests[name]) for name in ("a", "b", "c")}
+        for pin in ("app@a", "app@b", "app@c", "shared"):
+            repository.tag(pin, digests[pin[-1]] if pin != "shared" else digests["artifact"])
+        for name in ("a", "b", "c"):
+            repository.link_image_ref(f"composefs-oci/srv-{name}/{images[name]}", bytes.fromhex(images[name]))
+            repository.untag(name)
+        repository.untag("artifact")
+    ended = journal(
+        places,
+        "srv-a",
+        path="/srv/a",
+        repository=str(path),
+        boot="another",
+        current={"digest": digests["a"], "image_id": images["a"]},
+        pins=["app@a", "shared"],
+    )
+    here = journal(
+        places,
+        "srv-b",
+        path="/srv/b",
+        repository=str(path),
+        boot=boot_id(),
+        current={"digest": digests["b"], "image_id": images["b"]},
+        pins=["app@b", "shared"],
+    )
+    tried = journal(
+        places,
+        "srv-c",
+        path="/srv/c",
+        repository=str(path),
+        pending={**TRIAL, "digest": digests["c"], "image_id": images["c"], "boot": "another", "rollout": "r1"},
+        pins=["app@c"],
+    )
+    for dry in (True, False):
+        with Repository.open(str(path)) as repository:
+            result = prune.prune(
+                repository,
+                Wish(),
+                Progress(),
+                dry,
+                lambda repository: [one for one in keepers.keepers(repository, places) if one.kind != keepers.MOUNT],
+                lambda found: keepers.settle(found, places),
+            )
+        assert result.names == ["app@a", "app@c"] and result.changed
+        assert result.links == [f"images/refs/composefs-oci/srv-{name}/{images[name]}" for name in ("a", "c")]
+        assert ended.exists() is dry
+    with Repository.open(str(path)) as repository:
+        assert set(repository.tags()) == {"app@b", "shared"}
+        assert repository.image_refs("composefs-oci/srv-a") == repository.image_refs("composefs-oci/srv-c") == {}
+        assert repository.image_refs("composefs-oci/srv-b") != {}
+        left = {name[len(imagestreams.MANIFEST) :] for name in repository.streams(imagestreams.MANIFEST)}
+    assert left == {digests["b"], digests["artifact"]}
+    assert here.exists() and not pathlib.Path(places.library, "deployments/srv-a.json.lock").exists()
+    # What became of a rollout is told for long.
+    told = json.loads(tried.read_text())
+    assert told["pending"] is None and [one["result"] for one in told["history"]] == ["reverted"] and not told["pins"]
+    assert not run(path, need=look(path, places)).changed
 
 
 def image_of(path: pathlib.Path, digest: str) -> str:
