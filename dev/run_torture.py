@@ -2,18 +2,22 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Kill the engine at random instants, look at what it left with both checkers, and have it finish.
+"""Harm the engine at work, look at what it left with both checkers, and have it finish.
 
-Each round runs one verb (pull, prune, repair, tag) on a repository in a process of its own and kills that, or lets the
-disk be full for it. Then the check of level ``full`` must find nothing that the verb is to blame for, ``cfsctl fsck``
-and ``cfsctl oci fsck`` must be content where there is a ``cfsctl`` on the PATH, and the same verb must finish. The
-first repository in which that is not so is kept and named.
+``kills`` (the default): each round runs one verb (pull, prune, repair, tag, upgrade) on a repository in a process of
+its own and kills that at a random instant, or lets the disk be full for it. ``faults``: each verb once for every system
+call that changes something, which fails with EIO or ENOSPC there and then (needs ``strace``). ``together``: two
+writers, one of them ``cfsctl`` where it is on the PATH, a pruner and a checker work at once.
+
+Afterwards the check of level ``full`` must find nothing that the verb is to blame for, ``cfsctl fsck`` and ``cfsctl oci
+fsck`` must be content, and the same verb must finish. The first repository in which that is not so is kept and named.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import os
 import pathlib
 import random
@@ -25,6 +29,7 @@ import sys
 import tempfile
 import time
 import types
+from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = "ansible_collections.composefs.oci"
@@ -36,28 +41,38 @@ from ansible_collections.composefs.oci.plugins.module_utils.errors import Engine
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
 from ansible_collections.composefs.oci.plugins.module_utils.operations import check, prune, repair
 from ansible_collections.composefs.oci.plugins.module_utils.progress import Progress
-from ansible_collections.composefs.oci.plugins.module_utils.pull import pull
+from ansible_collections.composefs.oci.plugins.module_utils.pull import publish, pull
 from ansible_collections.composefs.oci.plugins.module_utils.source.skopeo import ProxyOptions
 from ansible_collections.composefs.oci.plugins.module_utils.store import create, graph
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ociimage import Layout
 from tarbytes import small_tree
 
-VERBS = ("pull", "prune", "repair", "tag")
+VERBS = ("pull", "prune", "repair", "tag", "upgrade")
 TAGS = ("one", "two", "three")
 # How long a verb may run before it is killed, in seconds; about as long as it takes, so that every part of it is hit.
-LONGEST = {"pull": 2.0, "prune": 0.4, "repair": 2.5, "tag": 0.3}
+LONGEST = {"pull": 2.0, "prune": 0.4, "repair": 2.5, "tag": 0.3, "upgrade": 2.0}
 FULL = 300_000  # bytes that a file may have, where the disk is to be full
+# Everything by which a disk is changed. Opening is not among them: the loader of programs opens files, too.
+CALLS = (
+    "write,pwrite64,writev,copy_file_range,sendfile,ftruncate,fallocate,link,linkat,symlink,symlinkat,"
+    "rename,renameat,renameat2,mkdir,mkdirat,unlink,unlinkat,fsync,fdatasync,syncfs"
+)
+FAILED = 3
 
 
-def options() -> pull.Options:
-    return pull.Options(proxy=ProxyOptions(unenforced_policy="ignore", tls_verify=False))
+def options(erofs: bool = True) -> pull.Options:
+    return pull.Options(
+        proxy=ProxyOptions(unenforced_policy="ignore", tls_verify=False), images=publish.Images(plain=erofs)
+    )
 
 
 def do(verb: str, path: str, layout: str, tag: str) -> None:
     """One verb, as a module does it."""
+    if verb == "upgrade":
+        create.prepare(path, fsverity.SHA512, create.DISABLED)
     with Repository.open(path, write=True) as repository:
-        if verb == "pull":
+        if verb in ("pull", "upgrade"):
             pull.pull_images(repository, [pull.Request(f"oci:{layout}:{tag}", tag)], options(), Progress())
         elif verb == "prune":
             prune.prune(repository, prune.Wish(remove=[tag], timeout=60), Progress())
@@ -101,6 +116,27 @@ def damage(path: pathlib.Path, chance: random.Random) -> None:
             victim.write_bytes(raw)
 
 
+def make_old(path: pathlib.Path, layout: str, tag: str) -> None:
+    """As before version 0.7 of cfsctl: no ``meta.json``, and images without an EROFS image."""
+    with Repository.open(str(path), write=True) as repository:
+        repository.untag(tag) if tag in repository.tags() else None
+        prune.prune(repository, prune.Wish(timeout=60), Progress(), settle=lambda _ended: None)
+        pull.pull_images(repository, [pull.Request(f"oci:{layout}:{tag}", tag)], options(erofs=False), Progress())
+    (path / "meta.json").unlink()
+
+
+def prepared(verb: str, path: pathlib.Path, layout: str, tag: str, chance: random.Random) -> None:
+    """See to it that the verb has something to do."""
+    if verb == "repair":
+        damage(path, chance)
+    elif verb == "upgrade":
+        make_old(path, layout, tag)
+
+
+def command(verb: str, path: pathlib.Path, layout: pathlib.Path, tag: str) -> list[str]:
+    return [sys.executable, __file__, "--do", verb, str(path), str(layout), tag]
+
+
 def attempt(verb: str, path: pathlib.Path, layout: pathlib.Path, tag: str, chance: random.Random) -> str:
     """Run a verb and do something to it: what."""
 
@@ -109,7 +145,7 @@ def attempt(verb: str, path: pathlib.Path, layout: pathlib.Path, tag: str, chanc
 
     full = verb in ("pull", "repair") and chance.random() < 0.15
     child = subprocess.Popen(
-        [sys.executable, __file__, "--do", verb, str(path), str(layout), tag],
+        command(verb, path, layout, tag),
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         preexec_fn=limit if full else None,
@@ -126,50 +162,197 @@ def attempt(verb: str, path: pathlib.Path, layout: pathlib.Path, tag: str, chanc
     return "finished" if finished else "killed"
 
 
-def campaign(minutes: float, seed: int) -> int:
-    """The whole of it; 1 if something was wrong."""
+def finished_by(verb: str, path: pathlib.Path, layout: pathlib.Path, tag: str) -> list[str]:
+    """What is wrong after a verb that was harmed, and after a second run of it."""
+    # What was damaged before, and what is still old, is not the verb's fault.
+    wrong = [] if verb == "repair" or not (path / "meta.json").exists() else findings(path) + theirs(path)
+    if not wrong:
+        try:
+            do(verb, str(path), str(layout), tag)
+            wrong = findings(path) + theirs(path)
+        except EngineError as error:
+            wrong = [str(error)]
+    return wrong
+
+
+@contextlib.contextmanager
+def ground(files: int, size: int) -> Iterator[tuple[pathlib.Path, pathlib.Path]]:
+    """An empty repository and a layout of images that share a layer; both stay where something goes wrong."""
+    base = pathlib.Path(tempfile.mkdtemp(prefix="composefs-oci-torture-", dir=os.environ.get("COMPOSEFS_OCI_DISK")))
+    layout = Layout(base / "layout")
+    shared = small_tree(seed=1, files=files, size=size)
+    for number, tag in enumerate(TAGS):
+        layout.image([shared, small_tree(seed=number + 2, files=files, size=size, prefix=f"opt/{tag}")], tag)
+    create.prepare(str(base / "repository"), fsverity.SHA512, create.DISABLED)
+    yield base / "repository", layout.path
+    shutil.rmtree(base)
+
+
+def told(counts: collections.Counter[str]) -> None:
+    print(", ".join(f"{count} x {what}" for what, count in sorted(counts.items())) + ": nothing was found.")
+
+
+def kills(minutes: float, seed: int) -> None:
     chance = random.Random(seed)
     counts: collections.Counter[str] = collections.Counter()
     end = time.monotonic() + minutes * 60
-    base = pathlib.Path(tempfile.mkdtemp(prefix="composefs-oci-torture-", dir=os.environ.get("COMPOSEFS_OCI_DISK")))
-    layout = Layout(base / "layout")
-    shared = small_tree(seed=1, files=60, size=20_000)
-    for number, tag in enumerate(TAGS):
-        layout.image([shared, small_tree(seed=number + 2, files=60, size=20_000, prefix=f"opt/{tag}")], tag)
-    path = base / "repository"
-    create.prepare(str(path), fsverity.SHA512, create.DISABLED)
-    while time.monotonic() < end:
-        verb, tag = chance.choice(VERBS), chance.choice(TAGS)
-        if verb == "repair":
-            damage(path, chance)
-        what = attempt(verb, path, layout.path, tag, chance)
-        counts[f"{verb} {what}"] += 1
-        wrong = [] if verb == "repair" else findings(path) + theirs(path)
-        if not wrong:
-            try:
-                do(verb, str(path), str(layout.path), tag)
-                wrong = findings(path) + theirs(path)
-            except EngineError as error:
-                wrong = [str(error)]
+    with ground(60, 20_000) as (path, layout):
+        while time.monotonic() < end:
+            verb, tag = chance.choice(VERBS), chance.choice(TAGS)
+            prepared(verb, path, str(layout), tag, chance)
+            what = attempt(verb, path, layout, tag, chance)
+            counts[f"{verb} {what}"] += 1
+            wrong = finished_by(verb, path, layout, tag)
+            if wrong:
+                raise Wrong(f"After '{verb} {tag}' was {what} (seed {seed}), {path} has:", wrong)
+    told(counts)
+
+
+def faults(minutes: float, seed: int) -> None:
+    """Every call of each verb, as far as the time allows; the verbs take turns, so that none is left out."""
+    chance = random.Random(seed)
+    counts: collections.Counter[str] = collections.Counter()
+    end = time.monotonic() + minutes * 60
+    todo = [(verb, error) for verb in VERBS for error in ("EIO", "ENOSPC")]
+    with ground(4, 4000) as (path, layout):
+        for tag in TAGS:
+            do("pull", str(path), str(layout), tag)
+        number = 0
+        while todo and time.monotonic() < end:
+            number += 1
+            for verb, error in list(todo):
+                tag = chance.choice(TAGS)
+                if verb == "pull":
+                    do("prune", str(path), str(layout), tag)
+                else:
+                    do("pull", str(path), str(layout), tag)
+                prepared(verb, path, str(layout), tag, chance)
+                what = inject(verb, path, layout, tag, error, number)
+                if what == "untouched":
+                    todo.remove((verb, error))
+                    counts[f"{verb} with {error} at every call"] = number - 1
+                    continue
+                counts[f"{verb} {error} {what}"] += 1
+                wrong = [what] if what.startswith("Traceback") else finished_by(verb, path, layout, tag)
+                if wrong:
+                    raise Wrong(
+                        f"After call {number} of '{verb} {tag}' failed with {error} (seed {seed}), {path} has:", wrong
+                    )
+    for verb, error in todo:
+        counts[f"{verb} with {error} up to call {number}"] = 1
+    told(counts)
+
+
+def inject(verb: str, path: pathlib.Path, layout: pathlib.Path, tag: str, error: str, number: int) -> str:
+    """Run a verb while the ``number``-th changing call of each of its processes fails: how it ended, ``untouched`` if
+    there are not so many.
+    """
+    log = path.parent / "strace"
+    words = ["strace", "-f", "-qq", "--seccomp-bpf", "-o", str(log), "-e", f"trace={CALLS}"]
+    words += ["-e", f"inject={CALLS}:error={error}:when={number}"]
+    done = subprocess.run(
+        [*words, *command(verb, path, layout, tag)], capture_output=True, text=True, check=False, timeout=600
+    )
+    hit = "(INJECTED)" in log.read_text(errors="replace")
+    if "Traceback" in done.stderr:
+        return done.stderr[done.stderr.index("Traceback") :]
+    if not hit:
+        return "untouched"
+    return {0: "borne", FAILED: "told"}.get(
+        done.returncode, f"Traceback? It ended with {done.returncode}: {done.stderr}"
+    )
+
+
+def together(minutes: float, seed: int) -> None:
+    """Writers, a pruner and a checker at once, each in a process of its own."""
+    end = time.time() + minutes * 60
+    with ground(30, 8000) as (path, layout):
+        roles = ("ours", "theirs" if shutil.which("cfsctl") else "others", "pruner", "checker")
+        words = [sys.executable, __file__, "--work"]
+        workers = {
+            role: subprocess.Popen(
+                [*words, role, str(path), str(layout), str(end), str(seed + number)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for number, role in enumerate(roles)
+        }
+        said = {role: worker.communicate()[0] for role, worker in workers.items()}
+        wrong = [f"{role}: {said[role]}" for role in roles if workers[role].returncode]
+        wrong += findings(path) + theirs(path)
         if wrong:
-            print(f"After '{verb} {tag}' was {what} (seed {seed}), {path} has:", *wrong, sep="\n  ")
-            return 1
-    shutil.rmtree(base)
-    print(", ".join(f"{count} x {what}" for what, count in sorted(counts.items())) + ": nothing was found.")
+            raise Wrong(f"After all worked at once (seed {seed}), {path} has:", wrong)
+    print(", ".join(f"{role}: {said[role].strip()}" for role in roles) + ": nothing was found.")
+
+
+def work(role: str, path: str, layout: str, end: float, seed: int) -> int:
+    """What one of them does until the end."""
+    chance = random.Random(seed)
+    rounds = 0
+    while time.time() < end:
+        rounds += 1
+        name = f"{role}-{chance.randrange(3)}"
+        tag = chance.choice(TAGS)
+        if role == "theirs":
+            for verb in (["pull", f"oci:{layout}:{tag}", name], ["untag", name]):
+                if verb[0] == "pull" or chance.random() < 0.5:
+                    subprocess.run(["cfsctl", "--repo", path, "oci", *verb], check=True, stdout=subprocess.DEVNULL)
+            continue
+        with Repository.open(path, write=True) as repository:
+            if role == "pruner":
+                prune.prune(repository, prune.Wish(remove=["ours-*"], keep_last=2, timeout=300), Progress())
+            elif role == "checker":
+                report = check.check(repository, check.Wish(chance.choice(check.LEVELS)), Progress())
+                if report.findings:
+                    print(*report.findings, sep="\n")
+                    return 1
+            else:
+                request = pull.Request(f"oci:{layout}:{tag}", name)
+                pull.pull_images(repository, [request], options(), Progress())
+                if chance.random() < 0.5 and name in repository.tags():
+                    with contextlib.suppress(EngineError):  # the pruner was faster
+                        repository.untag(name)
+        time.sleep(chance.random() * 0.1)
+    print(rounds, "rounds")
     return 0
+
+
+class Wrong(Exception):
+    """Something was found."""
+
+    def __init__(self, what: str, found: list[str]) -> None:
+        super().__init__("\n  ".join([what, *found]))
+
+
+MODES = {"kills": kills, "faults": faults, "together": together}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("minutes", type=float, nargs="?", default=5.0)
+    parser.add_argument("mode", choices=MODES, nargs="?", default="kills")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--do", nargs=4, metavar=("VERB", "REPOSITORY", "LAYOUT", "TAG"), help=argparse.SUPPRESS)
+    parser.add_argument("--work", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.work:
+        role, path, layout, end, seed = arguments.work
+        return work(role, path, layout, float(end), int(seed))
     if arguments.do:
-        print("begun", flush=True)
-        do(*arguments.do)
+        with contextlib.suppress(OSError):  # where nothing can be written, not even this
+            print("begun", flush=True)
+        try:
+            do(*arguments.do)
+        except EngineError:
+            return FAILED
         return 0
-    return campaign(arguments.minutes, arguments.seed)
+    try:
+        MODES[arguments.mode](arguments.minutes, arguments.seed)
+    except Wrong as wrong:
+        print(wrong)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
