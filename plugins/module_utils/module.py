@@ -208,12 +208,13 @@ def run_module(
 
     ``base`` holds the return values that exist in every case; ``main``'s own take precedence. It is read when the
     module ends, so ``main`` may fill in what it learns before it fails. Failures carry ``error``: the code of the
-    engine's error class; ``internal_error`` stands for a bug. With ``effort`` they also tell how often what failed was
-    tried, and the seconds that the task took.
+    engine's error class; ``internal_error`` stands for a bug. They tell what is known: what nobody has filled in yet is
+    left out. With ``effort`` they also tell how often what failed was tried, and the seconds that the task took.
     """
     _occupy_standard_descriptors()
     _guard(module)
     _tell_nothing_of_files(module)
+    at_first = dict(base or {})
     begin = time.monotonic()
     try:
         result = main(module)
@@ -225,7 +226,17 @@ def run_module(
     else:
         module.exit_json(**text.printable_values({**(base or {}), **result}))
         return
-    values = dict(base or {})
+    values = {
+        key: value
+        for key, value in (base or {}).items()
+        # An empty list that was filled in is another object than the one that stood there at first.
+        if key == "changed" or not (_says_nothing(value) and value is at_first.get(key, value))
+    }
     values.update(failure)
     values["msg"] = text.printable(values["msg"])
     module.fail_json(**text.printable_values(values))
+
+
+def _says_nothing(value: object) -> bool:
+    """Whether ``value`` is what a result begins with: null, false, zero or empty, or a mapping of nothing else."""
+    return not value or (isinstance(value, dict) and all(map(_says_nothing, value.values())))

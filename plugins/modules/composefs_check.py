@@ -144,12 +144,12 @@ EXAMPLES = r"""
 RETURN = r"""
 repository:
   description: The path of the repository.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: str
   sample: /sysroot/composefs
 findings:
   description: What is wrong; after a repair, what is still wrong.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: list
   elements: dict
   contains:
@@ -182,7 +182,7 @@ findings:
       message: The object 4f8e7a0c… has content with the fs-verity digest 90c1….
 repaired:
   description: What was repaired, or in check mode would be.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: list
   elements: dict
   contains:
@@ -204,7 +204,7 @@ repaired:
       type: str
 checked:
   description: How much was looked at.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: dict
   sample: {level: objects, names: 3, streams: 14, images: 3, objects: 42005, bytes: 1603443548, seconds: 1.4}
 error:
@@ -228,6 +228,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.operations import ch
 from ansible_collections.composefs.oci.plugins.module_utils.progress import FileSink, Progress
 from ansible_collections.composefs.oci.plugins.module_utils.pull.pull import Options
 from ansible_collections.composefs.oci.plugins.module_utils.source.skopeo import ProxyOptions
+from ansible_collections.composefs.oci.plugins.module_utils.store import namerecords
 
 EMPTY: dict[str, Any] = {"changed": False, "repository": None, "findings": [], "repaired": [], "checked": {}}
 
@@ -250,11 +251,11 @@ def run(module: AnsibleModule, base: dict[str, Any], life: watch.Life) -> dict[s
         raise InvalidOption(f"The option nice is {params['nice']}.", "It must be between 0 and 19.")
     path = base["repository"] = repository_path(module)
     workers.yield_to_others(params["nice"], params["ionice"])
-    wish = check.Wish(params["level"], params["images"])
     files = [params["progress_file"], life.progress_file]
     progress = Progress(*(FileSink(path) for path in files if path))
     try:
         with opened_repository(module, path) as repository:
+            wish = check.Wish(params["level"], [namerecords.spelled(repository, name) for name in params["images"]])
             if params["repair"]:
                 result = repair.repair(repository, wish, means_of(params), progress, module.check_mode)
                 base["repaired"] = [dataclasses.asdict(one) for one in result.repaired]
@@ -265,6 +266,7 @@ def run(module: AnsibleModule, base: dict[str, Any], life: watch.Life) -> dict[s
             else:
                 report = check.check(repository, wish, progress, remember=not module.check_mode)
                 findings, checked = report.findings, report.checked
+                base["repaired"] = []
     finally:
         progress.close()
     base["findings"] = [dataclasses.asdict(one) for one in findings]

@@ -172,74 +172,74 @@ EXAMPLES = r"""
 RETURN = r"""
 path:
   description: The absolute path of the mount.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: str
   sample: /srv/app
 repository:
   description: The path of the repository. V(null) if neither a journal nor the task names one that is needed.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: str
   sample: /sysroot/composefs
 name:
   description: The name of the image.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: str
   sample: app
 digest:
   description: The digest of the manifest of what is mounted at the end of the task, or in check mode would be.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: str
   sample: sha256:130e7e26bd3b8ae9ba3ea4a3ad5b7e8f5b9f0d1a5d6c1c3c0c8c2f37c9c0a7fd
 image_id:
   description: The id of what is mounted at the end of the task, or in check mode would be. V(null) if nothing is.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: str
   sample: 14a26c957c84f6eb774b91205476adc13196c7c33b9dd97d08d43725ecb90b63
 previous_digest:
   description: The digest of the manifest that was current at the beginning of the task. V(null) if it is not known.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: str
   sample: sha256:96b3e33df0bda22bdc9e4efcf4ec7c0a1e9aa0b1a3a3f8d3bd4d3c8c5f0e2ab4
 previous_image_id:
   description: The image that was mounted at the beginning of the task. V(null) if none was.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: str
   sample: d420e43bad636447d75750346d609a28b041a776d8232a701f5a238fefc747f4
 state:
   description:
     - What became of it, V(activated), V(confirmed), V(reverted) or V(absent). After O(state=reverted) it is
       V(confirmed) if nothing was on trial.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: str
   sample: activated
 deadline:
   description: Until when the image has to be confirmed, in UTC. V(null) if none is on trial.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: str
   sample: "2026-11-27T14:45:07Z"
 rollout:
   description: The rollout whose image is on trial or current.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: str
   sample: app-20261127-1437
 reason:
   description: Why an image was taken back.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: str
   sample: health
 seconds:
   description: How long the image was on trial. V(null) unless this task ended a trial.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: float
   sample: 4.9
 unit:
   description: The unit of systemd that brings the mount back at boot. V(null) if there is none.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: str
   sample: composefs-oci-srv-app.service
 pins:
   description: The names in the repository that keep images for this mount.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: list
   elements: str
   sample: ["app@sha256:130e7e26bd3b8ae9ba3ea4a3ad5b7e8f5b9f0d1a5d6c1c3c0c8c2f37c9c0a7fd"]

@@ -113,12 +113,17 @@ options:
         description: The platform to choose from an index, see O(platform).
         type: str
       username:
-        description: The user to log in to the registry of this image with, see O(username).
+        description: The user to log in to the registry of this image with, see O(username). Credentials of an image
+          replace those of the task.
         type: str
         version_added: 0.2.0
       password:
         description: The password to log in to the registry of this image with, see O(password).
         type: str
+        version_added: 0.2.0
+      auth_file:
+        description: The authentication file with the credentials for the registry of this image, see O(auth_file).
+        type: path
         version_added: 0.2.0
   state:
     description:
@@ -722,6 +727,7 @@ def requests_of(params: dict, places: dict[str, str] | None = None) -> list[pull
                 place=place,
                 erofs=image.get("erofs") if params["images"] is not None else None,
                 bootable=image.get("bootable") if params["images"] is not None else None,
+                auth_file=image.get("auth_file") if params["images"] is not None else None,
             )
         )
     return requests
@@ -900,7 +906,7 @@ IMAGE = {
     "platform": {"type": "str"},
 }
 # What may differ from image to image, and else is as the task says.
-OWN = {"erofs": {"type": "bool"}, "bootable": {"type": "bool"}}
+OWN = {"erofs": {"type": "bool"}, "bootable": {"type": "bool"}, "auth_file": {"type": "path"}}
 LOGIN = {"username": {"type": "str"}, "password": {"type": "str", "no_log": True}}
 
 
@@ -946,6 +952,7 @@ def main() -> None:
                 "type": "list",
                 "elements": "dict",
                 "options": {**IMAGE, **OWN, **LOGIN},
+                "mutually_exclusive": [("auth_file", "username")],
                 "required_together": [("username", "password")],
             },
             "repository": {"type": "path"},

@@ -103,12 +103,12 @@ EXAMPLES = r"""
 RETURN = r"""
 repository:
   description: The path of the repository.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: str
   sample: /sysroot/composefs
 images:
   description: The images that were found, sorted by their first name. Empty if there is none.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: list
   elements: dict
   contains:
@@ -285,7 +285,7 @@ totals:
   sample: {images: 1, names: 1, layers: 1, size: 29125228}
 dumpfile:
   description: The absolute path of the dumpfile. V(null) without O(dumpfile).
-  returned: always
+  returned: success, and on failure as far as it is known
   type: str
   sample: /root/app.dump
 error:
@@ -302,10 +302,11 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
+from ansible_collections.composefs.oci.plugins.module_utils.formats.reference import other_names
 from ansible_collections.composefs.oci.plugins.module_utils.host import mountinfo
 from ansible_collections.composefs.oci.plugins.module_utils.operations import dump
 from ansible_collections.composefs.oci.plugins.module_utils.operations.diskuse import disk_use
-from ansible_collections.composefs.oci.plugins.module_utils.errors import ImageNotFound
+from ansible_collections.composefs.oci.plugins.module_utils.errors import ImageNotFound, InvalidOption
 from ansible_collections.composefs.oci.plugins.module_utils.operations.listing import list_images
 from ansible_collections.composefs.oci.plugins.module_utils.pull.results import TEXTS_LIMIT
 from ansible_collections.composefs.oci.plugins.module_utils.module import opened_repository, repository_path, run_module
@@ -317,6 +318,8 @@ EMPTY: dict[str, Any] = {"changed": False, "repository": None, "images": [], "du
 def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
     """List what the task asks for; ``base`` gets what a failure should still tell."""
     params = module.params
+    if params["dumpfile"] and not (params["name"] or params["digest"]):
+        raise InvalidOption("The option dumpfile needs one image.", "Set 'name' or 'digest' as well.")
     path = base["repository"] = repository_path(module)
     with opened_repository(module, path) as repository:
         images, complaints = list_images(repository, params["name"] or "", params["digest"] or "")
@@ -337,7 +340,9 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
 
 def fits(image: dict[str, Any], names: list[str] | None, labels: dict[str, Any]) -> bool:
     """Whether an image has one of the names and all of the labels, which are patterns."""
-    if names is not None and not any(fnmatchcase(name, pattern) for name in image["names"] for pattern in names):
+    if names is not None and not any(
+        fnmatchcase(name, pattern) or name in other_names(pattern) for name in image["names"] for pattern in names
+    ):
         return False
     return all(
         key in image["labels"] and fnmatchcase(image["labels"][key], str(value)) for key, value in labels.items()
@@ -387,10 +392,6 @@ def main() -> None:
         mutually_exclusive=[("name", "digest", "names")],
         supports_check_mode=True,
     )
-    if module.params["dumpfile"] and not (module.params["name"] or module.params["digest"]):
-        module.fail_json(
-            msg="'dumpfile' needs one image: set 'name' or 'digest' as well.", error="invalid_option", **EMPTY
-        )
     base: dict[str, Any] = dict(EMPTY)
     run_module(module, lambda module: run(module, base), base)
 

@@ -200,54 +200,54 @@ RETURN = r"""
 image_id:
   description:
     - The image that is mounted at the end of the task, or in check mode would be. V(null) if none is.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: str
   sample: 14a26c957c84f6eb774b91205476adc13196c7c33b9dd97d08d43725ecb90b63
 previous_image_id:
   description: The image that was mounted at the beginning of the task. V(null) if none was.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: str
   sample: d420e43bad636447d75750346d609a28b041a776d8232a701f5a238fefc747f4
 path:
   description: The absolute path of the mount.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: str
   sample: /srv/app
 repository:
   description: The path of the repository.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: str
   sample: /sysroot/composefs
 mounted:
   description: Whether a composefs image is mounted at the end of the task, or in check mode would be.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: bool
   sample: true
 verity:
   description: Whether the kernel insists on fs-verity for the content of every file. V(null) if no image is mounted.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: bool
   sample: true
 unit:
   description: The unit of systemd that brings the mount back at boot. V(null) if there is none.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: str
   sample: composefs-oci-srv-app.service
 name:
   description: The name of the image that is mounted. V(null) if it was mounted by its image id, or none is.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: str
   sample: app
 digest:
   description: The digest of its manifest. V(null) where there is none.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: str
   sample: sha256:130e7e26bd3b8ae9ba3ea4a3ad5b7e8f5b9f0d1a5d6c1c3c0c8c2f37c9c0a7fd
 keeps:
   description:
     - What keeps the mounted image in the repository, whatever becomes of other names. Empty where the repository cannot
       be written, and in check mode.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: list
   elements: str
   sample:
@@ -271,6 +271,7 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.composefs.oci.plugins.module_utils.errors import Busy, ImageNotFound, doing
 from ansible_collections.composefs.oci.plugins.module_utils.formats import digests
+from ansible_collections.composefs.oci.plugins.module_utils.formats.reference import other_names
 from ansible_collections.composefs.oci.plugins.module_utils.host import beneath, mountinfo
 from ansible_collections.composefs.oci.plugins.module_utils.operations import (
     bootmount,
@@ -287,6 +288,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.module import (
     repository_path,
     run_module,
 )
+from ansible_collections.composefs.oci.plugins.module_utils.store import namerecords
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 
 ARGUMENT_SPEC = {
@@ -367,6 +369,10 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
         )
         known = foretold(module, base["repository"])
         with opened_repository(module, base["repository"]) as repository:
+            # "docker://x" and "x" are one default name; the journal has the one that is there.
+            image = namerecords.spelled(repository, wish.image)
+            image = next((form for form in (image, *other_names(image)) if form in known), image)
+            request = dataclasses.replace(request, wish=dataclasses.replace(wish, image=image))
             settled = foresee(repository, request, known, repository.path == base["repository"])
             if settled is None:
                 return not_there_yet(module, base, request, known, there, before)

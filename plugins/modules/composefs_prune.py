@@ -109,40 +109,40 @@ EXAMPLES = r"""
 RETURN = r"""
 repository:
   description: The path of the repository.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: str
   sample: /sysroot/composefs
 names:
   description: The names of images that were removed, or in check mode would be.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: list
   elements: str
   sample: ["docker://registry.example.com/app:1"]
 images:
   description: The EROFS images that were removed, by their fs-verity digests.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: list
   elements: str
 streams:
   description: The stored layers, configurations, manifests and other streams that were removed, by their names in the
     repository.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: list
   elements: str
   sample: ["oci-layer-sha256:5c2e…"]
 objects:
   description: The number of objects that were removed.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: int
   sample: 1210
 bytes:
   description: The bytes of everything that was removed.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: int
   sample: 48037181
 bytes_by_kind:
   description: The same bytes by what they were.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: dict
   contains:
     files:
@@ -163,7 +163,7 @@ bytes_by_kind:
 by_name:
   description: For every name of an image as it was before, how many bytes removing it alone would have freed. Names
     that lead to the same image free nothing by themselves.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: dict
   sample: {"docker://registry.example.com/app:1": 48037181}
 links:
@@ -174,12 +174,12 @@ links:
   sample: []
 held:
   description: The names that O(remove) asked for, but that a mount or the journal of a mount uses.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: list
   elements: str
 problems:
   description: What was found in the repository that is not understood and was left alone.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: list
   elements: dict
   contains:

@@ -142,17 +142,17 @@ EXAMPLES = r"""
 RETURN = r"""
 path:
   description: The absolute path of the repository.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: str
   sample: /sysroot/composefs
 created:
   description: Whether the repository was made by this task, or in check mode would be.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: bool
   sample: true
 upgraded:
   description: Whether a repository without C(meta.json) was given one by this task, or in check mode would be.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: bool
   sample: false
 unsafe:
@@ -160,44 +160,44 @@ unsafe:
     - Whether somebody else than root and the user that runs the task owns the repository or can write to it. Then other
       modules refuse it in tasks of this user, unless they are told to accept it, and it cannot be mounted from.
     - This module warns and goes on, so that O(owner) and O(mode) can give it away or mend it.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: bool
   sample: false
   version_added: 0.2.0
 algorithm:
   description: The hash of the repository's fs-verity digests, V(sha256) or V(sha512).
-  returned: always
+  returned: success, and on failure as far as it is known
   type: str
   sample: sha512
 verity:
   description: V(required) if every object must be protected by fs-verity, V(optional) if not.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: str
   sample: required
 verity_supported:
   description: Whether fs-verity works on the repository's file system; V(null) if that could not be tried out.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: bool
   sample: true
 formats:
   description: The format versions of the EROFS images made in the repository, the default one first.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: list
   elements: int
   sample: [1]
 filesystem:
   description: The type of the file system.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: str
   sample: ext4
 free_bytes:
   description: Bytes that are free for ordinary users.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: int
   sample: 52428800000
 free_inodes:
   description: Inodes that are free for ordinary users; V(null) where the file system does not count them.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: int
   sample: 3276800
 error:

@@ -48,7 +48,7 @@ EXAMPLES = r"""
 RETURN = r"""
 repository:
   description: The path of the repository.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: str
   sample: /sysroot/composefs
 algorithm:

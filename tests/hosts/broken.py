@@ -99,6 +99,14 @@ BREAKAGES = (
         "test_what_goes_wrong_has_its_code",
     ),
     Breakage(
+        "operator",
+        "what is mounted is kept in the repository",
+        ENGINE + "operations/keeping.py",
+        "        name_like(repository, names.pin, split_pin(names.pin)[0], manifest)\n",
+        "        pass\n",
+        "test_the_first_version_is_mounted_and_services_know",
+    ),
+    Breakage(
         "life",
         "what is damaged is kept until the repository is pruned",
         ENGINE + "operations/repair.py",

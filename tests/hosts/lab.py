@@ -12,7 +12,8 @@
 A platform has ``name``; ``kind``: namespace (default) or guest; ``suite``; ``flavour``: bare or ready (namespace),
 isolated: true (namespace). ``lab`` has ``images`` (names, see images.py), ``registries`` (name: {tls, user, password,
 filled: false for one without images, access_log: true}),
-``archives`` (transport:file to make, and the image to put there) and ``programs`` that must be on the PATH.
+``archives`` (transport:file to make, and the image to put there), ``programs`` that must be on the PATH, and
+``unforetold`` (task: why check mode on a fresh host cannot foretell it).
 
 Two variables of the environment change every host of a scenario, so that it can be tried on others than it names:
 COMPOSEFS_OCI_SUITE is the Debian suite, COMPOSEFS_OCI_HOST_PYTHON an interpreter of this machine that namespace hosts
@@ -151,6 +152,7 @@ def create(scenario: str, platforms: list[Spec], lab: Spec) -> Spec:
             name: images.facts(name) for name in {*lab.get("images", []), *lab.get("archives", {}).values()}
         }
         facts["instances"] = [host.result() for host in hosts]
+    facts["unforetold"] = lab.get("unforetold", {})
     facts["hosts"] = {
         host["instance"]: described for host, described in zip(facts["instances"], describe(facts["instances"]))
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
 from ansible.module_utils import basic
@@ -30,3 +30,12 @@ def arguments(values: dict[str, Any]) -> Iterator[None]:
     else:
         with patch_module_args(values):
             yield
+
+
+def require_shape(result: dict[str, Any], shape: Set[str]) -> None:
+    """A result of a module has all of ``shape``, and a failure tells facts only: nothing that nobody has found out."""
+    if not result.get("failed"):
+        assert set(result) >= shape
+    elif "error" in result:
+        blank = {key: value for key, value in result.items() if value is None or value == {}}
+        assert blank == {} and "msg" in result

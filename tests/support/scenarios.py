@@ -12,12 +12,18 @@ import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Collection
 from typing import Any
 
 import composefs_testinfra
 import pytest
 
 REPOSITORY = "/srv/images"
+# What differs between a run in check mode and the run after it without being foretold: times, and what stands in both
+# forms of a difference.
+UNTOLD = {"warnings", "invocation", "diff", "free_bytes", "free_inodes", "deprecations", "exception", "attempts"}
+# Of the numbers of a pull, those that the registry and the repository settle.
+COUNTED = ("layers", "layers_already_present", "bytes_fetched")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +52,65 @@ class Run:
             # The warnings of roles are for people.
             if entry["action"].startswith("composefs.oci.") and entry["action"] != "composefs.oci.warn"
         ]
+
+
+def differences(foretold: Run, done: Run, unforetold: Collection[str] = ()) -> list[str]:
+    """What a run in check mode foretold wrongly, one line each; ``unforetold`` are tasks that are not held against it.
+
+    Every task that changed something must have been foretold, handlers too, and nothing else. What the modules of the
+    collection foretell must come, but None says that it cannot be known. Commands, which check mode skips, do not count.
+    """
+    found = []
+    told, came = _by_task(foretold), _by_task(done)
+    for key, result in came.items():
+        before = told.get(key)
+        host, task, _number = key
+        if any(task.endswith(name) for name in unforetold) or (before is None and not result["changed"]):
+            continue
+        if before is None:
+            found.append(f"{task} on {host} was not foretold")
+        elif before["kind"] == "skipped" and result["kind"] != "skipped":
+            if result["changed"] and not before["passed_over"]:
+                found.append(f"{task} on {host} changed something, and check mode skipped it")
+        else:
+            pairs = [("changed", before["changed"], result["changed"]), ("kind", before["kind"], result["kind"])]
+            if result["ours"]:
+                pairs += _unlike("", before["result"], result["result"])
+            found += [
+                f"{task} on {host}: {where} was to be {one!r} and is {two!r}" for where, one, two in pairs if one != two
+            ]
+    gone = [key for key, before in told.items() if before["changed"] and key not in came]
+    found += [f"{task} on {host} was foretold and did not run" for host, task, _number in gone]
+    return found
+
+
+def _by_task(run: Run) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """The results of a run by host and task; tasks that come several times are numbered."""
+    found: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for entry in run.entries:
+        number = sum(1 for host, task, _number in found if (host, task) == (entry["host"], entry["task"]))
+        result = entry["result"]
+        found[entry["host"], entry["task"], number] = {
+            "kind": entry["kind"],
+            "result": result,
+            "changed": bool(result.get("changed")),
+            "ours": entry["action"].startswith("composefs.oci.") and entry["action"] != "composefs.oci.warn",
+            "passed_over": entry["action"].rpartition(".")[2] in ("command", "shell", "script", "raw", "unarchive"),
+        }
+    return found
+
+
+def _unlike(where: str, foretold: Any, done: Any) -> list[tuple[str, Any, Any]]:
+    """Where ``done`` is not what was foretold: the place, and both values. None foretells nothing."""
+    if foretold is None:
+        return []
+    if isinstance(foretold, dict) and isinstance(done, dict):
+        keys = COUNTED if where.endswith(".stats") else [key for key in foretold if key not in UNTOLD]
+        keys = [key for key in keys if not key.startswith("_") and key != "ansible_facts"]
+        return [one for key in keys for one in _unlike(f"{where}.{key}", foretold[key], done.get(key))]
+    if isinstance(foretold, list) and isinstance(done, list) and len(foretold) == len(done):
+        return [one for number, both in enumerate(zip(foretold, done)) for one in _unlike(f"{where}[{number}]", *both)]
+    return [(where, foretold, done)] if foretold != done else []
 
 
 def ephemeral() -> pathlib.Path:

@@ -26,6 +26,11 @@ def type_of(fd: int) -> str:
     """The type of the file system that the open file lies on (``ext4``, ``btrfs``, ...), or ``unknown``. See proc(5),
     mountinfo.
     """
+    return _mounted(fd)[0]
+
+
+def _mounted(fd: int) -> tuple[str, str]:
+    """The type of the file system of an open file, and the device that it is on."""
     try:
         with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as info:
             mount = next(line.split()[1] for line in info if line.startswith("mnt_id:"))
@@ -33,10 +38,11 @@ def type_of(fd: int) -> str:
             for line in mounts:
                 fields = line.split(" ")
                 if fields[0] == mount:
-                    return fields[fields.index("-", 6) + 1]
+                    here = fields.index("-", 6)
+                    return fields[here + 1], fields[here + 2]
     except (OSError, StopIteration, ValueError, IndexError):
         pass
-    return "unknown"
+    return "unknown", ""
 
 
 def mount_id(fd: int) -> str:
@@ -125,7 +131,7 @@ def missing_ability(fd: int, algorithm: fsverity.Algorithm) -> VerityUnsupported
             "The kernel's fs-verity digest is not the one that is computed here.", "Report this as a bug."
         )
     except VerityUnsupported as error:
-        return error
+        return _reason(fd, algorithm) or error
     except OSError as error:
         # EINVAL: a block size that this kernel cannot seal (ext4 before 6.3 needs blocks of the page size).
         if error.errno == errno.EINVAL:
@@ -137,6 +143,44 @@ def missing_ability(fd: int, algorithm: fsverity.Algorithm) -> VerityUnsupported
     finally:
         if trial is not None:
             trial.close()
+
+
+# File systems that have fs-verity where the kernel was built with it, what switches it on, and where the kernel says
+# that it knows it.
+_WITH_VERITY = {
+    "ext4": ("tune2fs -O verity", "/sys/fs/ext4/features/verity"),
+    "f2fs": ("fsck.f2fs -O verity", "/sys/fs/f2fs/features/verity"),
+    "btrfs": ("", "/sys/fs/btrfs/features/verity"),
+    "xfs": ("", "/sys/fs/xfs/features/verity"),
+}
+
+
+def _reason(fd: int, algorithm: fsverity.Algorithm) -> VerityUnsupported | None:
+    """Why the file system of the open directory ``fd`` refuses fs-verity: its kind never has it, the kernel was built
+    without, or it is switched off on this device. None if that cannot be told.
+    """
+    kind, device = _mounted(fd)
+    instead = "or use a repository that does not require it"
+    if kind == "unknown":
+        return None
+    if kind not in _WITH_VERITY:
+        return VerityUnsupported(
+            f"The file system {kind} never has fs-verity.",
+            f"Put the repository on ext4, f2fs, btrfs or xfs with fs-verity, {instead}.",
+        )
+    command, feature = _WITH_VERITY[kind]
+    # The kernel names what it knows, whatever one device has; xfs names nothing.
+    if os.path.isdir("/sys/fs") and kind != "xfs" and not os.path.exists(feature):
+        return VerityUnsupported(
+            f"The kernel ({os.uname().release}) has no fs-verity for {kind}.",
+            f"Boot a kernel that was built with CONFIG_FS_VERITY, as those of the distributions are, {instead}.",
+        )
+    if not command:
+        return None
+    return VerityUnsupported(
+        f"fs-verity with {algorithm.name} is switched off on {device} ({kind}).",
+        f"Switch it on with '{command} {device}', {instead}.",
+    )
 
 
 def require_links(fd: int, path: str) -> None:

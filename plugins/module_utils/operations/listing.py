@@ -26,6 +26,7 @@ def list_images(repository: Repository, name: str = "", digest: str = "") -> tup
     names: dict[str, list[str]] = {}
     for tag, manifest in sorted(repository.tags().items()):
         names.setdefault(manifest, []).append(tag)
+    name = namerecords.spelled(repository, name) if name else ""
     wanted: Sequence[str]
     if digest:
         wanted = [digest] if repository.stream(repolayout.manifest_stream(digest)) is not None else []

@@ -81,7 +81,7 @@ class Made(NamedTuple):
 
 def find(repository: Repository, text: str) -> Stored:
     """The image under the name or with the manifest digest ``text``. ImageNotFound, FormatError."""
-    digest = text if digests.is_digest(text) else repository.tag_digest(text)
+    digest = text if digests.is_digest(text) else repository.tag_digest(namerecords.spelled(repository, text))
     document = imagestreams.read(repository, imagestreams.MANIFEST, digest) if digest else None
     if document is None:
         raise ImageNotFound(f"There is no image {text} in the repository {repository.path}.", "Pull it first.")

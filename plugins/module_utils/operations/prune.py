@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from ..formats.digests import ObjectDigest
 from . import keepers
-from ..formats import fsverity, repolayout
+from ..formats import fsverity, reference, repolayout
 from ..errors import EngineError, FormatError, doing
 from ..progress import Progress
 from ..store import graph as graphs
@@ -221,7 +221,7 @@ def _by_label(roots: Sequence[Root]) -> dict[tuple[str, str], list[Root]]:
 def _chosen(graph: Graph, found: Sequence[keepers.Keeper], wish: Wish) -> tuple[list[str], list[str]]:
     """The names to remove, and those that a pattern asks for but that a mount or a journal uses."""
     tags = {root.name: root for root in graph.roots if root.kind == graphs.TAG}
-    staying = {name for name in tags if any(fnmatch.fnmatchcase(name, pattern) for pattern in (*NEVER, *wish.keep))}
+    staying = {name for name in tags if any(_fits(name, pattern) for pattern in (*NEVER, *wish.keep))}
     used_names = {name for keeper in found if keeper.kind != keepers.ENDED for name in keeper.names}
     # Nobody asked for these, but nobody needs them either: they came with a mount that ended with an earlier boot.
     left = {name for keeper in _ended(found) for name in keeper.names if name in tags} - staying - used_names
@@ -229,7 +229,7 @@ def _chosen(graph: Graph, found: Sequence[keepers.Keeper], wish: Wish) -> tuple[
     before = time.time() - wish.older_than
     wanted: set[str] = set()
     for pattern in wish.remove:
-        matching = [name for name in newest_first if name not in staying and fnmatch.fnmatchcase(name, pattern)]
+        matching = [name for name in newest_first if name not in staying and _fits(name, pattern)]
         wanted.update(name for name in matching[wish.keep_last :] if graph.times[name] <= before)
     held = set()
     if wanted:
@@ -240,6 +240,11 @@ def _chosen(graph: Graph, found: Sequence[keepers.Keeper], wish: Wish) -> tuple[
             if name in used_names or used_nodes.intersection(graph.nodes(tags[name], _pass_over))
         }
     return sorted((wanted - held) | left), sorted(held - left)
+
+
+def _fits(name: str, pattern: str) -> bool:
+    """Whether a name fits a pattern, or is another spelling of it: ``docker://x`` and ``x`` are one default name."""
+    return fnmatch.fnmatchcase(name, pattern) or name in reference.other_names(pattern)
 
 
 def _entries(repository: Repository, problems: list[Problem]) -> Iterator[list[tuple[str, int, int]]]:

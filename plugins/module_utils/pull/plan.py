@@ -29,7 +29,7 @@ NEW = "new"
 class Request:
     """One image: the reference as the user wrote it, the name to give it, and what it must be (``sha256:<hex>``,
     ``os/arch``). ``former`` are other names under which it may stand now, and which give way to ``name``. ``username``
-    and ``password`` are for the registry of this image.
+    and ``password``, or ``auth_file``, are for the registry of this image.
 
     ``tags`` are further names that it gets; ``gives_up`` is a name that goes when it has its own. ``local`` says that
     ``ref`` is no reference but a digest, or a name, in the repository itself. ``erofs`` and ``bootable`` say which
@@ -50,6 +50,7 @@ class Request:
     erofs: bool | None = None
     bootable: bool | None = None
     place: str = ""
+    auth_file: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -190,14 +190,19 @@ class _Sources:
         """The source for a reference, of ``request`` if given."""
         wanted = parse_platform(platform) if platform else None
         credentials = self._credentials.get(reference.registry)
-        if request is not None and request.username is not None:
-            credentials = _Credentials(request.username, request.password)
+        if request is not None and _has_own(request):
+            credentials = _Credentials(request.username, request.password, request.auth_file)
         key = (reference.transport, reference.registry, wanted, credentials)
         if key not in self._sources:
             timeout = self._limits.left(self._options.proxy.timeout)
-            username, password = credentials or (None, None)
+            username, password, auth_file = credentials or (None, None, self._options.proxy.auth_file)
             options = dataclasses.replace(
-                self._options.proxy, platform=wanted, timeout=timeout, username=username, password=password
+                self._options.proxy,
+                platform=wanted,
+                timeout=timeout,
+                username=username,
+                password=password,
+                auth_file=auth_file,
             )
             source = open_source(options, reference)
             self._sources[key] = Patient(source, self._options.retries, self._progress, lambda: self._limits.left(0))
@@ -213,10 +218,16 @@ class _Sources:
 
 
 class _Credentials(NamedTuple):
-    """A user and a password for one registry."""
+    """A user and a password for one registry, or a file that has them."""
 
-    username: str
+    username: str | None
     password: str | None
+    auth_file: str | None = None
+
+
+def _has_own(request: Request) -> bool:
+    """Whether an image has credentials of its own; those of the task then are not for it."""
+    return request.username is not None or request.auth_file is not None
 
 
 def _credentials(proxy: ProxyOptions, requests: Sequence[Request]) -> dict[str, _Credentials]:
@@ -225,7 +236,7 @@ def _credentials(proxy: ProxyOptions, requests: Sequence[Request]) -> dict[str, 
     """
     if proxy.username is None:
         return {}
-    own = [request for request in requests if request.username is None and not request.local]
+    own = [request for request in requests if not _has_own(request) and not request.local]
     references = [parse_reference(request.ref) for request in own]
     registries = sorted({reference.registry for reference in references if reference.is_remote})
     if len(registries) > 1:

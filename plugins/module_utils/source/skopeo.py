@@ -608,7 +608,17 @@ def classify(
             return error
     quoted = _once(scrub(options, words)).rstrip(".") or "nothing"
     quoted += "" if quoted[-1] in "?!…" else "."
-    return kind(f"skopeo says: {quoted}", hint, doing=what, said=quoted, passing=passes)
+    whose = f" {_whose(options)}" if kind is AuthFailed and transport == "docker" else ""
+    return kind(f"skopeo says: {quoted}{whose}", hint, doing=what, said=quoted, passing=passes)
+
+
+def _whose(options: ProxyOptions) -> str:
+    """A sentence about the credentials that skopeo had."""
+    if options.auth_file:
+        return f"The credentials were those in {options.auth_file}, if it has some for this registry."
+    if options.username:
+        return f"The credentials were those of the user {options.username}."
+    return "No credentials were given, so skopeo had those of its own configuration on the host, if any."
 
 
 def passing(error: _E) -> _E:

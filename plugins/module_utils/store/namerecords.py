@@ -23,7 +23,7 @@ import os
 from typing import Any
 
 from ..errors import EngineError, doing
-from ..formats import digests, repolayout
+from ..formats import digests, reference, repolayout
 from ..host import files
 from .marks import DIRECTORY
 from .repository import Repository
@@ -55,6 +55,15 @@ class NameRecord:
 def time_text(seconds: float) -> str:
     """Seconds since the epoch as ``2026-11-27T14:40:07Z``."""
     return datetime.datetime.fromtimestamp(int(seconds), datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def spelled(repository: Repository, name: str) -> str:
+    """``name`` as the repository has it: itself, or where only that is there its other spelling, for ``docker://x`` and
+    ``x`` are one default name.
+    """
+    if repository.tag_digest(name) is not None:
+        return name
+    return next((form for form in reference.other_names(name) if repository.tag_digest(form) is not None), name)
 
 
 def read(repository: Repository, name: str) -> NameRecord | None:

@@ -124,3 +124,24 @@ def test_a_directory_with_other_things_in_it_is_no_repository_in_either_mode(
 def test_a_run_does_not_take_nothing_for_a_repository(tmp_path: pathlib.Path) -> None:
     with pytest.raises(NotARepository), threshold.opened_repository(Module(), str(tmp_path / "later")):
         pass
+
+
+def test_a_failure_tells_what_was_found_out_and_nothing_else() -> None:
+    base: dict[str, Any] = {
+        **{"changed": False, "path": None, "repository": None, "bytes": 0, "by_kind": {"files": 0}},
+        **{"names": [], "repaired": [], "state": "absent"},
+    }
+
+    def main(module: Any) -> dict[str, Any]:
+        base.update(repository="/repo", repaired=[])
+        raise ImageNotFound("Not there.")
+
+    assert run(main, base) == {
+        "failed": True,
+        "changed": False,
+        "repository": "/repo",
+        "repaired": [],
+        "state": "absent",
+        "msg": "Not there.",
+        "error": "image_not_found",
+    }

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "module_utils"))
 from filled_repository import Repo, copy_of, fill, make_layout, rotten_file, rotten_image, stray
 
 from ansible_collections.composefs.oci.plugins.modules import composefs_check
-from ansible_collections.composefs.oci.tests.support.moduleargs import arguments
+from ansible_collections.composefs.oci.tests.support.moduleargs import arguments, require_shape
 
 SHAPE = {"changed", "repository", "findings", "repaired", "checked"}
 
@@ -45,7 +45,7 @@ def run(repo: Repo, capsys: pytest.CaptureFixture[str]) -> Any:
         with arguments({**common, **values}), pytest.raises(SystemExit):
             composefs_check.main()
         result: dict[str, Any] = json.loads(capsys.readouterr().out)
-        assert set(result) >= SHAPE, "the same shape in every case"
+        require_shape(result, SHAPE)
         return result
 
     return task

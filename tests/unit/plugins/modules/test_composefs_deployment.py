@@ -24,7 +24,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.operations import jo
 from ansible_collections.composefs.oci.plugins.module_utils.store import imagestreams
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ansible_collections.composefs.oci.plugins.modules import composefs_deployment, composefs_deployment_info
-from ansible_collections.composefs.oci.tests.support.moduleargs import arguments
+from ansible_collections.composefs.oci.tests.support.moduleargs import arguments, require_shape
 from ansible_collections.composefs.oci.tests.support.mounthost import Host
 
 SHAPE = set(yaml.safe_load(composefs_deployment.RETURN)) - {"error"} | {"changed"}
@@ -71,7 +71,7 @@ def run(host: Host, capsys: pytest.CaptureFixture[str]) -> Any:
             module.main()
         result: dict[str, Any] = json.loads(capsys.readouterr().out)
         if module is composefs_deployment:
-            assert set(result) >= SHAPE
+            require_shape(result, SHAPE)
         return result
 
     return task

@@ -684,3 +684,19 @@ def test_each_registry_gets_the_password_that_is_meant_for_it(run: Any, world: W
         ("task", "third"),
         ("two", "second"),
     ]
+
+
+def test_an_image_may_have_a_file_with_credentials_of_its_own(run: Any, world: World) -> None:
+    images = [
+        {"ref": REGISTRY + "app", "auth_file": "/own.json"},
+        {"ref": REGISTRY + "base", "name": "x"},
+        {"ref": REGISTRY + "base", "name": "y", "username": "two", "password": "second"},
+    ]
+    run(images=images, auth_file="/task.json")
+    assert [(proxy.options.username, proxy.options.auth_file) for proxy in world.proxies] == [
+        (None, "/own.json"),
+        (None, "/task.json"),
+        ("two", None),
+    ]
+    result = run(images=[{"ref": REGISTRY + "app", "auth_file": "/own.json", "username": "u", "password": PASSWORD}])
+    assert result["failed"] and "mutually exclusive" in result["msg"]

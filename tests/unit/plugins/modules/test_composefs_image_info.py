@@ -23,7 +23,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.rootfs.erofswriter i
 from ansible_collections.composefs.oci.plugins.module_utils.rootfs.filetree import Directory, Leaf, Stat
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ansible_collections.composefs.oci.plugins.modules import composefs_image_info
-from ansible_collections.composefs.oci.tests.support.moduleargs import arguments
+from ansible_collections.composefs.oci.tests.support.moduleargs import arguments, require_shape
 
 SHAPE = {"changed", "repository", "images", "dumpfile"}
 
@@ -71,7 +71,7 @@ def run(path: str, capsys: pytest.CaptureFixture[str]) -> Any:
         ):
             composefs_image_info.main()
         result: dict[str, Any] = json.loads(capsys.readouterr().out)
-        assert set(result) >= SHAPE, "the same shape in every case"
+        require_shape(result, SHAPE)
         return result
 
     return task

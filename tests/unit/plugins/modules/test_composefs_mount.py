@@ -23,7 +23,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.operations import bo
 from ansible_collections.composefs.oci.plugins.module_utils.errors import ReadOnly
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ansible_collections.composefs.oci.plugins.modules import composefs_mount
-from ansible_collections.composefs.oci.tests.support.moduleargs import arguments
+from ansible_collections.composefs.oci.tests.support.moduleargs import arguments, require_shape
 from ansible_collections.composefs.oci.tests.support.mounthost import Host
 
 SHAPE = {
@@ -58,9 +58,7 @@ def run(host: Host, capsys: pytest.CaptureFixture[str]) -> Any:
         ):
             composefs_mount.main()
         result: dict[str, Any] = json.loads(capsys.readouterr().out)
-        assert set(result) >= SHAPE or "error" not in result and result["failed"], (
-            "the same shape in every case that gets past the options"
-        )
+        require_shape(result, SHAPE)
         return result
 
     return task
@@ -286,7 +284,7 @@ def test_unmounting_removes_the_unit_too(host: Host, run: Any) -> None:
 def test_a_mount_that_fails_gets_no_unit(host: Host, run: Any) -> None:
     host.refuses = True
     result = run(image=host.images[0], persistent=True, verity="disabled")
-    assert result["failed"] and result["error"] == "mount_failed" and not result["changed"] and not result["mounted"]
+    assert result["failed"] and result["error"] == "mount_failed" and not result["changed"] and host.there == {}
     assert host.unit() is None
 
 
@@ -305,7 +303,8 @@ def test_what_no_unit_can_hold_is_refused_before_mounting(host: Host, run: Any) 
 def test_failures_have_a_code(host: Host, run: Any, values: dict[str, Any], error: str) -> None:
     for check in (True, False):
         result = run(check, **values)
-        assert result["failed"] and result["error"] == error and not result["changed"] and not result["mounted"]
+        assert result["failed"] and result["error"] == error and not result["changed"] and host.there == {}
+        assert not {"image_id", "previous_image_id", "unit", "keeps"} & set(result), "facts only"
 
 
 def test_without_a_repository_a_run_fails_and_check_mode_takes_it_for_foretold(host: Host, run: Any) -> None:

@@ -20,7 +20,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.formats import diges
 from ansible_collections.composefs.oci.plugins.module_utils.store import create, imagestreams
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ansible_collections.composefs.oci.plugins.modules import composefs_prune
-from ansible_collections.composefs.oci.tests.support.moduleargs import arguments
+from ansible_collections.composefs.oci.tests.support.moduleargs import arguments, require_shape
 
 SHAPE = {
     *("changed", "repository", "names", "images", "streams", "objects", "bytes", "bytes_by_kind", "by_name", "held"),
@@ -60,7 +60,7 @@ def run(path: str, capsys: pytest.CaptureFixture[str]) -> Any:
         ):
             composefs_prune.main()
         result: dict[str, Any] = json.loads(capsys.readouterr().out)
-        assert set(result) >= SHAPE, "the same shape in every case"
+        require_shape(result, SHAPE)
         return result
 
     return task

@@ -21,7 +21,7 @@ import yaml
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
 from ansible_collections.composefs.oci.plugins.module_utils.store import create
 from ansible_collections.composefs.oci.plugins.modules import composefs_repository
-from ansible_collections.composefs.oci.tests.support.moduleargs import arguments
+from ansible_collections.composefs.oci.tests.support.moduleargs import arguments, require_shape
 
 SHAPE = {"changed", "path", *composefs_repository.FACTS}
 
@@ -31,7 +31,7 @@ def run(capsys: pytest.CaptureFixture[str], **values: Any) -> dict[str, Any]:
     with arguments(values), pytest.raises(SystemExit):
         composefs_repository.main()
     result = json.loads(capsys.readouterr().out)
-    assert set(result) >= SHAPE, "the same shape in every case"
+    require_shape(result, SHAPE)
     return result
 
 

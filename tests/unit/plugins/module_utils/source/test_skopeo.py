@@ -310,3 +310,18 @@ def test_a_proxy_that_wants_credentials_is_not_the_registry(words):
     error = skopeo.classify(ProxyOptions(), "Opening docker://r.example/x", words)
     assert error.code == "registry_unreachable" and not error.passing
     assert "proxy" in error.hint.lower() and "auth_file" not in error.hint
+
+
+@pytest.mark.parametrize(
+    ("options", "whose"),
+    [
+        ({}, "No credentials were given"),
+        ({"username": "puller", "password": "s3cret-word"}, "those of the user puller."),
+        ({"auth_file": "/etc/auth.json"}, "those in /etc/auth.json"),
+    ],
+)
+def test_credentials_that_are_refused_are_named_and_not_shown(options: dict[str, str], whose: str) -> None:
+    error = skopeo.classify(
+        ProxyOptions(**options), "Opening docker://r.test/x", "unauthorized: authentication required"
+    )
+    assert isinstance(error, AuthFailed) and whose in str(error) and "s3cret" not in str(error)

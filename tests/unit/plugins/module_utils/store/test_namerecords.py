@@ -177,3 +177,16 @@ def test_a_record_that_cannot_be_written_is_an_error(repository: Repository, mon
 def test_no_name_can_take_the_place_of_a_long_one() -> None:
     assert namerecords._file_name("n" * 255).startswith("%sha256-")
     assert not repolayout.encode_tag("%sha256-" + "0" * 64).startswith("%sha256-")
+
+
+def test_a_default_name_is_found_with_and_without_its_transport(repository: Repository) -> None:
+    repository.tag("docker://r.test/app:1", OLD)
+    repository.tag("app", NEW)
+    for asked in ("docker://r.test/app:1", "r.test/app:1"):
+        assert namerecords.spelled(repository, asked) == "docker://r.test/app:1"
+    assert namerecords.spelled(repository, "app") == "app"
+    assert namerecords.spelled(repository, "r.test/app:2") == "r.test/app:2"
+    repository.tag("r.test/app:1", NEW)
+    assert namerecords.spelled(repository, "r.test/app:1") == "r.test/app:1", (
+        "what is there as it is written comes first"
+    )
