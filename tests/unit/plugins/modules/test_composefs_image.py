@@ -698,5 +698,6 @@ def test_an_image_may_have_a_file_with_credentials_of_its_own(run: Any, world: W
         (None, "/task.json"),
         ("two", None),
     ]
-    result = run(images=[{"ref": REGISTRY + "app", "auth_file": "/own.json", "username": "u", "password": PASSWORD}])
+    both = {"ref": REGISTRY + "app", "auth_file": "/own.json", "username": "u", "password": PASSWORD}
+    result = run(shape=False, images=[both])
     assert result["failed"] and "mutually exclusive" in result["msg"]
