@@ -150,6 +150,17 @@ class Hasher:
             if end < size:
                 tail += view[end:]
 
+    def zeros(self, size: int) -> None:
+        """Append ``size`` zero bytes, in a time that hardly grows with them: a hole may be larger than any disk."""
+        if self._tail:
+            filled = min(BLOCK - len(self._tail), size)
+            self.update(bytes(filled))
+            size -= filled
+        blocks, rest = divmod(size, BLOCK)
+        self.length += blocks * BLOCK
+        _push_equal(self._levels, self.algorithm.new(bytes(BLOCK)).digest(), blocks, self.algorithm)
+        self.update(bytes(rest))
+
     def digest(self) -> ObjectDigest:
         """The digest of everything so far; more may follow."""
         algorithm = self.algorithm
@@ -184,6 +195,22 @@ def _push(levels: list[bytearray], at: int, hashes: bytes, algorithm: Algorithm)
             hashes = _hash_blocks(view[:end], algorithm.new)
         del level[:end]
         at += 1
+
+
+def _push_equal(levels: list[bytearray], one: bytes, count: int, algorithm: Algorithm) -> None:
+    """Append ``count`` times the same hash to the lowest level; see _push()."""
+    at = 0
+    many = BLOCK // algorithm.size
+    while count:
+        if at == len(levels):
+            levels.append(bytearray())
+        # Enough for the block that is begun, and one that follows it.
+        few = min(count, many - len(levels[at]) // algorithm.size + 1)
+        _push(levels, at, one * few, algorithm)
+        # From here on all hashes of this level are alike, and so are those of its blocks in the level above.
+        above, rest = divmod(count - few, many)
+        levels[at] += one * rest
+        one, count, at = algorithm.new(one * many).digest(), above, at + 1
 
 
 # --- names

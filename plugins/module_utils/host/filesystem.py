@@ -71,6 +71,12 @@ def free_space(fd: int) -> tuple[int, int | None]:
     return found.f_bavail * found.f_frsize, found.f_favail if found.f_files else None
 
 
+def size(fd: int) -> int:
+    """Bytes that the file system holds, used and free."""
+    found = os.fstatvfs(fd)
+    return found.f_blocks * found.f_frsize
+
+
 def require_writable(fd: int, path: str) -> None:
     """Raise ReadOnly or PermissionDenied unless files can be made in the open directory ``fd`` (``path`` in the
     message).

@@ -11,8 +11,9 @@ bytes that are mounted.
 
 What kernels take: overlay with data-only layers since 6.5 (before, the objects are an ordinary layer under an image
 that hides their directories, and nothing can insist on fs-verity), ``verity=`` since 6.6, ``lowerdir+`` since 6.7,
-EROFS on a plain file since 6.12 (a loop device before), descriptors of detached mounts as layers since 6.15 (an
-attached helper mount before). Each attempt gets a new context, for a failed option may leave traces in the old one.
+EROFS on a plain file since 6.12 (a loop device before), descriptors as upper and work directory since 6.13 (paths
+before), descriptors of detached mounts as layers since 6.15 (an attached helper mount before). Each attempt gets a new
+context, for a failed option may leave traces in the old one.
 """
 
 from __future__ import annotations
@@ -24,11 +25,20 @@ import os
 import stat
 import struct
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from . import beneath as paths
-from ..errors import Busy, EngineError, MissingLibrary, MountFailed, PermissionDenied, from_os_error
+from . import safety
+from ..errors import (
+    Busy,
+    EngineError,
+    MissingLibrary,
+    MountFailed,
+    PermissionDenied,
+    UnsafeRepository,
+    from_os_error,
+)
 from .mountinfo import SOURCE, Mounted, mount_id
 
 try:
@@ -212,9 +222,10 @@ def _mount(request: Request, target: str, place: int, beneath: bool) -> None:
     kernel = _Kernel()
     try:
         with contextlib.ExitStack() as stack:
+            changes = _open_changes(request, stack)
             erofs = _mount_erofs(kernel, request.image)
             stack.callback(os.close, erofs)
-            overlay = _mount_overlay(kernel, request, erofs)
+            overlay = _mount_overlay(kernel, request, erofs, changes)
             stack.callback(os.close, overlay)
             flags = _MOVE_EMPTY_PATH | _MOVE_TO_EMPTY_PATH | (_MOVE_BENEATH if beneath else 0)
             kernel.call(
@@ -378,10 +389,35 @@ def _loop_device(image: int) -> int:
         os.close(control)
 
 
-def _mount_overlay(kernel: _Kernel, request: Request, erofs: int) -> int:
+def _open_changes(request: Request, stack: contextlib.ExitStack) -> dict[str, int]:
+    """Descriptors of the directories that take the changes, ``upperdir`` and ``workdir``, which ``stack`` closes.
+
+    UnsafeRepository if somebody else than root and the caller owns one, can write to it, or can put another in its
+    place: what is mounted would show his files.
+    """
+    found = {}
+    for key, path in (("upperdir", request.upperdir), ("workdir", request.workdir)):
+        if path:
+            fault = safety.fault(path)
+            if fault:
+                raise UnsafeRepository(
+                    f"The {key} {path} cannot hold the changes of a mount: {fault}.",
+                    "Have every directory on the way belong to root and be writable for nobody else.",
+                )
+            above = paths.open_path(path, links=False)
+            try:
+                # Kernels before 6.15 take no descriptors of mere paths.
+                found[key] = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=above)
+            finally:
+                os.close(above)
+            stack.callback(os.close, found[key])
+    return found
+
+
+def _mount_overlay(kernel: _Kernel, request: Request, erofs: int, changes: dict[str, int]) -> int:
     refusal: _KernelRefused | None = None
     try:
-        with _overlay(kernel, request) as context:
+        with _overlay(kernel, request, changes) as context:
             context.descriptor("lowerdir+", erofs)
             context.descriptor("datadir+", request.objects)
             return context.create(_attributes(request))
@@ -399,6 +435,7 @@ def _mount_overlay(kernel: _Kernel, request: Request, erofs: int) -> int:
             for form in forms:
                 try:
                     with _overlay(kernel, request) as context:
+                        _still_there(request, changes)
                         for key, value in form.items():
                             context.string(key, value)
                         return context.create(_attributes(request))
@@ -428,7 +465,19 @@ def _hides_objects(image: str) -> bool:
     return True
 
 
-def _overlay(kernel: _Kernel, request: Request) -> _Context:
+def _still_there(request: Request, changes: dict[str, int]) -> None:
+    """MountFailed unless the paths still lead to the open directories: kernels before 6.13 take these by path only, and
+    show the path that they got. That nobody else can put another one there was checked before.
+    """
+    for key, path in (("upperdir", request.upperdir), ("workdir", request.workdir)):
+        if path and not os.path.samestat(os.fstat(changes[key]), os.lstat(path)):
+            raise MountFailed(f"Another directory has appeared at {path} meanwhile.", "Run again.")
+
+
+def _overlay(kernel: _Kernel, request: Request, changes: Mapping[str, int] | None = None) -> _Context:
+    """The context of the overlay with all but its layers; the directories for changes by descriptor (``changes``) or,
+    without, by path.
+    """
     context = _Context(kernel, "overlay")
     try:
         context.string("source", SOURCE + request.image_id)
@@ -436,7 +485,9 @@ def _overlay(kernel: _Kernel, request: Request) -> _Context:
         context.string("redirect_dir", "on")
         if request.verity:
             context.string("verity", "require")
-        if request.upperdir:
+        for key, fd in (changes or {}).items():
+            context.descriptor(key, fd)
+        if request.upperdir and not changes:
             # The kernel takes a backslash in these two for an escape.
             context.string("upperdir", request.upperdir.replace("\\", "\\\\"))
             context.string("workdir", (request.workdir or "").replace("\\", "\\\\"))

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 import time
 from collections.abc import Callable
 from typing import Any
 
 from ..formats.digests import ObjectDigest, object_digest
 from ..formats import fsverity
-from ..host import workers
-from ..errors import DigestMismatch, VerityUnsupported, doing
+from ..host import files, workers
+from ..errors import DigestMismatch, FormatError, VerityUnsupported, doing
 from ..progress import Progress
+from ..store.objects import hash_file
 from ..store.repository import Repository
 from .findings import OBJECT_DAMAGED, OBJECT_UNREADABLE, OBJECT_UNSEALED, STRAY_FILE, Finding
 
 # Read at once: nearly all objects are smaller. Larger ones are read in such pieces.
 _PIECE = 1 << 20
+_LIST = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _READ_ERRORS = (errno.EIO, getattr(errno, "EUCLEAN", errno.EIO), errno.EBADMSG)
 
 
@@ -43,7 +44,12 @@ def list_names(repository: Repository) -> tuple[int, list[Finding]]:
     for name in _listing(repository, "."):
         path = f"objects/{name}"
         if len(name) == 2 and _is_hex(name):
-            for entry in _listing(repository, name):
+            try:
+                entries = _listing(repository, name)
+            except FormatError:
+                findings.append(_stray(path))
+                continue
+            for entry in entries:
                 if _digest_of(repository, name, entry) is None:
                     findings.append(_stray(f"{path}/{entry}"))
                 else:
@@ -98,8 +104,8 @@ def check_one(repository: Repository, digest: ObjectDigest) -> Finding | None:
 
 
 def _open_directory(repository: Repository, name: str) -> int:
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
-    return os.open(name, flags, dir_fd=repository.objects.dirfd)
+    """A directory of objects by the rules of ``beneath``: it might be somebody else's, who changes it as we look."""
+    return repository.root.open_directory(name, under=(repository.objects.dirfd, "objects"))
 
 
 def _exists(repository: Repository) -> bool:
@@ -110,13 +116,13 @@ def _exists(repository: Repository) -> bool:
 def _listing(repository: Repository, name: str) -> list[str]:
     with doing(f"Listing {repository.path}/objects/{name}"):
         try:
-            fd = _open_directory(repository, name)
+            fd = (
+                os.open(".", _LIST, dir_fd=repository.objects.dirfd)
+                if name == "."
+                else _open_directory(repository, name)
+            )
         except FileNotFoundError:
             return []
-        except OSError as error:
-            if error.errno in (errno.ENOTDIR, errno.ELOOP):
-                return []
-            raise
         try:
             return sorted(os.listdir(fd))
         finally:
@@ -144,10 +150,8 @@ def _check_directory(repository: Repository, first: str, tell: Callable[[Any], N
     with doing(f"Checking {repository.path}/objects/{first}"):
         try:
             fd = _open_directory(repository, first)
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-                return
-            raise
+        except (FileNotFoundError, FormatError):
+            return  # it was told already
         try:
             for name in sorted(os.listdir(fd)):
                 digest = _digest_of(repository, first, name)
@@ -171,12 +175,12 @@ def _fault(
 ) -> tuple[tuple[str, str] | None, int]:
     """Code and message of what is wrong with one object, None if nothing is, and its bytes."""
     try:
-        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=dirfd)
+        fd = files.open_regular(dirfd, name)
     except FileNotFoundError:
         return None, 0  # it went meanwhile
+    except FormatError:
+        return (OBJECT_DAMAGED, f"The object {digest.hex()} is not a regular file."), 0
     except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENXIO):
-            return (OBJECT_DAMAGED, f"The object {digest.hex()} is not a regular file."), 0
         if error.errno in (errno.EACCES, errno.EPERM):
             raise
         return (OBJECT_UNREADABLE, f"The object {digest.hex()} cannot be opened: {os.strerror(error.errno or 0)}."), 0
@@ -190,25 +194,13 @@ def _fault(
             with memoryview(buffer) as view:
                 found = fsverity.digest(view[:size], algorithm)
         else:
-            hasher = fsverity.Hasher(algorithm)
-            size = 0
-            os.lseek(fd, 0, os.SEEK_SET)
-            while True:
-                length = os.readv(fd, [buffer])
-                if not length:
-                    break
-                with memoryview(buffer) as view:
-                    hasher.update(view[:length])
-                size += length
-            found = hasher.digest()
+            found, size = hash_file(fd, algorithm)
         if found != digest:
             return (
                 OBJECT_DAMAGED,
                 f"The object {digest.hex()} has content with the fs-verity digest {found.hex()}.",
             ), size
     except OSError as error:
-        if error.errno == errno.EISDIR:
-            return (OBJECT_DAMAGED, f"The object {digest.hex()} is not a regular file."), 0
         if error.errno not in _READ_ERRORS:
             raise
         return (OBJECT_UNREADABLE, f"The object {digest.hex()} cannot be read: {os.strerror(error.errno or 0)}."), 0
@@ -223,21 +215,13 @@ def _sealed_fault(
 ) -> tuple[tuple[str, str] | None, int]:
     """The same where the kernel vouches for what it reads: it is asked for the digest, and made to read everything."""
     text = digest.hex()
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        return (OBJECT_DAMAGED, f"The object {text} is not a regular file."), 0
     try:
         measured = fsverity.measure(fd, repository.algorithm)
     except (DigestMismatch, VerityUnsupported) as error:
         return (OBJECT_DAMAGED, f"The object {text}: {error.message}"), 0
     if measured is None:
         # Perhaps only the seal is missing: then a copy mends it.
-        hasher = fsverity.Hasher(repository.algorithm)
-        while True:
-            length = os.readv(fd, [buffer])
-            if not length:
-                break
-            hasher.update(bytes(buffer[:length]))
-        code = OBJECT_UNSEALED if hasher.digest() == digest else OBJECT_DAMAGED
+        code = OBJECT_UNSEALED if hash_file(fd, repository.algorithm)[0] == digest else OBJECT_DAMAGED
         return (code, f"The object {text} is not protected by fs-verity, which this repository requires."), 0
     if measured != digest:
         return (OBJECT_DAMAGED, f"The object {text} has the fs-verity digest {measured.hex()}."), 0

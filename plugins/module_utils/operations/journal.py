@@ -17,16 +17,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
-from ..errors import Busy, EngineError, IncompatibleJournal, ReadOnly, doing, from_os_error
-from ..host import files
+from ..errors import EngineError, FormatError, IncompatibleJournal, ReadOnly, doing, from_os_error
+from ..host import files, locks
 from ..text import file_name, from_file_name, named_files
 
 VERSION = 1
@@ -35,6 +35,7 @@ LOCK_WAIT = 600.0
 # A journal of fifty entries takes 20 KB.
 MAX_SIZE = 1 << 20
 _STEM_MAX = 200
+_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 
@@ -439,7 +440,7 @@ def _lock(file: str, places: Places, wait: float) -> int:
         with contextlib.suppress(FileNotFoundError):
             make_directories(places)
         try:
-            fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            fd = os.open(file, os.O_RDWR | os.O_CREAT | _FLAGS, 0o600)
         except FileNotFoundError:
             if not os.path.isdir(os.path.dirname(places.library)):
                 raise
@@ -447,18 +448,13 @@ def _lock(file: str, places: Places, wait: float) -> int:
         except OSError as error:
             if not isinstance(from_os_error(error, ""), ReadOnly) or not os.path.exists(file):
                 raise
-            fd = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            fd = os.open(file, os.O_RDONLY | _FLAGS)
         try:
-            while True:
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() >= deadline:
-                        raise Busy(
-                            f"Another task has been changing this mount for {wait:g} seconds.", "Try again later."
-                        ) from None
-                    time.sleep(0.02)
+            # Nobody waits for what is not a file; whoever may lock it is named when that takes too long.
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise FormatError(f"{file} is not a regular file.", "Find out who put it there, then remove it.")
+            left = max(deadline - time.monotonic(), 0.0)
+            locks.acquire(fd, locks.EXCLUSIVE, left, "Another task has been changing this mount")
             with contextlib.suppress(FileNotFoundError):
                 there = os.stat(file, follow_symlinks=False)
                 own = os.fstat(fd)

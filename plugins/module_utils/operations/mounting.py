@@ -30,6 +30,7 @@ from ..errors import (
 )
 from ..host.mountinfo import Mounted
 from ..formats.digests import ObjectDigest, is_oci_digest, object_digest
+from ..store.objects import hash_file
 from ..store.repository import Repository
 
 REQUIRED, PREFERRED, DISABLED = "required", "preferred", "disabled"
@@ -41,7 +42,6 @@ FLAGS = ("volatile",)
 HARDENING = ("nodev", "nosuid")
 CONTEXTS = ("context", "fscontext", "defcontext", "rootcontext")
 _CAP_SYS_ADMIN = 21
-_PIECE = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,7 +271,7 @@ def open_image(repository: Repository, digest: ObjectDigest) -> Iterator[int]:
     try:
         if not repository.secure and not _is_sealed(fd, repository.algorithm):
             with doing(f"Reading the image {digest.hex()}"):
-                found = _hash(fd, repository.algorithm)
+                found = hash_file(fd, repository.algorithm)[0]
             if found != digest:
                 raise FormatError(
                     f"The image {digest.hex()} is damaged: it has the fs-verity digest {found.hex()}.",
@@ -416,17 +416,6 @@ def _is_sealed(fd: int, algorithm: fsverity.Algorithm) -> bool:
         return fsverity.measure(fd, algorithm) is not None
     except VerityUnsupported:
         return False
-
-
-def _hash(fd: int, algorithm: fsverity.Algorithm) -> ObjectDigest:
-    hasher = fsverity.Hasher(algorithm)
-    offset = 0
-    while True:
-        data = os.pread(fd, _PIECE, offset)
-        if not data:
-            return hasher.digest()
-        hasher.update(data)
-        offset += len(data)
 
 
 def _paths(inside: Sequence[Mounted]) -> str:

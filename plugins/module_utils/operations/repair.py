@@ -41,6 +41,7 @@ from .findings import (
 from ..formats import fsverity, ocidocuments, repolayout
 from ..formats.digests import ObjectDigest, StreamDigest, digest_of, is_oci_digest, object_digest
 from ..errors import EngineError, FormatError, InvalidOption, doing
+from ..host import files
 from ..progress import Progress
 from ..pull import plan as planning
 from ..pull import publish, pull
@@ -183,8 +184,8 @@ def _in_layout(path: str, manifest: str) -> str | None:
 
 
 def _entries(file: str) -> list[dict[str, Any]]:
-    with open(file, "rb") as opened:
-        raw = opened.read(ocidocuments.MAX_MANIFEST)
+    with files.opened_directory(os.path.dirname(file)) as directory:
+        raw = files.read_whole(directory, os.path.basename(file), ocidocuments.MAX_MANIFEST)
     try:
         found = json.loads(raw)["manifests"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -10,6 +10,7 @@ Nothing here verifies a signature. skopeo does, and where it cannot, or does not
 from __future__ import annotations
 
 import os
+import stat
 from typing import Any
 
 from ..errors import EngineError, PolicyRejected, SkopeoTooOld
@@ -89,7 +90,10 @@ def policy_demand(path: str | None = None, transport: str = "") -> str:
 
 
 def _read(name: str) -> dict[str, Any]:
-    with open(name, "rb") as file:
+    # It may be anything that has the name: a FIFO must not be waited for. Links are the administrator's.
+    with open(os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("it is not a regular file")
         policy = load_json(file.read(MAX_MANIFEST + 1), MAX_MANIFEST, f"policy {name}")
     if not isinstance(policy, dict):
         raise ValueError("it is not a JSON object")

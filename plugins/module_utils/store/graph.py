@@ -28,7 +28,7 @@ from ..formats.repolayout import StreamName
 from ..formats.digests import ObjectDigest, StreamDigest
 from ..formats import digests, fsverity, repolayout
 from ..errors import EngineError, FormatError, doing
-from .repository import Repository
+from .repository import MAX_DEPTH, Repository, too_deep
 
 TAG, REFERRER, REF, IMAGE_REF = "tag", "referrer", "ref", "image_ref"
 SHARED = -1
@@ -347,7 +347,11 @@ def list_links(repository: Repository, directory: str, recursive: bool = True) -
         os.close(fd)
 
 
-def _links_in(repository: Repository, fd: int, directory: str, recursive: bool) -> Iterator[Link]:
+def _links_in(
+    repository: Repository, fd: int, directory: str, recursive: bool, depth: int = MAX_DEPTH
+) -> Iterator[Link]:
+    if not depth:
+        raise too_deep(f"{repository.path}/{directory}")
     with doing(f"Listing {repository.path}/{directory}"):
         names = sorted(os.listdir(fd))
     for name in names:
@@ -366,7 +370,7 @@ def _links_in(repository: Repository, fd: int, directory: str, recursive: bool) 
             with doing(f"Listing {repository.path}/{path}"):
                 inner = repository.root.open_directory(name, under=(fd, directory))
             try:
-                yield from _links_in(repository, inner, path, recursive)
+                yield from _links_in(repository, inner, path, recursive, depth - 1)
             finally:
                 os.close(inner)
         elif name != "refs":

@@ -49,7 +49,7 @@ import time
 from typing import NamedTuple
 
 from ..host import beneath, files, filesystem, locks
-from ..errors import FormatError, doing
+from ..errors import FormatError, TooLarge, doing
 from .objects import ObjectStore
 
 DIRECTORY = ".composefs-oci"
@@ -61,6 +61,7 @@ DAY = 24 * 3600.0
 _TOLERANCE = DAY
 _MINUTE = 60.0
 _MAX_MARK = 4096
+_SHARING = 4  # times as much as it holds may lie on a file system where files share blocks
 _NAME = re.compile("[0-9a-f]{16}")
 # Names that this engine gives to what is not whole yet, by the directory: left over only where a process was killed.
 _LITTER = {
@@ -229,9 +230,9 @@ def _recover(
                 marks += 1
                 if mark is None or not boot or mark.boot != boot:
                     since = mark.started - _TOLERANCE if mark else 0.0
-                    found = _remove_torn(objects, since, mark.started if mark else 0.0)
+                    found = _remove_torn(root, objects, since, mark.started if mark else 0.0)
                 elif not mount or mark.mount != mount:
-                    found = _remove_torn(objects, mark.started - _MINUTE - _adjusted(mark), mark.started)
+                    found = _remove_torn(root, objects, mark.started - _MINUTE - _adjusted(mark), mark.started)
                 else:
                     found = (0, 0)
                 checked += found[0]
@@ -321,11 +322,15 @@ def _stray(root: beneath.Root, name: str, why: str) -> str:
     )
 
 
-def _remove_torn(objects: ObjectStore, oldest: float, started: float) -> tuple[int, int]:
+def _remove_torn(root: beneath.Root, objects: ObjectStore, oldest: float, started: float) -> tuple[int, int]:
     """Hash every object not older than ``oldest`` (every one if ``started`` lies in the future) and remove those that
     are not what their name says; numbers of both.
+
+    Holes cost nothing. Beyond that the file system bounds what there is to read, unless somebody shares few blocks
+    among many files: TooLarge then, and the mark stays.
     """
     checked = removed = 0
+    left = _SHARING * filesystem.size(root.fd)
     if started > time.time():
         oldest = 0.0
     for _name, digest in objects.names():
@@ -335,6 +340,13 @@ def _remove_torn(objects: ObjectStore, oldest: float, started: float) -> tuple[i
         if max(found.st_ctime, found.st_mtime) < oldest:
             continue
         checked += 1
+        left -= min(found.st_size, found.st_blocks * 512)
+        if left < 0:
+            raise TooLarge(
+                f"The objects that an unfinished import may have left in {root.path} claim more bytes than their file "
+                f"system holds.",
+                "Find out who put them there; the module composefs_check looks at all of them.",
+            )
         if not objects.verify(digest):
             removed += objects.remove(digest)
     return checked, removed

@@ -73,9 +73,11 @@ def tar_sha256(stream: splitstream.Splitstream, objects: ObjectStore) -> str:
     sha256 = hashlib.sha256()
     buffer = bytearray(_PIECE)
     view = memoryview(buffer)
+    left = stream.size  # of the tar: no object need be read beyond it
     for chunk in stream.chunks():
         if isinstance(chunk, bytes):
             sha256.update(chunk)
+            left -= len(chunk)
             continue
         fd = objects.open(chunk.digest)
         try:
@@ -83,6 +85,12 @@ def tar_sha256(stream: splitstream.Splitstream, objects: ObjectStore) -> str:
                 n = os.readv(fd, [buffer])
                 if not n:
                     break
+                left -= n
+                if left < 0:
+                    raise FormatError(
+                        f"Its objects are longer than the {stream.size} bytes they should have together.",
+                        "Pull the image again.",
+                    )
                 sha256.update(view[:n])
         finally:
             os.close(fd)

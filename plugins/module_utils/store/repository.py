@@ -49,6 +49,8 @@ SYSTEM_PATH = "/sysroot/composefs"
 USER_PATH = "~/.var/lib/composefs"
 LOCK_WAIT = marks.LOCK_WAIT
 _TRUSTED = f"{marks.DIRECTORY}/trusted"
+MAX_DEPTH = 64
+"""Directories that may lie within each other below those of names."""
 _TEMPORARY_LINK = ".symlink-"
 
 
@@ -375,8 +377,8 @@ class Repository:
     def tag_time(self, name: str, manifest_digest: str) -> float:
         """When ``name`` was made to mean that manifest, in seconds since the epoch; now, if it does not."""
         if self.tag_digest(name) == manifest_digest:
-            with contextlib.suppress(OSError):
-                return os.stat(_tag_path(name), dir_fd=self.fd, follow_symlinks=False).st_mtime
+            with contextlib.suppress(OSError), self.root.parent(_tag_path(name)) as (fd, last):
+                return os.stat(last, dir_fd=fd, follow_symlinks=False).st_mtime
         return time.time()
 
     def tag(self, name: str, manifest_digest: str) -> str | None:
@@ -497,10 +499,12 @@ class Repository:
         with doing(f"Listing {self.path}/{path}"):
             return [name for name in self.root.list(path) if _is_text(name)]
 
-    def _walk(self, path: str) -> Iterator[tuple[str, str]]:
+    def _walk(self, path: str, depth: int = MAX_DEPTH) -> Iterator[tuple[str, str]]:
         """Every symbolic link below the directory ``path``, relative to the repository, and its text; anything else but
-        directories is passed over.
+        directories is passed over. FormatError if these lie more than ``depth`` deep.
         """
+        if not depth:
+            raise too_deep(f"{self.path}/{path}")
         try:
             with doing(f"Listing {self.path}/{path}"), self.root.directory(path) as fd:
                 names = sorted(name for name in os.listdir(fd) if _is_text(name))
@@ -511,7 +515,7 @@ class Repository:
             raise
         for inner, text in found:
             if text is None:
-                yield from self._walk(inner)
+                yield from self._walk(inner, depth - 1)
             elif text:
                 yield inner, text
 
@@ -561,6 +565,14 @@ def default_path() -> str:
     return SYSTEM_PATH if os.geteuid() == 0 else os.path.expanduser(USER_PATH)
 
 
+def too_deep(path: str) -> FormatError:
+    """The error for directories that no tool makes so deep; each level costs a descriptor and a part of the stack."""
+    return FormatError(
+        f"{path[:200]}... is deeper than the {MAX_DEPTH} directories that names may have.",
+        "Find out who put it there, then remove it.",
+    )
+
+
 _MAKE = "Make one with the module composefs_repository (or cfsctl init), or correct the path."
 _DAMAGED = "Remove it and pull the image again."
 
@@ -608,7 +620,7 @@ def read_metadata(root: beneath.Root) -> tuple[Metadata, bool]:
     try:
         file = root.open_file(NAME)
     except FileNotFoundError:
-        if os.path.isdir(f"/proc/self/fd/{root.fd}/objects"):
+        if "objects" in os.listdir(root.fd):
             raise NotARepository(
                 f"{path} has objects but no {NAME}: it was made by a program older than composefs-rs 0.7.",
                 "The module composefs_repository upgrades it, and so does any cfsctl command that writes.",

@@ -9,9 +9,11 @@ import fcntl
 import hashlib
 import itertools
 import os
+import random
 import shutil
 import struct
 import subprocess
+import time
 import tracemalloc
 
 import pytest
@@ -445,3 +447,31 @@ def test_the_real_kernel_seals_and_measures_or_says_that_it_cannot(
             fsverity.measure(fd, SHA512 if algorithm is SHA256 else SHA256)
     finally:
         os.close(fd)
+
+
+@pytest.mark.parametrize("algorithm", [fsverity.SHA256, fsverity.SHA512], ids=lambda one: one.name)
+def test_zeros_count_as_if_they_had_been_given(algorithm: fsverity.Algorithm) -> None:
+    dice = random.Random(5)
+    block = fsverity.BLOCK
+    sizes = [0, 1, block - 1, block, block + 1, 63 * block, 64 * block, 65 * block, 128 * block, 129 * block + 7]
+    for _round in range(60):
+        short, plain = fsverity.Hasher(algorithm), fsverity.Hasher(algorithm)
+        for _piece in range(dice.randrange(1, 6)):
+            size = dice.choice(sizes) + dice.choice((0, 0, 8192 * block))
+            if dice.random() < 0.6:
+                short.zeros(size)
+                plain.update(bytes(size))
+            else:
+                data = dice.randbytes(size % 70_000)
+                short.update(data)
+                plain.update(data)
+        assert short.digest() == plain.digest() and short.length == plain.length
+
+
+def test_a_hole_larger_than_any_disk_takes_no_time() -> None:
+    hasher = fsverity.Hasher(fsverity.SHA256)
+    started = time.process_time()
+    hasher.zeros(1 << 60)
+    hasher.update(b"x")
+    assert len(hasher.digest()) == 32 and hasher.length == (1 << 60) + 1
+    assert time.process_time() - started < 5

@@ -92,6 +92,8 @@ class Kernel:
             if value == "fd":
                 return 0 if self.version >= (6, 15) else errno.EBADF if self.version >= (6, 13) else errno.EINVAL
             return 0 if self.version >= (6, 7) else errno.EINVAL
+        if key in ("upperdir", "workdir") and value == "fd":
+            return 0 if self.version >= (6, 13) else errno.EINVAL
         if key == "verity":
             return 0 if self.version >= (6, 6) else errno.EINVAL
         return 0
@@ -315,11 +317,16 @@ def test_refusals_have_a_class_and_words(
 def test_writable_mounts_name_their_directories_with_backslashes_doubled(
     kernel: type[Kernel], image: int, tmp_path: pathlib.Path
 ) -> None:
-    mountcalls.mount(
-        request(image, upperdir="/u\\p", workdir="/w,k:", options=["nodev", "strictatime", "volatile", "context=a:b"]),
-        str(tmp_path),
-    )
-    assert [call for call in kernel.calls if "dir=/" in call] == ["upperdir=/u\\\\p", "workdir=/w,k:"]
+    kernel.version = (6, 12)  # later ones take descriptors
+    upper, work = tmp_path / "u\\p", tmp_path / "w,k:"
+    for directory in (upper, work):
+        directory.mkdir()
+    options = ["nodev", "strictatime", "volatile", "context=a:b"]
+    mountcalls.mount(request(image, upperdir=str(upper), workdir=str(work), options=options), str(tmp_path))
+    assert [call for call in kernel.calls if "kdir=/" in call or "rdir=/" in call][-2:] == [
+        f"upperdir={tmp_path}/u\\\\p",
+        f"workdir={tmp_path}/w,k:",
+    ]
     assert "volatile" in kernel.calls and "context=a:b" in kernel.calls
     assert "fsmount overlay 0x24" in kernel.calls
     assert "nodev" not in kernel.calls, "an attribute of the mount is no setting of the overlay"
@@ -328,8 +335,57 @@ def test_writable_mounts_name_their_directories_with_backslashes_doubled(
 def test_ro_makes_a_mount_with_an_upper_directory_read_only(
     kernel: type[Kernel], image: int, tmp_path: pathlib.Path
 ) -> None:
-    mountcalls.mount(request(image, upperdir="/u", workdir="/w", options=["ro"]), str(tmp_path))
+    changes = {"upperdir": str(tmp_path / "u"), "workdir": str(tmp_path / "w")}
+    for directory in changes.values():
+        os.mkdir(directory)
+    mountcalls.mount(request(image, **changes, options=["ro"]), str(tmp_path))
     assert "fsmount overlay 0x1" in kernel.calls
+    assert [call for call in kernel.calls if "upperdir" in call or "workdir" in call] == ["upperdir=fd", "workdir=fd"]
+
+
+def test_another_directory_for_changes_than_the_one_that_was_looked_at_is_not_mounted(
+    kernel: type[Kernel], image: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Older kernels take paths, so what they will find there is compared with what was opened."""
+    kernel.version = (6, 12)
+    changes = {"upperdir": str(tmp_path / "u"), "workdir": str(tmp_path / "w")}
+    for directory in (*changes.values(), tmp_path / "other"):
+        os.mkdir(directory)
+    real = mountcalls._mount_erofs
+
+    def late(*arguments: Any) -> int:
+        os.rename(tmp_path / "u", tmp_path / "gone")
+        os.rename(tmp_path / "other", tmp_path / "u")
+        return real(*arguments)
+
+    monkeypatch.setattr(mountcalls, "_mount_erofs", late)
+    with pytest.raises(MountFailed, match="Another directory has appeared"):
+        mountcalls.mount(request(image, **changes), str(tmp_path))
+    assert not any(call.startswith("attach") and "helpers" not in call for call in kernel.calls)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs other users")
+@pytest.mark.parametrize("how", ["owner", "mode", "parent", "link"])
+@pytest.mark.parametrize("key", ["upperdir", "workdir"])
+def test_changes_go_to_no_directory_that_somebody_else_can_change(
+    kernel: type[Kernel], image: int, tmp_path: pathlib.Path, how: str, key: str
+) -> None:
+    places = {name: tmp_path / "on" / name for name in ("upperdir", "workdir")}
+    for place in places.values():
+        place.mkdir(parents=True)
+    if how == "owner":
+        os.chown(places[key], 12345, 0)
+    elif how == "mode":
+        places[key].chmod(0o757)
+    elif how == "parent":
+        os.chown(tmp_path / "on", 12345, 0)
+    else:
+        places[key].rename(tmp_path / "elsewhere")
+        places[key].symlink_to(tmp_path / "elsewhere")
+        os.lchown(places[key], 12345, 12345)
+    with pytest.raises(UnsafeRepository):
+        mountcalls.mount(request(image, **{name: str(place) for name, place in places.items()}), str(tmp_path))
+    assert kernel.calls == []
 
 
 def test_a_replacement_goes_beneath_and_then_the_old_one_is_detached(
@@ -408,8 +464,9 @@ def test_unmounting_that_fails_is_explained(
 def test_remains_of_a_volatile_mount_are_named(kernel: type[Kernel], image: int, tmp_path: pathlib.Path) -> None:
     kernel.version = (6, 1)
     (tmp_path / "work/incompat/volatile").mkdir(parents=True)
+    (tmp_path / "u").mkdir()
     with pytest.raises(MountFailed, match="volatile"):
-        mountcalls.mount(request(image, upperdir="/u", workdir=str(tmp_path)), str(tmp_path))
+        mountcalls.mount(request(image, upperdir=str(tmp_path / "u"), workdir=str(tmp_path)), str(tmp_path))
 
 
 # ---- loop devices ----------------------------------------------------------------------------------------------------

@@ -194,7 +194,7 @@ def test_a_sealed_image_is_not_read(
     with Repository.open(str(path), write=True) as repository:
         image = put_image(repository, "app")
         assert repository.secure
-        monkeypatch.setattr(mounting, "_hash", lambda *_arguments: pytest.fail("hashed in user space"))
+        monkeypatch.setattr(mounting, "hash_file", lambda *_arguments: pytest.fail("hashed in user space"))
         with mounting.open_image(repository, bytes.fromhex(image)):
             pass
         wish = Wish("app", "/srv/app")
