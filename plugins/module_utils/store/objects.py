@@ -624,7 +624,7 @@ class ObjectWriter:
         self._draft.close()
 
 
-def hash_file(fd: int, algorithm: fsverity.Algorithm) -> tuple[bytes, int]:
+def hash_file(fd: int, algorithm: fsverity.Algorithm) -> tuple[ObjectDigest, int]:
     """The digest of the file behind ``fd``, computed here, and its bytes. OSError passes.
 
     A hole is not read: it costs nothing to make one that takes years to read.
