@@ -113,6 +113,36 @@ def _hash_blocks(data: Bytes, new: Callable[..., Any]) -> bytes:
     return b"".join(hashes)
 
 
+class Buffer:
+    """Room for very many files, one after the other, each of which is read into ``room`` and digested there: no copies,
+    and no slicing but once. ``size`` is a multiple of BLOCK.
+    """
+
+    __slots__ = ("_algorithm", "_blocks", "room")
+
+    def __init__(self, algorithm: Algorithm, size: int = _RUN) -> None:
+        self._algorithm = algorithm
+        self.room = bytearray(size)
+        with memoryview(self.room) as view:
+            self._blocks = [view[at : at + BLOCK] for at in range(0, size, BLOCK)]
+
+    def digest(self, size: int) -> ObjectDigest:
+        """The digest of the first ``size`` bytes of the room, a whole file. What follows them is overwritten."""
+        algorithm = self._algorithm
+        new = algorithm.new
+        blocks = -(-size // BLOCK)
+        end = blocks * BLOCK
+        if end != size:
+            self.room[size:end] = bytes(end - size)
+        if blocks == 1:
+            root = new(self._blocks[0]).digest()
+        else:
+            root = b"".join([one.digest() for one in map(new, self._blocks[:blocks])]) or bytes(algorithm.size)
+            while len(root) > algorithm.size:
+                root = new(root.ljust(BLOCK, b"\0")).digest() if len(root) <= BLOCK else _hash_blocks(root, new)
+        return new(algorithm.pack_descriptor(algorithm.descriptor_head, size, root)).digest()  # type: ignore[no-any-return]
+
+
 class Hasher:
     """The fs-verity digest of a file that arrives in pieces, cut anywhere; memory is one tree block a level, whatever
     the length.

@@ -141,18 +141,19 @@ class _Check:
         for node in nodes:
             self._check_node(node)
         self._check_documents(set(nodes))
-        checked["streams"] = sum(node not in self.graph.images.values() for node in nodes)
+        checked["streams"] = len(set(nodes).difference(self.graph.images.values()))
         checked["images"] = len(nodes) - checked["streams"]
+        count = 0
         if not wish.images:
-            count, strays = checkobjects.list_names(repository)
+            count, strays = checkobjects.list_names(repository, wish.level == QUICK)
             self.findings += strays
         if wish.level != QUICK:
             processors = wish.parallel or _processors()
             if wish.images:
-                counted = self._check_some_objects()
+                counted, found = checkobjects.check_some(repository, self._reached(), processors, self.progress)
             else:
                 counted, found = checkobjects.check_objects(repository, processors, count, self.progress)
-                self.findings += found
+            self.findings += found
             checked.update(objects=counted.objects, bytes=counted.bytes)
             if wish.level == FULL:
                 self._check_layers(nodes, processors)
@@ -353,20 +354,12 @@ class _Check:
     # --- content
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _check_some_objects(self) -> checkobjects.Counted:
-        counted = checkobjects.Counted()
+    def _reached(self) -> set[ObjectDigest]:
+        """The objects of the images that were asked for."""
         wanted: set[ObjectDigest] = set()
         for root in self.roots:
             wanted |= self.graph.reaches(root, lambda _node, _error: None)
-        for number, digest in enumerate(sorted(wanted - self.missing)):
-            finding = checkobjects.check_one(self.repository, digest)
-            if finding is not None:
-                self.findings.append(finding)
-            counted.objects += 1
-            counted.bytes += self._size(digest) or 0
-            if number % 1000 == 0:
-                self.progress.message(f"Checking objects: {number} of {len(wanted)}")
-        return counted
+        return wanted - self.missing
 
     def _check_layers(self, nodes: Iterable[ObjectDigest], processors: int) -> None:
         """Prove every layer by its tar."""

@@ -6,10 +6,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ..formats.digests import ObjectDigest, object_digest
@@ -24,6 +26,7 @@ from .findings import OBJECT_DAMAGED, OBJECT_UNREADABLE, OBJECT_UNSEALED, STRAY_
 # Read at once: nearly all objects are smaller. Larger ones are read in such pieces.
 _PIECE = 1 << 20
 _LIST = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_OPEN = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
 _READ_ERRORS = (errno.EIO, getattr(errno, "EUCLEAN", errno.EIO), errno.EBADMSG)
 
 
@@ -35,25 +38,29 @@ class Counted:
         self.bytes = 0
 
 
-def list_names(repository: Repository) -> tuple[int, list[Finding]]:
-    """The number of objects by name alone, and what lies among them without being one."""
+def list_names(repository: Repository, strays: bool = True) -> tuple[int, list[Finding]]:
+    """The number of objects by name alone, and what lies among them without being one. Without ``strays`` only what
+    lies beside their directories is told: who reads the objects sees the rest.
+    """
     count = 0
     findings: list[Finding] = []
     if not _exists(repository):
         return count, findings
-    for name in _listing(repository, "."):
+    for name in sorted(_listing(repository, ".")):
         path = f"objects/{name}"
-        if len(name) == 2 and _is_hex(name):
+        if len(name) == 2 and not name.strip(_HEX):
             try:
                 entries = _listing(repository, name)
             except FormatError:
                 findings.append(_stray(path))
                 continue
-            for entry in entries:
-                if _digest_of(repository, name, entry) is None:
-                    findings.append(_stray(f"{path}/{entry}"))
-                else:
-                    count += 1
+            count += len(entries)
+            if not strays:
+                continue
+            is_name = _names_of(repository)
+            for entry in sorted(entry for entry in entries if not is_name(entry)):
+                count -= 1
+                findings.append(_stray(f"{path}/{entry}"))
         elif not name.startswith(".tmp-object-"):
             findings.append(_stray(path))
     return count, findings
@@ -63,6 +70,46 @@ def check_objects(
     repository: Repository, processors: int, total: int, progress: Progress
 ) -> tuple[Counted, list[Finding]]:
     """Read every object and hold it against its name; memory grows with what is damaged only."""
+
+    def work(number: int, tell: Callable[[Any], None]) -> None:
+        _check_directory(repository, f"{number:02x}", tell)
+
+    # Whether there are any opens the directory, before the processes part.
+    return _spread(256 if _exists(repository) else 0, work, processors, total, progress)
+
+
+def check_some(
+    repository: Repository, digests: Iterable[ObjectDigest], processors: int, progress: Progress
+) -> tuple[Counted, list[Finding]]:
+    """The same for these objects; that one is missing is told elsewhere."""
+    groups: list[list[ObjectDigest]] = [[] for _first in range(256)]
+    for digest in digests:
+        groups[digest[0]].append(digest)
+
+    def work(number: int, tell: Callable[[Any], None]) -> None:
+        buffer = fsverity.Buffer(repository.algorithm, _PIECE)
+        first = f"{number:02x}"
+        with doing(f"Checking {repository.path}/objects/{first}"):
+            try:
+                fd = _open_directory(repository, first)
+            except FileNotFoundError:
+                return
+            try:
+                for digest in sorted(groups[number]):
+                    name = digest.hex()[2:]
+                    fault, length = _fault(repository, fd, name, digest, buffer)
+                    if fault:
+                        tell([fault[0], digest.hex(), f"objects/{first}/{name}", fault[1]])
+                    tell([1, length])
+            finally:
+                os.close(fd)
+
+    return _spread(256 if _exists(repository) else 0, work, processors, sum(map(len, groups)), progress)
+
+
+def _spread(
+    tasks: int, work: Callable[[int, Callable[[Any], None]], None], processors: int, total: int, progress: Progress
+) -> tuple[Counted, list[Finding]]:
     counted = Counted()
     findings: list[Finding] = []
     begun = told = time.monotonic()
@@ -80,27 +127,8 @@ def check_objects(
             left = int((now - begun) * max(total - counted.objects, 0) / counted.objects)
             progress.message(f"Checking objects: {counted.objects} of {total}, {left} s left")
 
-    def work(number: int, tell: Callable[[Any], None]) -> None:
-        _check_directory(repository, f"{number:02x}", tell)
-
-    if _exists(repository):  # which opens it before the processes part
-        workers.spread("checks objects", 256, work, take, processors)
+    workers.spread("checks objects", tasks, work, take, processors)
     return counted, findings
-
-
-def check_one(repository: Repository, digest: ObjectDigest) -> Finding | None:
-    """The same for one object, which exists; None if it is right."""
-    name = fsverity.object_path(digest)
-    with doing(f"Checking {repository.path}/objects/{name}"):
-        try:
-            fd = _open_directory(repository, name[:2])
-        except FileNotFoundError:
-            return None  # that it is missing is told elsewhere
-        try:
-            fault, _size = _fault(repository, fd, name[3:], digest, bytearray(_PIECE))
-        finally:
-            os.close(fd)
-    return Finding(fault[0], digest.hex(), f"objects/{name}", fault[1]) if fault else None
 
 
 def _open_directory(repository: Repository, name: str) -> int:
@@ -124,19 +152,17 @@ def _listing(repository: Repository, name: str) -> list[str]:
         except FileNotFoundError:
             return []
         try:
-            return sorted(os.listdir(fd))
+            return os.listdir(fd)
         finally:
             os.close(fd)
 
 
-def _is_hex(text: str) -> bool:
-    return not text.strip("0123456789abcdef")
+_HEX = "0123456789abcdef"
 
 
-def _digest_of(repository: Repository, first: str, name: str) -> ObjectDigest | None:
-    if len(name) != 2 * repository.algorithm.size - 2 or not _is_hex(name):
-        return None
-    return object_digest(first + name)
+def _names_of(repository: Repository) -> Callable[[str], object]:
+    """Whether the name of a file is that of an object, below the directory of its first two digits."""
+    return re.compile(f"[0-9a-f]{{{2 * repository.algorithm.size - 2}}}").fullmatch
 
 
 def _stray(path: str) -> Finding:
@@ -145,7 +171,9 @@ def _stray(path: str) -> Finding:
 
 def _check_directory(repository: Repository, first: str, tell: Callable[[Any], None]) -> None:
     """Check one of the 256 directories; tells findings as lists, and at times how many objects and bytes that were."""
-    buffer = bytearray(_PIECE)
+    buffer = fsverity.Buffer(repository.algorithm, _PIECE)
+    is_name, secure = _names_of(repository), repository.secure
+    rooms = [buffer.room]
     objects = size = 0
     with doing(f"Checking {repository.path}/objects/{first}"):
         try:
@@ -153,16 +181,29 @@ def _check_directory(repository: Repository, first: str, tell: Callable[[Any], N
         except (FileNotFoundError, FormatError):
             return  # it was told already
         try:
-            for name in sorted(os.listdir(fd)):
-                digest = _digest_of(repository, first, name)
-                if digest is None:
-                    continue  # it was told already
-                fault, length = _fault(repository, fd, name, digest, buffer)
-                if fault:
-                    tell([fault[0], digest.hex(), f"objects/{first}/{name}", fault[1]])
+            for entry in os.scandir(fd):
+                name = entry.name
+                if not is_name(name):
+                    tell(list(vars(_stray(f"objects/{first}/{name}")).values()))
+                    continue
+                digest = object_digest(first + name)
+                length = _PIECE
+                if not secure and entry.is_file(follow_symlinks=False):
+                    # The way of nearly every object, in as few steps as there are; whatever is not as it should be is
+                    # looked at once more, and closely.
+                    with contextlib.suppress(OSError):
+                        object_fd = os.open(name, _OPEN, dir_fd=fd)
+                        try:
+                            length = os.readv(object_fd, rooms)
+                        finally:
+                            os.close(object_fd)
+                if length == _PIECE or buffer.digest(length) != digest:
+                    fault, length = _fault(repository, fd, name, digest, buffer)
+                    if fault:
+                        tell([fault[0], digest.hex(), f"objects/{first}/{name}", fault[1]])
                 objects += 1
                 size += length
-                if objects % 64 == 0:
+                if objects >= 64:
                     tell([objects, size])
                     objects = size = 0
         finally:
@@ -171,7 +212,7 @@ def _check_directory(repository: Repository, first: str, tell: Callable[[Any], N
 
 
 def _fault(
-    repository: Repository, dirfd: int, name: str, digest: ObjectDigest, buffer: bytearray
+    repository: Repository, dirfd: int, name: str, digest: ObjectDigest, buffer: fsverity.Buffer
 ) -> tuple[tuple[str, str] | None, int]:
     """Code and message of what is wrong with one object, None if nothing is, and its bytes."""
     try:
@@ -186,15 +227,8 @@ def _fault(
         return (OBJECT_UNREADABLE, f"The object {digest.hex()} cannot be opened: {os.strerror(error.errno or 0)}."), 0
     try:
         if repository.secure:
-            return _sealed_fault(repository, fd, digest, buffer)
-        size = os.readv(fd, [buffer])
-        algorithm = repository.algorithm
-        if size < _PIECE:
-            # A file that has changed its size meanwhile cannot have been an object.
-            with memoryview(buffer) as view:
-                found = fsverity.digest(view[:size], algorithm)
-        else:
-            found, size = hash_file(fd, algorithm)
+            return _sealed_fault(repository, fd, digest, buffer.room)
+        found, size = hash_file(fd, repository.algorithm)
         if found != digest:
             return (
                 OBJECT_DAMAGED,

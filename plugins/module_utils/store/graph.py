@@ -136,6 +136,8 @@ class Graph:
         """The roots that keep each of these objects alive; for few objects, whatever the size of the repository."""
         wanted = set(objects)
         found: dict[ObjectDigest, list[Root]] = {digest: [] for digest in wanted}
+        if not wanted:
+            return found
         hits: dict[tuple[ObjectDigest, bool], set[ObjectDigest]] = {}
         for root in self.roots if roots is None else roots:
             reached: set[ObjectDigest] = set()
@@ -144,7 +146,10 @@ class Graph:
                 if key not in hits:
                     table = self._table(node, follow_image=key[1], broken=_ignore)
                     size = self.repository.algorithm.size
-                    hits[key] = {node, *DigestTable(table, size)} & wanted
+                    # A table may be as long as the repository is large: no set is made of it.
+                    hits[key] = wanted.intersection([node]).union(
+                        digest for digest in DigestTable(table, size) if digest in wanted
+                    )
                 reached |= hits[key]
             for digest in reached:
                 found[digest].append(root)
