@@ -48,7 +48,8 @@ def engine() -> None:
     many times over.
     """
     collection = f"{os.environ['ANSIBLE_COLLECTIONS_PATH']}/ansible_collections/composefs/oci"
-    files = ["-C", collection, "plugins/module_utils", "-C", str(guests.ground.HERE / "inside"), "pull_in_guest.py"]
+    files = ["-C", collection, "plugins/module_utils", "-C", str(guests.ground.HERE / "inside")]
+    files += ["pull_in_guest.py", "life_in_guest.py"]
     packed = subprocess.run(["tar", "--exclude=__pycache__", "-c", *files], stdout=subprocess.PIPE, check=True).stdout
     address = guests.address(GUEST)
     unpack = "mkdir -p /opt/tests && cd /opt/tests && tar -x --no-same-owner && python3 -m compileall -q . && sync"

@@ -1,0 +1,106 @@
+# Copyright (c) composefs.oci contributors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The power goes while a repository is pruned or repaired, with fs-verity and without."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import time
+from typing import Any
+
+import guests
+import pytest
+from scenarios import ephemeral
+from test_power import GUEST, OFTEN, PLACES, engine, registry  # noqa: F401  (fixtures)
+
+testinfra_hosts = ["ansible://hosts"]
+
+ROUNDS = range(10 if os.environ.get("COMPOSEFS_OCI_LONG") else 1)
+PROGRAM = "cd /opt/tests && python3 life_in_guest.py"
+
+
+def run(verb: str, *words: str) -> dict[str, list[str]]:
+    """The verb in both places, one after the other; what each says."""
+    return {
+        place: guests.ssh(GUEST, f"{PROGRAM} {verb} {place}/life {' '.join(words)}").splitlines() for place in PLACES
+    }
+
+
+def begin(verb: str) -> subprocess.Popen[str]:
+    """Start the verb in both places at once, and wait until the first has begun."""
+    address = guests.address(GUEST)
+    both = " & ".join(f"python3 life_in_guest.py {verb} {place}/life" for place in PLACES)
+    words = guests.ground.ssh_command(address["address"], address["port"], f"cd /opt/tests; {both}; wait")
+    process = subprocess.Popen(
+        words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout
+    first = process.stdout.readline()
+    assert first == "begun\n", first + process.stdout.read()
+    return process
+
+
+@pytest.fixture(scope="module")
+def filled(engine: None, registry: str) -> list[str]:  # noqa: F811
+    """Fill the repositories; what it takes to fill them again."""
+    images = [f"app=docker://{registry}/cut:latest", f"kept=docker://{registry}/small:latest"]
+    for place, verity in PLACES.items():
+        guests.ssh(GUEST, f"{PROGRAM} fill {place}/life {verity} {' '.join(images)}")
+    return images
+
+
+@pytest.fixture(scope="module")
+def seconds(filled: list[str]) -> dict[str, float]:
+    """How long each verb takes when nothing is in its way."""
+    found = {}
+    for verb in ("prune", "repair"):
+        if verb == "repair":
+            refill(filled)
+            run("spoil")
+        process = begin(verb)
+        started = time.monotonic()
+        assert process.wait(300) == 0
+        found[verb] = time.monotonic() - started
+    return found
+
+
+def refill(images: list[str]) -> None:
+    for place, verity in PLACES.items():
+        guests.ssh(GUEST, f"{PROGRAM} fill {place}/life {verity} {' '.join(images)}")
+
+
+@pytest.mark.parametrize("number", ROUNDS)
+@pytest.mark.parametrize("verb", ["prune", "repair"])
+def test_a_power_cut_during_prune_or_repair_costs_nothing_that_has_a_name(
+    host: Any, filled: list[str], seconds: dict[str, float], verb: str, number: int
+) -> None:
+    refill(filled)
+    if verb == "repair":
+        run("spoil")
+    guests.ssh(GUEST, f"{OFTEN}; sync")
+    moment = random.uniform(0, 1.2) * seconds[verb]
+    process = begin(verb)
+    time.sleep(moment)
+    guests.cut_power(GUEST)
+    process.wait(60)
+    guests.boot(GUEST)
+
+    after = run("check")
+    told = f"{verb} cut after {moment:.1f} of {seconds[verb]:.1f} s: " + ", ".join(
+        f"{place}: {lines[-1]}" for place, lines in after.items()
+    )
+    print(told)
+    with open(ephemeral() / "power-cuts", "a") as file:
+        file.write(told + "\n")
+    if verb == "prune":
+        assert {place: lines[:-1] for place, lines in after.items()} == dict.fromkeys(PLACES, [])
+    # The next run finishes the work, and all that has a name is whole.
+    run(verb)
+    assert {place: lines[:-1] for place, lines in run("check").items()} == dict.fromkeys(PLACES, [])
+    for place in PLACES:
+        names = set(host.run(f"ls {place}/life/streams/refs/oci").stdout.split())
+        assert names == ({"kept"} if verb == "prune" else {"app", "kept"})
