@@ -19,6 +19,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ansible_collections.composefs.oci.plugins.module_utils.formats.bounds import MAX_NAME
+
 Host = Mapping[str, Any]
 
 CURRENT, CONFIRMED, REVERTED, FAILED, LOST = "current", "confirmed", "reverted", "failed", "lost"
@@ -27,7 +29,6 @@ STATES = (REVERT_FAILED, LOST, FAILED, REVERTED, DRIFTED, ABSENT, UNTOUCHED, STA
 """All states of a host; those that need a person first."""
 
 GOOD = frozenset((CURRENT, CONFIRMED))
-PIN_LIMIT = 255
 NEEDS = ("rollout_ref", "rollout_name", "rollout_path")
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z")
 
@@ -81,8 +82,8 @@ def complaints(asked: Mapping[str, Any], known: Iterable[str], needs: Sequence[s
     if digest and not DIGEST.match(digest):
         wrong.append(f"rollout_digest has to be sha256: and 64 hexadecimal digits, not {digest!r}.")
     name = str(asked.get("rollout_name") or "")
-    if len(f"{name}@sha256:{'0' * 64}".encode()) > PIN_LIMIT:
-        wrong.append(f"rollout_name is too long: with the digest it may have {PIN_LIMIT} bytes.")
+    if len(f"{name}@sha256:{'0' * 64}".encode()) > MAX_NAME:
+        wrong.append(f"rollout_name is too long: with the digest it may have {MAX_NAME} bytes.")
     wrong += _wrong_numbers(asked)
     url = str(asked.get("rollout_health_url") or "")
     if url and not re.match(r"https?://[^/]", url):

@@ -10,7 +10,7 @@ import pathlib
 import re
 
 import pytest
-from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity, metajson, splitstream, tarheader
+from ansible_collections.composefs.oci.plugins.module_utils.formats import bounds, fsverity, metajson, splitstream
 from ansible_collections.composefs.oci.plugins.module_utils.rootfs import erofswriter, lastmatch, merge
 from ansible_collections.composefs.oci.plugins.module_utils.rootfs.filetree import Directory, Stat
 
@@ -43,10 +43,10 @@ def test_the_known_images_are_right() -> None:
         ("filesystem", f"More than {merge.MAX_LINKS} links"),
         ("filesystem", f"more than {merge.MAX_LINK_STEPS // 10**6} million components"),
         ("filesystem", f"within {lastmatch._MAX_SECONDS:g} seconds of processor time"),
-        ("splitstream", f"of more than {splitstream.THRESHOLD} bytes is an object"),
-        ("splitstream", f"more than {tarheader.MAX_SYMLINK} bytes"),
-        ("splitstream", f"more than {tarheader.MAX_NAME} bytes in a component"),
-        ("splitstream", f"more than {tarheader.MAX_XATTR:,} bytes"),
+        ("splitstream", f"of more than {bounds.THRESHOLD} bytes is an object"),
+        ("splitstream", f"more than {bounds.MAX_SYMLINK} bytes"),
+        ("splitstream", f"more than {bounds.MAX_NAME} bytes in a component"),
+        ("splitstream", f"more than {bounds.MAX_XATTR:,} bytes"),
         ("repository", f"at most {metajson.MAX_SIZE >> 20} MiB, and anything malformed"),
         ("repository", f"{splitstream._MAX_OBJECT_TABLE >> 20} MiB of objects"),
         ("repository", f"{merge.MAX_TEXT >> 20} MiB of text"),

@@ -37,8 +37,8 @@ MAY_KNOW: dict[str, set[str]] = {
 FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "": (("text",), ("errors", "progress")),
     "formats": (
-        ("codecs", "digests", "strictjson", "tarheader"),
-        ("fsverity",),
+        ("bounds", "codecs", "digests", "strictjson"),
+        ("fsverity", "tarheader"),
         ("metajson", "ocidocuments", "reference", "repolayout", "splitstream", "tar", "tardiff"),
         ("indexes", "ocischemas"),
     ),
@@ -49,7 +49,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("bootable",),
     ),
     "host": (
-        ("commands", "files", "machine", "mountinfo", "processes", "safety", "watch"),
+        ("commands", "files", "machine", "mountinfo", "processes", "processors", "safety", "watch"),
         ("beneath", "deadman", "filesystem", "locks", "workers"),
         ("mountcalls",),
     ),

@@ -14,12 +14,12 @@ from typing import NewType
 
 from ..errors import InvalidReference
 from ..text import file_name, from_file_name
+from .bounds import MAX_NAME
 from .digests import is_oci_digest
 
 StreamName = NewType("StreamName", str)
 """A name in ``streams/``, without the directory."""
 
-NAME_MAX = 255
 MANIFEST_PREFIX = "oci-manifest-"
 CONFIG_PREFIX = "oci-config-"
 LAYER_PREFIX = "oci-layer-"
@@ -84,9 +84,9 @@ def check_file_name(name: str, encoded: str, what: str) -> None:
         raise InvalidReference(f"The {what} {name!r} is not valid UTF-8.", "Choose another name.") from None
     if encoded in ("", ".", "..") or "\0" in encoded or "/" in encoded:
         raise InvalidReference(f"The {what} {name!r} cannot be used as a name.", "Choose another name.")
-    if length > NAME_MAX:
+    if length > MAX_NAME:
         raise InvalidReference(
-            f"The {what} {name[:60]!r}... takes {length} bytes in the repository; {NAME_MAX} is the limit.",
+            f"The {what} {name[:60]!r}... takes {length} bytes in the repository; {MAX_NAME} is the limit.",
             "Give a shorter name with the option name.",
         )
 

@@ -29,9 +29,6 @@ from .fsverity import Algorithm
 
 Bytes = Union[bytes, bytearray, memoryview]
 
-THRESHOLD = 64
-"""Content of a regular file longer than this becomes an object; the rest is inline."""
-
 LAYER = b"ocilayer"
 CONFIG = b"ociconfg"
 MANIFEST = b"ocimanif"

@@ -19,10 +19,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 from ..errors import FormatError, InvalidLayer
+from .bounds import THRESHOLD
 from .tarheader import BLOCK, HINT, LIGHT, NO_SIZE, PLAIN_EMPTY, PLAIN_FILES, Entry, Parser, block_sum, show
-
-THRESHOLD = 64
-"""Bytes: larger contents of regular files are external."""
 
 _ASSEMBLE = (
     64 * 1024

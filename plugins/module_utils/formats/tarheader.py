@@ -29,14 +29,11 @@ from typing import NamedTuple
 from zlib import adler32
 
 from ..errors import InvalidLayer
+from .bounds import MAX_MAJOR, MAX_MINOR, MAX_NAME, MAX_SYMLINK, MAX_XATTR
 
 BLOCK = 512
 MAX_EXTENSION = 1 << 20
 """Bytes of extension data that one entry, or one global header, may have."""
-MAX_NAME = 255
-MAX_SYMLINK = 4095
-MAX_XATTR = 65535
-MAX_MAJOR, MAX_MINOR = 4095, (1 << 20) - 1
 
 HINT = "The archive is damaged or holds what no composefs image can hold: have the image rebuilt."
 

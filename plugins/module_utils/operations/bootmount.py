@@ -21,6 +21,7 @@ import zipfile
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from ..formats.bounds import MAX_NAME
 from ..host import commands, files, mountinfo, safety
 from ..host.commands import Run
 from . import journal, mounting
@@ -29,7 +30,6 @@ from ..errors import FormatError, IOFailed, MountFailed, UnsafeRepository, doing
 
 PREFIX = "composefs-oci-"
 LOCAL, REMOTE = "local-fs.target", "remote-fs.target"
-NAME_MAX = 255
 _PACKAGE = "composefs_oci"
 _PLATFORM_PYTHONS = ("/usr/bin/python3", "/usr/libexec/platform-python")
 # What the program needs of an interpreter.
@@ -68,7 +68,7 @@ def unit_name(path: str) -> str:
     """
     path = os.path.normpath(path)
     name = PREFIX + ("-" if path == "/" else journal.escape(path.strip("/"))) + ".service"
-    if len(name) > NAME_MAX:
+    if len(name) > MAX_NAME:
         raise MountFailed(
             f"The path {path} is too long for the name of a unit of systemd.",
             "Choose a shorter path, or set 'persistent' to false.",

@@ -43,7 +43,7 @@ from .findings import (
     Finding,
 )
 from ..formats import fsverity, ocidocuments, repolayout
-from ..host import workers
+from ..host import processors, workers
 from ..errors import EngineError, FormatError, ImageNotFound, InvalidDocument
 from ..progress import Progress
 from ..store import checks, imagestreams, proofs
@@ -148,16 +148,16 @@ class _Check:
             count, strays = checkobjects.list_names(repository, wish.level == QUICK)
             self.findings += strays
         if wish.level != QUICK:
-            processors = wish.parallel or _processors()
+            parallel = wish.parallel or processors.usable()
             if wish.images:
-                counted, found = checkobjects.check_some(repository, self._reached(), processors, self.progress)
+                counted, found = checkobjects.check_some(repository, self._reached(), parallel, self.progress)
             else:
-                counted, found = checkobjects.check_objects(repository, processors, count, self.progress)
+                counted, found = checkobjects.check_objects(repository, parallel, count, self.progress)
             self.findings += found
             checked.update(objects=counted.objects, bytes=counted.bytes)
             if wish.level == FULL:
-                self._check_layers(nodes, processors)
-                self._check_images(processors)
+                self._check_layers(nodes, parallel)
+                self._check_images(parallel)
                 self._check_mounts()
         self._judge()
         order = {code: number for number, code in enumerate(dict.fromkeys(one.code for one in self.findings))}
@@ -513,12 +513,6 @@ def _wrong_images(repository: Repository, stream: StreamDigest, layers: Sequence
     except EngineError:
         return []  # layers that make no tree are found as what they are
     return wrong
-
-
-def _processors() -> int:
-    from ..pull.fetch import usable_processors  # late: a quick check does without
-
-    return usable_processors()
 
 
 def _name_of(path: str) -> str:

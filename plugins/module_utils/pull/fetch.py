@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, cast
 
 from ..formats.repolayout import StreamName
 from ..formats.digests import StreamDigest, stream_digest
-from ..host import processes
+from ..host import processes, processors
 from ..store import imagestreams, proofs
 from ..errors import (
     Busy,
@@ -61,7 +61,6 @@ from ..source.source import Patient, Source, Transfer, TransferFailed
 from .limits import Budget, Limits, Tally
 from .smallobjects import DirectStorer, Storer
 
-CGROUPS = "/sys/fs/cgroup"
 # No other source of a layer helps against these.
 _OF_THIS_HOST = (NoSpace, ReadOnly, PermissionDenied, IOFailed)
 # Seconds that a worker gets to end by itself.
@@ -91,49 +90,6 @@ class Disappointment(NamedTuple):
 
 
 DELTA, PEER = "delta", "peer"
-
-
-def usable_processors() -> int:
-    """Processors this process may use: its affinity, lowered by the quota of its control group (at least 1)."""
-    count = len(os.sched_getaffinity(0))
-    for quota in _cgroup_quotas():
-        count = min(count, max(1, int(quota + 0.5)))
-    return max(count, 1)
-
-
-def _cgroup_quotas() -> list[float]:
-    quotas = []
-    try:
-        with open("/proc/self/cgroup", encoding="ascii", errors="replace") as file:
-            lines = file.read().splitlines()
-    except OSError:
-        return []
-    for line in lines:
-        number, controllers, path = (*line.split(":", 2), "", "")[:3]
-        unified = number == "0"
-        if not unified and "cpu" not in controllers.split(","):
-            continue
-        root = CGROUPS if unified else os.path.join(CGROUPS, "cpu")
-        parts = [part for part in path.split("/") if part not in ("", "..")]
-        # The limit of any ancestor binds as well. In a container the path may be the host's, while the root that is
-        # mounted is the container's own.
-        for depth in range(len(parts), -1, -1):
-            with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
-                quotas += _quota_of(os.path.join(root, *parts[:depth]), unified)
-    return quotas
-
-
-def _quota_of(group: str, unified: bool) -> list[float]:
-    """The processors that a control group's own quota allows, as a list of one, or none if it has no quota. OSError,
-    ValueError.
-    """
-    names = ("cpu.max",) if unified else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
-    words: list[str] = []
-    for name in names:
-        with open(os.path.join(group, name), encoding="ascii") as file:
-            words += file.read().split()
-    limit, period = words
-    return [] if limit == "max" or int(limit) <= 0 else [int(limit) / int(period)]
 
 
 class Worker:
@@ -226,7 +182,7 @@ def _serve(
         control.send(json.dumps({"kind": kind, **values}).encode())
 
     # Forked before any thread of this process exists; it ends with this process.
-    storer: AnyStorer = Storer(objects, control) if usable_processors() > 1 else DirectStorer(objects)
+    storer: AnyStorer = Storer(objects, control) if processors.usable() > 1 else DirectStorer(objects)
     try:
         while True:
             message, ancillary, _flags, _address = control.recvmsg(
@@ -352,7 +308,7 @@ class Fetcher:
         self._limits = limits
         self._arrived = arrived
         self._repository = repository
-        self._parallel = parallel or usable_processors()
+        self._parallel = parallel or processors.usable()
         self._timeout = timeout
         self._progress = progress
         self._failure: EngineError | None = None

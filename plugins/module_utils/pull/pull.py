@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..formats.repolayout import StreamName
 from ..formats import codecs, ocidocuments
 from . import publish
+from ..host import processors
 from ..store import imagestreams, namerecords
 from . import plan as planning
 from ..errors import (
@@ -375,11 +376,11 @@ def _carry_out(
         told: list[dict[str, Any]] = []
         if missing:
             # Loaded here: a run that fetches nothing starts faster without the decoders and the tar splitter.
-            from .fetch import DELTA, Fetcher, usable_processors
+            from .fetch import DELTA, Fetcher
 
             seeds = _peers(options, repository, missing, progress)
             jobs = [_job(stream, plan, layer, seeds) for stream, (plan, layer) in missing.items()]
-            begun = _begin(repository, plans, options, usable_processors(), stack)
+            begun = _begin(repository, plans, options, processors.usable(), stack)
 
             def arrived(stream: StreamName, digest: StreamDigest) -> None:
                 for ahead in begun.values():

@@ -69,10 +69,7 @@ REDIRECT = b"overlay.redirect"
 OVERLAY = b"trusted.overlay."
 ESCAPED = b"trusted.overlay.overlay."
 
-MAX_NAME = 255
-MAX_SYMLINK = 4095
 MAX_XATTR_SUFFIX = 255
-MAX_XATTR_VALUE = 0xFFFF
 MAX_XATTR_ICOUNT = 0xFFFF
 MAX_SHARED = 255
 

@@ -17,17 +17,15 @@ from array import array
 from binascii import hexlify
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from ..formats.bounds import MAX_MAJOR, MAX_MINOR, MAX_NAME, MAX_SYMLINK, MAX_XATTR
 from ..formats.digests import ObjectDigest
 from .erofs import (
     BLOCK,
     ESCAPED,
     KINDS,
-    MAX_NAME,
     MAX_SHARED,
-    MAX_SYMLINK,
     MAX_XATTR_ICOUNT,
     MAX_XATTR_SUFFIX,
-    MAX_XATTR_VALUE,
     METACOPY,
     OVERLAY,
     PREFIXES,
@@ -270,7 +268,7 @@ class Inodes:
             if leaf.rdev >> 32:
                 raise InvalidLayer(
                     f"The device {folder.path(name)} has a major or minor number that EROFS cannot hold (limits: "
-                    f"4095, 1048575)."
+                    f"{MAX_MAJOR}, {MAX_MINOR})."
                 )
             if kind == st.S_IFCHR and not leaf.rdev:
                 if leaf.nlink > 1:
@@ -413,11 +411,11 @@ class Inodes:
         else:
             index = 0
         suffix = name[len(PREFIXES[index]) :]
-        if not name or b"\0" in name or len(suffix) > MAX_XATTR_SUFFIX or len(value) > MAX_XATTR_VALUE:
+        if not name or b"\0" in name or len(suffix) > MAX_XATTR_SUFFIX or len(value) > MAX_XATTR:
             shown = name[:60].decode("utf-8", "backslashreplace")
             raise InvalidLayer(
                 f"The extended attribute {shown!r} (name {len(name)} bytes, value {len(value)} bytes) cannot be stored:"
-                f" EROFS allows {MAX_XATTR_SUFFIX} and {MAX_XATTR_VALUE} bytes."
+                f" EROFS allows {MAX_XATTR_SUFFIX} and {MAX_XATTR} bytes."
             )
         return index, suffix, value
 

@@ -19,6 +19,7 @@ from binascii import unhexlify
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, NoReturn
 
+from ..formats.bounds import MAX_NAME
 from ..formats.digests import ObjectDigest
 from .erofs import (
     BLOCK,
@@ -32,7 +33,6 @@ from .erofs import (
     FIRST_INODE,
     HEADER,
     INLINE,
-    MAX_NAME,
     METACOPY,
     OVERLAY,
     PLAIN,

@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 
 from ..errors import InvalidLayer, TooLarge
 from .filetree import Directory, FileSystem, Leaf, Node, Stat, count_links, directories
+from ..formats.bounds import MAX_MAJOR, MAX_MINOR, MAX_NAME, MAX_SYMLINK, MAX_XATTR, THRESHOLD
 from ..formats.tarheader import Entry, show
 
 # : What a larger image is refused for: some 400 bytes of memory each here and more in the image writer. The largest
@@ -45,20 +46,9 @@ MAX_LINKS = 40
 #: Components of link targets that all paths of an image may be led through: a target of 4 KB is 2,000 of them, and
 #: each entry could ask for 40 such targets.
 MAX_LINK_STEPS = 1 << 24
-#: EROFS, the kernel and every other file system agree on this one.
-MAX_NAME = 255
-#: One block less its terminator; EROFS cuts what is longer.
-MAX_SYMLINK = 4095
-# : The length field of an EROFS xattr has 16 bits, and the size of all xattrs of an inode is counted in 16 bits of 4
-# bytes.
-MAX_XATTR_VALUE = 65535
+#: Extended attributes of one inode and their bytes: the size of all is counted in 16 bits of 4 bytes.
 MAX_XATTRS = 128
 MAX_XATTR_BYTES = 1 << 17
-#: Device numbers are 12 and 20 bits in an inode.
-MAX_MAJOR = (1 << 12) - 1
-MAX_MINOR = (1 << 20) - 1
-#: Content longer than this lies in an object of its own (splitstream, tar split rule).
-INLINE = 64
 
 XATTR_MODES = ("allowlist-only", "keep-user-xattrs")
 CAPABILITY = b"security.capability"
@@ -253,14 +243,14 @@ class TreeBuilder:
         digest = getattr(content, "digest", None)
         if digest is None:
             content = bytes(content)
-            if len(content) > INLINE:
+            if len(content) > THRESHOLD:
                 raise InvalidLayer(
                     f"File {show(path)} of {len(content)} bytes is stored within the stream, not as an object.",
                     "Import the layer again.",
                 )
             self._text_left -= len(content)
             return Leaf(stat, st.S_IFREG, content)
-        if size <= INLINE:
+        if size <= THRESHOLD:
             raise InvalidLayer(
                 f"File {show(path)} of {size} bytes is stored as an object, not within the stream.",
                 "Import the layer again.",
@@ -329,16 +319,10 @@ class TreeBuilder:
                 self._user_xattrs = True
             value = xattrs[name]
             room -= len(name) + len(value)
-            if (
-                len(value) > MAX_XATTR_VALUE
-                or len(name) > MAX_NAME
-                or b"\0" in name
-                or room < 0
-                or len(kept) == MAX_XATTRS
-            ):
+            if len(value) > MAX_XATTR or len(name) > MAX_NAME or b"\0" in name or room < 0 or len(kept) == MAX_XATTRS:
                 raise InvalidLayer(
                     f"The extended attributes of {show(path)} do not fit an image: {show(name)} has {len(value)} "
-                    f"bytes. At most {MAX_XATTR_VALUE}"
+                    f"bytes. At most {MAX_XATTR}"
                     f" for a value, {MAX_NAME} for a name, {MAX_XATTRS} attributes and {MAX_XATTR_BYTES} bytes in all "
                     f"are possible."
                 )
@@ -499,9 +483,9 @@ class TreeBuilder:
                 if node.stat.xattrs:
                     text += 2 * _size(node.stat.xattrs)
                 # A long text with many names takes memory once.
-                if isinstance(node, Leaf) and node.data and (len(node.data) <= INLINE or id(node) not in counted):
+                if isinstance(node, Leaf) and node.data and (len(node.data) <= THRESHOLD or id(node) not in counted):
                     text += len(node.data)
-                    if len(node.data) > INLINE:
+                    if len(node.data) > THRESHOLD:
                         counted.add(id(node))
         if live >= self._max_inodes:
             raise InvalidLayer(f"The image has more than {self._max_inodes} files, directories and links.")

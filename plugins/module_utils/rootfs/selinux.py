@@ -15,12 +15,12 @@ import stat as st
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from ..formats.bounds import MAX_SYMLINK, MAX_XATTR
 from ..formats.digests import ObjectDigest
 from .lastmatch import LastMatch, Pattern, State
 from ..errors import InvalidLayer
 from .filetree import Directory, Leaf, Node, Stat, count_links, directories
 from ..formats.tarheader import show
-from .merge import MAX_XATTR_VALUE
 
 LABEL = b"security.selinux"
 #: What reads an external file: (digest, limit in bytes) -> content; it raises an EngineError for a longer one.
@@ -30,7 +30,6 @@ ReadObject = Callable[[ObjectDigest, int], bytes]
 MAX_POLICY_FILE = 16 << 20
 _MAX_CONFIG = 1 << 20
 _MAX_LINES = 200_000
-_MAX_ALIAS = 4095
 #: How long a path may be where expressions with look-around see it as a whole.
 _MAX_PATH = 1 << 14
 
@@ -173,7 +172,7 @@ def parse_rules(data: bytes, name: bytes) -> Iterator[Rule]:
                 f"Line {number} of {name.decode()} in the SELinux policy of the image is not 'regex [-type] context'."
             )
         label = fields[-1]
-        if len(label) > MAX_XATTR_VALUE:
+        if len(label) > MAX_XATTR:
             raise InvalidLayer(
                 f"Line {number} of {name.decode()} in the SELinux policy of the image has a context of {len(label)} "
                 f"bytes."
@@ -188,10 +187,10 @@ def parse_aliases(data: bytes, name: bytes) -> Iterator[tuple[bytes, bytes]]:
             raise InvalidLayer(
                 f"Line {number} of {name.decode()} in the SELinux policy of the image is not 'alias original'."
             )
-        if max(map(len, fields)) > _MAX_ALIAS:
+        if max(map(len, fields)) > MAX_SYMLINK:
             raise InvalidLayer(
                 f"Line {number} of {name.decode()} in the SELinux policy of the image has a path of more than "
-                f"{_MAX_ALIAS} bytes."
+                f"{MAX_SYMLINK} bytes."
             )
         yield fields[0], fields[1]
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from ..errors import EngineError, doing
 from ..formats import digests, reference, repolayout
+from ..formats.bounds import MAX_NAME
 from ..host import files
 from .marks import DIRECTORY
 from .repository import Repository
@@ -120,7 +121,7 @@ def strays(repository: Repository) -> list[str]:
 
 def _file_name(name: str) -> str:
     encoded = repolayout.encode_tag(name)
-    if len(os.fsencode(encoded)) + len(_SUFFIX) > repolayout.NAME_MAX:
+    if len(os.fsencode(encoded)) + len(_SUFFIX) > MAX_NAME:
         # No room for the suffix. No encoded tag begins so, for every % in one is followed by 25 or 2F.
         encoded = "%sha256-" + hashlib.sha256(os.fsencode(encoded)).hexdigest()
     return encoded + _SUFFIX

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from ansible_collections.composefs.oci.plugins.module_utils.formats import splitstream
 from ansible_collections.composefs.oci.plugins.module_utils.errors import EngineError, FormatError
+from ansible_collections.composefs.oci.plugins.module_utils.formats.bounds import THRESHOLD
 from ansible_collections.composefs.oci.plugins.module_utils.formats.fsverity import (
     ALGORITHMS,
     SHA256,
@@ -780,7 +781,7 @@ def split(tar: bytes, algorithm: Algorithm, writer: Writer) -> dict[bytes, bytes
         size = int(tar[at + 124 : at + 135], 8)
         writer.inline(tar[at : at + 512])
         content = tar[at + 512 : at + 512 + size]
-        if tar[at + 156 : at + 157] == b"0" and size > splitstream.THRESHOLD:
+        if tar[at + 156 : at + 157] == b"0" and size > THRESHOLD:
             objects[digest(content, algorithm)] = content
             writer.external(digest(content, algorithm), size)
         else:

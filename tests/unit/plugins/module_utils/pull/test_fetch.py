@@ -26,7 +26,7 @@ from fake_source import REGISTRY, Events, FakeProxy, Layout, World
 from ociimage import Layer, sha256
 
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
-from ansible_collections.composefs.oci.plugins.module_utils.host import filesystem
+from ansible_collections.composefs.oci.plugins.module_utils.host import filesystem, processors
 from ansible_collections.composefs.oci.plugins.module_utils.pull import fetch, layer
 from ansible_collections.composefs.oci.plugins.module_utils.store import create
 from ansible_collections.composefs.oci.plugins.module_utils.errors import (
@@ -499,66 +499,6 @@ def test_an_interrupted_pull_leaves_no_process_and_does_not_hang(
     assert time.monotonic() - start < 20
 
 
-# --- processors
-# --------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def groups(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """``groups(lines, {path: text})``: what /proc/self/cgroup says, and the files below /sys/fs/cgroup. Eight
-    processors in all.
-    """
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    root = tmp_path / "cgroup"
-    monkeypatch.setattr(fetch, "CGROUPS", str(root))
-    real = open
-
-    def make(lines: str, files: dict[str, str]) -> int:
-        for name, text in files.items():
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            (root / name).write_text(text)
-        (tmp_path / "self").write_text(lines)
-        monkeypatch.setattr(
-            "builtins.open",
-            lambda path, *args, **kw: real(tmp_path / "self" if path == "/proc/self/cgroup" else path, *args, **kw),
-        )
-        return fetch.usable_processors()
-
-    return make
-
-
-@pytest.mark.parametrize(
-    ("lines", "files", "count"),
-    [
-        ("", {}, 8),
-        ("0::/\n", {"cpu.max": "max 100000\n"}, 8),
-        ("0::/\n", {"cpu.max": "200000 100000\n"}, 2),
-        ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "300000 100000\n"}, 3),
-        ("0::/a/b\n", {"a/b/cpu.max": "150000 100000\n", "a/cpu.max": "300000 100000\n"}, 2),
-        ("0::/\n", {"cpu.max": "10000 100000\n"}, 1),
-        ("0::/host/path\n", {"cpu.max": "200000 100000\n"}, 2),
-        ("0::/../sibling\n", {"cpu.max": "200000 100000\n"}, 2),
-        (
-            "4:cpu,cpuacct:/a\n1:memory:/a\n",
-            {"cpu/a/cpu.cfs_quota_us": "400000\n", "cpu/a/cpu.cfs_period_us": "100000\n"},
-            4,
-        ),
-        ("4:cpuacct,cpu:/a\n0::/a\n", {"cpu/a/cpu.cfs_quota_us": "-1\n", "cpu/a/cpu.cfs_period_us": "100000\n"}, 8),
-        ("4:cpu:/docker/0123\n", {"cpu/cpu.cfs_quota_us": "100000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1),
-        ("0::/\n", {"cpu.max": "garbage\n"}, 8),
-        ("0::/\n", {"cpu.max": "100 0\n"}, 8),
-        ("nonsense\n", {}, 8),
-    ],
-)
-def test_processors_that_may_be_used(groups: Any, lines: str, files: dict[str, str], count: int) -> None:
-    assert groups(lines, files) == count
-
-
-def test_affinity_binds_as_well(groups: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3})
-    assert groups("0::/\n", {"cpu.max": "400000 100000\n"}) == 1
-
-
 def test_the_option_goes_before_what_is_found(world: World, repo: Repository) -> None:
     assert Fetcher(repo, 3, 1.0, Progress())._parallel == 3
-    assert Fetcher(repo, 0, 1.0, Progress())._parallel == fetch.usable_processors()
+    assert Fetcher(repo, 0, 1.0, Progress())._parallel == processors.usable()

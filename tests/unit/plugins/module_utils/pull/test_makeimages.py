@@ -18,7 +18,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from fake_source import REGISTRY, Layout, World, pull_all
 
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
-from ansible_collections.composefs.oci.plugins.module_utils.pull import fetch, makeimages, pull
+from ansible_collections.composefs.oci.plugins.module_utils.host import processors
+from ansible_collections.composefs.oci.plugins.module_utils.pull import makeimages, pull
 from ansible_collections.composefs.oci.plugins.module_utils.store import create
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ansible_collections.composefs.oci.tests.support.tarbytes import DIRECTORY, member, tar
@@ -26,7 +27,7 @@ from ansible_collections.composefs.oci.tests.support.tarbytes import DIRECTORY, 
 
 @pytest.fixture
 def world(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> World:
-    monkeypatch.setattr(fetch, "usable_processors", lambda: 2)
+    monkeypatch.setattr(processors, "usable", lambda: 2)
     layout = Layout(tmp_path / "layout")
     layers = [tar(member("usr/", type=DIRECTORY), member(f"usr/{n}", bytes([n]) * 300 * n)) for n in range(1, 5)]
     layout.image(layers, "app")

@@ -25,7 +25,7 @@ from fake_source import REGISTRY, Events, Layout, World, pull_all, settings
 from ociimage import sha256
 
 from ansible_collections.composefs.oci.plugins.module_utils.formats import codecs, fsverity
-from ansible_collections.composefs.oci.plugins.module_utils.host import filesystem, processes
+from ansible_collections.composefs.oci.plugins.module_utils.host import filesystem, processes, processors
 from ansible_collections.composefs.oci.plugins.module_utils.pull import fetch, pull
 from ansible_collections.composefs.oci.plugins.module_utils.store import create, namerecords
 from ansible_collections.composefs.oci.plugins.module_utils.errors import (
@@ -89,7 +89,7 @@ class ThreadWorker(fetch.Worker):
 def without_forks(monkeypatch: pytest.MonkeyPatch) -> None:
     """For what another process could not see, such as a kernel that is made up."""
     monkeypatch.setattr(fetch, "Worker", ThreadWorker)
-    monkeypatch.setattr(fetch, "usable_processors", lambda: 1)
+    monkeypatch.setattr(processors, "usable", lambda: 1)
 
 
 def app(tag: str = "app", name: str = "", **others: str) -> pull.Request:
