@@ -10,12 +10,14 @@ never returns into its parent's stack, says nothing on the module's output, and 
 
 from __future__ import annotations
 
+import array
 import contextlib
 import json
 import os
 import resource
 import signal
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -29,14 +31,32 @@ than what takes a host down.
 _PR_SET_PDEATHSIG = 1
 
 
-def settle(parent: int) -> None:
-    """Make a freshly forked process a quiet one that dies with its parent, whose process id is ``parent``."""
+def death_signal() -> Callable[[], None] | None:
+    """What a process calls between fork and whatever follows, to have the kernel kill it when the thread that forked it
+    ends; None for a Python without ctypes.
+
+    All that the call needs is looked up here, before the fork: what is left is one call of a C function through a bound
+    pointer, which takes no lock and imports nothing. Whether the parent died before is for the caller to ask.
+    """
     try:
         import ctypes
     except ImportError:
-        pass  # a Python built without it; what the child reads from ends with its parent all the same
-    else:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        return None
+    prctl = ctypes.CDLL(None).prctl
+    prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong]
+    number = int(signal.SIGKILL)
+
+    def tie() -> None:
+        prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
+
+    return tie
+
+
+def _settle(parent: int) -> None:
+    """Make a freshly forked process a quiet one that dies with its parent, whose process id is ``parent``."""
+    tie = death_signal()
+    if tie is not None:  # else what the child reads from ends with its parent all the same
+        tie()
     if os.getppid() != parent:
         os._exit(1)  # the parent died before the kernel was told to tell
     limit_memory(MEMORY_LIMIT)
@@ -95,6 +115,91 @@ def killed(what: str) -> IOFailed:
     )
 
 
+class Child:
+    """A forked process and the ``connection`` to it, on which every message is a JSON document. Call ``close`` whatever
+    happens.
+
+    ``what`` is what it does, such as ``imports layers``. ``work`` gets its end of the connection; when it returns, or
+    fails, the process ends. ``leave`` runs in the child before that, and lets go of what it must not keep open: it
+    inherits all that the forking process has.
+    """
+
+    def __init__(
+        self, what: str, work: Callable[[socket.socket], None], leave: Callable[[], None] = lambda: None
+    ) -> None:
+        self._what = what
+        self.connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        parent = os.getpid()
+        try:
+            self.pid = os.fork()
+        except OSError:
+            self.connection.close()
+            theirs.close()
+            raise
+        if self.pid == 0:
+            # Never return into the caller's stack: whatever happens, this process ends here.
+            try:
+                _settle(parent)
+                self.connection.close()
+                leave()
+                work(theirs)
+            finally:
+                os._exit(0)
+        theirs.close()
+
+    def send(self, value: Any, fd: int = -1) -> None:
+        """Send ``value``, and a copy of the descriptor ``fd``. IOFailed if the child is gone."""
+        message = json.dumps(value).encode()
+        try:
+            if fd < 0:
+                self.connection.send(message)
+            else:
+                self.connection.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))])
+        except OSError as error:
+            raise killed(self._what) from error
+
+    def receive(self, flags: int = 0) -> Any:
+        """The child's next message. IOFailed if it is gone; BlockingIOError if there is none, where ``flags`` says not
+        to wait.
+        """
+        try:
+            message = self.connection.recv(MAX_MESSAGE, flags)
+        except BlockingIOError:
+            raise
+        except OSError:
+            message = b""
+        if not message:
+            raise killed(self._what)
+        return json.loads(message)
+
+    def close(self, grace: float = 0.0) -> None:
+        """End the child and reap it; nothing if that was done. The end of the connection asks it to go, and it is
+        killed if it does not within ``grace`` seconds.
+        """
+        if not self.pid:
+            return
+        pid, self.pid = self.pid, 0
+        # Also for whoever else holds this end open, such as children that were forked later.
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+        self.connection.close()
+        deadline = time.monotonic() + grace
+        with contextlib.suppress(ChildProcessError):
+            while time.monotonic() < deadline:
+                if os.waitpid(pid, os.WNOHANG)[0]:
+                    return
+                time.sleep(0.002)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)
+
+
+def tell(connection: socket.socket, value: Any) -> None:
+    """Send a message from the child."""
+    connection.send(json.dumps(value).encode())
+
+
 class Task:
     """Work in a child while the parent does other things: ``tell`` it what it waits for, then take its ``result``.
 
@@ -106,59 +211,39 @@ class Task:
     def __init__(
         self, what: str, function: Callable[[Callable[[], Any]], Any], leave: Callable[[], None] = lambda: None
     ) -> None:
-        self._what = what
-        self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        parent = os.getpid()
-        self._pid = os.fork()
-        if self._pid == 0:
+        def work(connection: socket.socket) -> None:
+            def hear() -> Any:
+                message = connection.recv(MAX_MESSAGE)
+                if not message:
+                    os._exit(0)  # nobody waits for the result any more
+                return json.loads(message)
+
             try:
-                self._ours.close()
-                settle(parent)
-                leave()
+                answer = {"value": function(hear)}
+            except BaseException as error:
+                answer = {"error": to_values(explain(error, f"The process that {what}"))}
+            tell(connection, answer)
 
-                def hear() -> Any:
-                    message = theirs.recv(MAX_MESSAGE)
-                    if not message:
-                        os._exit(0)  # nobody waits for the result any more
-                    return json.loads(message)
-
-                try:
-                    answer = {"value": function(hear)}
-                except BaseException as error:
-                    answer = {"error": to_values(explain(error, f"The process that {what}"))}
-                theirs.send(json.dumps(answer).encode())
-            finally:
-                os._exit(0)
-        theirs.close()
+        self._child = Child(what, work, leave)
 
     def tell(self, value: Any) -> None:
         """Send ``value`` to the child. That it has ended already is told by `result`."""
-        with contextlib.suppress(OSError):
-            self._ours.send(json.dumps(value).encode())
+        with contextlib.suppress(IOFailed):
+            self._child.send(value)
 
     def result(self) -> Any:
         """Wait for the child's value. Engine errors come through; IOFailed if it was killed."""
         try:
-            answer = json.loads(self._ours.recv(MAX_MESSAGE) or b"null")
-        except OSError:
-            answer = None
+            answer = self._child.receive()
         finally:
             self.close()
-        if answer is None:
-            raise killed(self._what)
         if "error" in answer:
             raise from_values(answer["error"])
         return answer["value"]
 
     def close(self) -> None:
         """End the child and reap it; nothing if that was done."""
-        if self._pid:
-            self._ours.close()
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._pid, signal.SIGKILL)
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(self._pid, 0)
-            self._pid = 0
+        self._child.close()
 
 
 def call(what: str, function: Callable[[], Any]) -> Any:

@@ -9,17 +9,15 @@ Also how a process makes itself less important than others.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import selectors
-import signal
 import socket
 from collections.abc import Callable
 from typing import Any
 
 from . import processes
-from ..errors import EngineError, from_exception, from_values, to_values
+from ..errors import from_values, to_values
 
 # The call has no wrapper in the C library, and a number of its own on every machine.
 _IOPRIO_SET = {
@@ -69,67 +67,48 @@ def spread(
         for number in range(tasks):
             work(number, take)
         return
-    workers: dict[socket.socket, int] = {}
+    workers: list[processes.Child] = []
+
+    def leave() -> None:
+        for worker in workers:
+            worker.connection.close()
+
     left = iter(range(tasks))
     try:
         for _worker in range(min(count, tasks)):
-            ours, pid = _start(what, work, list(workers))
-            workers[ours] = pid
+            workers.append(processes.Child(what, lambda connection: _serve(what, work, connection), leave))
         with selectors.DefaultSelector() as selector:
-            for ours in workers:
-                selector.register(ours, selectors.EVENT_READ)
+            for worker in workers:
+                selector.register(worker.connection, selectors.EVENT_READ, worker)
             running = len(workers)
             while running:
-                for event, _mask in selector.select():
-                    ours = event.fileobj  # type: ignore[assignment]
-                    message = json.loads(ours.recv(processes.MAX_MESSAGE) or b"null")
-                    if message is None:
-                        raise processes.killed(what)
+                for key, _events in selector.select():
+                    message = key.data.receive()
                     if "error" in message:
                         raise from_values(message["error"])
                     if "value" in message:
                         take(message["value"])
                         continue
-                    number = next(left, -1)
-                    ours.send(str(number).encode())
-                    if number < 0:
-                        selector.unregister(ours)
+                    task = next(left, None)
+                    key.data.send(task)
+                    if task is None:
+                        selector.unregister(key.fileobj)
                         running -= 1
     finally:
-        for ours, pid in workers.items():
-            ours.close()
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+        for worker in workers:
+            worker.close()
 
 
-def _start(
-    what: str, work: Callable[[int, Callable[[Any], None]], None], siblings: list[socket.socket]
-) -> tuple[socket.socket, int]:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    parent = os.getpid()
-    pid = os.fork()
-    if pid:
-        theirs.close()
-        return ours, pid
-    # Never return into the caller's stack: whatever happens, this process ends here.
+def _serve(what: str, work: Callable[[int, Callable[[Any], None]], None], connection: socket.socket) -> None:
+    def tell(value: Any) -> None:
+        processes.tell(connection, {"value": value})
+
     try:
-        for sibling in (ours, *siblings):
-            sibling.close()
-        processes.settle(parent)
-
-        def tell(value: Any) -> None:
-            theirs.send(json.dumps({"value": value}).encode())
-
-        try:
-            while True:
-                theirs.send(b'{"next": true}')
-                number = int(theirs.recv(64) or b"-1")
-                if number < 0:
-                    break
-                work(number, tell)
-        except BaseException as error:
-            known: EngineError = from_exception(error, f"The process that {what}")
-            theirs.send(json.dumps({"error": to_values(known)}).encode())
-    finally:
-        os._exit(0)
+        while True:
+            processes.tell(connection, {"next": True})
+            number = json.loads(connection.recv(processes.MAX_MESSAGE) or b"null")
+            if number is None:
+                break
+            work(number, tell)
+    except BaseException as error:
+        processes.tell(connection, {"error": to_values(processes.explain(error, f"The process that {what}"))})

@@ -19,12 +19,11 @@ import functools
 import json
 import os
 import queue
-import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from ..formats.repolayout import StreamName
 from ..formats.digests import StreamDigest, stream_digest
@@ -92,7 +91,7 @@ class Disappointment(NamedTuple):
 DELTA, PEER = "delta", "peer"
 
 
-class Worker:
+class Worker(processes.Child):
     """A forked process that imports the layers it is handed, one after the other."""
 
     def __init__(
@@ -104,70 +103,27 @@ class Worker:
         sources: Sequence[Source],
         budget: Budget | None = None,
     ) -> None:
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        parent = os.getpid()
-        self.pid = os.fork()
-        if self.pid == 0:
-            # Never return into the caller's stack: whatever happens, this process ends here.
-            try:
-                processes.settle(parent)
-                self._socket.close()
-                for sibling in siblings:
-                    sibling._socket.close()
-                for source in sources:
-                    source.abandon()
-                _serve(theirs, objects, algorithm, timeout, sources, budget)
-            finally:
-                os._exit(0)
-        theirs.close()
+        def leave() -> None:
+            for sibling in siblings:
+                sibling.connection.close()
+            for source in sources:
+                source.abandon()
 
-    def send(self, spec: LayerSpec, fd: int) -> None:
+        super().__init__(
+            "imports layers",
+            lambda control: _serve(control, objects, algorithm, timeout, sources, budget),
+            leave,
+        )
+
+    def send_layer(self, spec: LayerSpec, fd: int) -> None:
         """Give the worker a layer and its pipe. Raises IOFailed if it is gone."""
-        message = json.dumps(spec._asdict()).encode()
-        try:
-            self._socket.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))])
-        except OSError as error:
-            raise processes.killed("imports layers") from error
+        self.send(spec._asdict(), fd)
 
     def send_objects(self, spec: LayerSpec, source: int, reference: Reference) -> None:
         """Have the worker take over the objects of a layer from the source of this number. Raises IOFailed if it is
         gone.
         """
-        message = {**spec._asdict(), "source": source, "reference": dataclasses.asdict(reference)}
-        try:
-            self._socket.send(json.dumps(message).encode())
-        except OSError as error:
-            raise processes.killed("imports layers") from error
-
-    def receive(self) -> dict[str, Any]:
-        """The worker's next message. Raises IOFailed if it is gone."""
-        try:
-            message = self._socket.recv(processes.MAX_MESSAGE)
-        except OSError:
-            message = b""
-        if not message:
-            raise processes.killed("imports layers")
-        return cast("dict[str, Any]", json.loads(message))
-
-    def close(self) -> None:
-        """End the worker and reap it.
-
-        Asked first, so that it can reap its own storer, and killed if it does not go: it may be in the middle of a
-        layer that nobody wants any more.
-        """
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
-        deadline = time.monotonic() + GRACE
-        with contextlib.suppress(ChildProcessError):
-            while time.monotonic() < deadline:
-                if os.waitpid(self.pid, os.WNOHANG)[0]:
-                    return
-                time.sleep(0.002)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(self.pid, 0)
+        self.send({**spec._asdict(), "source": source, "reference": dataclasses.asdict(reference)})
 
 
 def _serve(
@@ -179,7 +135,7 @@ def _serve(
     budget: Budget | None = None,
 ) -> None:
     def tell(kind: str, **values: Any) -> None:
-        control.send(json.dumps({"kind": kind, **values}).encode())
+        processes.tell(control, {"kind": kind, **values})
 
     # Forked before any thread of this process exists; it ends with this process.
     storer: AnyStorer = Storer(objects, control) if processors.usable() > 1 else DirectStorer(objects)
@@ -349,7 +305,9 @@ class Fetcher:
         finally:
             # In this order: a lane whose worker is gone ends.
             for worker in workers:
-                worker.close()
+                # Asked first, so that it can reap its own storer: it may be in the middle of a layer that nobody wants
+                # any more.
+                worker.close(GRACE)
             for lane in lanes:
                 if lane.ident is not None:
                     lane.join()
@@ -472,7 +430,7 @@ class Fetcher:
             transfer = job.source.transfer(job.reference, Descriptor("", job.spec.digest, job.spec.size))
             self._progress(Event(STARTED, job.spec.diff_id, 0, job.spec.size))
             try:
-                worker.send(job.spec, transfer.fd)
+                worker.send_layer(job.spec, transfer.fd)
             finally:
                 os.close(transfer.fd)
         verdict: _Verdict | None = None

@@ -17,13 +17,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
-import signal
 import socket
 import struct
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 from ..formats.digests import ObjectDigest
 from ..formats import fsverity
@@ -71,21 +69,14 @@ class Storer:
         source, self._pipe = os.pipe()
         with contextlib.suppress(OSError):
             fcntl.fcntl(self._pipe, getattr(fcntl, "F_SETPIPE_SZ", 1031), _PIPE_SIZE)
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        parent = os.getpid()
-        self._pid = os.fork()
-        if self._pid == 0:
-            try:
-                processes.settle(parent)
-                os.close(self._pipe)
-                self._control.close()
-                if stranger is not None:
-                    stranger.close()
-                _serve(source, theirs, objects)
-            finally:
-                os._exit(0)
+
+        def leave() -> None:
+            os.close(self._pipe)
+            if stranger is not None:
+                stranger.close()
+
+        self._child = processes.Child("stores objects", lambda control: _serve(source, control, objects), leave)
         os.close(source)
-        theirs.close()
 
     def put(self, data: fsverity.Bytes) -> ObjectDigest:
         """Have ``data``, which must not change any more, stored soon; its fs-verity digest. Raises what went wrong with
@@ -121,7 +112,7 @@ class Storer:
         self._write([_HEAD.pack(0, 0)])
         error: EngineError | None = None
         while True:
-            message = self._message(0)
+            message = self._child.receive()
             if "stats" in message:
                 self._objects.stats.add(ObjectStats(**message["stats"]))
                 return error
@@ -132,7 +123,7 @@ class Storer:
         self._table, self._contents, self._bytes = [], [], 0
         # Whether it went wrong meanwhile: a full disk should not wait for the end of the layer to be told.
         with contextlib.suppress(BlockingIOError):
-            raise from_values(self._message(socket.MSG_DONTWAIT)["error"])
+            raise from_values(self._child.receive(socket.MSG_DONTWAIT)["error"])
 
     def _write(self, pieces: list[Any]) -> None:
         try:
@@ -145,20 +136,10 @@ class Storer:
         except BrokenPipeError as error:
             raise processes.killed("stores objects") from error
 
-    def _message(self, flags: int) -> dict[str, Any]:
-        message = self._control.recv(processes.MAX_MESSAGE, flags)
-        if not message:
-            raise processes.killed("stores objects")
-        return cast("dict[str, Any]", json.loads(message))
-
     def close(self) -> None:
         """End the process and reap it; what was not finished may or may not be stored."""
         os.close(self._pipe)
-        self._control.close()
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._pid, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(self._pid, 0)
+        self._child.close()
 
 
 def _serve(source: int, control: socket.socket, objects: ObjectStore) -> None:
@@ -173,7 +154,7 @@ def _serve(source: int, control: socket.socket, objects: ObjectStore) -> None:
             return
         count, length = _HEAD.unpack(head)
         if not count:
-            control.send(json.dumps({"stats": vars(objects.stats)}).encode())
+            processes.tell(control, {"stats": vars(objects.stats)})
             # The next layer may come although this one failed: it starts with a clean account.
             objects.stats, failed = ObjectStats(), False
             continue
@@ -193,7 +174,7 @@ def _serve(source: int, control: socket.socket, objects: ObjectStore) -> None:
                 start = end
         except Exception as error:
             failed = True
-            control.send(json.dumps({"error": to_values(processes.explain(error, "Storing objects"))}).encode())
+            processes.tell(control, {"error": to_values(processes.explain(error, "Storing objects"))})
 
 
 def _read(source: int, view: memoryview) -> memoryview | None:

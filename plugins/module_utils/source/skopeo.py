@@ -24,8 +24,8 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 from ..errors import (
     FILES,
@@ -54,6 +54,7 @@ from ..errors import (
 from ..formats.digests import digest_of
 from ..formats.ocidocuments import MAX_MANIFEST
 from ..formats.reference import Reference
+from ..host import processes
 from .options import ProxyOptions
 
 _E = TypeVar("_E", bound=EngineError)
@@ -61,7 +62,6 @@ _E = TypeVar("_E", bound=EngineError)
 INSTALL = "Install skopeo 1.6 or later (the role composefs.oci.skopeo does), or name it with the option executable."
 _MAX_LOG = 256 * 1024
 _MAX_WORDS = 2000
-_PR_SET_PDEATHSIG = 1
 # Why a program that is there may not be started all the same.
 _EXHAUSTION = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
@@ -239,29 +239,25 @@ def _log_file() -> int:
     return descriptor
 
 
-def _die_with_parent() -> Any:
+def _die_with_parent() -> Callable[[], None] | None:
     """A function to run between fork and exec that has the kernel kill the process when the thread that started it
-    ends.
+    ends; None where that cannot be, and then skopeo ends when its connections do.
 
     Why this is sound although it runs in a fork of a process that may have threads: everything it needs is looked up
-    here, before the fork. What remains is one call of a C function through a bound pointer and one of getppid: no
-    import, no lock of ours, and the allocator is usable since the C library takes its locks around fork. Signal and
-    parent are checked in this order so that there is no gap: if the parent died before prctl, getppid tells; if after,
-    the kernel does. ``podman unshare`` gets the signal itself, its skopeo then sees the connection close; ``kill``
-    reaches both since they share a process group.
+    before the fork. What remains is what death_signal() says and one call of getppid: no import, no lock of ours, and
+    the allocator is usable since the C library takes its locks around fork. Signal and parent are checked in this order
+    so that there is no gap: if the parent died before the signal was asked for, getppid tells; if after, the kernel
+    does. ``podman unshare`` gets the signal itself, its skopeo then sees the connection close; ``kill`` reaches both
+    since they share a process group.
     """
-    try:
-        import ctypes
-    except ImportError:
-        return None  # a Python built without it: skopeo then ends when its connections do
-    prctl = ctypes.CDLL(None).prctl
-    prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong]
-    number = int(signal.SIGKILL)
+    tie = processes.death_signal()
+    if tie is None:
+        return None
     parent = os.getpid()
-    getppid, leave = os.getppid, os._exit
+    bound, getppid, leave = tie, os.getppid, os._exit
 
     def run() -> None:
-        prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
+        bound()
         if getppid() != parent:
             leave(127)
 

@@ -12,6 +12,7 @@ import os
 import pathlib
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -253,3 +254,61 @@ def test_standard_descriptors_that_are_closed_do_no_harm(tmp_path: pathlib.Path,
         check=False,
     )
     assert done.returncode == 0 and (tmp_path / "result").read_text() == "42"
+
+
+def test_a_child_gets_messages_and_descriptors_and_goes_when_it_is_asked(tmp_path: pathlib.Path) -> None:
+    def work(connection: socket.socket) -> None:
+        while True:
+            message, fds, _flags, _address = socket.recv_fds(connection, 1000, 1)
+            if not message:
+                (tmp_path / "gone").touch()
+                return
+            if fds:
+                os.write(fds[0], b"written by the child")
+            processes.tell(connection, {"got": message.decode(), "fds": len(fds)})
+
+    child = processes.Child("works", work)
+    source, pipe = os.pipe()
+    with pytest.raises(BlockingIOError):
+        child.receive(socket.MSG_DONTWAIT)
+    child.send([1])
+    child.send({"a": None}, pipe)
+    assert [child.receive(), child.receive()] == [{"got": "[1]", "fds": 0}, {"got": '{"a": null}', "fds": 1}]
+    assert os.read(source, 100) == b"written by the child"
+    child.close(grace=30)
+    child.close()
+    assert (tmp_path / "gone").exists() and children() == []
+    os.close(source)
+    os.close(pipe)
+
+
+def test_a_child_that_is_gone_is_an_error_whoever_asks() -> None:
+    child = processes.Child("imports layers", lambda connection: None)
+    with pytest.raises(IOFailed, match="that imports layers was killed"):
+        child.receive()
+    with pytest.raises(IOFailed, match="that imports layers was killed"):
+        child.send(1)
+    child.close()
+    assert children() == []
+
+
+def test_a_child_that_was_forked_later_keeps_no_other_alive() -> None:
+    # It inherits our end of the first one's connection, which therefore has to be shut, not only closed.
+    first = processes.Child("works", lambda connection: connection.recv(1) and None)
+    second = processes.Child("works", lambda connection: connection.recv(1) and None)
+    start = time.monotonic()
+    first.close(grace=60)
+    assert time.monotonic() - start < 50
+    second.close(grace=60)
+    assert children() == []
+
+
+def test_a_fork_that_fails_leaves_no_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fork() -> int:
+        raise OSError(errno.EAGAIN, "no more processes")
+
+    monkeypatch.setattr(os, "fork", fork)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(OSError):
+        processes.Child("works", lambda connection: None)
+    assert os.listdir("/proc/self/fd") == before

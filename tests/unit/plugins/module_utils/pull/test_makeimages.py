@@ -79,7 +79,7 @@ def test_nothing_runs_on_where_a_layer_never_arrives(
 ) -> None:
     repository, layers = stored
     ahead = makeimages.Ahead(repository, [*layers, ("oci-layer-sha256:" + "0" * 64, None)], [1], [], lambda: None)
-    child = ahead._task._pid
+    child = ahead._task._child.pid
     ahead.close()
     ahead.close()
     with pytest.raises(ProcessLookupError):

@@ -73,14 +73,15 @@ class ThreadWorker(fetch.Worker):
     """A worker that is a thread of this process."""
 
     def __init__(self, objects: Any, algorithm: Any, timeout: float, siblings: Any, sources: Any, budget: Any) -> None:
-        self._socket, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._what = "imports layers"
+        self.connection, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._thread = threading.Thread(
             target=fetch._serve, args=(self._theirs, objects, algorithm, timeout, sources, budget), daemon=True
         )
         self._thread.start()
 
-    def close(self) -> None:
-        self._socket.close()
+    def close(self, grace: float = 0.0) -> None:
+        self.connection.close()
         self._thread.join()
         self._theirs.close()
 

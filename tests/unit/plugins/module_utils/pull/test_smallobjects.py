@@ -107,7 +107,7 @@ def test_reset_forgets_what_was_not_handed_over_and_the_error(
 
 
 def test_a_killed_process_is_a_clear_error(process: smallobjects.Storer) -> None:
-    os.kill(process._pid, signal.SIGKILL)
+    os.kill(process._child.pid, signal.SIGKILL)
     time.sleep(0.05)
     with pytest.raises(errors.IOFailed, match="stores objects was killed"):
         for one in contents(2000):
