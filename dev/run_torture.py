@@ -42,7 +42,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.formats import fsver
 from ansible_collections.composefs.oci.plugins.module_utils.operations import check, prune, repair
 from ansible_collections.composefs.oci.plugins.module_utils.progress import Progress
 from ansible_collections.composefs.oci.plugins.module_utils.pull import publish, pull
-from ansible_collections.composefs.oci.plugins.module_utils.source.skopeo import ProxyOptions
+from ansible_collections.composefs.oci.plugins.module_utils.source.options import ProxyOptions
 from ansible_collections.composefs.oci.plugins.module_utils.store import create, graph
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ociimage import Layout

@@ -227,7 +227,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.module import opened
 from ansible_collections.composefs.oci.plugins.module_utils.operations import check, repair
 from ansible_collections.composefs.oci.plugins.module_utils.progress import FileSink, Progress
 from ansible_collections.composefs.oci.plugins.module_utils.pull.pull import Options
-from ansible_collections.composefs.oci.plugins.module_utils.source.skopeo import ProxyOptions
+from ansible_collections.composefs.oci.plugins.module_utils.source.options import ProxyOptions
 from ansible_collections.composefs.oci.plugins.module_utils.store import namerecords
 
 EMPTY: dict[str, Any] = {"changed": False, "repository": None, "findings": [], "repaired": [], "checked": {}}

@@ -103,8 +103,8 @@ def raised(error: BaseException) -> Callable[[pathlib.Path], None]:
 
 def skopeo_says(words: str) -> Callable[[pathlib.Path], None]:
     def fail(place: pathlib.Path) -> None:
-        skopeo = engine("source.skopeo")
-        raise skopeo.classify(skopeo.ProxyOptions(), "Opening docker://registry.test/app", words)
+        options = engine("source.options").ProxyOptions()
+        raise engine("source.skopeowords").classify(options, "Opening docker://registry.test/app", words)
 
     return fail
 

@@ -57,7 +57,8 @@ from ..formats.reference import Reference
 from ..formats.strictjson import load_json
 from .options import ProxyOptions
 from .policy import check_unenforced_policy
-from .skopeo import INSTALL, Child, Scratch, classify, command, passing, readable, scrub
+from .skopeo import Child, Scratch, command, readable
+from .skopeowords import INSTALL, classify, scrub
 
 REQUEST = 32768  # the longest request that skopeo reads
 REPLY = (
@@ -410,12 +411,11 @@ class ImageProxy:
 
     def _send(self, method: str, args: Sequence[object], what: str) -> None:
         if self._socket is None or self._broken:
-            raise passing(
-                ProxyFailed(
-                    f"skopeo is not running, {self._broken or 'it was not started'}.",
-                    "Run the task again.",
-                    doing=what,
-                )
+            raise ProxyFailed(
+                f"skopeo is not running, {self._broken or 'it was not started'}.",
+                "Run the task again.",
+                doing=what,
+                passing=True,
             )
         request = json.dumps({"method": method, "args": list(args)}).encode()
         if len(request) > REQUEST:
@@ -503,7 +503,7 @@ class ImageProxy:
         words = "" if child is None else child.words()
         self.kill("it has ended")
         if stopped:
-            raise passing(ProxyFailed(f"skopeo is gone, {stopped}.", "Run the task again.", doing=what))
+            raise ProxyFailed(f"skopeo is gone, {stopped}.", "Run the task again.", doing=what, passing=True)
         how = "closed the connection"
         if status is not None:
             how = f"was killed by signal {abs(status)}" if status < 0 else f"ended with status {status}"
@@ -523,7 +523,7 @@ class ImageProxy:
                 doing="Starting skopeo",
                 said=quoted,
             )
-        raise passing(ProxyFailed(f"skopeo {how}{said}", "Run the task again.", doing=what, said=quoted))
+        raise ProxyFailed(f"skopeo {how}{said}", "Run the task again.", doing=what, said=quoted, passing=True)
 
 
 def _descriptors(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:

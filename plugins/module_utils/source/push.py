@@ -12,7 +12,8 @@ import os
 from ..errors import ImageNotFound, Stalled
 from ..formats.reference import Reference
 from .options import ProxyOptions
-from .skopeo import Child, classify, command, top_digest
+from .skopeo import Child, command, top_digest
+from .skopeowords import classify
 
 # The slowest that a push may be, in bytes a second, beside the timeout for its answers.
 _SLOWEST = 1024

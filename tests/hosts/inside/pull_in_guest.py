@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import sys
 
-from plugins.module_utils import fsverity, provision, pull
+from plugins.module_utils.formats import fsverity
 from plugins.module_utils.progress import Event, Progress
-from plugins.module_utils.repository import Repository
-from plugins.module_utils.skopeo import ProxyOptions
+from plugins.module_utils.pull import pull
+from plugins.module_utils.source.options import ProxyOptions
+from plugins.module_utils.store import create
+from plugins.module_utils.store.repository import Repository
 
 
 class Begun:
@@ -32,7 +34,7 @@ class Begun:
 
 
 path, verity, reference, name = sys.argv[1:]
-provision.prepare(path, fsverity.SHA256, verity)
+create.prepare(path, fsverity.SHA256, verity)
 proxy = ProxyOptions(executable=("skopeo",), tls_verify=False, unenforced_policy="ignore")
 with Repository.open(path) as repository:
     (outcome,) = pull.pull_images(

@@ -17,7 +17,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.pull import pull
 from ansible_collections.composefs.oci.plugins.module_utils.progress import Event, Progress
 from ansible_collections.composefs.oci.plugins.module_utils.pull.publish import Images
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
-from ansible_collections.composefs.oci.plugins.module_utils.source.skopeo import ProxyOptions
+from ansible_collections.composefs.oci.plugins.module_utils.source.options import ProxyOptions
 
 
 class Recorder:

@@ -35,7 +35,6 @@ from ansible_collections.composefs.oci.plugins.module_utils.formats.reference im
 from ansible_collections.composefs.oci.plugins.module_utils.progress import MESSAGE, Event, Progress
 from ansible_collections.composefs.oci.plugins.module_utils.pull.publish import Images
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
-from ansible_collections.composefs.oci.plugins.module_utils.source.skopeo import passing
 
 __all__ = ["Events", "Layout", "World", "pull_all", "settings"]
 
@@ -138,7 +137,7 @@ class FakeProxy:
 
     def _request(self, method: str, what: str) -> None:
         if self.dead:
-            raise passing(ProxyFailed("skopeo is gone, it was killed.", "Run the task again."))
+            raise ProxyFailed("skopeo is gone, it was killed.", "Run the task again.", passing=True)
         self.world.requests.append((method, what))
 
     def launch(self) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from ansible_collections.composefs.oci.plugins.module_utils import errors
 from ansible_collections.composefs.oci.plugins.module_utils.errors import EngineError, LimitReached, SkopeoMissing
-from ansible_collections.composefs.oci.plugins.module_utils.source import skopeo
+from ansible_collections.composefs.oci.plugins.module_utils.source import skopeo, skopeowords
 from ansible_collections.composefs.oci.plugins.module_utils.source.options import ProxyOptions
 
 NO_THREAD = (
@@ -72,6 +72,6 @@ def test_a_skopeo_that_may_not_be_started_is_not_missing(monkeypatch: pytest.Mon
     "words", [NO_THREAD, "fork/exec x: resource temporarily unavailable", "open /x: too many open files"]
 )
 def test_words_of_skopeo_about_limits_are_told_without_registers(words: str) -> None:
-    said = skopeo.unwrap_log(words.encode())
-    error = skopeo.classify(ProxyOptions(), "Opening docker://x", said)
+    said = skopeowords.unwrap_log(words.encode())
+    error = skopeowords.classify(ProxyOptions(), "Opening docker://x", said)
     assert isinstance(error, LimitReached) and "rax" not in str(error) + error.said

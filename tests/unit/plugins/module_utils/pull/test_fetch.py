@@ -48,7 +48,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.progress import DONE
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ansible_collections.composefs.oci.plugins.module_utils.source.skopeosource import SkopeoSource
 from ansible_collections.composefs.oci.plugins.module_utils.source.source import Patient
-from ansible_collections.composefs.oci.plugins.module_utils.source.skopeo import ProxyOptions, passing
+from ansible_collections.composefs.oci.plugins.module_utils.source.options import ProxyOptions
 from ansible_collections.composefs.oci.tests.support.tarbytes import member, tar
 
 APP = parse_reference(REGISTRY + "app")
@@ -227,7 +227,7 @@ def test_nobody_waits_for_ever_for_a_layer(world: World, repo: Repository, monke
     [
         RegistryUnreachable("skopeo says: 503."),
         Stalled("No answer."),
-        passing(ProxyFailed("skopeo was killed.")),
+        ProxyFailed("skopeo was killed.", passing=True),
         "short",
     ],
     ids=["unreachable", "stalled", "killed", "silent"],
@@ -344,7 +344,7 @@ def test_a_verdict_that_fails_in_any_way_is_no_approval(
 def test_a_skopeo_that_dies_before_its_verdict_is_not_a_verdict(world: World, repo: Repository) -> None:
     run = Fetch(world, repo, 1)
     world.verdicts[run.digest(0)] = [
-        passing(ProxyFailed("skopeo was killed by signal 9.", "Run the task again.", doing="Fetching"))
+        ProxyFailed("skopeo was killed by signal 9.", "Run the task again.", doing="Fetching", passing=True)
     ]
     assert len(run.run()) == 1 and run.source.retried == 1
 
@@ -421,7 +421,7 @@ def test_who_lost_his_proxy_on_anothers_account_is_not_charged(
         deadline = time.monotonic() + 10
         while not proxy.dead and time.monotonic() < deadline:
             time.sleep(0.01)
-        raise passing(ProxyFailed("skopeo is gone, it was stopped."))
+        raise ProxyFailed("skopeo is gone, it was stopped.", passing=True)
 
     def fails_itself(proxy: FakeProxy) -> bytes:
         raise RegistryUnreachable("skopeo says: 503.")

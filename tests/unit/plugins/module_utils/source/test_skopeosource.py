@@ -36,7 +36,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.formats.reference im
 from ansible_collections.composefs.oci.plugins.module_utils.progress import MESSAGE, Progress
 from ansible_collections.composefs.oci.plugins.module_utils.source.skopeosource import SkopeoSource
 from ansible_collections.composefs.oci.plugins.module_utils.source.source import Facts, Patient, Resolved
-from ansible_collections.composefs.oci.plugins.module_utils.source.skopeo import ProxyOptions, passing
+from ansible_collections.composefs.oci.plugins.module_utils.source.options import ProxyOptions
 from ansible_collections.composefs.oci.tests.support.tarbytes import member, tar
 
 APP = parse_reference(REGISTRY + "app")
@@ -77,7 +77,7 @@ def test_skopeo_is_started_when_it_is_needed_and_once(world: World) -> None:
     assert world.proxies[0].closed
 
 
-@pytest.mark.parametrize("error", [GONE, Stalled("No answer."), passing(ProxyFailed("skopeo was killed."))])
+@pytest.mark.parametrize("error", [GONE, Stalled("No answer."), ProxyFailed("skopeo was killed.", passing=True)])
 def test_after_a_passing_fault_another_skopeo_is_asked(world: World, error: EngineError) -> None:
     world.opening = [error]
     events = Events()
