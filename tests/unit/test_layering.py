@@ -49,9 +49,9 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("bootable",),
     ),
     "host": (
-        ("commands", "files", "machine", "mountinfo", "processes", "processors", "safety", "watch"),
+        ("commands", "files", "machine", "mountinfo", "processes", "processors", "watch"),
         ("beneath", "deadman", "filesystem", "locks", "workers"),
-        ("mountcalls",),
+        ("mountcalls", "safety"),
     ),
     "source": (
         ("archive", "options", "source"),

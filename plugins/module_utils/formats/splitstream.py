@@ -39,7 +39,6 @@ _MAGIC = b"SplitStream"
 _INFO = struct.Struct("<8Q8sQ")
 _CHUNK = struct.Struct("<q")
 _PLACEHOLDER = bytes(_CHUNK.size)
-_FRAME_MAGIC = b"\x28\xb5\x2f\xfd"
 
 _PIECE = 256 * 1024  # bytes compressed, decompressed, copied and handed out at a time
 _LONG_RUN = 1 << 20  # inline runs that grow beyond this leave memory
@@ -157,11 +156,6 @@ class Writer:
         self._out = bytearray()
         self._open = -1
         self._done = False
-
-    @property
-    def object_count(self) -> int:
-        """How many different objects the stream refers to so far."""
-        return self._objects.count
 
     def inline(self, data: Bytes) -> None:
         """Append ``data`` itself; it is copied before the call returns. Adjacent inline data become one chunk."""

@@ -23,7 +23,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from . import files
 from ..errors import FormatError, UnsafeRepository
@@ -141,13 +141,6 @@ class Root:
         with self.parent(path) as (fd, name):
             return files.read_whole(fd, name, limit)
 
-    def write_file(self, path: str, data: bytes, mode: int = 0o644) -> None:
-        """Make ``path`` a file with exactly ``data``, durably and in one step, and its directories if they are missing;
-        see ``files.write_whole``.
-        """
-        with self.parent(path, make=True) as (fd, name):
-            files.write_whole(fd, name, data, mode)
-
     def list(self, path: str) -> list[str]:
         """The names in the directory ``path``, unsorted; none if it does not exist. OSError passes."""
         try:
@@ -204,14 +197,38 @@ def open_path(path: str, *, links: bool = True, make: bool = False) -> int:
     UnsafeRepository for a link of somebody else; OSError passes.
     """
     trusted = owners() if links else frozenset()
-    left = path.split("/")
+
+    def look(here: str, found: os.stat_result, _more: bool) -> None:
+        if stat.S_ISLNK(found.st_mode) and found.st_uid not in trusted:
+            raise UnsafeRepository(
+                f"On the way to {path} the symbolic link {os.path.basename(here)} "
+                f"{_fault(found, owners(), 0) or 'has just appeared'}.",
+                "Name the directory that it leads to, if that is the one you mean.",
+            )
+
+    fd = walk(path, look, make=make)
+    if not stat.S_ISDIR(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+    return fd
+
+
+def walk(path: str, look: Callable[[str, os.stat_result, bool], None], *, make: bool = False) -> int:
+    """A descriptor (O_PATH) of what lies at ``path`` (absolute), reached component by component, so that each is looked
+    at and none can be exchanged between the look and the step; with ``make`` missing directories are made, mode 0755.
+
+    ``look`` gets the path of every directory and link on the way and of what lies at its end, what the system says of
+    it, and whether more follows. It raises what it does not like. OSError passes, with the component's path in it.
+    """
+    left = [name for name in path.split("/") if name not in ("", ".")]
     followed = 0
+    here = "/"
     fd = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
+        look(here, os.fstat(fd), bool(left))
         while left:
             name = left.pop(0)
-            if name in ("", "."):
-                continue
+            there = os.path.dirname(here) if name == ".." else os.path.join(here, name)
             try:
                 inner = _step(fd, name)
             except FileNotFoundError:
@@ -219,30 +236,25 @@ def open_path(path: str, *, links: bool = True, make: bool = False) -> int:
                     raise
                 files.make_directory(fd, name)
                 inner = _step(fd, name)
-            found = os.fstat(inner)
-            if stat.S_ISDIR(found.st_mode):
-                os.close(fd)
-                fd = inner
-                continue
+            except OSError as error:
+                error.filename = there
+                raise
             try:
+                found = os.fstat(inner)
+                look(there, found, bool(left))
                 if not stat.S_ISLNK(found.st_mode):
-                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+                    fd, inner, here = inner, fd, there
+                    continue
                 followed += 1
                 if followed > _MAX_LINKS:
-                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
-                if found.st_uid not in trusted:
-                    raise UnsafeRepository(
-                        f"On the way to {path} the symbolic link {name} "
-                        f"{_fault(found, owners(), 0) or 'has just appeared'}.",
-                        "Name the directory that it leads to, if that is the one you mean.",
-                    )
+                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), there)
                 text = os.readlink("", dir_fd=inner)
             finally:
                 os.close(inner)
             if text.startswith("/"):
                 os.close(fd)
-                fd = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            left = text.split("/") + left
+                fd, here = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), "/"
+            left = [name for name in text.split("/") if name not in ("", ".")] + left
         return fd
     except BaseException:
         os.close(fd)
@@ -278,13 +290,14 @@ def _explained(error: OSError, dir_fd: int, name: str, path: str) -> Exception:
 def _fault(found: os.stat_result, trusted: frozenset[int], forbidden: int) -> str:
     """Why what was looked at cannot be relied on, in words that continue its name; empty if it can."""
     if found.st_uid not in trusted:
-        return f"belongs to {_user(found.st_uid)}, who is neither root nor the user that runs this"
+        return f"belongs to {user(found.st_uid)}, who is neither root nor the user that runs this"
     if found.st_mode & forbidden:
         return f"can be written by others than its owner (mode {stat.S_IMODE(found.st_mode):04o})"
     return ""
 
 
-def _user(uid: int) -> str:
+def user(uid: int) -> str:
+    """A user for messages: by name, if there is one, and number."""
     import pwd  # late: only a refusal needs it
 
     try:

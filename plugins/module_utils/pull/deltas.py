@@ -38,7 +38,6 @@ AUTO = "auto"
 _RELATIVES = 3
 
 EMPTY_CONFIG = b"{}"
-EMPTY_CONFIG_TYPE = "application/vnd.ocidocuments.empty.v1+json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +88,7 @@ def compose(
             found["annotations"] = {_PREFIX + key: value for key, value in annotations.items()}
         return found
 
-    empty = Descriptor(EMPTY_CONFIG_TYPE, digests.digest_of(EMPTY_CONFIG), len(EMPTY_CONFIG))
+    empty = Descriptor(ocidocuments.OCI_EMPTY, digests.EMPTY_DIGEST, len(EMPTY_CONFIG))
     document = {
         "schemaVersion": 2,
         "mediaType": ocidocuments.OCI_MANIFEST,

@@ -40,8 +40,6 @@ one.
 NULL_BLOCK = b"\xff\xff\xff\xff"
 WHOLE_FILE_CHUNK = 31
 
-T_REG, T_DIR, T_CHR, T_BLK, T_FIFO, T_SOCK, T_LNK = range(1, 8)
-"""File types in directory entries."""
 KINDS = (0, st.S_IFREG, st.S_IFDIR, st.S_IFCHR, st.S_IFBLK, st.S_IFIFO, st.S_IFSOCK, st.S_IFLNK)
 """File type bits of the mode, by file type in directory entries."""
 

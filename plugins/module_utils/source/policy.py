@@ -69,11 +69,6 @@ def policy_path(path: str | None) -> str:
     return users if os.path.exists(users) else "/etc/containers/policy.json"
 
 
-def policy_is_accept_anything(path: str | None = None) -> bool:
-    """Whether the policy accepts every image from everywhere, so that it does not matter whether it is enforced."""
-    return not policy_demand(path)
-
-
 def policy_demand(path: str | None = None, transport: str = "") -> str:
     """What the policy asks for beyond accepting everything, as part of a sentence; empty if nothing
     (containers-policy.json(5)).

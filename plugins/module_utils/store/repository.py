@@ -271,17 +271,6 @@ class Repository:
         """The names in ``streams/`` that begin with ``prefix``, sorted."""
         return sorted(StreamName(name) for name in self._list("streams") if name.startswith(prefix) and name != "refs")
 
-    def open_stream(
-        self, name: StreamName, expect: bytes | None = None
-    ) -> contextlib.AbstractContextManager[Splitstream]:
-        """The stream ``name``, of content type ``expect`` if given; see ``open_object_stream``. FormatError if there is
-        none.
-        """
-        digest = self.stream(name)
-        if digest is None:
-            raise FormatError(f"There is no stream {name} in the repository {self.path}.", "Pull the image again.")
-        return self.open_object_stream(digest, expect)
-
     @contextlib.contextmanager
     def open_object_stream(self, digest: StreamDigest, expect: bytes | None = None) -> Iterator[Splitstream]:
         """The splitstream in the object ``digest``, for the duration of a ``with``. FormatError if it is not one or not
@@ -449,10 +438,6 @@ class Repository:
     def filesystem(self) -> str:
         """The type of the file system, for example ``ext4``."""
         return filesystem.type_of(self.fd)
-
-    def supports_verity(self) -> bool:
-        """Whether fs-verity works here, tried out on a file without a name. EngineError if no file can be made."""
-        return filesystem.missing_ability(self.fd, self.algorithm) is None
 
     # --- how
     # ----------------------------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def layer_tar(path: pathlib.Path, diff_id: str) -> bytes:
     """The tar that a stored layer stands for, put together from its inline bytes and objects."""
     with (
         Repository.open(str(path)) as repository,
-        repository.open_stream(f"oci-layer-{diff_id}", splitstream.LAYER) as stream,
+        repository.open_object_stream(repository.stream(f"oci-layer-{diff_id}"), splitstream.LAYER) as stream,
     ):
         return b"".join(
             chunk if isinstance(chunk, bytes) else repository.objects.read(chunk.digest, 1 << 30)

@@ -428,7 +428,9 @@ def test_several_artifacts_share_the_empty_configuration(repository_path: pathli
         assert not pull_one(repository_path, f"oci:{layout.path}:a{number}", f"a{number}")["changed"]
         with (
             Repository.open(str(repository_path)) as repository,
-            repository.open_stream(f"oci-layer-{result['layers'][0]['digest']}", splitstream.BLOB) as stream,
+            repository.open_object_stream(
+                repository.stream(f"oci-layer-{result['layers'][0]['digest']}"), splitstream.BLOB
+            ) as stream,
         ):
             (chunk,) = stream.chunks()
             assert repository.objects.read(chunk.digest, 1 << 20) == b"artifact %d\n" % number * 50  # type: ignore[union-attr]

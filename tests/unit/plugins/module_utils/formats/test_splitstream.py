@@ -170,7 +170,7 @@ def test_a_stream_with_names_and_inline_data_is_written_to_the_byte() -> None:
     writer.external(HELLO, 11)
     writer.inline(bytearray(b"tail"))
     assert writer.size == 21
-    assert writer.object_count == 1
+    assert writer._objects.count == 1
     data = written(writer)
     assert len(data) == 235
     assert (
@@ -261,7 +261,7 @@ def test_each_object_is_listed_once_in_order_of_first_appearance() -> None:
     writer = Writer(SHA256, LAYER)
     for value in digests + digests[::-7] + digests[:3]:
         writer.external(value, 1)
-    assert writer.object_count == 5000
+    assert writer._objects.count == 5000
     stream = opened(written(writer))
     assert list(stream.object_refs) == digests
     assert [chunk.digest for chunk in stream.chunks() if isinstance(chunk, ExternalRef)] == digests + digests[

@@ -53,13 +53,13 @@ def test_the_sticky_directory_itself_is_no_place_to_run_from(place: pathlib.Path
 @root
 def test_what_belongs_to_somebody_else_is_a_fault(place: pathlib.Path) -> None:
     os.chown(place / "program", 65534, 65534)
-    assert "program belongs to the user" in safety.fault(str(place / "program"))
+    assert "program belongs to " in safety.fault(str(place / "program"))
     os.chown(place / "program", 0, 0)
     (place / "link").symlink_to("program")
     os.chown(place / "link", 65534, 65534, follow_symlinks=False)
-    assert "link belongs to the user" in safety.fault(str(place / "link"))
+    assert "link belongs to " in safety.fault(str(place / "link"))
     os.chown(place.parent, 65534, 65534)
-    assert "tmp belongs to the user" in safety.fault(str(place / "program"))
+    assert "tmp belongs to " in safety.fault(str(place / "program"))
 
 
 @root

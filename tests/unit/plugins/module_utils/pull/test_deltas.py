@@ -132,7 +132,10 @@ def updated(world: World, path: pathlib.Path, tmp_path: pathlib.Path) -> Updated
 
 def stored(path: pathlib.Path, diff_id: str) -> bytes:
     """The tar that a stored layer stands for."""
-    with Repository.open(str(path)) as repository, repository.open_stream(f"oci-layer-{diff_id}") as stream:
+    with (
+        Repository.open(str(path)) as repository,
+        repository.open_object_stream(repository.stream(f"oci-layer-{diff_id}")) as stream,
+    ):
         parts = []
         for chunk in stream.chunks():
             parts.append(chunk if isinstance(chunk, bytes) else repository.objects.read(chunk.digest, 1 << 30))
@@ -155,6 +158,15 @@ def test_an_update_fetches_the_delta_and_stores_the_layer(updated: Updated) -> N
         assert repository.trusted(sha256(NEW)) == repository.stream(f"oci-layer-{sha256(NEW)}")
     again = updated.pull()
     assert not again["changed"]
+
+
+def test_the_configuration_is_the_empty_one_that_artifacts_share(updated: Updated) -> None:
+    # OCI image specification, "Guidance for an empty descriptor"; registries look at the media type.
+    assert updated.document["config"] == {
+        "mediaType": "application/vnd.oci.empty.v1+json",
+        "digest": "sha256:44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a",
+        "size": 2,
+    }
 
 
 def test_the_layer_that_a_delta_makes_is_the_one_that_the_blob_makes(updated: Updated, tmp_path: pathlib.Path) -> None:

@@ -79,7 +79,10 @@ def pulled(path: pathlib.Path, *urls: str, **others: Any) -> dict[str, Any]:
 
 
 def stored(path: pathlib.Path, diff_id: str) -> bytes:
-    with Repository.open(str(path)) as repository, repository.open_stream(f"oci-layer-{diff_id}") as stream:
+    with (
+        Repository.open(str(path)) as repository,
+        repository.open_object_stream(repository.stream(f"oci-layer-{diff_id}")) as stream,
+    ):
         return b"".join(
             chunk if isinstance(chunk, bytes) else repository.objects.read(chunk.digest, 1 << 30)
             for chunk in stream.chunks()

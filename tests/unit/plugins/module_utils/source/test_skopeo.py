@@ -224,7 +224,7 @@ ANY = {"type": "insecureAcceptAnything"}
 def test_a_policy_that_accepts_anything_needs_no_enforcement(tmp_path, policy):
     path = tmp_path / "policy.json"
     path.write_text(json.dumps(policy))
-    assert rules.policy_is_accept_anything(str(path))
+    assert not rules.policy_demand(str(path))
     rules.check_unenforced_policy(ProxyOptions(policy=str(path)))
 
 
@@ -262,9 +262,9 @@ def test_a_policy_that_asks_for_more_is_refused_where_it_is_not_enforced(tmp_pat
 def test_a_policy_that_cannot_be_read_does_not_accept_anything(tmp_path, content):
     path = tmp_path / "policy.json"
     path.write_text(content)
-    assert not rules.policy_is_accept_anything(str(path))
-    assert not rules.policy_is_accept_anything(str(tmp_path / "missing.json"))
-    assert not rules.policy_is_accept_anything(str(tmp_path))
+    assert rules.policy_demand(str(path))
+    assert rules.policy_demand(str(tmp_path / "missing.json"))
+    assert rules.policy_demand(str(tmp_path))
 
 
 def test_the_users_policy_comes_before_the_systems(tmp_path, monkeypatch):
@@ -274,7 +274,7 @@ def test_the_users_policy_comes_before_the_systems(tmp_path, monkeypatch):
     users.parent.mkdir(parents=True)
     users.write_text('{"default":[{"type":"reject"}]}')
     assert rules.policy_path(None) == str(users)
-    assert not rules.policy_is_accept_anything()
+    assert rules.policy_demand()
     assert rules.policy_path("/given.json") == "/given.json"
 
 
