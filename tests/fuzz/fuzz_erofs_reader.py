@@ -13,7 +13,6 @@ random. FILEs are run once each, to look at what was found.
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import pathlib
 import random
@@ -21,7 +20,9 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests" / "unit"), str(ROOT / "tests" / "support")]
+sys.path[:0] = [str(ROOT / "tests" / "fuzz"), str(ROOT / "tests" / "unit"), str(ROOT / "tests" / "support")]
+
+import fuzzing
 
 __import__("conftest")  # makes the collection importable
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
@@ -88,41 +89,11 @@ def damage(image: bytes, dice: random.Random) -> bytes:
     return bytes(data)
 
 
-def mutate(seconds: float, seed: int) -> None:
-    dice = random.Random(seed)
-    images = corpus()
-    count = 0
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        data = damage(dice.choice(images), dice)
-        try:
-            run(data)
-        except BaseException:
-            pathlib.Path("crash-erofs-reader").write_bytes(data)
-            print(f"seed {seed}, input {count}, kept as crash-erofs-reader", file=sys.stderr)
-            raise
-        count += 1
-    print(f"{count} inputs in {seconds:g} s, seed {seed}: nothing found")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(32))
-    parser.add_argument("files", nargs="*", metavar="FILE")
-    options, rest = parser.parse_known_args()
-    if options.files:
-        for name in options.files:
-            run(pathlib.Path(name).read_bytes())
-        return
-    try:
-        import atheris  # type: ignore[import-untyped, unused-ignore]
-    except ImportError:
-        mutate(options.seconds, options.seed)
-        return
-    atheris.instrument_all()
-    atheris.Setup([sys.argv[0], f"-max_total_time={options.seconds:.0f}", "-max_len=65536", *rest], run)
-    atheris.Fuzz()
+    images = corpus()
+    fuzzing.fuzz(
+        "erofs-reader", run, lambda dice: damage(dice.choice(images), dice), fuzzing.parser(__doc__).parse_known_args()
+    )
 
 
 if __name__ == "__main__":

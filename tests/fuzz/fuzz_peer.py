@@ -15,12 +15,10 @@ FILEs are run once each, to look at what was found.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gzip
 import hashlib
 import io
-import itertools
 import pathlib
 import random
 import resource
@@ -33,7 +31,9 @@ import time
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests" / "unit")]
+sys.path[:0] = [str(ROOT / "tests" / "fuzz"), str(ROOT / "tests" / "unit")]
+
+import fuzzing
 
 __import__("conftest")  # makes the collection importable
 from ansible_collections.composefs.oci.plugins.module_utils.errors import EngineError
@@ -280,46 +280,15 @@ def composed(dice: random.Random) -> bytes:
     return b"".join(struct.pack("<I", len(one)) + one for one in answers)
 
 
-def mutate(seconds: float, seed: int) -> None:
-    dice = random.Random(seed)
-    until = time.monotonic() + seconds
-    for count in itertools.count():
-        if time.monotonic() >= until:
-            print(f"{count} inputs in {seconds:g} s, seed {seed}: nothing found")
-            return
-        data = composed(dice)
-        try:
-            run(data)
-        except BaseException:
-            pathlib.Path("crash-peer").write_bytes(data)
-            print(f"seed {seed}, input {count}, kept as crash-peer", file=sys.stderr)
-            raise
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(32))
-    parser.add_argument("files", nargs="*", metavar="FILE")
-    options, rest = parser.parse_known_args()
+    arguments = fuzzing.parser(__doc__).parse_known_args()
     # A fuzzer that refuses everything finds nothing: the honest answers must be accepted.
     honest = [answer(body, random.Random(1)) for body in (STREAM, *OBJECTS)]
     before = len(_grounds)
     run(b"".join(struct.pack("<I", len(one)) + one for one in honest))
     assert before == 0 and _grounds[0].repository.objects.contains(fsverity.digest(STREAM, ALGORITHM))
     try:
-        if options.files:
-            for name in options.files:
-                run(pathlib.Path(name).read_bytes())
-            return
-        try:
-            import atheris  # type: ignore[import-untyped, unused-ignore]
-        except ImportError:
-            mutate(options.seconds, options.seed)
-            return
-        atheris.instrument_all()
-        atheris.Setup([sys.argv[0], f"-max_total_time={options.seconds:.0f}", "-max_len=2000000", *rest], run)
-        atheris.Fuzz()
+        fuzzing.fuzz("peer", run, composed, arguments, longest=2_000_000)
     finally:
         _grounds[0].close()
 

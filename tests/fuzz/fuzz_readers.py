@@ -17,7 +17,6 @@ to libFuzzer.
 
 from __future__ import annotations
 
-import argparse
 import array
 import contextlib
 import io
@@ -32,7 +31,9 @@ from collections.abc import Callable
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests" / "unit")]
+sys.path[:0] = [str(ROOT / "tests" / "fuzz"), str(ROOT / "tests" / "unit")]
+
+import fuzzing
 
 __import__("conftest")  # makes the collection importable
 from ansible_collections.composefs.oci.plugins.module_utils.errors import EngineError
@@ -373,47 +374,18 @@ def attempt(run: Callable[[bytes], None], data: bytes) -> None:
     assert time.process_time() - started < SECONDS_PER_INPUT, "too slow"
 
 
-def mutate(target: str, seconds: float, seed: int) -> None:
-    run, corpus = TARGETS[target]
-    dice = random.Random(seed)
+def main() -> None:
+    options, rest = fuzzing.parser(__doc__, sorted(TARGETS)).parse_known_args()
+    run, corpus = TARGETS[options.target]
     inputs = corpus()
     for whole in inputs:
         attempt(run, whole)
-    count = 0
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        data = damage(dice.choice(inputs), dice.choice(inputs), dice)
-        try:
-            attempt(run, data)
-        except BaseException:
-            pathlib.Path(f"crash-{target}").write_bytes(data)
-            print(f"seed {seed}, input {count}, kept as crash-{target}", file=sys.stderr)
-            raise
-        count += 1
-    print(f"{target}: {count} inputs in {seconds:g} s, seed {seed}: nothing found")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", choices=sorted(TARGETS))
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(32))
-    parser.add_argument("files", nargs="*", metavar="FILE")
-    options, rest = parser.parse_known_args()
-    run = TARGETS[options.target][0]
-    if options.files:
-        for name in options.files:
-            attempt(run, pathlib.Path(name).read_bytes())
-        return
-    try:
-        import atheris  # type: ignore[import-untyped, unused-ignore]
-    except ImportError:
-        mutate(options.target, options.seconds, options.seed)
-        return
-    atheris.instrument_all()
-    limit = f"-max_total_time={options.seconds:.0f}"
-    atheris.Setup([sys.argv[0], limit, "-max_len=65536", *rest], lambda data: attempt(run, data))
-    atheris.Fuzz()
+    fuzzing.fuzz(
+        options.target,
+        lambda data: attempt(run, data),
+        lambda dice: damage(dice.choice(inputs), dice.choice(inputs), dice),
+        (options, rest),
+    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ which are compressed first, so that damage reaches the operations. With atheris 
 
 from __future__ import annotations
 
-import argparse
 import io
 import pathlib
 import random
@@ -23,7 +22,9 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests" / "unit")]
+sys.path[:0] = [str(ROOT / "tests" / "fuzz"), str(ROOT / "tests" / "unit")]
+
+import fuzzing
 
 __import__("conftest")  # makes the collection importable
 from ansible_collections.composefs.oci.plugins.module_utils.errors import InvalidLayer
@@ -128,45 +129,16 @@ def damage(data: bytes, dice: random.Random) -> bytes:
     return bytes(out)
 
 
-def mutate(seconds: float, seed: int) -> None:
-    dice = random.Random(seed)
-    count = 0
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        body = operations(dice)
-        kind = dice.randrange(3)
-        if kind == 0:
-            data = b"\0" + damage(tardiff.MAGIC[dice.choice((1, 2))] + frame(body), dice)
-        else:
-            data = bytes((kind,)) + damage(body, dice)
-        try:
-            run(data)
-        except BaseException:
-            pathlib.Path("crash-tardiff").write_bytes(data)
-            print(f"seed {seed}, input {count}, kept as crash-tardiff", file=sys.stderr)
-            raise
-        count += 1
-    print(f"{count} inputs in {seconds:g} s, seed {seed}: nothing found")
+def make(dice: random.Random) -> bytes:
+    body = operations(dice)
+    kind = dice.randrange(3)
+    if kind == 0:
+        return b"\0" + damage(tardiff.MAGIC[dice.choice((1, 2))] + frame(body), dice)
+    return bytes((kind,)) + damage(body, dice)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(32))
-    parser.add_argument("files", nargs="*", metavar="FILE")
-    options, rest = parser.parse_known_args()
-    if options.files:
-        for name in options.files:
-            run(pathlib.Path(name).read_bytes())
-        return
-    try:
-        import atheris  # type: ignore[import-untyped, unused-ignore]
-    except ImportError:
-        mutate(options.seconds, options.seed)
-        return
-    atheris.instrument_all()
-    atheris.Setup([sys.argv[0], f"-max_total_time={options.seconds:.0f}", "-max_len=65536", *rest], run)
-    atheris.Fuzz()
+    fuzzing.fuzz("tardiff", run, make, fuzzing.parser(__doc__).parse_known_args())
 
 
 if __name__ == "__main__":
