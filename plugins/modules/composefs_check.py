@@ -227,7 +227,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.module import opened
 from ansible_collections.composefs.oci.plugins.module_utils.operations import check, repair
 from ansible_collections.composefs.oci.plugins.module_utils.progress import FileSink, Progress
 from ansible_collections.composefs.oci.plugins.module_utils.pull.pull import Options
-from ansible_collections.composefs.oci.plugins.module_utils.source.options import ProxyOptions
+from ansible_collections.composefs.oci.plugins.module_utils.source.options import options_of
 from ansible_collections.composefs.oci.plugins.module_utils.store import namerecords
 
 EMPTY: dict[str, Any] = {"changed": False, "repository": None, "findings": [], "repaired": [], "checked": {}}
@@ -235,13 +235,7 @@ EMPTY: dict[str, Any] = {"changed": False, "repository": None, "findings": [], "
 
 def means_of(params: dict[str, Any]) -> repair.Means:
     """Where to get what is not there."""
-    proxy = ProxyOptions(
-        executable=(params["executable"],),
-        auth_file=params["auth_file"],
-        tls_verify=params["validate_certs"],
-        cert_dir=params["ca_cert_dir"],
-    )
-    return repair.Means(params["source"], Options(proxy=proxy))
+    return repair.Means(params["source"], Options(proxy=options_of(params)))
 
 
 def run(module: AnsibleModule, base: dict[str, Any], life: watch.Life) -> dict[str, Any]:

@@ -190,24 +190,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.module import (
 )
 from ansible_collections.composefs.oci.plugins.module_utils.operations import makedelta
 from ansible_collections.composefs.oci.plugins.module_utils.progress import Progress
-from ansible_collections.composefs.oci.plugins.module_utils.source.options import ProxyOptions
-
-
-def options_of(params: dict) -> ProxyOptions:
-    """How the registry is reached."""
-    if params["timeout"] < 1:
-        raise InvalidOption(f"The option timeout is {params['timeout']}.", "It must be at least 1.")
-    if not 1 <= params["level"] <= 19:
-        raise InvalidOption(f"The option level is {params['level']}.", "It must be between 1 and 19.")
-    return ProxyOptions(
-        executable=(params["executable"],),
-        auth_file=params["auth_file"],
-        username=params["username"],
-        password=params["password"],
-        tls_verify=params["validate_certs"],
-        cert_dir=params["ca_cert_dir"],
-        timeout=params["timeout"],
-    )
+from ansible_collections.composefs.oci.plugins.module_utils.source.options import options_of
 
 
 def run(module: AnsibleModule, base: dict) -> dict:
@@ -216,6 +199,8 @@ def run(module: AnsibleModule, base: dict) -> dict:
     path = repository_path(module)
     base.update(repository=path)
     options = options_of(params)
+    if not 1 <= params["level"] <= 19:
+        raise InvalidOption(f"The option level is {params['level']}.", "It must be between 1 and 19.")
     dest = parse_reference(params["dest"]) if params["dest"] != "auto" else None
     with opened_repository(module, path) as repository:
         source = makedelta.find(repository, params["source"])

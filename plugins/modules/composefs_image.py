@@ -665,7 +665,8 @@ from ansible_collections.composefs.oci.plugins.module_utils.pull.plan import Sta
 from ansible_collections.composefs.oci.plugins.module_utils.pull.publish import Images
 from ansible_collections.composefs.oci.plugins.module_utils.pull.results import Report
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
-from ansible_collections.composefs.oci.plugins.module_utils.source.options import ProxyOptions
+from ansible_collections.composefs.oci.plugins.module_utils.source.options import at_least
+from ansible_collections.composefs.oci.plugins.module_utils.source.options import options_of as proxy_options
 
 
 def place_of(reference: Reference, params: dict, places: dict[str, str]) -> str:
@@ -763,24 +764,8 @@ def size_of(text: str | None) -> int | None:
 
 def options_of(params: dict, check: bool) -> pull.Options:
     """How to pull."""
-    for option, least in (("timeout", 1), ("retries", 0), ("parallel", 1)):
-        if params[option] is not None and params[option] < least:
-            raise InvalidOption(f"The option {option} is {params[option]}.", f"It must be at least {least}.")
-    proxy = ProxyOptions(
-        executable=(params["executable"],),
-        auth_file=params["auth_file"],
-        username=params["username"],
-        password=params["password"],
-        tls_verify=params["validate_certs"],
-        cert_dir=params["ca_cert_dir"],
-        policy=params["signature_policy"],
-        unenforced_policy=params["unenforced_policy"],
-        timeout=params["timeout"],
-        tmpdir=params["tmpdir"],
-    )
-    for option, least in (("min_rate", 0), ("deadline", 1)):
-        if params[option] is not None and params[option] < least:
-            raise InvalidOption(f"The option {option} is {params[option]}.", f"It must be at least {least}.")
+    proxy = proxy_options(params)
+    at_least(params, parallel=1, min_rate=0, deadline=1)
     return pull.Options(
         max_size=size_of(params["max_size"]),
         min_rate=params["min_rate"],

@@ -160,12 +160,11 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.composefs.oci.plugins.module_utils.errors import InvalidOption
 from ansible_collections.composefs.oci.plugins.module_utils.formats.ocidocuments import parse_platform
 from ansible_collections.composefs.oci.plugins.module_utils.module import guarded, run_module
 from ansible_collections.composefs.oci.plugins.module_utils.operations.remote import look_up
 from ansible_collections.composefs.oci.plugins.module_utils.progress import Progress
-from ansible_collections.composefs.oci.plugins.module_utils.source.options import ProxyOptions
+from ansible_collections.composefs.oci.plugins.module_utils.source.options import options_of
 
 ARGUMENT_SPEC = {
     "ref": {"type": "str", "required": True},
@@ -187,22 +186,8 @@ ARGUMENT_SPEC = {
 def run(module: AnsibleModule) -> dict[str, Any]:
     """Look the reference up."""
     params = module.params
-    for option, least in (("timeout", 1), ("retries", 0)):
-        if params[option] < least:
-            raise InvalidOption(f"The option {option} is {params[option]}.", f"It must be at least {least}.")
-    options = ProxyOptions(
-        executable=(params["executable"],),
-        auth_file=params["auth_file"],
-        username=params["username"],
-        password=params["password"],
-        tls_verify=params["validate_certs"],
-        cert_dir=params["ca_cert_dir"],
-        policy=params["signature_policy"],
-        unenforced_policy=params["unenforced_policy"],
-        platform=parse_platform(params["platform"]) if params["platform"] else None,
-        timeout=params["timeout"],
-    )
-    return look_up(params["ref"], options, params["retries"], Progress())
+    platform = parse_platform(params["platform"]) if params["platform"] else None
+    return look_up(params["ref"], options_of(params, platform), params["retries"], Progress())
 
 
 def main() -> None:

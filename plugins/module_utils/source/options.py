@@ -6,8 +6,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+from ..errors import InvalidOption
 from ..formats.ocidocuments import Platform
 
 
@@ -31,3 +34,23 @@ class ProxyOptions:
     platform: Platform | None = None
     tmpdir: str | None = None
     timeout: float = 120.0
+
+
+def options_of(params: Mapping[str, Any], platform: Platform | None = None) -> ProxyOptions:
+    """What a task says by those options that its module has. InvalidOption for numbers that make no sense."""
+    at_least(params, timeout=1, retries=0)
+    known = {
+        "executable": (params["executable"],),
+        "tls_verify": params["validate_certs"],
+        "cert_dir": params["ca_cert_dir"],
+        "policy": params.get("signature_policy"),
+    }
+    names = ("auth_file", "username", "password", "unenforced_policy", "timeout", "tmpdir")
+    return ProxyOptions(**known, **{name: params[name] for name in names if name in params}, platform=platform)
+
+
+def at_least(params: Mapping[str, Any], **bounds: int) -> None:
+    """InvalidOption if one of these options was given and is smaller than that."""
+    for option, least in bounds.items():
+        if params.get(option) is not None and params[option] < least:
+            raise InvalidOption(f"The option {option} is {params[option]}.", f"It must be at least {least}.")
