@@ -320,7 +320,7 @@ def test_a_proxy_that_wants_credentials_is_not_the_registry(words):
     ],
 )
 def test_credentials_that_are_refused_are_named_and_not_shown(options: dict[str, str], whose: str) -> None:
-    error = skopeo.classify(
+    error = skopeowords.classify(
         ProxyOptions(**options), "Opening docker://r.test/x", "unauthorized: authentication required"
     )
     assert isinstance(error, AuthFailed) and whose in str(error) and "s3cret" not in str(error)
