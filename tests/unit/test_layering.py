@@ -51,7 +51,8 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "host": (
         ("commands", "files", "machine", "mountinfo", "processes", "processors", "watch"),
         ("beneath", "deadman", "filesystem", "locks", "workers"),
-        ("mountcalls", "safety"),
+        ("safety",),
+        ("mountcalls",),
     ),
     "source": (
         ("archive", "options", "source"),
