@@ -11,7 +11,8 @@ import os
 import re
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -135,15 +136,18 @@ def test_many_processes_find_the_same_as_one(repo: Repo) -> None:
 def test_an_object_that_cannot_be_read_is_told_and_the_rest_is_checked(
     repo: Repo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = os.readv
     victim = repo.object(repo.file()).stat().st_ino
 
-    def readv(fd: int, buffers: list[bytearray]) -> int:
-        if os.fstat(fd).st_ino == victim:
-            raise OSError(5, "Input/output error")
-        return real(fd, buffers)
+    def failing(real: Callable[..., Any]) -> Callable[..., Any]:
+        def read(fd: int, *arguments: Any) -> Any:
+            if os.fstat(fd).st_ino == victim:
+                raise OSError(5, "Input/output error")
+            return real(fd, *arguments)
 
-    monkeypatch.setattr(os, "readv", readv)
+        return read
+
+    for call in ("readv", "pread"):
+        monkeypatch.setattr(os, call, failing(getattr(os, call)))
     repo.flip(repo.file("a0"))
     assert sorted(short(run(repo, OBJECTS).findings)) == [
         ("object_damaged", repo.file("a0").hex()),
