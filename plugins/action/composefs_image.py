@@ -52,8 +52,14 @@ RARELY = 30.0
 STOPPING = 10
 
 # One look: a sign that somebody is there, then wait a moment for the result, then tell what there is.
+# The directory is left alone unless it is the user's own and no link: when a job has removed it, anybody can make
+# another one of that name, and what is written there would go wherever planted links lead.
+_ENTER = """\
+here=$(cd {place} 2>/dev/null && pwd -P) || here=/
+cd {directory} 2>/dev/null && [ "$(pwd -P)" = "$here/{name}" ] && [ -O . ] || {{ echo gone; exit 0; }}
+"""
 LOOK_SCRIPT = """\
-cd {directory} 2>/dev/null || {{ echo gone; exit 0; }}
+{enter}\
 : > sign
 n=0
 while [ $n -lt {looks} ] && [ ! -e result ]; do sleep {pause} || sleep 1; n=$((n + 1)); done
@@ -61,7 +67,7 @@ if [ -e result ]; then echo done; else echo busy; fi
 cat progress 2>/dev/null || :
 """
 STOP_SCRIPT = """\
-cd {directory} 2>/dev/null || exit 0
+{enter}\
 : > stop
 n=0
 while [ $n -lt 20 ] && [ -d {directory} ]; do sleep {pause} || sleep 1; n=$((n + 1)); done
@@ -251,7 +257,7 @@ class ActionModule(ActionBase):
 
     def _watch(self, directory: str, line: Line, task_vars: dict[str, t.Any]) -> dict[str, t.Any]:
         parent = os.getppid()
-        script = LOOK_SCRIPT.format(directory=directory, looks=LOOKS, pause=LOOK)
+        script = LOOK_SCRIPT.format(enter=_enter(directory), looks=LOOKS, pause=LOOK)
         heard = time.monotonic()
         while True:
             if os.getppid() != parent:
@@ -283,7 +289,9 @@ class ActionModule(ActionBase):
         old.append((signal.SIGALRM, signal.signal(signal.SIGALRM, _raise)))
         signal.alarm(STOPPING)
         try:
-            self._low_level_execute_command(STOP_SCRIPT.format(directory=directory, pause=LOOK), sudoable=True)
+            self._low_level_execute_command(
+                STOP_SCRIPT.format(enter=_enter(directory), directory=directory, pause=LOOK), sudoable=True
+            )
         except (Exception, _Interrupted) as error:
             # Then the job ends because nobody gives it a sign any more.
             display.vvv(f"composefs: the job could not be told to end: {type(error).__name__}")
@@ -291,6 +299,11 @@ class ActionModule(ActionBase):
             signal.alarm(0)
             for number, handler in old:
                 signal.signal(number, handler)
+
+
+def _enter(directory: str) -> str:
+    place, name = os.path.split(directory)
+    return _ENTER.format(place=place, directory=directory, name=name)
 
 
 def _text(state: str) -> str:

@@ -23,6 +23,7 @@ from . import text
 from .errors import NotARepository, from_exception
 from .formats.digests import is_digest
 from .host import beneath
+from .progress import FileSink
 from .store.repository import Repository, default_path
 
 
@@ -78,6 +79,20 @@ def opened_repository(module: Module, path: str) -> Iterator[Repository]:
             path = os.path.dirname(path)
         empty.place = path
         yield empty
+
+
+def progress_files(*paths: str | None) -> list[FileSink]:
+    """What keeps the files at ``paths`` up to date. UnsafeRepository if a link on the way to one belongs to somebody
+    else, who would choose where root writes.
+    """
+    found = []
+    for path in filter(None, paths):
+        path = os.path.abspath(path)
+        directory = -1  # where nothing can be written the task goes on
+        with contextlib.suppress(OSError):
+            directory = beneath.open_path(os.path.dirname(path))
+        found.append(FileSink(path, directory=directory))
+    return found
 
 
 def operator() -> str:

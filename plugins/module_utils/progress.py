@@ -174,8 +174,10 @@ class FileSink:
     second.
     """
 
-    def __init__(self, path: str, interval: float = 0.5) -> None:
+    def __init__(self, path: str, interval: float = 0.5, directory: int | None = None) -> None:
+        """``directory``: where the file lies, open (O_PATH will do) and taken over; without it the path is believed."""
         self._path = path
+        self._directory = directory
         self._interval = interval
         self._board = Board()
         self._last = float("-inf")
@@ -189,7 +191,12 @@ class FileSink:
         self._write(False)
 
     def close(self) -> None:
-        self._write(True)
+        try:
+            self._write(True)
+        finally:
+            if self._directory is not None and self._directory >= 0:
+                os.close(self._directory)
+                self._directory = -1
 
     def state(self, finished: bool = False) -> dict[str, Any]:
         """The JSON document: ``done``/``total`` bytes, ``rate`` in bytes a second, ``message``, ``finished``,
@@ -215,14 +222,18 @@ class FileSink:
     def _write(self, finished: bool) -> None:
         # By a name that nobody can foresee, which must not exist: the directory may be one where everybody may write. A
         # link that has the file's own name is replaced, not followed.
-        aside = f"{self._path}.{os.urandom(6).hex()}"
+        where, name = os.path.split(self._path)
+        if self._directory is None:
+            self._directory = os.open(where or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        here = self._directory
+        aside = f"{name}.{os.urandom(6).hex()}"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-        with open(os.open(aside, flags, 0o600), "w", encoding="utf-8") as file:
+        with open(os.open(aside, flags, 0o600, dir_fd=here), "w", encoding="utf-8") as file:
             try:
                 json.dump(self.state(finished), file)
                 file.flush()
-                os.replace(aside, self._path)
+                os.replace(aside, name, src_dir_fd=here, dst_dir_fd=here)
             except BaseException:
                 with contextlib.suppress(OSError):
-                    os.unlink(aside)
+                    os.unlink(aside, dir_fd=here)
                 raise

@@ -223,9 +223,14 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.composefs.oci.plugins.module_utils.errors import FormatError, InvalidOption
 from ansible_collections.composefs.oci.plugins.module_utils.host import watch, workers
-from ansible_collections.composefs.oci.plugins.module_utils.module import opened_repository, repository_path, run_module
+from ansible_collections.composefs.oci.plugins.module_utils.module import (
+    opened_repository,
+    progress_files,
+    repository_path,
+    run_module,
+)
 from ansible_collections.composefs.oci.plugins.module_utils.operations import check, repair
-from ansible_collections.composefs.oci.plugins.module_utils.progress import FileSink, Progress
+from ansible_collections.composefs.oci.plugins.module_utils.progress import Progress
 from ansible_collections.composefs.oci.plugins.module_utils.pull.pull import Options
 from ansible_collections.composefs.oci.plugins.module_utils.source.options import options_of
 from ansible_collections.composefs.oci.plugins.module_utils.store import namerecords
@@ -245,8 +250,7 @@ def run(module: AnsibleModule, base: dict[str, Any], life: watch.Life) -> dict[s
         raise InvalidOption(f"The option nice is {params['nice']}.", "It must be between 0 and 19.")
     path = base["repository"] = repository_path(module)
     workers.yield_to_others(params["nice"], params["ionice"])
-    files = [params["progress_file"], life.progress_file]
-    progress = Progress(*(FileSink(path) for path in files if path))
+    progress = Progress(*progress_files(params["progress_file"], life.progress_file))
     try:
         with opened_repository(module, path) as repository:
             wish = check.Wish(params["level"], [namerecords.spelled(repository, name) for name in params["images"]])

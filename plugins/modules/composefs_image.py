@@ -652,6 +652,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.errors import (
 from ansible_collections.composefs.oci.plugins.module_utils.module import (
     guarded,
     opened_repository,
+    progress_files,
     repository_path,
     run_module,
 )
@@ -660,7 +661,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.operations import li
 from ansible_collections.composefs.oci.plugins.module_utils.formats.digests import is_digest
 from ansible_collections.composefs.oci.plugins.module_utils.formats.reference import Reference, parse_reference
 from ansible_collections.composefs.oci.plugins.module_utils.formats.reference import default_name, other_names
-from ansible_collections.composefs.oci.plugins.module_utils.progress import FileSink, Progress
+from ansible_collections.composefs.oci.plugins.module_utils.progress import Progress
 from ansible_collections.composefs.oci.plugins.module_utils.pull.plan import Standing
 from ansible_collections.composefs.oci.plugins.module_utils.pull.publish import Images
 from ansible_collections.composefs.oci.plugins.module_utils.pull.results import Report
@@ -788,8 +789,7 @@ def present(
     module: AnsibleModule, repository: Repository, requests: list[pull.Request], options: pull.Options, life: watch.Life
 ) -> list[Report]:
     """Pull; one report for each image."""
-    files = [module.params["progress_file"], life.progress_file]
-    progress = Progress(watch.Announcer(life), *(FileSink(path) for path in files if path))
+    progress = Progress(watch.Announcer(life), *progress_files(module.params["progress_file"], life.progress_file))
     try:
         outcomes = pull.pull_images(repository, requests, options, progress, life.permit)
     except (SkopeoMissing, SkopeoTooOld, MissingLibrary) as error:

@@ -207,9 +207,14 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.composefs.oci.plugins.module_utils.errors import InvalidOption
 from ansible_collections.composefs.oci.plugins.module_utils.host import watch
-from ansible_collections.composefs.oci.plugins.module_utils.module import opened_repository, repository_path, run_module
+from ansible_collections.composefs.oci.plugins.module_utils.module import (
+    opened_repository,
+    progress_files,
+    repository_path,
+    run_module,
+)
 from ansible_collections.composefs.oci.plugins.module_utils.operations import prune
-from ansible_collections.composefs.oci.plugins.module_utils.progress import FileSink, Progress
+from ansible_collections.composefs.oci.plugins.module_utils.progress import Progress
 
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
@@ -249,8 +254,7 @@ def run(module: AnsibleModule, base: dict[str, Any], life: watch.Life) -> dict[s
     """Do what the task says; ``base`` gets what a failure should still tell."""
     wish = wish_of(module.params)
     path = base["repository"] = repository_path(module)
-    files = [module.params["progress_file"], life.progress_file]
-    progress = Progress(*(FileSink(path) for path in files if path))
+    progress = Progress(*progress_files(module.params["progress_file"], life.progress_file))
     try:
         with opened_repository(module, path) as repository:
             pruned = prune.prune(repository, wish, progress, module.check_mode)

@@ -49,8 +49,8 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("bootable",),
     ),
     "host": (
-        ("commands", "files", "machine", "mountinfo", "processes", "processors", "watch"),
-        ("beneath", "deadman", "filesystem", "locks", "workers"),
+        ("commands", "files", "machine", "mountinfo", "processes", "processors"),
+        ("beneath", "deadman", "filesystem", "locks", "watch", "workers"),
         ("safety",),
         ("mountcalls",),
     ),

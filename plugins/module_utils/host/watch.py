@@ -29,7 +29,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
-from ..errors import EngineError, InvalidOption
+from . import files
+from ..errors import EngineError, FormatError, InvalidOption
 from ..progress import PLANNED, Event
 
 # The directory of a watched task lies here; a user without a home has it, too.
@@ -316,7 +317,7 @@ def _hand_over(job: Job, parent: socket.socket) -> None:
 
 def collect(directory: str) -> NoReturn:
     """Give the output of a finished job as that of this process, and forget the job. Raises EngineError if it is
-    gone.
+    gone: when the job has removed its directory, anybody can make another one of that name.
     """
     parent, name = os.path.split(directory)
     if parent != PLACE or not name.startswith(PREFIX):
@@ -324,11 +325,21 @@ def collect(directory: str) -> NoReturn:
             f"{directory} is not the directory of a job.", "The action plugin names it; leave it to that."
         )
     try:
-        _copy(os.path.join(directory, "result"))
-    except FileNotFoundError as error:
+        with files.opened_directory(PLACE) as place:
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+            own = os.open(name, flags, dir_fd=place)
+        try:
+            if os.fstat(own).st_uid != os.geteuid():
+                raise FileNotFoundError
+            result = files.open_regular(own, "result")
+        finally:
+            os.close(own)
+    except (OSError, FormatError) as error:
         raise EngineError(
             "The job that pulled ended without a result.",
             "If the host was not restarted, look at its log, and run the task again.",
         ) from error
+    with os.fdopen(result, "rb") as file:
+        _write(file.read())
     shutil.rmtree(directory, ignore_errors=True)
     os._exit(0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import stat
 
-from ..host import files
+from ..host import beneath, files
 from . import mounting
 from ..rootfs import dumpfile
 from ..rootfs.erofsreader import ErofsImage
@@ -39,8 +39,9 @@ def write(content: bytes, path: str, check: bool = False) -> bool:
     with doing(f"Writing {path}"):
         if not os.path.isdir(directory):
             raise IOFailed(f"The directory {directory} does not exist.", "Make it first.")
-        # Opened once: whoever may rename the directories above cannot lead what follows elsewhere.
-        with files.opened_directory(directory) as fd:
+        # Opened once, and by no link of somebody else: whoever may rename the directories above, or plant links there,
+        # cannot lead what follows elsewhere.
+        with beneath.opened_path(directory) as fd:
             mode = 0o644
             try:
                 has = os.stat(name, dir_fd=fd, follow_symlinks=False)

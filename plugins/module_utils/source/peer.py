@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import http.client
 import io
+import os
 import re
 import socket
 import tempfile
@@ -176,6 +178,7 @@ class _Connection:
         else:
             self._http = http.client.HTTPConnection(host, parts.port or 80, timeout=options.silence)
         self._used = False
+        self._closed = False
 
     def get(self, path: str, budget: _Budget, what: str) -> _Body:
         """The body of the answer, which must be read to its end or closed before the next request."""
@@ -183,7 +186,7 @@ class _Connection:
             try:
                 answer = self._request(path)
             except (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError):
-                if not self._used:
+                if not self._used or self._closed:
                     raise
                 # A server may close a connection that was idle; that is no fault yet.
                 self._http.close()
@@ -200,6 +203,9 @@ class _Connection:
         for name, value in self._options.headers.items():
             request.putheader(name, value)
         request.endheaders()
+        if self._closed:
+            # It was opened again by this request, when nobody could close it any more.
+            raise ConnectionAbortedError(errno.ECONNABORTED, os.strerror(errno.ECONNABORTED))
         return request.getresponse()
 
     def failed(self, error: Exception, doing: str) -> EngineError:
@@ -212,7 +218,8 @@ class _Connection:
         return RegistryUnreachable(f"{self._name.capitalize()} does not speak HTTP: {type(error).__name__}.")
 
     def close(self) -> None:
-        """From any thread: whoever reads from it fails soon."""
+        """From any thread: whoever reads from it fails soon, and it is not opened again."""
+        self._closed = True
         sock = self._http.sock
         if sock is not None:
             with contextlib.suppress(OSError):
@@ -241,6 +248,9 @@ class _Body(io.RawIOBase):
             if status in (401, 403):
                 raise AuthFailed(f"The peer answers {status} for {what}.", "Look at 'peer_headers'.")
             raise RegistryUnreachable(f"The peer answers {status} for {what}.")
+        if answer.chunked and answer.getheader("Content-Length") is not None:
+            # Whoever reads one as the other believes something that was not said.
+            raise _lie("it tells a length and sends pieces")
         encoding = (answer.getheader("Content-Encoding") or "identity").lower()
         length = answer.getheader("Content-Length")
         if length is not None and not re.fullmatch("[0-9]{1,18}", length):
@@ -340,6 +350,36 @@ class _Body(io.RawIOBase):
         super().close()
 
 
+class _Watch:
+    """Ends a connection over which less comes than the least rate, whoever waits for what: also for the end of an
+    answer, which a peer can put off for ever by words that are no part of its body.
+    """
+
+    def __init__(self, connection: _Connection, options: PeerOptions) -> None:
+        self.body: _Body | None = None
+        self._connection = connection
+        self._options = options
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="peer-watch", daemon=True)
+
+    def __enter__(self) -> _Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        before = 0
+        while not self._done.wait(self._options.slow):
+            now = self.body.wire if self.body is not None else 0
+            if now - before < max(self._options.min_rate * self._options.slow, 1):
+                self._connection.close()
+                return
+            before = now
+
+
 class _PeerLayer(LayerObjects):
     """One layer: the splitstream is fetched at once, objects by several connections, in the order they are wanted."""
 
@@ -370,15 +410,10 @@ class _PeerLayer(LayerObjects):
         try:
             limit = STREAM_FACTOR * layer_size + STREAM_EXTRA
             # Who asks for an object watches the clock; the first answer has nobody else to wait for it.
-            alarm = threading.Timer(options.slow, connection.close)
-            alarm.daemon = True
-            alarm.start()
-            try:
+            with _Watch(connection, options) as watch:
                 path = f"streams/{quote(f'oci-layer-{diff_id}')}"
-                body = connection.get(path, _Budget(limit, "a splitstream"), "the layer")
-            finally:
-                alarm.cancel()
-            self.stream = StreamDigest(ObjectDigest(self._receive(body)))
+                body = watch.body = connection.get(path, _Budget(limit, "a splitstream"), "the layer")
+                self.stream = StreamDigest(ObjectDigest(self._receive(body)))
             self.fetched = body.wire
             found = splitstream.Splitstream.open(self._file, algorithm, splitstream.LAYER)
             most = max(TAR_LEAST, TAR_FACTOR * layer_size)

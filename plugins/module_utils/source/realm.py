@@ -16,6 +16,8 @@ import glob
 import http.client
 import os
 import re
+import socket
+import threading
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -74,6 +76,7 @@ def _challenges(options: ProxyOptions, registry: str) -> list[str]:
     host = "registry-1.docker.io" if registry == "docker.io" else registry
     proxy = None if proxy_bypass(host) else urlsplit(getproxies().get("https", ""))
     connection = None
+    alarm = None
     try:
         if proxy is not None and proxy.hostname:
             connection = http.client.HTTPSConnection(
@@ -82,10 +85,23 @@ def _challenges(options: ProxyOptions, registry: str) -> list[str]:
             connection.set_tunnel(host)
         else:
             connection = http.client.HTTPSConnection(host, timeout=min(options.timeout, _LIMIT), context=context)
+        connection.connect()
+        # Each byte may come in time, and the answer never end: after the limit somebody else ends it.
+        alarm = threading.Timer(min(options.timeout, _LIMIT), _cut, (connection.sock,))
+        alarm.daemon = True
+        alarm.start()
         connection.request("GET", "/v2/", headers={"Accept": "*/*"})
         return connection.getresponse().headers.get_all("WWW-Authenticate") or []
     except (OSError, http.client.HTTPException, ValueError):
         return []
     finally:
+        if alarm is not None:
+            alarm.cancel()
+            alarm.join()  # processes are forked soon, and none should find a thread that holds a lock
         if connection is not None:
             connection.close()
+
+
+def _cut(connected: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        connected.shutdown(socket.SHUT_RDWR)

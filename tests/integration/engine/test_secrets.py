@@ -11,14 +11,18 @@ import contextlib
 import http.server
 import json
 import pathlib
+import socketserver
 import ssl
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from ansible_collections.composefs.oci.plugins.module_utils import errors
 from ansible_collections.composefs.oci.plugins.module_utils.pull import pull
+from ansible_collections.composefs.oci.plugins.module_utils.source import realm
+from ansible_collections.composefs.oci.plugins.module_utils.source.options import ProxyOptions
 from pulling import options, pull_all, pull_one
 from registry import make_certificates
 
@@ -105,6 +109,31 @@ def test_the_password_of_an_auth_file_does_not_leave_either(
     with pytest.raises(errors.TlsFailed, match="plain HTTP"):
         pull_one(repository_path, f"docker://{registry.address}/x:1", chosen=options(proxy=proxy))
     assert realm.sent == []
+
+
+def test_a_registry_that_never_ends_its_answer_does_not_hold_the_question_where_to_log_in(
+    certificates: pathlib.Path, place: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each word comes in time: answers that are not final, without end."""
+    monkeypatch.setattr(realm, "_LIMIT", 1.0)
+    over = threading.Event()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates / "server.crt", certificates / "server.key")
+
+    class Endless(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with contextlib.suppress(OSError), context.wrap_socket(self.request, server_side=True) as connection:
+                while not over.wait(0.05):
+                    connection.sendall(b"HTTP/1.1 100 Continue\r\nX: y\r\n\r\n")
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Endless) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        proxy = ProxyOptions(username=USER, password=PASSWORD, tls_verify=True, cert_dir=str(place / "trust"))
+        started = time.monotonic()
+        realm.check_realm(proxy, f"127.0.0.1:{server.server_address[1]}")
+        assert time.monotonic() - started < 10
+        over.set()
+        server.shutdown()
 
 
 def test_who_does_not_validate_certificates_may_log_in_anywhere(

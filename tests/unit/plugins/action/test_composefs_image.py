@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import pathlib
 import signal
+import subprocess
 from typing import Any, NoReturn
 
 import pytest
@@ -345,3 +347,54 @@ def test_no_host_steers_the_terminal_of_the_controller(live: bool, shown: list[s
     assert result.pop("labels") == {"a": evil}, "what is data stays as the image has it"
     assert "\x1b" not in str(result) and r"\x1b" in result["msg"]
     assert all(line.isprintable() for line in [result["msg"], result["os"], *result["warnings"], *shown])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs other users, which only root can be")
+@pytest.mark.parametrize("how", ["directory", "link"])
+@pytest.mark.parametrize("which", ["look", "stop"])
+def test_a_directory_that_somebody_else_made_after_a_job_is_left_alone(
+    tmp_path: pathlib.Path, how: str, which: str
+) -> None:
+    """Root would empty the file that a planted ``sign`` leads to."""
+    tmp_path.chmod(0o1777)
+    place = tmp_path / f"composefs-oci-{TOKEN}"
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    for name in ("precious", "result"):
+        (victim / name).write_text("precious")
+    if how == "link":
+        place.symlink_to(victim)
+    else:
+        place.mkdir()
+        for name in ("sign", "stop"):
+            (place / name).symlink_to(victim / "precious")
+        os.mkfifo(place / "progress")
+        (place / "result").write_text("forged")
+    os.chown(place, 12345, 12345, follow_symlinks=False)
+    script = composefs_image.LOOK_SCRIPT if which == "look" else composefs_image.STOP_SCRIPT
+    text = script.format(enter=composefs_image._enter(str(place)), directory=str(place), looks=1, pause=0.01)
+    shells = [shell for shell in ("/bin/sh", "/bin/bash", "/bin/busybox") if os.path.exists(shell)]
+    for shell in shells:
+        words = [shell, "sh", "-c", text] if shell.endswith("busybox") else [shell, "-c", text]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True)
+        assert done.stdout == "gone\n"
+    assert {path.name: path.read_text() for path in victim.iterdir()} == dict.fromkeys(
+        ("precious", "result"), "precious"
+    )
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_the_directory_of_a_job_is_looked_at_wherever_the_place_for_temporary_things_lies(
+    tmp_path: pathlib.Path, linked: bool
+) -> None:
+    (tmp_path / "private").mkdir()
+    (tmp_path / "tmp").symlink_to("private") if linked else (tmp_path / "private").rename(tmp_path / "tmp")
+    place = tmp_path / "tmp" / f"composefs-oci-{TOKEN}"
+    place.mkdir()
+    (place / "progress").write_text("far")
+    for result, word in ((None, "busy"), ("x", "done")):
+        if result:
+            (place / "result").write_text(result)
+        text = composefs_image.LOOK_SCRIPT.format(enter=composefs_image._enter(str(place)), looks=1, pause=0.01)
+        done = subprocess.run(["/bin/sh", "-c", text], capture_output=True, text=True, timeout=20, check=True)
+        assert done.stdout == f"{word}\nfar" and (place / "sign").exists()

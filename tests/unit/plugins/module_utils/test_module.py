@@ -12,7 +12,12 @@ from typing import Any
 
 import pytest
 from ansible_collections.composefs.oci.plugins.module_utils import module as threshold
-from ansible_collections.composefs.oci.plugins.module_utils.errors import ImageNotFound, NotARepository
+from ansible_collections.composefs.oci.plugins.module_utils.errors import (
+    ImageNotFound,
+    NotARepository,
+    UnsafeRepository,
+)
+from ansible_collections.composefs.oci.plugins.module_utils.progress import MESSAGE, Event, Progress
 
 
 class Ended(BaseException):
@@ -145,3 +150,28 @@ def test_a_failure_tells_what_was_found_out_and_nothing_else() -> None:
         "msg": "Not there.",
         "error": "image_not_found",
     }
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs other users, which only root can be")
+def test_the_file_of_progress_is_written_where_no_link_of_somebody_else_leads(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "victim").mkdir()
+    for name, owner in (("own", 0), ("theirs", 12345)):
+        (tmp_path / name).symlink_to("victim")
+        os.lchown(tmp_path / name, owner, owner)
+    with pytest.raises(UnsafeRepository, match="link theirs belongs to"):
+        threshold.progress_files(str(tmp_path / "theirs/app.json"))
+    assert os.listdir(tmp_path / "victim") == []
+    (sink,) = threshold.progress_files(str(tmp_path / "own/app.json"), None)
+    # What the directory is called afterwards does not matter: it is the one that was looked at.
+    (tmp_path / "victim").rename(tmp_path / "renamed")
+    (tmp_path / "victim").mkdir()
+    sink.event(Event(MESSAGE, text="hello"))
+    sink.close()
+    assert os.listdir(tmp_path / "renamed") == ["app.json"] and os.listdir(tmp_path / "victim") == []
+
+
+def test_where_no_progress_can_be_written_the_task_goes_on(tmp_path: pathlib.Path) -> None:
+    emit = Progress(*threshold.progress_files(str(tmp_path / "nowhere/app.json")))
+    emit.message("one")
+    emit.close()
+    assert os.listdir(tmp_path) == []

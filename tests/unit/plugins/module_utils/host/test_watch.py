@@ -278,6 +278,24 @@ def test_a_job_that_left_no_result_is_an_error(token: str) -> None:
         watch.collect(watch.directory_of(token))
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs other users, which only root can be")
+@pytest.mark.parametrize("how", ["file", "FIFO", "link"])
+def test_a_result_that_somebody_else_forged_is_not_collected(token: str, tmp_path: pathlib.Path, how: str) -> None:
+    """When a job has ended and removed its directory, anybody can make one of that name."""
+    place = pathlib.Path(watch.directory_of(token))
+    made = tmp_path / "made" if how == "link" else place
+    made.mkdir()
+    if how == "FIFO":
+        os.mkfifo(made / "result")
+    else:
+        (made / "result").write_text('{"changed": false, "msg": "all is well"}')
+    if how == "link":
+        place.symlink_to(made)
+    os.chown(made, 12345, 12345)
+    with pytest.raises(EngineError, match="without a result"):
+        watch.collect(str(place))
+
+
 def test_an_error_of_the_system_in_the_task_is_the_tasks_own(token: str) -> None:
     calls: list[Any] = []
 

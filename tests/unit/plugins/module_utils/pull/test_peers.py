@@ -362,7 +362,67 @@ def trickle(handler: Handler, data: bytes) -> None:
             return
 
 
-FAULTS = [broken, redirect, forbidden, cut, hang_up, header_flood, long_header, silence, trickle]
+def endless(handler: Handler, word: bytes) -> None:
+    while not handler.server.over.wait(0.01):
+        handler.wfile.write(word * 100)
+        handler.wfile.flush()
+
+
+def no_end_of_headers(handler: Handler, data: bytes) -> None:
+    """An answer that is not final may come before the final one, and so on."""
+    endless(handler, b"HTTP/1.1 100 Continue\r\n\r\n")
+
+
+def no_end_of_trailers(handler: Handler, data: bytes) -> None:
+    """What follows the last piece is no part of the body, and no budget counts it."""
+    handler.send_response(200)
+    handler.send_header("Transfer-Encoding", "chunked")
+    handler.send_header("Content-Encoding", "gzip")
+    handler.end_headers()
+    body = gzip.compress(data)
+    handler.wfile.write(b"%x\r\n%s\r\n0\r\n" % (len(body), body))
+    endless(handler, b"X-More: of it\r\n")
+
+
+def large_and_no_end_of_trailers(handler: Handler, data: bytes) -> None:
+    """What is announced as large is read by who takes it, whom nobody watches."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(2 << 20))
+    handler.send_header("Transfer-Encoding", "chunked")
+    handler.send_header("Content-Encoding", "gzip")
+    handler.end_headers()
+    body = gzip.compress(data)
+    handler.wfile.write(b"%x\r\n%s\r\n0\r\n" % (len(body), body))
+    endless(handler, b"X-More: of it\r\n")
+
+
+@pytest.mark.parametrize("where", ["stream", "object"])
+def test_a_peer_that_tells_a_length_and_sends_pieces_is_not_believed(
+    path: pathlib.Path, world: World, peer: LyingPeer, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    impatient = {"silence": 0.5, "slow": 1.0, "min_rate": 10_000}
+    monkeypatch.setattr(peers.PeerOptions, "__init__", patient(peers.PeerOptions.__init__, impatient))
+    setattr(peer, where, large_and_no_end_of_trailers)
+    started = time.monotonic()
+    result = pulled(path, peer.url, parallel=1)
+    assert time.monotonic() - started < 15
+    assert_right(path, result, "registry", "registry")
+    assert "lied" in result["warnings"][0]
+
+
+FAULTS = [
+    no_end_of_headers,
+    no_end_of_trailers,
+    broken,
+    redirect,
+    forbidden,
+    cut,
+    hang_up,
+    header_flood,
+    long_header,
+    silence,
+    trickle,
+]
 
 
 @pytest.mark.parametrize("where", ["stream", "object"])
