@@ -26,6 +26,7 @@ REGISTERED = (
     "rollout_seed",
     "rollout_mounted",
     "rollout_repository_info",
+    "rollout_refused",
 )
 
 

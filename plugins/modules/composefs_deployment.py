@@ -232,6 +232,18 @@ seconds:
   returned: success, and on failure as far as it is known
   type: float
   sample: 4.9
+time:
+  description: When this task changed what is mounted or what is kept, in UTC. V(null) if it changed nothing.
+  returned: always
+  type: str
+  version_added: 0.2.0
+  sample: "2026-11-27T14:40:07Z"
+took:
+  description: How long the task took on the host, in seconds.
+  returned: success
+  type: float
+  version_added: 0.2.0
+  sample: 0.31
 unit:
   description: The unit of systemd that brings the mount back at boot. V(null) if there is none.
   returned: success, and on failure as far as it is known
@@ -254,6 +266,7 @@ error:
 """
 
 import os
+import time
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
@@ -332,6 +345,7 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
     """Do what the task says; ``base`` gets what a failure should still tell."""
     params = module.params
     check = module.check_mode
+    begun = time.monotonic()
     path = base["path"] = os.path.abspath(params["path"])
     with doing(f"Looking for the mount point {path}"):
         # Resolved once, here; whoever could put a link in its place must be root or the user that runs this.
@@ -404,7 +418,9 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
         base["reason"] = params["reason"] or "asked for"
     if result.event is not None:
         base["seconds"] = result.event.seconds
+    base["took"] = round(time.monotonic() - begun, 2)
     if result.changed and not check:
+        base["time"] = journal.stamp()
         module.log(f"At {path} the image {base['image_id']} is {base['state']} (was {base['previous_image_id']})")
     keys = ("image_id", "digest", "state", "rollout", "unit")
     diff = {"before": {key: old[key] for key in keys}, "after": {key: base[key] for key in keys}}
@@ -446,7 +462,7 @@ def main() -> None:
     """Entry point of the module."""
     module = AnsibleModule(argument_spec=ARGUMENT_SPEC, supports_check_mode=True)
     keys = ("path", "repository", "name", "digest", "image_id", "previous_digest", "previous_image_id", "state")
-    more = ("deadline", "rollout", "reason", "seconds", "unit")
+    more = ("deadline", "rollout", "reason", "seconds", "time", "took", "unit")
     base: dict[str, Any] = {"changed": False, "pins": [], **dict.fromkeys((*keys, *more))}
     run_module(module, lambda module: run(module, base), base)
 

@@ -606,6 +606,18 @@ images:
   returned: when O(images) is used
   type: list
   elements: dict
+verity:
+  description: Whether fs-verity protects every object of the repository. V(null) in check mode where there is none yet.
+  returned: success
+  type: bool
+  version_added: 0.2.0
+  sample: true
+free_bytes:
+  description: The bytes that are free on the file system of the repository at the end of the task.
+  returned: success
+  type: int
+  version_added: 0.2.0
+  sample: 52613349376
 skopeo_version:
   description: The version of C(skopeo). V(null) if it was not needed.
   returned: success
@@ -849,9 +861,12 @@ def run(module: AnsibleModule, base: dict, life: watch.Life) -> dict:
         else:
             reports = [pull.forget(repository, request, module.check_mode) for request in requests]
             warn_of_mounts(module, repository, reports)
+        # What check mode makes up where there is no repository yet says nothing of the one to come.
+        verity = None if repository.place else repository.secure
+        free, _inodes = repository.free_space()
     changed = any(report.changed for report in reports)
     images = [{**report.result.values(), "repository": path} for report in reports]
-    result = {"changed": changed, "repository": path}
+    result = {"changed": changed, "repository": path, "verity": verity, "free_bytes": free}
     for key in ("skopeo_version", "protocol_version"):
         result[key] = next((image[key] for image in images if image[key]), None)
     if changed:

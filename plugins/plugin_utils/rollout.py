@@ -339,18 +339,41 @@ def _error_of(host: Host) -> dict[str, str] | None:
     return None
 
 
-def _seconds(found: Mapping[str, Any]) -> float | None:
-    stats = found.get("stats") or {}
-    for value in (found.get("seconds"), stats.get("seconds")):
-        if isinstance(value, (int, float)):
-            return round(float(value), 1)
-    return None
+def change(found: Mapping[str, Any]) -> str:
+    """What one task of a rollout did to a host, in a line for a person who watches; empty if it changed nothing."""
+    if found.get("failed") and found.get("error") == "reverted":
+        return f"taken back at {found.get('path')}: {found.get('msg')}"
+    if not found.get("changed") or found.get("failed"):
+        return ""
+    name, path, state = str(found.get("name") or "image"), found.get("path"), str(found.get("state"))
+    image = f"{name} {_short(found.get('digest'))}"
+    if state == "activated":
+        return f"{image} is on trial at {path}, to be confirmed until {found.get('deadline')}"
+    if state == "confirmed":
+        return f"{image} is confirmed at {path} (was {_short(found.get('previous_digest'))})"
+    if state == "reverted":
+        return f"taken back at {path}, {_short(found.get('digest'))} is there again: {found.get('reason')}"
+    return f"nothing is mounted at {path} any more"
+
+
+def _seconds(value: Any) -> float | None:
+    return round(float(value), 1) if isinstance(value, (int, float)) else None
+
+
+def _sources(fetched: Mapping[str, Any]) -> dict[str, int]:
+    """How many bytes came from where: ``registry`` (the origin or a seed), ``delta``, ``peer``."""
+    sources: dict[str, int] = {}
+    for layer in fetched.get("layers") or ():
+        if layer.get("status") == "new" and layer.get("source"):
+            sources[layer["source"]] = sources.get(layer["source"], 0) + int(layer.get("bytes_to_fetch") or 0)
+    return sources
 
 
 def host_row(name: str, host: Host, path: str, digest: str, wave: int | None, looked: bool = True) -> dict[str, Any]:
     """One host of the report."""
     before = deployment(host, path)
     fetched = result(host, "rollout_fetched")
+    ended = result(host, "rollout_reverted") or result(host, "rollout_confirmed")
     state = state_of(host, path, digest, looked)
     current = before.get("current") or {}
     error = _error_of(host)
@@ -367,11 +390,15 @@ def host_row(name: str, host: Host, path: str, digest: str, wave: int | None, lo
         "before": current.get("digest"),
         "after": after,
         "bytes": int((fetched.get("stats") or {}).get("bytes_fetched") or 0) if succeeded(fetched) else 0,
+        "bytes_by_source": _sources(fetched) if succeeded(fetched) else {},
         "seconds": {
-            "fetch": _seconds(fetched),
-            "activate": _seconds(result(host, "rollout_activated")),
-            "confirm": _seconds(result(host, "rollout_confirmed")),
+            "fetch": _seconds(((fetched.get("stats") or {}).get("seconds") or {}).get("total")),
+            "activate": _seconds(result(host, "rollout_activated").get("took")),
+            "trial": _seconds(ended.get("seconds")),
+            "confirm": _seconds(result(host, "rollout_confirmed").get("took")),
         },
+        "activated": result(host, "rollout_activated").get("time"),
+        "ended": ended.get("time"),
         "error": error if state not in GOOD else None,
     }
 
@@ -419,9 +446,25 @@ def report(
             "hosts": len(rows),
             "states": {state: number for state, number in by_state.items() if number},
             "bytes": sum(row["bytes"] for row in rows),
+            "bytes_by_source": {
+                source: sum(row["bytes_by_source"].get(source, 0) for row in rows)
+                for source in sorted({source for row in rows for source in row["bytes_by_source"]})
+            },
+            "seconds": _between(about.get("started"), about.get("finished")),
         },
         "hosts": rows,
     }
+
+
+def _between(started: Any, finished: Any) -> float | None:
+    """The seconds between two times in ISO 8601; None where one is missing."""
+    try:
+        first, last = (
+            datetime.datetime.fromisoformat(str(text).replace("Z", "+00:00")) for text in (started, finished)
+        )
+    except ValueError:
+        return None
+    return (last - first).total_seconds()
 
 
 def plan(hosts: Mapping[str, Host], path: str, digest: str) -> dict[str, Any]:
@@ -439,8 +482,15 @@ def plan(hosts: Mapping[str, Host], path: str, digest: str) -> dict[str, Any]:
                 "site": str(host.get("rollout_site") or host.get("rollout_seed") or ""),
                 "state": "change" if state in (UNTOUCHED, STAGED, DRIFTED) else state,
                 "before": (deployment(host, path).get("current") or {}).get("digest"),
+                "before_version": next(
+                    (mount.get("version") for mount in result(host, "rollout_mounted").get("mounts") or ()), None
+                ),
                 "version": planned.get("version"),
                 "bytes": (planned.get("stats") or {}).get("bytes_fetched") if known else None,
+                "free_bytes": planned.get("free_bytes"),
+                "verity": planned.get("verity"),
+                "skopeo": planned.get("skopeo_version"),
+                "refused": ", ".join(host.get("rollout_refused") or ()) or None,
                 "error": _error_of(host),
             }
         )
@@ -451,10 +501,19 @@ def plan(hosts: Mapping[str, Host], path: str, digest: str) -> dict[str, Any]:
         "absent": sum(row["state"] == ABSENT for row in rows),
         "failed": sum(row["state"] in (FAILED, REVERT_FAILED) for row in rows),
         "bytes": sum(row["bytes"] or 0 for row in rows),
+        "least_free_bytes": min((row["free_bytes"] for row in rows if row["free_bytes"] is not None), default=None),
+        "without_verity": sum(row["verity"] is False for row in rows),
+        "before_versions": _counted(row["before_version"] for row in rows if row["before"]),
+        "skopeo": _counted(row["skopeo"] for row in rows if row["skopeo"]),
     }
     before = [row["before"] for row in rows if row["before"] and row["state"] == "change"]
     shared = sorted(old for old in set(before) if before.count(old) >= 2)
     return {"hosts": rows, "totals": totals, "shared": shared}
+
+
+def _counted(values: Iterable[Any]) -> dict[str, int]:
+    found = [str(value or "?") for value in values]
+    return {value: found.count(value) for value in sorted(set(found))}
 
 
 def status(hosts: Mapping[str, Host], name: str = "", path: str = "") -> dict[str, Any]:
@@ -552,9 +611,16 @@ def comma_separated(rows: Sequence[Mapping[str, Any]]) -> str:
     writer = csv.writer(out)
     writer.writerow(names)
     for row in rows:
-        cells = ["" if row.get(name) is None else str(row.get(name)) for name in names]
+        cells = [_cell(row.get(name)) for name in names]
         writer.writerow([f"'{cell}" if cell[:1] in ("=", "+", "@", "\t", "\r") else cell for cell in cells])
     return out.getvalue()
+
+
+def _cell(value: Any) -> str:
+    """What a cell says: of an error its code."""
+    if isinstance(value, Mapping):
+        value = value.get("code")
+    return "" if value is None else str(value)
 
 
 def digest_of(answer: Mapping[str, Any], pin: str) -> str:
@@ -574,6 +640,8 @@ def _waves(rows: Sequence[Mapping[str, Any]], waves: Mapping[str, int]) -> list[
             {
                 "number": number,
                 "hosts": len(of_wave),
+                "started": min((row["activated"] for row in of_wave if row["activated"]), default=None),
+                "finished": max((row["ended"] for row in of_wave if row["ended"]), default=None),
                 "confirmed": sum(row["state"] in GOOD for row in of_wave),
                 "failed": sum(row["state"] in (LOST, FAILED, REVERTED, REVERT_FAILED) for row in of_wave),
             }

@@ -41,7 +41,8 @@ FIRST = tar(member("usr/", type=DIRECTORY), member("usr/one", b"1" * 300))
 SECOND = tar(member("usr/two", b"2" * 300))
 IMAGE = set(ImageResult().values()) | {"repository"}
 FAILURE = {"changed", "repository", "msg", "error", "failed", "attempts", "seconds"}
-SHAPE = IMAGE | {"changed"}
+PLACE = {"verity", "free_bytes"}
+SHAPE = IMAGE | PLACE | {"changed"}
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def run(world: World, repository: str, capsys: pytest.CaptureFixture[str], monke
                 assert FAILURE - {"repository"} <= told <= FAILURE | facts
                 assert None not in result.values()
             else:
-                extra = {"images", "changed", "repository", "skopeo_version", "protocol_version"}
+                extra = PLACE | {"images", "changed", "repository", "skopeo_version", "protocol_version"}
                 assert told == (extra if several else SHAPE)
                 for image in result.get("images", []):
                     assert set(image) == IMAGE

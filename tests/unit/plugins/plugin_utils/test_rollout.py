@@ -274,7 +274,74 @@ def test_a_plan_counts_bytes_and_hosts() -> None:
         "absent": 1,
         "failed": 0,
         "bytes": 1000,
+        "least_free_bytes": None,
+        "without_verity": 0,
+        "before_versions": {"?": 2},
+        "skopeo": {},
     }
+
+
+def test_a_plan_tells_space_verity_and_versions_for_each_host_and_in_total() -> None:
+    hosts = {
+        name: {
+            "rollout_before": BEFORE,
+            "rollout_planned": {**FETCHED, "free_bytes": free, "verity": verity, "skopeo_version": "1.9.3"},
+            "rollout_mounted": {"mounts": [{"path": PATH, "version": "1.3"}]},
+            "rollout_refused": [] if verity else ["its repository has no fs-verity"],
+        }
+        for name, free, verity in (("a", 10, True), ("b", 5, False))
+    }
+    planned = rollout.plan(hosts, PATH, NEW)
+    totals = planned["totals"]
+    assert (totals["least_free_bytes"], totals["without_verity"]) == (5, 1)
+    assert (totals["before_versions"], totals["skopeo"]) == ({"1.3": 2}, {"1.9.3": 2})
+    assert [row["refused"] for row in planned["hosts"]] == [None, "its repository has no fs-verity"]
+    assert rollout.comma_separated(planned["hosts"]).count("\n") == 3
+
+
+def test_the_report_tells_when_waves_were_and_where_bytes_came_from() -> None:
+    layers = [
+        {"status": "new", "source": "delta", "bytes_to_fetch": 10},
+        {"status": "new", "source": "registry", "bytes_to_fetch": 90},
+        {"status": "present", "source": None, "bytes_to_fetch": 0},
+    ]
+    host = {
+        "rollout_before": BEFORE,
+        "rollout_fetched": {
+            **FETCHED,
+            "layers": layers,
+            "stats": {"bytes_fetched": 100, "seconds": {"fetch": 1.0, "total": 1.44}},
+        },
+        "rollout_activated": {**CHANGED, "took": 0.31, "time": "2026-11-27T14:00:00Z"},
+        "rollout_confirmed": {**CHANGED, "took": 0.2, "seconds": 5.0, "time": "2026-11-27T14:00:05Z"},
+    }
+    about = {**ABOUT, "started": "2026-11-27T13:59:00Z", "finished": "2026-11-27T14:01:00Z"}
+    made = rollout.report({"a": host}, about, {"a": 1})
+    check(made)
+    (wave,) = made["waves"]
+    assert (wave["started"], wave["finished"]) == ("2026-11-27T14:00:00Z", "2026-11-27T14:00:05Z")
+    assert made["totals"]["bytes_by_source"] == {"delta": 10, "registry": 90} and made["totals"]["seconds"] == 120
+    assert made["hosts"][0]["seconds"] == {"fetch": 1.4, "activate": 0.3, "trial": 5.0, "confirm": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ({"changed": True, "state": "activated", "deadline": "2026-11-27T14:05:00Z"}, "on trial at /srv/app"),
+        ({"changed": True, "state": "confirmed", "previous_digest": OLD}, "confirmed at /srv/app (was aaaaaaaaaaaa)"),
+        ({"changed": True, "state": "reverted", "reason": "health"}, "bbbbbbbbbbbb is there again: health"),
+        ({"changed": True, "state": "absent"}, "nothing is mounted at /srv/app any more"),
+        ({"failed": True, "error": "reverted", "msg": "too late"}, "taken back at /srv/app: too late"),
+    ],
+)
+def test_each_change_of_a_host_is_one_line_for_who_watches(found: dict[str, Any], words: str) -> None:
+    line = rollout.change({"name": "app", "path": PATH, "digest": NEW, **found})
+    assert words in line and "\n" not in line
+
+
+def test_what_changed_nothing_has_no_line() -> None:
+    assert rollout.change({"changed": False, "state": "activated"}) == ""
+    assert rollout.change({"failed": True, "error": "busy", "changed": False}) == ""
 
 
 def test_deltas_are_worth_making_from_what_at_least_two_hosts_have() -> None:
