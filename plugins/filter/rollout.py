@@ -142,6 +142,14 @@ def rollout_done(names: Sequence[str], hostvars: Mapping[str, Any], path: str, d
     return list(states) if all(state in rollout.GOOD for state in states.values()) else []
 
 
+def rollout_seeds(names: Sequence[str], hostvars: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The seeds that can be pruned after a rollout that is complete on ``names``, and what each has to keep."""
+    if not names:
+        return {}
+    sites = {name: str(hostvars[name].get("rollout_seed") or "") for name in hostvars}
+    return rollout.seeds(_hosts(hostvars, names), sites)
+
+
 def rollout_digest(answer: Mapping[str, Any], pin: str = "index") -> str:
     """The digest that a rollout speaks of, from what a pull in check mode returned."""
     return rollout.digest_of(answer, pin)
@@ -180,6 +188,7 @@ class FilterModule:
             "rollout_plan": rollout_plan,
             "rollout_refusal": rollout_refusal,
             "rollout_report": rollout_report,
+            "rollout_seeds": rollout_seeds,
             "rollout_csv": rollout_csv,
             "rollout_status": rollout_status,
             "rollout_table": rollout_table,

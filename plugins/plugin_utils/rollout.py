@@ -222,6 +222,29 @@ def state_of(host: Host, path: str, digest: str, looked: bool = True) -> str:
     return STAGED if is_ready(host) else UNTOUCHED
 
 
+def kept_digests(host: Host) -> set[str]:
+    """Every digest that a deployment of ``host`` may still need: what it has, had, and tries."""
+    digests: set[str] = set()
+    for found in result(host, "rollout_before").get("deployments") or ():
+        for image in (found.get("current"), found.get("pending"), *(found.get("previous") or ())):
+            digests |= {str((image or {}).get(key)) for key in ("digest", "index_digest")}
+    return {digest for digest in digests if DIGEST.match(digest)}
+
+
+def seeds(hosts: Mapping[str, Host], sites: Mapping[str, str]) -> dict[str, list[str]]:
+    """The seeds that can be pruned after a rollout to ``hosts``, and the digests that each has to keep.
+
+    ``sites`` are all hosts that there are and their seeds. A seed that serves a host which was not part of the rollout
+    is left alone, for nobody asked that host what it needs.
+    """
+    keep: dict[str, set[str]] = {}
+    for name, seed in sites.items():
+        if seed:
+            keep.setdefault(seed, set()).update(kept_digests(hosts.get(name, {})))
+    served_elsewhere = {seed for name, seed in sites.items() if name not in hosts}
+    return {seed: sorted(digests) for seed, digests in sorted(keep.items()) if seed not in served_elsewhere}
+
+
 # ---- order and gate --------------------------------------------------------------------------------------------------
 
 

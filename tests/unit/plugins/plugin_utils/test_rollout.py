@@ -350,6 +350,15 @@ def test_deltas_are_worth_making_from_what_at_least_two_hosts_have() -> None:
     assert rollout.plan({"a": HOSTS["untouched"], "c": HOSTS["current"]}, PATH, NEW)["shared"] == []
 
 
+def test_a_seed_keeps_what_its_hosts_have_and_had_and_is_left_alone_if_it_serves_others() -> None:
+    third, fourth = "sha256:" + "c" * 64, "sha256:" + "d" * 64
+    told = {"current": {"digest": OLD, "index_digest": third}, "previous": [{"digest": fourth, "index_digest": None}]}
+    hosts = {"a": {"rollout_before": {"deployments": [told]}}, "b": HOSTS["untouched"], "c": HOSTS["current"]}
+    sites = {"a": "s1", "b": "s1", "c": "s2", "x": ""}
+    assert rollout.seeds(hosts, sites) == {"s1": sorted({OLD, third, fourth}), "s2": [NEW]}
+    assert rollout.seeds(hosts, {**sites, "y": "s2"}) == {"s1": sorted({OLD, third, fourth})}
+
+
 def test_the_digest_is_the_index_where_that_is_pinned() -> None:
     answer = {"digest": OLD, "registry_digest": OLD, "index_digest": NEW}
     assert [rollout.digest_of(answer, pin) for pin in ("index", "manifest")] == [NEW, OLD]
