@@ -88,7 +88,9 @@ def versions() -> dict[str, str]:
 
 
 def journals() -> dict[str, Any]:
-    return {name: json.loads(ssh(name, "cat /var/lib/composefs-oci/deployments/*.json")) for name in NAMES}
+    """As they lie on the disks of the hosts, whether or not one can log in there."""
+    file = "var/lib/composefs-oci/deployments/srv-app.json"
+    return {name: json.loads((namespace.directory_of(name) / file).read_text()) for name in NAMES}
 
 
 def test_every_host_has_the_first_image() -> None:
@@ -129,11 +131,17 @@ def test_a_plan_moves_nothing_and_counts_bytes() -> None:
         ({"rollout_confirm_within": 10}, "too short"),
         ({"rollout_hosts": "nobody", "rollout_canaries": ""}, "matches no host"),
         ({"rollout_name": "n" * 200}, "255 bytes"),
+        ({"rollout_name": "other", "rollout_new": True}, "belongs to app (rollout_adopt: true takes it over)"),
+        ({"rollout_verity": "required", "rollout_new": True}, "no fs-verity (rollout_verity: disabled does without)"),
+        ({"rollout_persistent": True, "rollout_new": True}, "no systemd, so its mount cannot come back at boot"),
+        ({"rollout_digest": f"sha256:{'0' * 64}"}, "no host can get"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_anything_moves(variables: dict[str, Any], words: str) -> None:
+    before = journals()
     code, told = run("rollout", **variables)
     assert code != 0 and words in " ".join(told.split()), told[-3000:]
+    assert journals() == before and "Activate the image" not in told
 
 
 def test_a_bad_image_reaches_canaries_only_and_they_go_back() -> None:
@@ -145,30 +153,93 @@ def test_a_bad_image_reaches_canaries_only_and_they_go_back() -> None:
     assert all(journal["pending"] is None for journal in journals().values())
 
 
-@pytest.mark.parametrize("number", range(20 if LONG else 1))
-def test_hosts_settle_by_themselves_when_the_controller_dies(number: int) -> None:
-    """Killed at a random moment of the waves, the hosts are confirmed or back when the window is over."""
-    image = ("app-2", "app-1")[number % 2]
-    process = start("rollout", "--tags", "plan,prefetch,activate", image=image, rollout_soak=[2, 1])
-    waited, begin = random.Random(number), time.monotonic()
-    while "TASK [composefs.oci.rollout : Activate the image]" not in pathlib.Path(process.log.name).read_text():  # type: ignore[attr-defined]
-        assert process.poll() is None and time.monotonic() - begin < 300, pathlib.Path(process.log.name).read_text()[
-            -3000:
-        ]  # type: ignore[attr-defined]
-        time.sleep(0.2)
-    time.sleep(waited.uniform(0, 12 if LONG else 6))
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def test_an_image_that_closes_sshd_is_noticed_and_the_hosts_open_it_again() -> None:
+    """The connection that is open goes on; only a new one tells. Nobody can then log in to take the image back."""
+    keys = "/root/.ssh/authorized_keys"
+    close = f"if grep -q 2 /srv/app/opt/app/version; then mv {keys} {keys}.away; else mv {keys}.away {keys}; fi"
+    code, told = run("rollout", image="app-2", rollout_new=True, rollout_reload=["sh", "-c", close])
+    assert code in (2, 4), told[-3000:]
+    assert {name for name, state in states().items() if state == "lost"} == CANARIES, told[-3000:]
+    assert {state for name, state in states().items() if name not in CANARIES} == {"staged"}
+    assert newest()["result"] == "halted"
+    wait_until_settled()
+    assert set(versions().values()) == {"1"}
+    ended = [journals()[name]["history"][-1] for name in CANARIES]
+    assert {(event["result"], event["reason"]) for event in ended} == {("reverted", "not confirmed in time")}
+
+
+def wait_until_settled() -> None:
+    """Until no host has an image on trial any more, which must be so when the window is over."""
     deadline = time.monotonic() + WITHIN + 10
-    while time.monotonic() < deadline and any(journal["pending"] for journal in journals().values()):
-        time.sleep(2)
+    while waiting := [name for name, journal in journals().items() if journal["pending"]]:
+        assert time.monotonic() < deadline, waiting
+        time.sleep(1)
+
+
+def changing(process: subprocess.Popen[str]) -> None:
+    """Wait until the first wave has begun."""
+    log, begin = pathlib.Path(process.log.name), time.monotonic()  # type: ignore[attr-defined]
+    while "TASK [composefs.oci.rollout : Activate the image]" not in log.read_text():
+        assert process.poll() is None and time.monotonic() - begin < 600, log.read_text()[-3000:]
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def lengths() -> tuple[float, float]:
+    """How many seconds a rollout takes until its waves begin, and how many they take."""
+    if not LONG:
+        return 0.0, 6.0
+    # Both images are on all hosts then, so that what is killed are waves and not pulls.
+    assert run("rollout", "--tags", "plan,seed,prefetch", image="app-2", rollout_new=True)[0] == 0
+    begin = time.monotonic()
+    process = start("rollout", "--tags", "plan,activate", image="app-2")
+    changing(process)
+    begun = time.monotonic()
+    assert process.wait(900) == 0 and set(versions().values()) == {"2"}
+    found = begun - begin, time.monotonic() - begun
+    note(f"a rollout of {len(NAMES)} hosts: {found[0]:.0f} s until its waves, {found[1]:.0f} s for them")
+    return found
+
+
+def note(text: str) -> None:
+    """Keep a figure for people, beside the logs."""
+    with open(scenarios.ephemeral() / "figures", "a") as file:
+        file.write(text + "\n")
+
+
+@pytest.mark.parametrize("number", range(20 if LONG else 1))
+def test_hosts_settle_by_themselves_when_the_controller_dies(number: int, lengths: tuple[float, float]) -> None:
+    """Killed at a random moment, most of them within the waves, all hosts are confirmed or back when the window is
+    over, and what is mounted is what the journal calls current.
+    """
+    image = ("app-1", "app-2")[number % 2] if LONG else "app-2"
+    chance = random.Random(number)
+    process = start("rollout", "--tags", "plan,activate" if LONG else "plan,prefetch,activate", image=image)
+    if number % 5 == 4:
+        moment = chance.uniform(0, lengths[0])
+        time.sleep(moment)
+        when = f"{moment:.1f} s after its start"
+    else:
+        changing(process)
+        moment = chance.uniform(0, 0.9 * lengths[1])
+        time.sleep(moment)
+        when = f"{moment:.1f} s after its waves began"
+    over = process.poll() is not None
+    if not over:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    died = time.monotonic()
+    at_death = sum(bool(journal["pending"]) for journal in journals().values())
+    wait_until_settled()
+    settled = time.monotonic() - died
     found, mounted = journals(), versions()
-    assert [name for name, journal in found.items() if journal["pending"]] == []
-    for name, journal in found.items():
-        version = {scenarios.created()["images"][f"app-{v}"]["digest"]: str(v) for v in (1, 2)}[
-            journal["current"]["digest"]
-        ]
-        assert mounted[name] == version, name
+    digests = {scenarios.created()["images"][f"app-{version}"]["digest"]: str(version) for version in (1, 2)}
+    has = {name: digests[journal["current"]["digest"]] for name, journal in found.items()}
+    assert mounted == has
+    note(
+        f"{'ended before the kill' if over else 'killed'} {when}: {at_death} on trial then, settled {settled:.0f} s "
+        f"later, {sum(version == image[-1] for version in has.values())} of {len(has)} have {image}"
+    )
 
 
 def test_the_same_command_then_finishes() -> None:
@@ -204,6 +275,16 @@ def test_the_status_is_told_by_the_hosts_alone() -> None:
     rows = json.loads((ROLLOUTS / "status.json").read_text())["hosts"]
     assert {row["host"] for row in rows} == set(NAMES) and {row["name"] for row in rows} == {"app"}
     assert (ROLLOUTS / "status.csv").read_text().count("\n") >= len(NAMES) + 1
+
+
+def test_hosts_of_a_site_take_the_delta_that_its_seed_made() -> None:
+    code, told = run("rollout", "--tags", "plan,seed,prefetch", image="app-3", rollout_new=True, rollout_deltas="auto")
+    assert code == 0 and "no delta" not in told, told[-3000:]
+    made = newest()
+    assert made["result"] == "staged" and made["totals"]["bytes_by_source"].get("delta", 0) > 0, made["totals"]
+    seeds = {"rollout-a01", "rollout-b01"}
+    fetched = {row["host"]: row["bytes_by_source"] for row in made["hosts"] if row["host"] not in seeds}
+    assert all(set(sources) == {"delta"} and sources["delta"] < 50_000 for sources in fetched.values()), fetched
 
 
 def test_check_mode_foretells_and_changes_nothing() -> None:
