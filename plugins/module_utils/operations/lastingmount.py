@@ -141,12 +141,21 @@ def have_unmounted(path: str, host: Host, check: bool = False, rollout: str | No
         if found.changed and not check:
             mounting.require_capability(f"Unmounting {path}")
         return found
-    # A task that was killed at the very end may have left its lock, and what only the last one cleans up.
+    # A task that was killed at the very end may have left its lock, or directories that only the last one removes.
     left = os.path.lexists(f"{journal.file_of(path, host.places)}.lock")
+    left = left or any(_is_empty(directory) for directory in (host.places.journals, host.places.library))
     if not left and not _have_unmounted(path, host, rollout, True).changed:
         return Result(False, None, None, None)
     with lock(path, host, strict=False):
         return _have_unmounted(path, host, rollout, False)
+
+
+def _is_empty(directory: str) -> bool:
+    """Whether there is such a directory with nothing in it."""
+    try:
+        return not os.listdir(directory)
+    except OSError:
+        return False
 
 
 def _have_unmounted(path: str, host: Host, rollout: str | None, check: bool) -> Result:

@@ -10,11 +10,13 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 from ansible_collections.composefs.oci.plugins.module_utils.errors import (
@@ -264,9 +266,9 @@ def test_mounts_and_deployments_are_told(app: App, cfsctl: Callable[..., str]) -
 # ---- at boot ---------------------------------------------------------------------------------------------------------
 
 
-def run_program(app: App, *words: str) -> subprocess.CompletedProcess[str]:
+def run_program(app: App, *words: str, before: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     """As a unit runs it: an isolated interpreter, no environment, another working directory."""
-    command = [sys.executable, "-I", app.places.application, *words, *app.places.words, "--", str(app.point)]
+    command = [*before, sys.executable, "-I", app.places.application, *words, *app.places.words, "--", str(app.point)]
     return subprocess.run(command, cwd="/", env={}, capture_output=True, text=True, check=False)
 
 
@@ -349,12 +351,14 @@ elif verb == "unmount":
 """
 
 
-def start(app: App, verb: str, first: str, second: str, seconds: int = 60) -> subprocess.Popen[str]:
+def start(
+    app: App, verb: str, first: str, second: str, seconds: int = 60, before: tuple[str, ...] = ()
+) -> subprocess.Popen[str]:
     """A process that is about to begin with the verb: it waits for a line."""
     here = pathlib.Path(__file__).parent
     words = [str(app.point.parent), str(app.repository), verb, first, second, str(seconds)]
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, *words],
+        [*before, sys.executable, "-c", SCRIPT, *words],
         cwd=here,
         env={**os.environ, "PYTHONPATH": str(here), "PYTHONDONTWRITEBYTECODE": "1"},
         stdin=subprocess.PIPE,
@@ -373,19 +377,70 @@ def go(process: subprocess.Popen[str]) -> None:
     process.stdin.flush()
 
 
-@pytest.mark.parametrize("verb", ["activate", "confirm", "revert", "mount", "unmount"])
-def test_a_verb_that_is_killed_at_any_moment_leaves_what_the_next_one_repairs(app: App, verb: str) -> None:
+class Pair(NamedTuple):
+    """The digests of two versions, and the ids of their images."""
+
+    first: str
+    second: str
+    old: str
+    new: str
+
+
+def judge_what_a_death_left(app: App, verb: str, pair: Pair, where: str) -> None:
     """The old mount, or the new one with a timer behind it or confirmed; and the same verb again finishes."""
-    chance = random.Random(verb)
+    _first, second, old, new = pair
+    found, mounted = app.journal(), app.mounted()
+    state = f"{verb} {where}: {found}, {mounted}"
+    if verb == "unmount":
+        assert mounted in (old, None), state
+    else:
+        assert mounted in (old, new), state
+        assert found is not None and found.current is not None, state
+        if mounted == new and found.current.image_id != new and verb != "mount":
+            assert found.pending is not None and waiting(app) == 1, state
+        kept = app.links()
+        assert mounted in kept and found.current.image_id in kept, state
+    # The same again, to its end.
+    if verb == "activate":
+        if found.pending is not None and mounted == old:
+            app.revert(rollout="r")
+        app.activate(second, rollout="r")
+        app.confirm(second)
+        assert app.data() == content("v2")
+    elif verb == "confirm":
+        app.confirm(second, rollout="r")
+        assert app.data() == content("v2") and app.journal().current.image_id == new and waiting(app) == 0
+    elif verb == "revert":
+        app.revert(rollout="r")
+        assert app.data() == content("v1") and app.journal().pending is None
+    elif verb == "mount":
+        app.mount(f"app@{second}")
+        assert app.data() == content("v2") and not app.mount(f"app@{second}").changed
+    else:
+        app.unmount()
+        assert app.mounted() is None and app.links() == set() and not os.path.exists(app.places.journals)
+
+
+def prepare(app: App, verb: str, number: object) -> Pair:
+    """The first image is current; for verbs that end a trial the second one is on trial."""
     first, second = app.stage("v1"), app.stage("v2")
-    old, new = image_of(app, f"app@{first}"), image_of(app, f"app@{second}")
+    pair = Pair(first, second, image_of(app, f"app@{first}"), image_of(app, f"app@{second}"))
+    app.activate(first, confirm_within=0, rollout=f"base {number}")
+    if verb in ("confirm", "revert"):
+        app.activate(second, rollout="r", confirm_within=60)
+    return pair
+
+
+VERBS = ["activate", "confirm", "revert", "mount", "unmount"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_that_is_killed_at_any_moment_leaves_what_the_next_one_repairs(app: App, verb: str) -> None:
+    chance = random.Random(verb)
     longest = 0.4
     for number in range(int(os.environ.get("COMPOSEFS_OCI_KILLS", "10"))):
-        app.stage("v1"), app.stage("v2")
-        app.activate(first, confirm_within=0, rollout=f"base {number}")
-        if verb in ("confirm", "revert"):
-            app.activate(second, rollout="r", confirm_within=60)
-        process = start(app, verb, first, second)
+        pair = prepare(app, verb, number)
+        process = start(app, verb, pair.first, pair.second)
         begun = time.monotonic()
         go(process)
         time.sleep(chance.uniform(0, longest))
@@ -393,39 +448,115 @@ def test_a_verb_that_is_killed_at_any_moment_leaves_what_the_next_one_repairs(ap
         process.communicate()
         if process.returncode == 0:
             longest = max(0.05, min(longest, time.monotonic() - begun))
-        found, mounted = app.journal(), app.mounted()
-        state = f"{verb} {number}: {found}, {mounted}"
-        if verb == "unmount":
-            assert mounted in (old, None), state
-        else:
-            assert mounted in (old, new), state
-            assert found is not None and found.current is not None, state
-            if mounted == new and found.current.image_id != new and verb != "mount":
-                assert found.pending is not None and waiting(app) == 1, state
-            kept = app.links()
-            assert mounted in kept and found.current.image_id in kept, state
-        # The same again, to its end.
-        if verb == "activate":
-            if found.pending is not None and mounted == old:
-                app.revert(rollout="r")
-            app.activate(second, rollout="r")
-            app.confirm(second)
-            assert app.data() == content("v2")
-        elif verb == "confirm":
-            app.confirm(second, rollout="r")
-            assert app.data() == content("v2") and app.journal().current.image_id == new and waiting(app) == 0
-        elif verb == "revert":
-            app.revert(rollout="r")
-            assert app.data() == content("v1") and app.journal().pending is None
-        elif verb == "mount":
-            app.mount(f"app@{second}")
-            assert app.data() == content("v2") and not app.mount(f"app@{second}").changed
-        else:
-            app.unmount()
-            assert app.mounted() is None and app.links() == set() and not os.path.exists(app.places.journals)
+        judge_what_a_death_left(app, verb, pair, str(number))
         app.clean()
         if verb != "unmount":
             app.unmount()
+
+
+# Every call that changes something, or makes a process that does.
+STEPS = ("mkdir", "mkdirat", "link", "linkat", "symlink", "symlinkat", "rename", "renameat", "renameat2", "unlink")
+STEPS += ("unlinkat", "rmdir", "fsync", "fdatasync", "syncfs", "fchmod", "fchown", "ftruncate", "flock", "mount")
+STEPS += ("umount2", "fsopen", "fsconfig", "fsmount", "open_tree", "move_mount", "mount_setattr", "fork", "vfork")
+STEPS += ("clone", "clone3")
+TRACED = ",".join(f"?{name}" for name in STEPS)
+
+
+def steps_of(trace: pathlib.Path, after: str) -> list[tuple[str, int]]:
+    """The calls of a trace from the line with ``after`` on, each with its number among those of its name."""
+    counted: dict[str, int] = {}
+    steps: list[tuple[str, int]] = []
+    begun = not after
+    for line in trace.read_text().splitlines():
+        name = line.partition("(")[0]
+        if name in STEPS:
+            counted[name] = counted.get(name, 0) + 1
+            if begun:
+                steps.append((name, counted[name]))
+        begun = begun or after in line
+    return steps
+
+
+def chosen(steps: list[tuple[str, int]], verb: str) -> list[tuple[str, int]]:
+    """All steps if COMPOSEFS_OCI_STEPS says ``all``; else every eighth, another one for each verb."""
+    assert len(steps) >= 10, steps
+    return steps if os.environ.get("COMPOSEFS_OCI_STEPS") == "all" else steps[len(verb) % 8 :: 8]
+
+
+def strace() -> str:
+    found = shutil.which("strace")
+    if not found:
+        pytest.skip("strace is not installed, so no process can be killed at a chosen system call")
+    return found
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_that_dies_at_a_system_call_leaves_what_the_next_one_repairs(
+    app: App, verb: str, tmp_path: pathlib.Path
+) -> None:
+    tracer, trace = strace(), tmp_path / "trace"
+
+    def attempt(number: object, *options: str) -> tuple[int, Pair]:
+        pair = prepare(app, verb, number)
+        process = start(app, verb, pair.first, pair.second, before=(tracer, "-qq", *options))
+        go(process)
+        process.communicate()
+        return process.returncode, pair
+
+    code, pair = attempt("traced", "-o", str(trace), "-e", f"trace={TRACED},write", "-e", "signal=none")
+    assert code == 0
+    judge_what_a_death_left(app, verb, pair, "to its end")
+    for name, number in chosen(steps_of(trace, "ready"), verb):
+        app.clean()
+        if verb != "unmount":
+            app.unmount()
+        inject = f"inject={name}:signal=SIGKILL:when={number}"
+        code, pair = attempt(f"{name} {number}", "-o", "/dev/null", "-e", f"trace={name}", "-e", inject)
+        judge_what_a_death_left(app, verb, pair, f"at {name} {number}, status {code}")
+
+
+@pytest.mark.parametrize("verb", ["boot", "timer"])
+def test_the_program_that_dies_at_a_system_call_is_repaired_by_the_next(
+    app: App, verb: str, tmp_path: pathlib.Path
+) -> None:
+    """A boot after a power cut in a trial, and the timer that takes an image back."""
+    tracer, trace = strace(), tmp_path / "trace"
+
+    def attempt(*options: str) -> tuple[int, str]:
+        first, second = app.stage("v1"), app.stage("v2")
+        app.activate(first, confirm_within=0)
+        app.activate(second, rollout="r1")
+        words = ["boot"]
+        if verb == "timer":
+            words = ["revert", "--token", app.journal().pending.token]
+        else:
+            earlier = journal.to_values(app.journal())
+            earlier["boot"], earlier["pending"]["boot"] = None, "an earlier one"
+            journal.write(journal.parse(json.dumps(earlier).encode(), "x"), app.places)
+            subprocess.run(["umount", str(app.point)], check=True)
+        return run_program(app, *words, before=(tracer, "-qq", *options)).returncode, words[-1]
+
+    def judge(word: str, where: str) -> None:
+        found, mounted = app.journal(), app.mounted()
+        first, second = (image_of(app, f"app@{app.stage(version)}") for version in ("v1", "v2"))
+        assert mounted in ((first, None) if verb == "boot" else (first, second)), where
+        assert found.current.image_id == first and {first} <= app.links(), where
+        if verb == "boot":
+            assert run_program(app, "boot").returncode == 0, where
+        else:
+            # The next verb, for the timer does not come twice.
+            app.revert(rollout="r1")
+        assert app.data() == content("v1") and app.journal().pending is None, where
+
+    code, word = attempt("-o", str(trace), "-e", f"trace={TRACED}", "-e", "signal=none")
+    assert code == 0
+    judge(word, "to its end")
+    for name, number in chosen(steps_of(trace, ""), verb):
+        app.clean()
+        app.unmount()
+        inject = f"inject={name}:signal=SIGKILL:when={number}"
+        code, word = attempt("-o", "/dev/null", "-e", f"trace={name}", "-e", inject)
+        judge(word, f"at {name} {number}, status {code}")
 
 
 def test_of_confirming_and_reverting_at_once_one_wins_and_the_other_is_told(app: App) -> None:

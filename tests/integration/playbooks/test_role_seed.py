@@ -69,7 +69,7 @@ class Seed:
         self.skopeo.parent.mkdir()
         mirror = self.containers / "registries.conf.d/50-composefs-oci-site.conf"
         self.skopeo.write_text(
-            f"#!/bin/sh\n[ ! -e {mirror} ] || set -- --registries-conf {mirror} \"$@\"\n"
+            f'#!/bin/sh\n[ ! -e {mirror} ] || set -- --registries-conf {mirror} "$@"\n'
             f'exec {shutil.which(skopeo)} --registries.d {self.containers}/registries.d "$@"\n'
         )
         self.skopeo.chmod(0o755)

@@ -20,7 +20,7 @@ testinfra_hosts = ["ansible://hosts"]
 
 GUEST = "confirm-trixie"
 TIMER = "composefs-oci-revert-srv-app.timer"
-ROUNDS = range(20 if os.environ.get("COMPOSEFS_OCI_LONG") else 2)
+ROUNDS = range(20 if os.environ.get("COMPOSEFS_OCI_LONG") else 1)
 
 
 def deploy(host: Any, **values: Any) -> dict[str, Any]:
