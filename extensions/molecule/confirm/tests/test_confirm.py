@@ -61,6 +61,35 @@ def test_the_first_version_is_mounted_by_a_unit(host: Any) -> None:
     assert host.run("systemctl is-enabled composefs-oci-srv-app.service").stdout.strip() == "enabled"
 
 
+TO_THE_EARLIER_ONE = """
+import json, pathlib, shutil
+unit = pathlib.Path("/etc/systemd/system/composefs-oci-srv-app.service")
+library = pathlib.Path("/var/lib/composefs-oci/deployments")
+image = json.loads((library / "srv-app.json").read_text())["current"]["image_id"]
+text = unit.read_text().replace('"boot" "--', f'"mount" "--image" "{image}" "--')
+assert text != unit.read_text()
+unit.write_text(text + f"Image={image}\n")
+shutil.rmtree(library)
+shutil.rmtree("/srv/ext4/images/images/refs/composefs-oci")
+"""
+
+
+def test_a_unit_of_version_0_1_0_is_taken_over_without_an_interruption(host: Any, lab: dict[str, Any]) -> None:
+    """It names the image, and there is neither a journal nor a link. Later tests boot with what it became."""
+    host.run_test("python3 -c %s", TO_THE_EARLIER_ONE)
+    host.run_test("systemctl daemon-reload")
+    before = host.run("findmnt -n -o ID /srv/app").stdout
+    result: dict[str, Any] = host.ansible(
+        "composefs.oci.composefs_mount",
+        json.dumps({"path": "/srv/app", "repository": "/srv/ext4/images", "image": "app", "persistent": True}),
+        check=False,
+    )
+    assert result["unit"] == "composefs-oci-srv-app.service", result
+    assert host.run("findmnt -n -o ID /srv/app").stdout == before and mounted(host) == "small"
+    assert '"boot" "--' in host.file("/etc/systemd/system/composefs-oci-srv-app.service").content_string
+    assert journal(host)["current"]["digest"] == lab["images"]["small"]["digest"]
+
+
 def test_what_nobody_confirms_is_taken_back_by_a_timer_of_systemd(host: Any, lab: dict[str, Any]) -> None:
     told = deploy(host, digest=lab["images"]["cut"]["digest"], rollout="r1", confirm_within=15)
     assert told["state"] == "activated" and mounted(host) == "cut"

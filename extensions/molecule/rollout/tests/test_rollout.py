@@ -12,6 +12,7 @@ import os
 import pathlib
 import random
 import re
+import shlex
 import signal
 import subprocess
 import time
@@ -30,6 +31,50 @@ WITHIN = 64
 ROLLOUTS = scenarios.ephemeral() / "rollouts"
 
 
+def blocks_of_the_guide(kind: str) -> list[str]:
+    """The blocks of code of the guide "Rolling out to a fleet"."""
+    found, inside = [], False
+    for line in (pathlib.Path(__file__).resolve().parents[4] / "docs/docsite/rst/rollout.rst").read_text().splitlines():
+        if line.startswith(".. code-block::"):
+            inside = line.endswith(kind)
+            if inside:
+                found.append("")
+        elif line and not line.startswith(" "):
+            inside = False
+        elif inside:
+            found[-1] += line[4:] + "\n"
+    return found
+
+
+COMMANDS = [line for block in blocks_of_the_guide("console") for line in block.splitlines() if line]
+"""Every command that the guide prints."""
+
+(SETTINGS,) = [block for block in blocks_of_the_guide("yaml") if "# rollout.yml" in block]
+tried: set[str] = set()
+
+
+def as_in_the_guide(playbook: str, tags: str = "", **variables: Any) -> tuple[int, str]:
+    """Run the command that the guide prints for this, with its file of variables, and with what is another one here."""
+    (line,) = [
+        line
+        for line in COMMANDS
+        if f" composefs.oci.{playbook}" in line and (f"--tags {tags}" in line if tags else "--tags" not in line)
+    ]
+    tried.add(line)
+    file = scenarios.ephemeral() / "rollout.yml"
+    file.write_text(SETTINGS)
+    words = shlex.split(line)
+    assert words[:4] == ["ansible-playbook", "-i", "inventory", f"composefs.oci.{playbook}"], line
+    words = [f"@{file}" if word == "@rollout.yml" else word for word in words[4:]]
+    words = [f"@{newest_plan()}" if word.startswith("@rollouts/") else word for word in words]
+    # Namespace hosts have no service that could be asked or reloaded.
+    return run(playbook, *words, rollout_health_url="", rollout_reload=[], **variables)
+
+
+def newest_plan() -> pathlib.Path:
+    return max(ROLLOUTS.glob("*.plan.json"), key=lambda path: path.stat().st_mtime_ns)
+
+
 def start(playbook: str, *words: str, **variables: Any) -> subprocess.Popen[str]:
     """ansible-playbook on the hosts of this scenario, in a session of its own so that it can be killed as a whole."""
     environment = {**os.environ, "ANSIBLE_CONFIG": str(scenarios.ephemeral() / "ansible.cfg")}
@@ -45,7 +90,7 @@ def start(playbook: str, *words: str, **variables: Any) -> subprocess.Popen[str]
     command = ["ansible-playbook", "-i", os.environ["MOLECULE_INVENTORY_FILE"], f"composefs.oci.{playbook}"]
     log = open(scenarios.ephemeral() / f"{playbook}-{time.time():.0f}.log", "w+")  # noqa: SIM115 - read by run
     process = subprocess.Popen(
-        [*command, "-e", json.dumps(given), *words],
+        [*command, *words, "-e", json.dumps(given)],
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
@@ -108,16 +153,18 @@ def test_each_layer_left_the_origin_once_for_a_site() -> None:
 
 
 def test_the_same_command_again_changes_nothing() -> None:
-    code, told = run("rollout")
+    code, told = as_in_the_guide("rollout")
     assert code == 0, told[-3000:]
     assert set(states().values()) == {"current"}
     assert not [line for line in told.splitlines() if re.match(r"rollout-\S+ .*changed=[1-9]", line)], told[-3000:]
 
 
 def test_a_plan_moves_nothing_and_counts_bytes() -> None:
-    code, told = run("rollout", "--tags", "plan", image="app-2", rollout_new=True)
+    code, told = as_in_the_guide("rollout", "plan", image="app-2", rollout_new=True)
     assert code == 0, told[-3000:]
-    plan = json.loads(max(ROLLOUTS.glob("*.plan.json"), key=lambda path: path.stat().st_mtime_ns).read_text())
+    plan = json.loads(newest_plan().read_text())
+    rows = newest_plan().with_suffix(".csv").read_text().splitlines()
+    assert rows[0].startswith("host,site,state") and len(rows) == len(NAMES) + 1
     assert plan["rollout_plan"]["totals"]["change"] == len(NAMES) and plan["rollout_plan"]["totals"]["bytes"] > 0
     assert set(versions().values()) == {"1"}
 
@@ -243,9 +290,11 @@ def test_hosts_settle_by_themselves_when_the_controller_dies(number: int, length
 
 
 def test_the_same_command_then_finishes() -> None:
-    code, told = run("rollout", image="app-2")
+    code, told = run("rollout", "--tags", "plan,prefetch,activate", image="app-2")
     assert code == 0, told[-3000:]
     assert newest()["result"] == "complete" and set(versions().values()) == {"2"}
+    changed = [name for name, state in states().items() if state == "confirmed"]
+    assert all(f"{name}: app " in told for name in changed), "each change is a line"
 
 
 def test_a_host_that_is_away_is_absent_and_does_not_hold_up_the_rest() -> None:
@@ -259,18 +308,23 @@ def test_a_host_that_is_away_is_absent_and_does_not_hold_up_the_rest() -> None:
         }
     finally:
         namespace.start(away, "bookworm")
-    code, told = run("rollout", image="app-1")
+    # Fetched by day and activated in the window, by the plan that was approved.
+    code, told = as_in_the_guide("rollout", "seed,prefetch", image="app-1")
+    assert code == 0 and states()[away] == "staged", told[-3000:]
+    code, told = as_in_the_guide("rollout", "activate", image="app-1")
     assert code == 0 and states()[away] == "confirmed", told[-3000:]
+    waves = newest()["waves"]
+    assert all(wave["started"] and wave["started"] <= wave["finished"] for wave in waves), waves
 
 
 def test_rollback_takes_every_host_to_what_it_had() -> None:
-    code, told = run("rollback")
+    code, told = as_in_the_guide("rollback")
     assert code == 0, told[-3000:]
     assert set(versions().values()) == {"2"}
 
 
 def test_the_status_is_told_by_the_hosts_alone() -> None:
-    code, told = run("status")
+    code, told = as_in_the_guide("status")
     assert code == 0, told[-3000:]
     rows = json.loads((ROLLOUTS / "status.json").read_text())["hosts"]
     assert {row["host"] for row in rows} == set(NAMES) and {row["name"] for row in rows} == {"app"}
@@ -301,3 +355,7 @@ def test_retire_leaves_nothing_mounted() -> None:
         ssh(name, "ls /var/lib/composefs-oci/deployments 2>/dev/null | grep -c 'json$' || true").strip()
         for name in NAMES
     } == {"0"}
+
+
+def test_every_command_of_the_guide_was_run() -> None:
+    assert set(COMMANDS) == tried
