@@ -76,8 +76,7 @@ shutil.rmtree("/srv/ext4/images/images/refs/composefs-oci")
 
 def test_a_unit_of_version_0_1_0_is_taken_over_without_an_interruption(host: Any, lab: dict[str, Any]) -> None:
     """It names the image, and there is neither a journal nor a link. Later tests boot with what it became."""
-    host.run_test("python3 -c %s", TO_THE_EARLIER_ONE)
-    host.run_test("systemctl daemon-reload")
+    assert host.run("python3 -c %s && systemctl daemon-reload", TO_THE_EARLIER_ONE).rc == 0
     before = host.run("findmnt -n -o ID /srv/app").stdout
     result: dict[str, Any] = host.ansible(
         "composefs.oci.composefs_mount",
