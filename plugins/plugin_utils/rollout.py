@@ -373,7 +373,8 @@ def change(found: Mapping[str, Any]) -> str:
     if state == "activated":
         return f"{image} is on trial at {path}, to be confirmed until {found.get('deadline')}"
     if state == "confirmed":
-        return f"{image} is confirmed at {path} (was {_short(found.get('previous_digest'))})"
+        was = f" (was {_short(found.get('previous_digest'))})" if found.get("previous_digest") else ""
+        return f"{image} is confirmed at {path}{was}"
     if state == "reverted":
         return f"taken back at {path}, {_short(found.get('digest'))} is there again: {found.get('reason')}"
     return f"nothing is mounted at {path} any more"

