@@ -234,7 +234,7 @@ seconds:
   sample: 4.9
 time:
   description: When this task changed what is mounted or what is kept, in UTC. V(null) if it changed nothing.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: str
   version_added: 0.2.0
   sample: "2026-11-27T14:40:07Z"
