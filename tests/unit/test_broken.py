@@ -21,7 +21,9 @@ import broken
 
 
 @pytest.mark.parametrize("breakage", broken.BREAKAGES, ids=lambda breakage: f"{breakage.scenario}: {breakage.promise}")
-def test_a_breakage_can_be_applied_and_leaves_what_can_be_read(breakage: broken.Breakage, tmp_path: pathlib.Path) -> None:
+def test_a_breakage_can_be_applied_and_leaves_what_can_be_read(
+    breakage: broken.Breakage, tmp_path: pathlib.Path
+) -> None:
     copy = tmp_path / breakage.file
     copy.parent.mkdir(parents=True)
     shutil.copyfile(ROOT / breakage.file, copy)
