@@ -37,8 +37,8 @@ from ansible_collections.composefs.oci.plugins.module_utils.host.watch import (
     directory_of,
 )
 from ansible_collections.composefs.oci.plugins.module_utils.progress import summary
-from ansible_collections.composefs.oci.plugins.module_utils.text import DATA, printable_values
 from ansible_collections.composefs.oci.plugins.plugin_utils.foretold import facts_of
+from ansible_collections.composefs.oci.plugins.plugin_utils.gate import shown
 
 display = Display()
 
@@ -110,10 +110,6 @@ def _is_terminal(pid: int) -> bool:
         os.close(fd)
 
 
-# Of a result: what is data of the image, and a traceback, whose lines Ansible shows as they are.
-SPARED = DATA | {"exception"}
-
-
 class Line:
     """The live line of one host. It is drawn over itself where only one host is at work and a person looks; elsewhere
     it comes seldom. It goes to standard error, so that the output of a callback for machines stays whole.
@@ -170,8 +166,7 @@ class ActionModule(ActionBase):
             if self._copies:
                 with contextlib.suppress(AnsibleConnectionFailure):
                     self._remove_tmp_path(self._copies)
-        shown: dict[str, t.Any] = printable_values(result, SPARED)
-        return shown
+        return shown(result)
 
     # The directory on the host with copies of archives.
     _copies = ""

@@ -10,29 +10,21 @@ from __future__ import annotations
 
 import typing as t
 
-from ansible.plugins.action import ActionBase
-
 from ansible_collections.composefs.oci.plugins.plugin_utils.foretold import environment
+from ansible_collections.composefs.oci.plugins.plugin_utils.gate import GatedAction
 
 
-class InformedAction(ActionBase):
+class InformedAction(GatedAction):
     """Runs the module of the same name."""
 
-    _supports_async = True
-    _supports_check_mode = True
-    _supports_diff = True
-
-    def run(self, tmp: str | None = None, task_vars: dict[str, t.Any] | None = None) -> dict[str, t.Any]:
-        """Run the module; its result."""
-        result = super().run(tmp, task_vars)
-        task_vars = task_vars or {}
+    def execute(self, task_vars: dict[str, t.Any]) -> dict[str, t.Any]:
+        """The module's own result."""
         before = self._task.environment
         known = environment(task_vars) if self._task.check_mode else {}
         if known:
             both = before if isinstance(before, list) else [before] if before else []
             self._task.environment = [*both, known]
         try:
-            result.update(self._execute_module(task_vars=task_vars, wrap_async=bool(self._task.async_val)))
+            return super().execute(task_vars)
         finally:
             self._task.environment = before
-        return result

@@ -200,7 +200,33 @@ def test_an_interpreter_that_does_not_see_the_packages_is_named_and_pip_helps_if
         skopeo_use_pip=True,
     )
     assert helped.code == 0, helped.text
-    assert {"zstandard", "jsonschema"} <= set(helped.facts["libraries"])
+    lists = pathlib.Path(__file__).resolve().parents[3] / "roles/skopeo/files/pip"
+    for name in ("zstandard", "jsonschema"):
+        pinned = re.findall(rf"^{name}==([^ ]+)", (lists / f"{name}.txt").read_text(), re.MULTILINE)
+        assert helped.facts["libraries"][name] in pinned
+
+
+def test_pip_takes_nothing_whose_digest_is_not_known(host: Host, tmp_path: pathlib.Path) -> None:
+    """An index that serves something else under the right name and version is refused, and that is said."""
+    if not shutil.which("skopeo"):
+        pytest.skip("skopeo is not installed here")
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    interpreter = str(tmp_path / "venv" / "bin" / "python")
+    lists = tmp_path / "lists"
+    shutil.copytree(pathlib.Path(__file__).resolve().parents[3] / "roles/skopeo/files/pip", lists)
+    text = (lists / "zstandard.txt").read_text()
+    (lists / "zstandard.txt").write_text(re.sub("sha256:[0-9a-f]{8}", "sha256:00000000", text))
+    refused = host.run(
+        interpreter=interpreter,
+        skopeo_library_packages=[],
+        skopeo_accelerator_packages=[],
+        skopeo_accelerators=False,
+        skopeo_use_pip=True,
+        skopeo_pip_lists=str(lists),
+    )
+    assert refused.code != 0 and "DO NOT MATCH THE HASHES" in refused.text
+    listed = subprocess.run([interpreter, "-m", "pip", "list"], capture_output=True, text=True, check=True)
+    assert "zstandard" not in listed.stdout
 
 
 def test_an_old_skopeo_is_warned_about_or_refused_as_asked(host: Host) -> None:
