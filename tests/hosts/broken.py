@@ -118,7 +118,7 @@ BREAKAGES = (
         "registry",
         "the password is on no command line",
         ENGINE + "source/skopeo.py",
-        'argv += [f"--{side}authfile", f"/proc/self/fd/{descriptor}"]',
+        'argv += [f"--{side}authfile", f"/proc/self/fd/{fd}"]',
         'argv += ["--creds", f"{options.username}:{options.password}"]',
         "test_no_process_showed_the_password",
     ),

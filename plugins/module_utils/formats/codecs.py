@@ -417,10 +417,10 @@ class _Frames:
         """Length of the frame header at ``pos``, whose first five bytes are there; checks the window if all
         of it is.
         """
-        descriptor = data[pos + 4]
-        single = descriptor >> 5 & 1
-        content_size = (1 if single else 0, 2, 4, 8)[descriptor >> 6]
-        before = (0 if single else 1) + (0, 1, 2, 4)[descriptor & 3]
+        flags = data[pos + 4]
+        single = flags >> 5 & 1
+        content_size = (1 if single else 0, 2, 4, 8)[flags >> 6]
+        before = (0 if single else 1) + (0, 1, 2, 4)[flags & 3]
         size = 5 + before + content_size
         if len(data) - pos >= size:
             if single:
@@ -433,7 +433,7 @@ class _Frames:
                     f"A zstd frame needs {window >> 20} MiB of memory to decode, more than the {_MAX_WINDOW >> 20} "
                     f"MiB that decoders grant"
                 )
-            self._checksum = descriptor & 4
+            self._checksum = flags & 4
         return size
 
 

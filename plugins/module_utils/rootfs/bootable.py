@@ -15,8 +15,8 @@ import struct
 from collections.abc import Iterator
 
 from ..errors import InvalidLayer, NotBootable
-from .filetree import Directory, FileSystem, Leaf, Node, count_links
-from .selinux import ReadObject, apply_policy, find, find_directory, read_file, read_policy, remove_labels
+from .filetree import Directory, FileSystem, Leaf, Node, ReadObject, count_links, find, find_directory, read_file
+from .selinux import apply_policy, read_policy, remove_labels
 from ..formats.tarheader import show
 from .merge import empty
 

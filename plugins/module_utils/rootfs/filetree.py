@@ -11,10 +11,15 @@ instead of changing them.
 from __future__ import annotations
 
 import stat as st
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Union
 
+from ..errors import InvalidLayer
 from ..formats.digests import ObjectDigest
+from ..formats.tarheader import show
+
+ReadObject = Callable[[ObjectDigest, int], bytes]
+"""What reads an external file: (digest, limit in bytes) -> content; it raises an EngineError for a longer one."""
 
 
 class Stat:
@@ -185,3 +190,43 @@ def count_links(root: Directory) -> tuple[int, int]:
             distinct += 1
         leaf.nlink += 1
     return folders, distinct
+
+
+def find(root: Directory, path: bytes) -> Node | None:
+    """The inode at ``path`` (relative or absolute), None when it or one of its parents is missing; never through a
+    symlink.
+
+    Raises InvalidLayer when a parent is no directory or the path contains ``..``.
+    """
+    node: Node = root
+    for part in path.split(b"/"):
+        if part in (b"", b"."):
+            continue
+        if part == b"..":
+            raise InvalidLayer(f"The path {show(path)} contains '..'.")
+        if not isinstance(node, Directory):
+            raise InvalidLayer(f"A part of {show(path)} is not a directory in the image.")
+        child = node.entries.get(part)
+        if child is None:
+            return None
+        node = child
+    return node
+
+
+def find_directory(root: Directory, path: bytes) -> Directory | None:
+    """As find(), for a directory: anything else there is an InvalidLayer."""
+    node = find(root, path)
+    if node is not None and not isinstance(node, Directory):
+        raise InvalidLayer(f"{show(path)} of the image is not a directory.")
+    return node
+
+
+def read_file(node: Node, path: bytes, read_object: ReadObject, limit: int) -> bytes:
+    """The content of a regular file of at most ``limit`` bytes; InvalidLayer when it is longer or not a
+    regular file.
+    """
+    if not isinstance(node, Leaf) or node.kind != st.S_IFREG:
+        raise InvalidLayer(f"{show(path)} of the image is not a regular file.")
+    if node.size > limit:
+        raise InvalidLayer(f"{show(path)} of the image has {node.size} bytes; at most {limit} are read.")
+    return node.data if node.digest is None else read_object(node.digest, limit)

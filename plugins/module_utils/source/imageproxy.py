@@ -139,8 +139,8 @@ class ImageProxy:
                     self._scratch = Scratch(options.tmpdir)
                     place = self._scratch.path
                     options = dataclasses.replace(options, tmpdir=place)
-                with command(options, self.reference, ("experimental-image-proxy",), ()) as (argv, descriptors):
-                    self._child = Child(argv, theirs.fileno(), subprocess.DEVNULL, descriptors, place)
+                with command(options, self.reference, ("experimental-image-proxy",), ()) as (argv, fds):
+                    self._child = Child(argv, theirs.fileno(), subprocess.DEVNULL, fds, place)
             except BaseException:
                 ours.close()
                 self._clean_up()
@@ -441,19 +441,19 @@ class ImageProxy:
             )
         except OSError:
             packet, ancillary, flags = b"", [], 0
-        descriptors = _descriptors(ancillary)
+        fds = _fds(ancillary)
         try:
             if not packet:
                 self._died(method, what)
             if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
                 self._violated(method, "a reply that is too long")
             value, pipeid = self._reply(method, what, packet)
-            if (len(descriptors), pipeid != 0) != (int(pipe), pipe):
-                self._violated(method, f"{len(descriptors)} descriptors and the pipe {pipeid}")
-            return _Reply(value, pipeid, descriptors.pop() if pipe else -1)
+            if (len(fds), pipeid != 0) != (int(pipe), pipe):
+                self._violated(method, f"{len(fds)} descriptors and the pipe {pipeid}")
+            return _Reply(value, pipeid, fds.pop() if pipe else -1)
         finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
+            for fd in fds:
+                os.close(fd)
 
     def _reply(self, method: str, what: str, packet: bytes) -> tuple[Any, int]:
         try:
@@ -526,7 +526,7 @@ class ImageProxy:
         raise ProxyFailed(f"skopeo {how}{said}", "Run the task again.", doing=what, said=quoted, passing=True)
 
 
-def _descriptors(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
+def _fds(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
     found = array.array("i")
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:

@@ -40,11 +40,11 @@ def push(options: ProxyOptions, layout: Reference, dest: Reference, size: int) -
     chosen = dataclasses.replace(options, insecure_policy=True, policy=None, platform=None)
     with command(chosen, dest, ("copy", "--quiet"), ("--", layout.text, dest.text), side="dest-") as (
         argv,
-        descriptors,
+        fds,
     ):
         null = os.open(os.devnull, os.O_RDWR)
         try:
-            child = Child(argv, null, null, descriptors)
+            child = Child(argv, null, null, fds)
         finally:
             os.close(null)
     try:

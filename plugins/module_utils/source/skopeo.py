@@ -59,7 +59,7 @@ class Child:
     """
 
     def __init__(
-        self, argv: Sequence[str], stdin: int, stdout: int, descriptors: Sequence[int], tmpdir: str | None = None
+        self, argv: Sequence[str], stdin: int, stdout: int, fds: Sequence[int], tmpdir: str | None = None
     ) -> None:
         self._lock = threading.Lock()
         self._log = _log_file()
@@ -69,7 +69,7 @@ class Child:
                 stdin=stdin,
                 stdout=stdout,
                 stderr=self._log,
-                pass_fds=descriptors,
+                pass_fds=fds,
                 start_new_session=True,
                 preexec_fn=_die_with_parent(),
                 env={**os.environ, "TMPDIR": tmpdir} if tmpdir else None,
@@ -198,29 +198,27 @@ class Scratch:
 
 
 def _unnamed_file(name: str, flags: int = 0) -> int:
-    """The descriptor of a file that no directory knows, so that nothing remains of it whatever happens; readable by its
+    """A file that no directory knows, so that nothing remains of it whatever happens; readable by its
     owner only.
     """
     try:
-        descriptor = os.memfd_create(name, 1 | flags)  # MFD_CLOEXEC
+        fd = os.memfd_create(name, 1 | flags)  # MFD_CLOEXEC
     except (OSError, AttributeError):
         with tempfile.TemporaryFile(buffering=0) as file:
-            descriptor = os.dup(file.fileno())
-    os.fchmod(descriptor, 0o600)
-    return descriptor
+            fd = os.dup(file.fileno())
+    os.fchmod(fd, 0o600)
+    return fd
 
 
 def _log_file() -> int:
     """A file for stderr: it needs no reader, so that no thread does, and cannot grow, so that no chatter fills the
     memory.
     """
-    descriptor = _unnamed_file("skopeo-stderr", 2)  # MFD_ALLOW_SEALING
+    fd = _unnamed_file("skopeo-stderr", 2)  # MFD_ALLOW_SEALING
     with contextlib.suppress(OSError):
-        os.truncate(descriptor, _MAX_LOG)
-        fcntl.fcntl(
-            descriptor, 1033, 0x0004
-        )  # F_ADD_SEALS, F_SEAL_GROW: a write beyond the size fails, and skopeo goes on
-    return descriptor
+        os.truncate(fd, _MAX_LOG)
+        fcntl.fcntl(fd, 1033, 0x0004)  # F_ADD_SEALS, F_SEAL_GROW: a write beyond the size fails, and skopeo goes on
+    return fd
 
 
 def _die_with_parent() -> Callable[[], None] | None:
@@ -252,7 +250,7 @@ def _die_with_parent() -> Callable[[], None] | None:
 def command(
     options: ProxyOptions, reference: Reference, verb: Sequence[str], last: Sequence[str], side: str = ""
 ) -> Iterator[tuple[list[str], list[int]]]:
-    """The arguments for skopeo and the descriptors that it must inherit, which are ours only until it has started.
+    """The arguments for skopeo and the fds that it must inherit, which are ours only until it has started.
 
     ``side`` goes before the options that say how ``reference`` is reached, for verbs that have two (``dest-``).
     """
@@ -284,7 +282,7 @@ def command(
                 f"The certificate directory {options.cert_dir} does not exist.", "Name a directory with *.crt files."
             )
         argv += [f"--{side}cert-dir", options.cert_dir]
-    descriptors: list[int] = []
+    fds: list[int] = []
     with contextlib.ExitStack() as stack:
         if options.auth_file:
             if options.username or options.password:
@@ -303,19 +301,19 @@ def command(
                     "The user name or the password is empty, or the name has a colon.", "Give both or none."
                 )
             if reference.is_remote:
-                descriptor = _auth_file(options.username, options.password, reference.registry)
-                stack.callback(os.close, descriptor)
-                descriptors.append(descriptor)
-                argv += [f"--{side}authfile", f"/proc/self/fd/{descriptor}"]
-        yield argv + list(last), descriptors
+                fd = _auth_file(options.username, options.password, reference.registry)
+                stack.callback(os.close, fd)
+                fds.append(fd)
+                argv += [f"--{side}authfile", f"/proc/self/fd/{fd}"]
+        yield argv + list(last), fds
 
 
 def _auth_file(username: str, password: str, registry: str) -> int:
-    """The descriptor of a file with the credentials for one registry (containers-auth.json(5))."""
+    """A file with the credentials for one registry (containers-auth.json(5))."""
     token = base64.b64encode(f"{username}:{password}".encode("utf-8", "surrogateescape")).decode()
-    descriptor = _unnamed_file("auth")
-    os.write(descriptor, json.dumps({"auths": {registry: {"auth": token}}}).encode())
-    return descriptor
+    fd = _unnamed_file("auth")
+    os.write(fd, json.dumps({"auths": {registry: {"auth": token}}}).encode())
+    return fd
 
 
 def readable(fd: int, deadline: float) -> bool:
@@ -348,8 +346,8 @@ def top_digest(options: ProxyOptions, reference: Reference) -> tuple[str, bytes]
     leads to are proved against it: else DigestMismatch.
     """
     what = f"Opening {reference.text}"
-    with command(options, reference, ("inspect", "--raw"), ("--", reference.text)) as (argv, descriptors):
-        child = Child(argv, subprocess.DEVNULL, subprocess.PIPE, descriptors)
+    with command(options, reference, ("inspect", "--raw"), ("--", reference.text)) as (argv, fds):
+        child = Child(argv, subprocess.DEVNULL, subprocess.PIPE, fds)
     try:
         raw = child.output(MAX_MANIFEST, time.monotonic() + options.timeout, what)
         status = child.wait(options.timeout)
