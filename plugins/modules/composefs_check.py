@@ -290,7 +290,7 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "repository": {"type": "path"},
-            "level": {"type": "str", "choices": ["quick", "objects", "full"], "default": "quick"},
+            "level": {"type": "str", "choices": list(check.LEVELS), "default": check.QUICK},
             "images": {"type": "list", "elements": "str", "default": []},
             "repair": {"type": "bool", "default": False},
             "source": {"type": "path"},

@@ -52,6 +52,7 @@ from ..store.graph import Graph, Root
 from ..store.repository import Repository
 
 QUICK, OBJECTS, FULL = "quick", "objects", "full"
+LEVELS = (QUICK, OBJECTS, FULL)
 
 
 @dataclasses.dataclass(frozen=True)
