@@ -21,6 +21,7 @@ import contextlib
 import os
 import pathlib
 import random
+import re
 import resource
 import shutil
 import signal
@@ -54,10 +55,11 @@ TAGS = ("one", "two", "three")
 LONGEST = {"pull": 2.0, "prune": 0.4, "repair": 2.5, "tag": 0.3, "upgrade": 2.0}
 FULL = 300_000  # bytes that a file may have, where the disk is to be full
 # Everything by which a disk is changed. Opening is not among them: the loader of programs opens files, too.
-CALLS = (
-    "write,pwrite64,writev,copy_file_range,sendfile,ftruncate,fallocate,link,linkat,symlink,symlinkat,"
-    "rename,renameat,renameat2,mkdir,mkdirat,unlink,unlinkat,fsync,fdatasync,syncfs"
-)
+SPACE = {"write", "pwrite64", "writev", "copy_file_range", "sendfile", "fallocate", "link", "linkat", "symlink"}
+SPACE |= {"symlinkat", "rename", "renameat", "renameat2", "mkdir", "mkdirat", "fsync", "fdatasync", "syncfs"}
+CALLS = SPACE | {"ftruncate", "unlink", "unlinkat", "fchmod"}
+ERRORS = {"EIO": CALLS, "ENOSPC": SPACE}
+MOST = 60  # calls of one kind that fail, one after the other; later ones are repetitions
 FAILED = 3
 
 
@@ -83,6 +85,10 @@ def do(verb: str, path: str, layout: str, tag: str) -> None:
             for number in range(200 if digest else 0):
                 repository.tag(f"{tag}-{number % 5}", digest or "")
                 repository.untag(f"{tag}-{(number + 2) % 5}")
+            for name in repository.tags():
+                # They would keep what a prune is to remove.
+                if name.startswith(f"{tag}-"):
+                    repository.untag(name)
 
 
 def findings(path: pathlib.Path) -> list[str]:
@@ -213,54 +219,66 @@ def faults(minutes: float, seed: int) -> None:
     chance = random.Random(seed)
     counts: collections.Counter[str] = collections.Counter()
     end = time.monotonic() + minutes * 60
-    todo = [(verb, error) for verb in VERBS for error in ("EIO", "ENOSPC")]
     with ground(4, 4000) as (path, layout):
         for tag in TAGS:
             do("pull", str(path), str(layout), tag)
-        number = 0
-        while todo and time.monotonic() < end:
-            number += 1
-            for verb, error in list(todo):
-                tag = chance.choice(TAGS)
-                if verb == "pull":
-                    do("prune", str(path), str(layout), tag)
-                else:
-                    do("pull", str(path), str(layout), tag)
-                prepared(verb, path, str(layout), tag, chance)
-                what = inject(verb, path, layout, tag, error, number)
-                if what == "untouched":
-                    todo.remove((verb, error))
-                    counts[f"{verb} with {error} at every call"] = number - 1
-                    continue
-                counts[f"{verb} {error} {what}"] += 1
-                wrong = [what] if what.startswith("Traceback") else finished_by(verb, path, layout, tag)
-                if wrong:
-                    raise Wrong(
-                        f"After call {number} of '{verb} {tag}' failed with {error} (seed {seed}), {path} has:", wrong
-                    )
-    for verb, error in todo:
-        counts[f"{verb} with {error} up to call {number}"] = 1
+
+        def ready(verb: str, tag: str) -> None:
+            do("prune" if verb == "pull" else "pull", str(path), str(layout), tag)
+            prepared(verb, path, str(layout), tag, chance)
+
+        todo = []
+        for verb in VERBS:
+            ready(verb, TAGS[0])
+            made = calls(verb, path, layout, TAGS[0])
+            for error, kinds in ERRORS.items():
+                todo += [(n, verb, error, call) for call in sorted(kinds & set(made)) for n in range(1, made[call] + 1)]
+        # Where not all can be tried, a part of each kind.
+        chance.shuffle(todo)
+        tried = 0
+        for number, verb, error, call in todo:
+            if time.monotonic() > end:
+                break
+            tag = chance.choice(TAGS)
+            ready(verb, tag)
+            what = inject(verb, path, layout, tag, error, call, number)
+            counts[f"{verb} {error} {what.partition(':')[0]}"] += 1
+            tried += 1
+            wrong = [what] if what.startswith("bad") else finished_by(verb, path, layout, tag)
+            if wrong:
+                failed = f"{call} number {number} of '{verb} {tag}' failed with {error}"
+                raise Wrong(f"After {failed} (seed {seed}), {path} has:", wrong)
     told(counts)
+    print(f"{tried} of {len(todo)} faults tried.")
 
 
-def inject(verb: str, path: pathlib.Path, layout: pathlib.Path, tag: str, error: str, number: int) -> str:
-    """Run a verb while the ``number``-th changing call of each of its processes fails: how it ended, ``untouched`` if
-    there are not so many.
+def calls(verb: str, path: pathlib.Path, layout: pathlib.Path, tag: str) -> dict[str, int]:
+    """The calls that change something, and how many of each kind one process of the verb makes at most."""
+    log = path.parent / "strace"
+    words = ["strace", "-f", "-qq", "--seccomp-bpf", "-o", str(log), "-e", f"trace={','.join(sorted(CALLS))}"]
+    subprocess.run([*words, *command(verb, path, layout, tag)], check=True, capture_output=True)
+    found = collections.Counter(re.findall(r"^(\d+) +(\w+)\(", log.read_text(errors="replace"), re.MULTILINE))
+    most: dict[str, int] = {}
+    for (_pid, call), count in found.items():
+        most[call] = min(MOST, max(count, most.get(call, 0)))
+    return most
+
+
+def inject(verb: str, path: pathlib.Path, layout: pathlib.Path, tag: str, error: str, call: str, number: int) -> str:
+    """Run a verb while the ``number``-th ``call`` of each of its processes fails: how it ended, ``untouched`` if there
+    are not so many, ``bad: ...`` if it did not end as it should.
     """
     log = path.parent / "strace"
-    words = ["strace", "-f", "-qq", "--seccomp-bpf", "-o", str(log), "-e", f"trace={CALLS}"]
-    words += ["-e", f"inject={CALLS}:error={error}:when={number}"]
+    words = ["strace", "-f", "-qq", "--seccomp-bpf", "-o", str(log), "-e", f"trace={call}"]
+    words += ["-e", f"inject={call}:error={error}:when={number}"]
     done = subprocess.run(
         [*words, *command(verb, path, layout, tag)], capture_output=True, text=True, check=False, timeout=600
     )
-    hit = "(INJECTED)" in log.read_text(errors="replace")
     if "Traceback" in done.stderr:
-        return done.stderr[done.stderr.index("Traceback") :]
-    if not hit:
+        return f"bad: {done.stderr}"
+    if "(INJECTED)" not in log.read_text(errors="replace"):
         return "untouched"
-    return {0: "borne", FAILED: "told"}.get(
-        done.returncode, f"Traceback? It ended with {done.returncode}: {done.stderr}"
-    )
+    return {0: "borne", FAILED: "told"}.get(done.returncode, f"bad: it ended with {done.returncode}: {done.stderr}")
 
 
 def together(minutes: float, seed: int) -> None:
