@@ -46,6 +46,10 @@ TEST_COMMANDS = {
 }
 
 
+CFSCTL = "0.9.4"
+"""The version of the reference implementation that the tests compare with."""
+
+
 class Missing(Exception):
     """Something that has to be there is not, and could not be installed; the text says what and why."""
 
@@ -60,6 +64,25 @@ def complete_path() -> None:
     os.environ["PATH"] = os.pathsep.join(
         parts + [p for p in ("/usr/local/sbin", "/usr/sbin", "/sbin") if p not in parts]
     )
+
+
+def cfsctl(build: bool) -> str:
+    """See to it that ``cfsctl`` is on the PATH: the one that is there, or the one in the cache, which with ``build`` is
+    built once by cargo. Empty if that worked, else why not.
+    """
+    if shutil.which("cfsctl"):
+        return ""
+    place = pathlib.Path(os.environ.get("COMPOSEFS_OCI_CACHE") or ROOT / ".cache").absolute() / f"cfsctl-{CFSCTL}"
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), str(place / "bin")])
+    if shutil.which("cfsctl"):
+        return ""
+    if not build:
+        return "cfsctl is not on the PATH; 'dev/test cfsctl' builds it once, where there is cargo"
+    if not shutil.which("cargo"):
+        return "there is neither cfsctl nor cargo, which could build it"
+    command = ["cargo", "install", "--locked", "--root", str(place), "--version", CFSCTL, "composefs-ctl"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    return "" if done.returncode == 0 else f"cargo could not build cfsctl: {done.stderr[-500:]}"
 
 
 def install_debian_packages(commands: Mapping[str, str], modules: Iterable[str] = ("venv", "ensurepip")) -> None:

@@ -237,7 +237,15 @@ def integration(part: Part) -> None:
     """The engine and the modules against the real skopeo, a real registry and, where it is on the PATH, cfsctl."""
     if not any((ROOT / "tests" / "integration").rglob("test_*.py")):
         raise Failed("there are no integration tests")
+    environment.cfsctl(build=False)  # the tests say what they skip without it
     part.pytest(VENV / "bin" / "python", "tests/integration")
+
+
+def cfsctl(part: Part) -> None:
+    """Build the reference implementation once, for the tests that compare with it; minutes, so only when asked for."""
+    problem = environment.cfsctl(build=True)
+    if problem:
+        part.counts.skips.append(("cfsctl", problem))
 
 
 def demo(part: Part) -> None:
@@ -382,6 +390,7 @@ def guests(part: Part) -> None:
 PARTS: dict[str, tuple[Callable[[Part], None], float]] = {
     # Name: function, seconds after which it is ended.
     "near": (near, 300),
+    "cfsctl": (cfsctl, 3600),
     "sanity": (sanity, 2400),
     "hosts": (hosts, 3600),
     "guests": (guests, 3600),
@@ -490,7 +499,7 @@ def main() -> int:
         for name, parts in GROUPS.items():
             say(f"{name:14} {', '.join(parts)}")
         return 0
-    chosen = list(dict.fromkeys(choose(arguments.parts))) or [name for name in PARTS if name != "near"]
+    chosen = list(dict.fromkeys(choose(arguments.parts))) or [name for name in PARTS if name not in ("near", "cfsctl")]
     OPTIONS.shared = len(chosen) > 1 and arguments.jobs > 1
     # The long ones first, so that they do not wait for the short ones.
     chosen.sort(key=lambda name: -PARTS[name][1])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -116,6 +117,84 @@ def test_another_repository_of_the_host_is_a_source(filled: pathlib.Path, place:
     result = mend(filled, other)
     assert result.findings == [] and {one.how for one in result.repaired} == {"copied"}
     assert complaints(cfsctl, filled) == ""
+
+
+def table() -> dict[str, set[str]]:
+    """Which codes of ours cover each kind of finding of cfsctl, as the guide has it."""
+    page = (ROOT / "docs/docsite/rst/living.rst").read_text(encoding="utf-8")
+    rows = re.findall(r"^   \* - ``([a-z_]+)``\n((?:     .*\n)+)", page, re.MULTILINE)
+    found: dict[str, set[str]] = {}
+    for code, rest in rows:
+        for kind in re.findall(r"``([a-z-]+)``", rest.rpartition("     - ")[2]):
+            found.setdefault(kind, set()).add(code)
+    return found
+
+
+def test_the_guide_says_what_covers_each_finding_of_cfsctl(
+    filled: pathlib.Path, place: pathlib.Path, cfsctl: Cfsctl
+) -> None:
+    """One thing broken for nearly every kind of finding that cfsctl knows."""
+    covers = table()
+    assert "object-digest-mismatch" in covers
+    with Repository.open(str(filled)) as repository:
+        found = graph.Graph.read(repository)
+        manifest = next(name for name in found.streams if name.startswith("oci-manifest-"))
+        layer = next(name for name in found.streams if name.startswith("oci-layer-"))
+        config = next(name for name in found.streams if name.startswith("oci-config-"))
+        image, erofs = next(iter(found.images.items()))
+        file = max(
+            found.reaches(found.roots[0]),
+            key=lambda one: (filled / "objects" / fsverity.object_path(one)).stat().st_size,
+        )
+
+    def objects(path: pathlib.Path, digest: bytes) -> pathlib.Path:
+        return path / "objects" / fsverity.object_path(graph.ObjectDigest(digest))
+
+    def cut(path: pathlib.Path) -> None:
+        path.write_bytes(path.read_bytes()[:10])
+
+    breaks: dict[str, Callable[[pathlib.Path], object]] = {
+        "a stream that is no link": lambda path: (path / "streams/stray").write_text("x"),
+        "a file among the names": lambda path: (path / "streams/refs/stray").write_text("x"),
+        "a file among the objects": lambda path: (
+            (path / "objects/00").mkdir(exist_ok=True) or (path / "objects/00/stray").write_text("x")
+        ),
+        "a link to nothing": lambda path: (path / "streams/nothing").symlink_to("../objects/00/00"),
+        "a name for nothing": lambda path: (path / "streams/refs/oci/nothing").symlink_to(
+            "../../oci-manifest-sha256:0"
+        ),
+        "a lost file": lambda path: objects(path, file).unlink(),
+        "an altered file": lambda path: objects(path, file).write_bytes(b"altered"),
+        "a lost layer": lambda path: objects(path, found.streams[layer]).unlink(),
+        "a cut layer": lambda path: cut(objects(path, found.streams[layer])),
+        "a cut manifest": lambda path: cut(objects(path, found.streams[manifest])),
+        "a cut configuration": lambda path: cut(objects(path, found.streams[config])),
+        "a layer without its name": lambda path: (path / "streams" / layer).unlink(),
+        "a lost image": lambda path: objects(path, erofs).unlink(),
+        "a cut image": lambda path: cut(objects(path, erofs)),
+        "a manifest that is another": lambda path: (
+            (path / "streams" / manifest).unlink()
+            or (path / "streams" / manifest).symlink_to(os.readlink(path / "streams" / config))
+        ),
+    }
+    assert image
+    seen = set()
+    wrong = []
+    for number, (what, break_it) in enumerate(breaks.items()):
+        copy = place / f"kind{number}"
+        subprocess.run(["cp", "-a", str(filled), str(copy)], check=True)
+        break_it(copy)
+        said = complaints(cfsctl, copy)
+        kinds = set(re.findall(r"fsck: ([a-z-]+):", said))
+        ours = {code for code, _object in findings(copy)}
+        assert ours, what
+        assert kinds <= set(covers), what
+        for kind in kinds:
+            if not ours & covers[kind]:
+                wrong.append((what, kind, sorted(ours)))
+        seen |= kinds
+        shutil.rmtree(copy)
+    assert wrong == [] and len(seen) >= 12, (wrong, seen)
 
 
 def test_what_cfsctl_finds_we_find(filled: pathlib.Path, place: pathlib.Path, cfsctl: Cfsctl) -> None:

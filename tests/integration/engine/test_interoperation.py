@@ -19,10 +19,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from pulling import pull_one
+from pulling import options, pull_one
 
+from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
 from ansible_collections.composefs.oci.plugins.module_utils.operations import listing, prune
 from ansible_collections.composefs.oci.plugins.module_utils.progress import Progress
+from ansible_collections.composefs.oci.plugins.module_utils.store import create
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ociimage import Layout
 from tarbytes import small_tree
@@ -133,6 +135,41 @@ def test_writers_that_take_turns_find_each_others_work_whole(
         # A second pull of what is there changes nothing, whoever stored it.
         digests = {tag: digest for tag, digest in _digests(shared).items() if digest == expected[name]}
         assert not pull_one(repository_path, f"oci:{shared.path}:{next(iter(digests))}", name)["changed"], told
+
+
+def test_either_inspects_what_the_other_pulled(shared: Layout, repository_path: pathlib.Path, cfsctl: Cfsctl) -> None:
+    writers: tuple[Any, ...] = (Ours(repository_path, shared), Theirs(repository_path, shared, cfsctl))
+    for writer, tag in zip(writers, TAGS):
+        writer.pull(tag, tag)
+        said = json.loads(cfsctl("--repo", repository_path, "oci", "inspect", tag))
+        with Repository.open(str(repository_path)) as repository:
+            (image,) = listing.list_images(repository, tag)[0]
+        assert said["manifest"] == shared.read(image["digest"]).decode()
+
+
+@pytest.mark.parametrize("first", ["ours", "theirs"])
+def test_a_repository_of_earlier_times_is_brought_up_to_date_in_place_and_used_by_both(
+    first: str, shared: Layout, repository_path: pathlib.Path, cfsctl: Cfsctl
+) -> None:
+    """No ``meta.json``, and images that have no EROFS image yet."""
+    ours, theirs = Ours(repository_path, shared), Theirs(repository_path, shared, cfsctl)
+    for tag in TAGS:
+        pull_one(repository_path, f"oci:{shared.path}:{tag}", tag, options(erofs=False))
+    expected = ours.listed()
+    (repository_path / "meta.json").unlink()
+    done = create.prepare(str(repository_path), fsverity.SHA256, create.DISABLED)
+    assert done.upgraded and ours.listed() == theirs.listed() == expected
+    (ours if first == "ours" else theirs).pull("one", "one")
+    with Repository.open(str(repository_path)) as repository:
+        images = {one["names"][0]: one["image_id"] for one in listing.list_images(repository)[0]}
+    assert images["one"] and not images["two"]
+    for writer in (theirs, ours):
+        writer.collect()
+        whole(repository_path, cfsctl)
+        assert ours.listed() == theirs.listed() == expected
+    if first == "ours":
+        return
+    assert not pull_one(repository_path, f"oci:{shared.path}:one", "one")["changed"]
 
 
 def _digests(layout: Layout) -> dict[str, str]:
