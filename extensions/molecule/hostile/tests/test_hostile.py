@@ -37,6 +37,17 @@ def test_links_are_not_followed_where_the_repository_is_accepted(name: str, runs
 def test_nothing_is_mounted_from_a_repository_of_somebody_else(host: Any, name: str, runs: list[Run]) -> None:
     assert runs[0].of(name, "Mount from it")["error"] == "unsafe_repository"
     assert not host.mount_point("/srv/mounted").exists
+    # This one is whole, and may be pulled into: its owner would change what every user of the host then runs.
+    for run in runs:
+        assert not run.of(name, "Pull into that one all the same").get("failed")
+        assert run.of(name, "Mount what the attacker can change")["error"] == "unsafe_repository"
+    assert not host.mount_point("/srv/given-mounted").exists
+
+
+def test_no_changes_are_mounted_that_somebody_else_can_make(host: Any, name: str, runs: list[Run]) -> None:
+    for run in runs:
+        assert run.of(name, "Mount with changes that the attacker could make, too")["error"] == "unsafe_repository"
+    assert not host.mount_point("/srv/changes").exists
 
 
 def test_a_fifo_is_not_waited_for(name: str, runs: list[Run]) -> None:
