@@ -19,11 +19,12 @@ import contextlib
 import dataclasses
 import fnmatch
 import os
+import re
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from ..formats.digests import ObjectDigest
+from ..formats.digests import ObjectDigest, object_digest
 from . import keepers
 from ..formats import fsverity, reference, repolayout
 from ..errors import EngineError, FormatError, doing
@@ -230,7 +231,7 @@ def _chosen(graph: Graph, found: Sequence[keepers.Keeper], wish: Wish) -> tuple[
     wanted: set[str] = set()
     for pattern in wish.remove:
         matching = [name for name in newest_first if name not in staying and _fits(name, pattern)]
-        wanted.update(name for name in matching[wish.keep_last :] if graph.times[name] <= before)
+        wanted.update(name for name in matching[wish.keep_last :] if graph.times[name] <= before or not wish.older_than)
     held = set()
     if wanted:
         used_nodes = {root.node for root in keepers.roots(graph, list(found))}
@@ -249,30 +250,32 @@ def _fits(name: str, pattern: str) -> bool:
 
 def _entries(repository: Repository, problems: list[Problem]) -> Iterator[list[tuple[str, int, int]]]:
     """The objects of each of the 256 directories: file name, key, bytes. What is no object is a problem."""
-    size = repository.algorithm.size
+    is_name = re.compile(f"[0-9a-f]{{{2 * repository.algorithm.size - 2}}}").fullmatch
+    is_file, key = stat.S_ISREG, graphs.key
     for first in range(256):
-        head = bytes([first])
+        head = f"{first:02x}"
         found = []
-        with doing(f"Listing {repository.path}/objects/{first:02x}"):
+        with doing(f"Listing {repository.path}/objects/{head}"):
             try:
-                fd = repository.root.open_directory(f"objects/{first:02x}")
+                fd = repository.root.open_directory(f"objects/{head}")
             except FileNotFoundError:
+                yield []
+                continue
+            except FormatError:
+                # Nothing is removed from what is no directory, so nothing in it can be lost.
+                problems.append(Problem("stray_file", f"objects/{head}"))
                 yield []
                 continue
             try:
                 for name in os.listdir(fd):
                     try:
-                        digest = head + bytes.fromhex(name)
-                    except ValueError:
-                        digest = b""
-                    try:
                         entry = os.stat(name, dir_fd=fd, follow_symlinks=False)
                     except FileNotFoundError:
                         continue
-                    if len(digest) != size or digest.hex()[2:] != name or not stat.S_ISREG(entry.st_mode):
-                        problems.append(Problem("stray_file", f"objects/{first:02x}/{name}"))
+                    if is_name(name) and is_file(entry.st_mode):
+                        found.append((name, key(object_digest(head + name)), entry.st_size))
                     else:
-                        found.append((name, graphs.key(ObjectDigest(digest)), entry.st_size))
+                        problems.append(Problem("stray_file", f"objects/{head}/{name}"))
             finally:
                 os.close(fd)
         yield found

@@ -495,3 +495,41 @@ def test_images_in_the_list_of_mounts_are_recognised_however_they_are_written() 
         found = keepers._images_in(line)
         assert found == {image}
     assert keepers._images_in("36 35 0:50 / /a ro - overlay overlay lowerdir=/x/" + "c" * 65) == set()
+
+
+def test_a_name_from_the_future_counts_as_young_only_where_age_is_asked_for(path: pathlib.Path) -> None:
+    """As after a clock that was wrong."""
+    os.utime(path / "streams/refs/oci/a", (time.time() + 1e6,) * 2, follow_symlinks=False)
+    assert run(path, Wish(remove=["a"], older_than=10), check=True).names == []
+    assert run(path, Wish(remove=["a"]), check=True).names == ["a"]
+
+
+def test_of_names_of_one_instant_as_many_stay_as_are_asked_for(path: pathlib.Path) -> None:
+    with Repository.open(str(path), write=True) as repository:
+        digest = repository.tag_digest("a") or ""
+        for name in ("e1", "e2", "e3"):
+            repository.tag(name, digest)
+            os.utime(path / f"streams/refs/oci/{name}", (1000, 1000), follow_symlinks=False)
+    for count in range(4):
+        assert len(run(path, Wish(remove=["e*"], keep_last=count), check=True).names) == 3 - count
+
+
+def test_patterns_match_names_of_any_characters(path: pathlib.Path) -> None:
+    names = ("x[1]", "x*", "a/b%2F", "new\nline", "büro", " sp ", "-dash")
+    with Repository.open(str(path), write=True) as repository:
+        for name in names:
+            repository.tag(name, repository.tag_digest("a") or "")
+    for pattern, name in zip(("x[[]1]", "x[*]", "*%2F", "new\n*", "b?ro", " *", "-*"), names):
+        assert run(path, Wish(remove=[pattern]), check=True).names == [name]
+
+
+def test_what_is_no_directory_of_objects_is_told_and_stays(path: pathlib.Path) -> None:
+    missing = next(f"{first:02x}" for first in range(256) if not (path / f"objects/{first:02x}").exists())
+    os.mkfifo(path / "objects" / missing)
+    os.mkfifo(path / "streams/fifo")
+    result = run(path, Wish(remove=["a"]))
+    assert result.objects and {(one.code, one.path) for one in result.problems} == {
+        ("stray_file", f"objects/{missing}"),
+        ("stray_file", "streams/fifo"),
+    }
+    assert (path / "objects" / missing).exists() and not run(path).changed
