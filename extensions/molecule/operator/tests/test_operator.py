@@ -17,9 +17,9 @@ import namespace
 import pytest
 import testinfra
 from composefs_testinfra import Repository
-from scenarios import REPOSITORY, Run, differences, ephemeral, recorded
+from scenarios import REPOSITORY, Run, created, differences, ephemeral, recorded
 
-HOSTS = ("operator-bookworm", "operator-trixie")
+HOSTS = tuple(host["instance"] for host in created()["instances"])
 CONVERGE = pathlib.Path(__file__).parents[1] / "converge.yml"
 UNIT = "composefs-oci-srv-app.service"
 CFSCTL = shutil.which("cfsctl")

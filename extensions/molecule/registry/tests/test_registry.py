@@ -46,9 +46,9 @@ def test_both_ways_to_give_the_password_work(repository: Repository, lab: dict[s
 
 
 def test_of_an_index_the_hosts_own_platform_is_taken_and_the_index_is_told(
-    name: str, runs: list[Run], lab: dict[str, Any]
+    name: str, played: list[Run], lab: dict[str, Any]
 ) -> None:
-    result = runs[0].of(name, "Pull with options")
+    result = played[0].of(name, "Pull with options")
     assert (
         result["index_digest"] == lab["images"]["multi"]["index_digest"]
         and result["digest"] == lab["images"]["multi"]["digest"]
@@ -56,8 +56,8 @@ def test_of_an_index_the_hosts_own_platform_is_taken_and_the_index_is_told(
 
 
 @pytest.mark.parametrize("task", ERRORS)
-def test_what_goes_wrong_has_its_code(name: str, runs: list[Run], task: str) -> None:
-    result = runs[0].of(name, task)
+def test_what_goes_wrong_has_its_code(name: str, played: list[Run], task: str) -> None:
+    result = played[0].of(name, task)
     assert result["error"] == ERRORS[task], result["msg"]
     assert not result["changed"] and "Traceback" not in json.dumps(result)
 
@@ -71,7 +71,7 @@ def test_no_process_showed_the_password(host: Any, secrets: list[str]) -> None:
 
 def test_the_password_is_in_no_result_log_or_diff(runs: list[Run], secrets: list[str]) -> None:
     log = (ephemeral() / "ansible.log").read_text()
-    assert "Pull with options" in log and len(runs) == 2
+    assert "Pull with options" in log and len(runs) == 3
     everything = log + json.dumps([run.entries for run in runs])
     assert [secret for secret in secrets if secret in everything] == []
 

@@ -43,29 +43,31 @@ def test_both_images_are_whole(host: Any, which: str) -> None:
     assert repository.damage() == []
 
 
-def test_only_the_old_format_is_upgraded(name: str, runs: list[Run], which: str) -> None:
-    result = of(runs[0], name, "Prepare the repositories", which)
+def test_only_the_old_format_is_upgraded(name: str, played: list[Run], which: str) -> None:
+    result = of(played[0], name, "Prepare the repositories", which)
     assert result["upgraded"] is result["changed"] is (which == "older") and not result["created"]
     assert result["algorithm"] == "sha512"
 
 
-def test_what_was_there_is_not_pulled_again(name: str, runs: list[Run], which: str) -> None:
-    result = of(runs[0], name, "Pull what is there already", which)
+def test_what_was_there_is_not_pulled_again(name: str, played: list[Run], which: str) -> None:
+    result = of(played[0], name, "Pull what is there already", which)
     assert result["stats"]["bytes_fetched"] == 0 and {layer["status"] for layer in result["layers"]} == {"present"}
     assert result["previous_digest"] == result["digest"]
     assert not result["changed"], result["streams"]
 
 
-def test_a_shared_layer_is_not_fetched(name: str, runs: list[Run], which: str) -> None:
-    result = of(runs[0], name, "Pull something that shares a layer", which)
+def test_a_shared_layer_is_not_fetched(name: str, played: list[Run], which: str) -> None:
+    result = of(played[0], name, "Pull something that shares a layer", which)
     assert [layer["status"] for layer in result["layers"]] == ["present", "new"] and result["changed"]
 
 
-def test_a_second_run_changes_nothing(name: str, runs: list[Run], which: str) -> None:
+def test_a_second_run_changes_nothing(name: str, played: list[Run], which: str) -> None:
     for task in ("Prepare the repositories", "Pull what is there already", "Pull something that shares a layer"):
-        assert not of(runs[1], name, task, which)["changed"]
+        assert not of(played[1], name, task, which)["changed"]
 
 
-def test_the_images_have_the_same_ids_whoever_wrote_them(name: str, runs: list[Run]) -> None:
-    ids = {which: [image["image_id"] for image in of(runs[0], name, "List", which)["images"]] for which in REPOSITORIES}
+def test_the_images_have_the_same_ids_whoever_wrote_them(name: str, played: list[Run]) -> None:
+    ids = {
+        which: [image["image_id"] for image in of(played[0], name, "List", which)["images"]] for which in REPOSITORIES
+    }
     assert ids["cfsctl"] == ids["older"] == ids["collection"] and None not in ids["cfsctl"]
