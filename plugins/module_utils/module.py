@@ -122,18 +122,29 @@ def foretold(module: Module, repository: str) -> dict[str, Foretold]:
     """The names of the repository at the path ``repository`` that earlier tasks of this run would have changed, as the
     action of the module says. Empty outside check mode.
     """
+    return foretold_names_and_mounts(module, repository)[0]
+
+
+def foretold_names_and_mounts(module: Module, repository: str) -> tuple[dict[str, Foretold], list[dict[str, Any]]]:
+    """The same, and what earlier tasks would have mounted from the repository: ``path`` (real), ``name``, ``digest``,
+    ``image_id`` (null if unknown), ``keep_previous`` and ``absent``.
+    """
     text = os.environ.pop("COMPOSEFS_OCI_FORETOLD", "")
     if not module.check_mode or not text:
-        return {}
+        return {}, []
     try:
-        found = json.loads(text)
-        return {
-            one["name"]: Foretold(one["digest"], bool(one["absent"]))
-            for one in found
-            if os.path.realpath(one["repository"]) == os.path.realpath(repository)
-        }
+        here = [one for one in json.loads(text) if os.path.realpath(one["repository"]) == os.path.realpath(repository)]
+        keys = ("name", "digest", "image_id", "keep_previous", "absent")
+        return (
+            {one["name"]: Foretold(one["digest"], bool(one["absent"])) for one in here if "path" not in one},
+            [
+                {"path": os.path.realpath(one["path"]), **{key: one[key] for key in keys}}
+                for one in here
+                if "path" in one
+            ],
+        )
     except (ValueError, KeyError, TypeError):
-        return {}
+        return {}, []
 
 
 def _occupy_standard_descriptors() -> None:

@@ -246,7 +246,7 @@ digest:
 keeps:
   description:
     - What keeps the mounted image in the repository, whatever becomes of other names. Empty where the repository cannot
-      be written, and in check mode.
+      be written. V(null) in check mode if the image is not there yet.
   returned: success, and on failure as far as it is known
   type: list
   elements: str
@@ -452,6 +452,7 @@ def not_there_yet(
         image_id=None,
         mounted=True,
         verity=None,
+        keeps=None,
         name=keeping.split_pin(image)[0] if not digests.is_digest(image) else None,
         digest=image if digests.is_digest(image) else change.digest if change is not None else None,
         unit=bootmount.unit_name(real) if persistent else None,

@@ -31,6 +31,10 @@ extends_documentation_fragment:
 attributes:
   check_mode:
     support: full
+    details:
+      - What earlier tasks of the same run in check mode foretold, names that move and images that are mounted and
+        unmounted, counts as done. While an image is still to be fetched it is not known what it shares with others;
+        then numbers are V(null).
   diff_mode:
     support: full
     details:
@@ -208,12 +212,13 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.composefs.oci.plugins.module_utils.errors import InvalidOption
 from ansible_collections.composefs.oci.plugins.module_utils.host import watch
 from ansible_collections.composefs.oci.plugins.module_utils.module import (
+    foretold_names_and_mounts,
     opened_repository,
     progress_files,
     repository_path,
     run_module,
 )
-from ansible_collections.composefs.oci.plugins.module_utils.operations import prune
+from ansible_collections.composefs.oci.plugins.module_utils.operations import foreseen, prune
 from ansible_collections.composefs.oci.plugins.module_utils.progress import Progress
 
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
@@ -247,7 +252,23 @@ def wish_of(params: dict[str, Any]) -> prune.Wish:
 
 def values(pruned: prune.Pruned) -> dict[str, Any]:
     """The result in plain values."""
-    return {**vars(pruned), "problems": [problem._asdict() for problem in pruned.problems]}
+    found = {**vars(pruned), "problems": [problem._asdict() for problem in pruned.problems]}
+    del found["certain"]
+    if not pruned.certain:
+        unknown = [*(("objects", "bytes", "bytes_by_kind", "streams", "images") if pruned.changed else ()), "by_name"]
+        found.update(dict.fromkeys(unknown))
+    return found
+
+
+def ahead_of(module: AnsibleModule, path: str) -> foreseen.Ahead | None:
+    """What earlier tasks of a run in check mode foretold for the repository."""
+    names, mounts = foretold_names_and_mounts(module, path)
+    if not names and not mounts:
+        return None
+    return foreseen.Ahead(
+        {name: None if one.absent else one.digest or "" for name, one in names.items()},
+        [foreseen.Mount(**one) for one in mounts],
+    )
 
 
 def run(module: AnsibleModule, base: dict[str, Any], life: watch.Life) -> dict[str, Any]:
@@ -257,7 +278,7 @@ def run(module: AnsibleModule, base: dict[str, Any], life: watch.Life) -> dict[s
     progress = Progress(*progress_files(module.params["progress_file"], life.progress_file))
     try:
         with opened_repository(module, path) as repository:
-            pruned = prune.prune(repository, wish, progress, module.check_mode)
+            pruned = prune.prune(repository, wish, progress, module.check_mode, ahead=ahead_of(module, path))
     finally:
         progress.close()
     result = values(pruned)

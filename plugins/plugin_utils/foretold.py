@@ -53,12 +53,36 @@ def facts_of(result: dict[str, t.Any], absent: bool) -> dict[str, t.Any]:
     return facts
 
 
+def fact_of_mount(result: dict[str, t.Any], arguments: dict[str, t.Any]) -> dict[str, t.Any]:
+    """The fact to leave for a result of composefs_mount: what would be mounted at its path."""
+    path, repository = result.get("path"), result.get("repository")
+    if not path or not repository:
+        return {}
+    key = hashlib.sha256(f"mount\0{path}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    try:
+        keep_previous = int(arguments.get("keep_previous", 1))
+    except (TypeError, ValueError):
+        keep_previous = 1
+    return {
+        PREFIX + key: {
+            "run": run_id(),
+            "repository": repository,
+            "path": path,
+            "name": result.get("name"),
+            "digest": result.get("digest"),
+            "image_id": result.get("image_id"),
+            "keep_previous": keep_previous,
+            "absent": not result.get("mounted"),
+        }
+    }
+
+
 def environment(task_vars: dict[str, t.Any]) -> dict[str, str]:
     """The variable that tells a module in check mode what earlier tasks of this run foretold; empty if nothing."""
     facts = task_vars.get("ansible_facts") or {}
     own = run_id()
     found = [
-        {key: fact.get(key) for key in ("repository", "name", "digest", "absent")}
+        {key: value for key, value in fact.items() if key != "run"}
         for name, fact in sorted(facts.items())
         if isinstance(name, str) and name.startswith(PREFIX) and isinstance(fact, dict) and fact.get("run") == own
     ]

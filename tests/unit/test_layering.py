@@ -83,6 +83,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("bootmountmain",),
         ("bootmount",),
         ("checkobjects", "keepers", "lastingmount"),
+        ("foreseen",),
         ("activation", "check", "mountlisting", "prune"),
         ("repair",),
     ),

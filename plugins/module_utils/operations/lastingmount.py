@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterator
 
 from ..errors import Busy, EngineError, PermissionDenied, ReadOnly, VerityUnsupported
+from ..formats import repolayout
 from ..formats.digests import is_oci_digest
 from ..host import deadman, filesystem
 from ..host.mountinfo import Mounted
@@ -116,7 +117,10 @@ def _have_mounted(
     changed |= not remembered and remembers and can_remember(host)
     if check:
         changed |= have_unit(target, where, persistent, unit, host, True)
-        return Result(changed, outcome.previous, target, after, unit_name(path, persistent), (), mounted=True)
+        keeps = keeping.there(repository, path, target.image_id, identity.name, identity.digest)
+        if missing and keeper.possible:
+            keeps = [*([names.pin] if names.pin is not None else []), f"{repolayout.IMAGE_REFS}/{names.link}"]
+        return Result(changed, outcome.previous, target, after, unit_name(path, persistent), tuple(keeps), mounted=True)
     if missing:
         keeper.keep()
     if names.own and names.pin is not None and keeper.kept:

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from ..formats.digests import ObjectDigest, object_digest
 from . import keepers
+from .foreseen import Ahead
 from ..formats import fsverity, reference, repolayout
 from ..errors import EngineError, FormatError, doing
 from ..progress import Progress
@@ -60,6 +61,7 @@ class Pruned:
     """What was removed, or would be: names, EROFS images (hex), names under ``streams/``, the number of objects, and
     bytes, of which ``bytes_by_kind`` is the sum.
 
+    ``certain``: whether all of it is known, for images that are still to come may share what others leave.
     ``links``: references below ``images/refs`` that mounts of an earlier boot have left.
     ``by_name``: the bytes that removing each name alone would free. ``held``: names that ``remove`` asked for and that
     are in use. ``problems``: what is not understood and was left alone.
@@ -76,6 +78,7 @@ class Pruned:
     held: list[str] = dataclasses.field(default_factory=list)
     problems: list[Problem] = dataclasses.field(default_factory=list)
     changed: bool = False
+    certain: bool = True
 
 
 @dataclasses.dataclass
@@ -99,16 +102,17 @@ def prune(
     check: bool = False,
     look: Callable[[Repository], list[keepers.Keeper]] = keepers.keepers,
     settle: Callable[[list[keepers.Keeper]], None] = keepers.settle,
+    ahead: Ahead | None = None,
 ) -> Pruned:
     """Remove what nothing keeps, or with ``check`` foretell it.
 
     FormatError (``repository_damaged``) if something that may be needed cannot be read; Busy if others do not let go of
     the repository within ``wish.timeout`` seconds. ``look`` tells what this host needs, ``settle`` has its journals
-    forget what mounts of earlier boots have left.
+    forget what mounts of earlier boots have left. ``ahead`` is what will have happened by then, for ``check`` only.
     """
     if not check:
         repository.require_writable()
-    plan = _plan(repository, wish, progress, look)
+    plan = _plan(repository, wish, progress, look, ahead=ahead if check else None)
     if check or not plan.result.changed:
         return plan.result
     progress.message("Waiting until nobody else uses the repository")
@@ -134,10 +138,15 @@ def _plan(
     progress: Progress,
     look: Callable[[Repository], list[keepers.Keeper]],
     graph: Graph | None = None,
+    ahead: Ahead | None = None,
 ) -> _Plan:
     progress.message("Working out what is kept")
     graph = graph or Graph.read(repository, prove=True)
     found = look(repository)
+    certain = True
+    if ahead is not None:
+        certain = ahead.certain(graph)
+        found = ahead.apply(graph, found)
     plan = _Plan(graph, keepers.roots(graph, found), _ended(found))
     result = plan.result
     result.problems += graph.problems
@@ -181,6 +190,7 @@ def _plan(
     result.bytes = sum(result.bytes_by_kind.values())
     result.problems.sort()
     result.changed = bool(result.names or result.links or plan.links or result.objects or plan.files)
+    result.certain = certain
     return plan
 
 

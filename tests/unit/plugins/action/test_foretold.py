@@ -17,7 +17,12 @@ pytest.importorskip(
 
 from ansible.plugins.action import ActionBase
 
-from ansible_collections.composefs.oci.plugins.action import composefs_deployment, composefs_image, composefs_mount
+from ansible_collections.composefs.oci.plugins.action import (
+    composefs_deployment,
+    composefs_image,
+    composefs_mount,
+    composefs_prune,
+)
 from ansible_collections.composefs.oci.plugins.plugin_utils import foretold
 
 ONE, TWO = "sha256:" + "1" * 64, "sha256:" + "2" * 64
@@ -64,6 +69,19 @@ def test_a_pull_in_check_mode_is_known_to_the_tasks_after_it(monkeypatch: pytest
     assert len(run(monkeypatch, action, Task(check_mode=False), {}, {"ansible_facts": facts})[1]) == 1
     monkeypatch.setattr(foretold, "run_id", lambda: "another")
     assert len(run(monkeypatch, action, Task(), {}, {"ansible_facts": facts})[1]) == 1
+
+
+def test_a_mount_in_check_mode_is_known_to_a_prune_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = {"changed": True, "path": "/srv/app", "repository": "/r", "mounted": True, "name": "app", "digest": TWO}
+    for mounted, task in ((True, Task(keep_previous="2")), (False, Task(state="unmounted"))):
+        answer, _seen = run(monkeypatch, composefs_mount, task, {**result, "mounted": mounted}, {})
+        facts = answer["ansible_facts"]
+        _answer, seen = run(monkeypatch, composefs_prune, Task(), {}, {"ansible_facts": facts})
+        (known,) = json.loads(seen[1][foretold.VARIABLE])
+        assert (known["path"], known["digest"], known["absent"]) == ("/srv/app", TWO, not mounted)
+        assert known["keep_previous"] == (2 if mounted else 1)
+    for task, answer in ((Task(check_mode=False), result), (Task(), {**result, "changed": False})):
+        assert "ansible_facts" not in run(monkeypatch, composefs_mount, task, answer, {})[0]
 
 
 def test_a_run_that_is_real_or_changes_nothing_leaves_no_facts(monkeypatch: pytest.MonkeyPatch) -> None:

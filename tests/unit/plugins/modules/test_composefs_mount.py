@@ -79,7 +79,7 @@ def test_an_image_is_mounted_once(host: Host, run: Any) -> None:
             "unit": None,
             "name": None,
             "digest": None,
-            "keeps": [] if check else [f"images/refs/composefs-oci/{journal.stem(host.path)}/{one}"],
+            "keeps": [f"images/refs/composefs-oci/{journal.stem(host.path)}/{one}"],
         }
         assert result["diff"]["before"]["mounted"] is None and result["diff"]["after"]["mounted"]["image_id"] == one
         assert bool(host.there) != check
@@ -312,7 +312,7 @@ def test_without_a_repository_a_run_fails_and_check_mode_takes_it_for_foretold(h
     assert run(**values)["error"] == "not_a_repository"
     told = run(True, **values, persistent=True)
     assert (told["changed"], told["mounted"], told["name"]) == (True, True, "app")
-    assert [told[key] for key in ("image_id", "digest", "verity", "keeps")] == [None, None, None, []]
+    assert [told[key] for key in ("image_id", "digest", "verity", "keeps")] == [None] * 4
     assert told["unit"] == bootmount.unit_name(host.path) and any("no repository" in text for text in host.warnings)
     assert run(True, **values, opts=["bogus"])["error"] == "invalid_mount_option"
     assert host.there == {} and not os.path.exists("/nowhere")
