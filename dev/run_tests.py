@@ -19,7 +19,6 @@ import glob
 import os
 import pathlib
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -30,25 +29,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import environment
 import nearby
-from environment import NAME, NAMESPACE, ROOT, VENV, Missing, say
+from environment import ROOT, VENV, Missing, say
 
 LOGS = VENV / "logs"
-
-GET_PIP = """\
-# Stands in for the bootstrap script that ansible-test fetches where its server cannot be reached:
-# the pip that comes with Python installs the wanted one from the configured index.
-import ensurepip
-import glob
-import os
-import runpy
-import sys
-
-places = (os.path.join(os.path.dirname(ensurepip.__file__), "_bundled"), "/usr/share/python-wheels")
-sys.path.insert(0, [wheel for place in places for wheel in sorted(glob.glob(place + "/pip-*.whl"))][0])
-wanted = [word for word in sys.argv[1:] if word not in ("--no-setuptools", "--no-wheel")]
-sys.argv = ["pip", "install", "--upgrade", "--force-reinstall", *wanted]
-runpy.run_module("pip", run_name="__main__")
-"""
 
 
 @dataclasses.dataclass
@@ -254,105 +237,20 @@ def demo(part: Part) -> None:
     part.run(ROOT / "dev" / "demo", env=dict(os.environ))
 
 
-def ruff(part: Part) -> None:
-    """ruff check and ruff format --check."""
-    part.run("ruff", "check", "--no-cache", ".")
-    part.run("ruff", "format", "--no-cache", "--check", ".")
+def session(*names: str, what: str) -> Callable[[Part], None]:
+    """A part that is sessions of nox, run with the tools that are here."""
 
+    def run(part: Part) -> None:
+        nox = environment.virtual_environment(
+            VENV / "nox", environment.python(), [ROOT / "dev" / "requirements-nox.txt"]
+        )
+        more = ["--", *OPTIONS.sanity] if OPTIONS.sanity and "sanity" in names else []
+        part.run(nox, "-m", "nox", "--no-venv", "--sessions", *names, *more)
+        if "All targets skipped" in part.path.read_text(errors="replace"):
+            raise Failed("ansible-test found nothing to test")
 
-def mypy(part: Part) -> None:
-    """mypy in strict mode on the engine, and on the mistakes it must notice."""
-    # From the copy's tree, so that files have the names under which they import each other.
-    copy = environment.collection_copy(VENV / "mypy")
-    part.run(
-        "mypy",
-        "--config-file",
-        ROOT / ".mypy.ini",
-        "--cache-dir",
-        VENV / "mypy-cache",
-        "ansible_collections/composefs/oci/plugins/module_utils",
-        "ansible_collections/composefs/oci/tests/typing",
-        cwd=copy.parents[2],
-    )
-
-
-def yamllint(part: Part) -> None:
-    """yamllint, strict."""
-    part.run("yamllint", "--strict", ".")
-
-
-def licences(part: Part) -> None:
-    """reuse lint: every file says whose it is and under which licence."""
-    part.run("reuse", "lint")
-
-
-def changelog(part: Part) -> None:
-    """antsibull-changelog lint."""
-    part.run("antsibull-changelog", "lint")
-
-
-def ansible_lint(part: Part) -> None:
-    """ansible-lint with the production profile."""
-    part.run("ansible-lint", "--profile", "production", "--offline", "--strict")
-
-
-def docs(part: Part) -> None:
-    """antsibull-docs: modules, roles and pages are documented well, and their references lead somewhere."""
-    part.run(
-        "antsibull-docs",
-        "lint-collection-docs",
-        "--plugin-docs",
-        "--validate-collection-refs",
-        "all",
-        "--disallow-unknown-collection-refs",
-        ".",
-    )
-
-
-def galaxy(part: Part) -> None:
-    """The collection builds, and galaxy-importer takes the archive without a warning."""
-    work = VENV / "galaxy"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    copy = environment.collection_copy(work)
-    part.run("ansible-galaxy", "collection", "build", "--output-path", work, copy)
-    archives = glob.glob(str(work / f"{NAMESPACE}-{NAME}-*.tar.gz"))
-    (work / "importer.cfg").write_text(
-        "[galaxy-importer]\nrun_ansible_test = False\nrun_flake8 = False\nrun_ansible_doc = True\nrun_ansible_lint = "
-        "True\n"
-    )
-    env = tool_environment(GALAXY_IMPORTER_CONFIG=str(work / "importer.cfg"))
-    part.run(VENV / "bin" / "python", "-m", "galaxy_importer.main", *archives, cwd=work, env=env)
-    complaints = [
-        line for line in part.path.read_text(errors="replace").splitlines() if line.startswith(("WARNING", "ERROR"))
-    ]
-    if complaints:
-        raise Failed(f"galaxy-importer is not content: {complaints[0]}")
-
-
-def sanity(part: Part) -> None:
-    """ansible-test sanity on a copy of the collection, without a single ignore line, imports and syntax on every Python
-    found.
-    """
-    if any((ROOT / "tests" / "sanity").glob("ignore*.txt")):
-        raise Failed("there is a tests/sanity/ignore file; the aim is none")
-    copy = environment.collection_copy(VENV / "sanity")
-    # ansible-test keeps its caches in the home directory; this one is inside the checkout.
-    home = VENV / "home"
-    cache = home / ".ansible" / "test" / "cache"
-    cache.mkdir(parents=True, exist_ok=True)
-    for version in ("24_2", "25_2"):  # of pip, for ansible-core 2.18 and 2.19, and for those that follow
-        script = cache / f"get_pip_{version}.py"
-        if not script.exists():
-            script.write_text(GET_PIP)
-    # Named outright, or ansible-test would find the checkout around the copy, and that git ignores the copy.
-    env = tool_environment(HOME=str(home), ANSIBLE_TEST_CONTENT_ROOT=str(copy))
-    env.setdefault("PIP_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "pip"))
-    env.pop("ANSIBLE_CONFIG", None)
-    env.pop("ANSIBLE_COLLECTIONS_PATH", None)
-    part.run("ansible-test", "sanity", "--color", "no", "--requirements", *OPTIONS.sanity, cwd=copy, env=env)
-    if "All targets skipped" in part.path.read_text(errors="replace"):
-        raise Failed("ansible-test found nothing to test")
+    run.__doc__ = what
+    return run
 
 
 def molecule(part: Part, scenarios: str) -> None:
@@ -391,23 +289,25 @@ PARTS: dict[str, tuple[Callable[[Part], None], float]] = {
     # Name: function, seconds after which it is ended.
     "near": (near, 300),
     "cfsctl": (cfsctl, 3600),
-    "sanity": (sanity, 2400),
+    "sanity": (session("sanity", what="nox: ansible-test sanity, imports and syntax on every Python found."), 2400),
     "hosts": (hosts, 3600),
     "guests": (guests, 3600),
     "integration": (integration, 3600),
     "demo": (demo, 900),
-    "ansible-lint": (ansible_lint, 600),
-    "galaxy": (galaxy, 600),
-    "docs": (docs, 600),
-    "mypy": (mypy, 600),
-    "ruff": (ruff, 120),
-    "yamllint": (yamllint, 120),
-    "licences": (licences, 120),
-    "changelog": (changelog, 120),
+    "ansible-lint": (session("ansible-lint", what="nox: ansible-lint with the production profile."), 600),
+    "galaxy": (
+        session("galaxy", what="nox: the archive is built, and galaxy-importer takes it without a warning."),
+        600,
+    ),
+    "docs": (session("docs", "docs-check", what="nox: modules, roles and pages are documented well."), 600),
+    "mypy": (session("mypy", what="nox: mypy in strict mode on the engine."), 600),
+    "style": (session("lint", "extra-checks", what="nox: ruff check and format, yamllint, unwanted files."), 300),
+    "licences": (session("license-check", what="nox: reuse lint."), 300),
+    "changelog": (session("changelog", what="nox: antsibull-changelog lint."), 300),
 }
 GROUPS = {
     "molecule": ["hosts", "guests"],
-    "lint": ["ansible-lint", "docs", "mypy", "ruff", "yamllint", "licences", "changelog"],
+    "lint": ["ansible-lint", "docs", "mypy", "style", "licences", "changelog"],
 }
 # Parts that need more of the system than git and Python.
 NEEDS = {

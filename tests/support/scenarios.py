@@ -77,7 +77,7 @@ def differences(foretold: Run, done: Run, unforetold: Collection[str] = ()) -> l
         else:
             # A task of another collection that changed nothing this time may have run for good before (check_mode: false).
             sure = result["ours"] or result["changed"]
-            pairs = [("kind", before["kind"], result["kind"])]
+            pairs = [("kind", before["kind"], result["kind"])] if result["ours"] else []
             pairs += [("changed", before["changed"], result["changed"])] if sure else []
             if result["ours"]:
                 pairs += _unlike("", before["result"], result["result"])
