@@ -12,7 +12,7 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 
-from . import journal, keepers, keeping
+from . import bootmount, journal, keepers, keeping
 from .journal import HOST, Places
 from .keepers import Keeper
 from ..errors import EngineError
@@ -92,7 +92,9 @@ class Ahead:
         kept = [] if mount.absent else [image for image in old if not _is(image, mount)][: max(0, mount.keep_previous)]
         images = {image.image_id for image in kept} | ({mount.image_id} if mount.image_id else set())
         manifests = {image.digest for image in kept if image.digest} | ({mount.digest} if mount.digest else set())
-        rest = [keeper for keeper in found if not (keeper.kind == keepers.JOURNAL and keeper.place == mount.path)]
+        # The unit brings back what the journal says.
+        replaced = {(keepers.JOURNAL, mount.path), (keepers.UNIT, bootmount.unit_name(mount.path))}
+        rest = [keeper for keeper in found if (keeper.kind, keeper.place) not in replaced]
         used = frozenset().union(*(keeper.names for keeper in rest))
         for pin in before.pins if before is not None else ():
             if keeping.split_pin(pin)[1] not in manifests and pin not in used:

@@ -134,8 +134,14 @@ def test_what_will_be_unmounted_keeps_nothing(site: Site) -> None:
     with Repository.open(str(site.path), write=True) as repository:
         repository.tag("app", site.digest("c"))
     site.have("b", "a")
+    unit = keepers.Keeper(keepers.UNIT, "composefs-oci-srv-app.service", frozenset([site.images["b"].image_id]))
+    mounted = keepers.Keeper(keepers.MOUNT, "/srv/app", frozenset([site.images["b"].image_id]))
+    more = [unit, mounted]
+    look = site.look
+    site.look = lambda repository: [*more, *look(repository)]  # type: ignore[method-assign]
     foretold = site.prune(True, site.ahead([Mount("/srv/app", absent=True)]))
-    assert foretold.changed
+    assert site.images["b"].image_id in foretold.images
+    more.clear()
     site.have()
     assert dataclasses.asdict(site.prune(True)) == dataclasses.asdict(foretold)
 
