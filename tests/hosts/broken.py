@@ -139,6 +139,14 @@ BREAKAGES = (
         "test_what_goes_wrong_has_its_code",
     ),
     Breakage(
+        "quickstart",
+        "what README and quick start say works",
+        "roles/host/tasks/main.yml",
+        'repository_verity: "{{ host_verity }}"',
+        "repository_verity: required",
+        "test_the_readme_works_as_it_is_written",
+    ),
+    Breakage(
         "operator",
         "what is mounted is kept in the repository",
         ENGINE + "operations/keeping.py",
