@@ -242,7 +242,7 @@ def lengths() -> tuple[float, float]:
     process = start("rollout", "--tags", "activate", image="app-2", rollout_digest=digest_of("app-2"))
     changing(process)
     begun = time.monotonic()
-    while any(version != "2" for version in versions().values()) or any(j["pending"] for j in journals().values()):
+    while any(one["pending"] or one["current"]["digest"] != digest_of("app-2") for one in journals().values()):
         assert time.monotonic() - begun < 900
         time.sleep(1)
     found = begun - begin, time.monotonic() - begun
