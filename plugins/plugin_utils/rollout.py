@@ -348,7 +348,12 @@ FORMAT = 1
 
 
 def _error_of(host: Host) -> dict[str, str] | None:
-    """The first thing that went wrong on a host, as code and message; None if nothing did."""
+    """The first thing that went wrong on a host, as code and message; None if nothing did. Where going back failed it
+    is that, for it is what a person has to mend.
+    """
+    back = result(host, "rollout_reverted")
+    if back.get("failed") and not back.get("unreachable"):
+        return {"code": str(back.get("error") or "failed"), "message": str(back.get("msg") or "")[:4096]}
     for register in ("rollout_before", "rollout_planned", "rollout_fetched", "rollout_activated", "rollout_failure"):
         found = result(host, register)
         if found.get("failed") or found.get("unreachable"):

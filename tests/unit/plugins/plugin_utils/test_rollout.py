@@ -324,6 +324,13 @@ def test_the_report_tells_when_waves_were_and_where_bytes_came_from() -> None:
     assert made["hosts"][0]["seconds"] == {"fetch": 1.4, "activate": 0.3, "trial": 5.0, "confirm": 0.2}
 
 
+def test_where_going_back_failed_the_report_says_why_that_failed() -> None:
+    host = {**HOSTS["revert_failed"], "rollout_failure": {"failed": True, "error": "health", "msg": "the URL"}}
+    host["rollout_reverted"] = {"failed": True, "error": "busy", "msg": "in use"}
+    (row,) = rollout.report({"a": host}, ABOUT, {"a": 1})["hosts"]
+    assert (row["state"], row["reason"], row["error"]["code"]) == ("revert_failed", "in use", "busy")
+
+
 @pytest.mark.parametrize(
     ("found", "words"),
     [
