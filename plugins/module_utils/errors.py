@@ -17,8 +17,10 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from .text import printable
+
 # What an error quotes may come from an image, and a message between processes is bounded.
-_MAX_TEXT = 4000
+_MAX_TEXT = 4096
 
 
 class EngineError(Exception):
@@ -428,7 +430,8 @@ def by_code(code: str) -> type[EngineError]:
 
 def to_values(error: EngineError) -> dict[str, Any]:
     """All that the error knows, as plain values for another process; from_values() makes the error of them again."""
-    texts = {key: getattr(error, key)[:_MAX_TEXT] for key in ("message", "hint", "doing", "said")}
+    # Bounded in bytes of the message, in which a character may take twelve.
+    texts = {key: printable(getattr(error, key), _MAX_TEXT) for key in ("message", "hint", "doing", "said")}
     counts = {"attempts": error.attempts, "seconds": error.seconds}
     return {"kind": type(error).__name__, "code": error.code, "passing": error.passing, **texts, **counts}
 

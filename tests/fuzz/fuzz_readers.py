@@ -5,11 +5,12 @@
 """Fuzz the readers of foreign bytes that are small enough to share a frame: whatever comes, the answer is a value or an
 error of the engine, soon, and nothing stays open.
 
-    python tests/fuzz/fuzz_readers.py tar|splitstream|documents|meta|proxy [--seconds 60] [--seed N] [FILE ...]
+    python tests/fuzz/fuzz_readers.py tar|splitstream|documents|meta|proxy|messages [--seconds 60] [--seed N] [FILE ...]
 
 ``tar``: the splitter, fed in pieces, and its entries read back · ``splitstream``: header, tables, names and chunks; with
 valid zstd frames of damaged content, too · ``documents``: manifests, indexes, configurations, references and platforms
-· ``meta``: meta.json · ``proxy``: packets of skopeo's image proxy with and without descriptors.
+· ``meta``: meta.json · ``proxy``: packets of skopeo's image proxy with and without descriptors · ``messages``: errors in
+the words of an image on their way from a child, states of progress, journals, records of names, marks.
 
 FILEs are run once each, to look at what was found. With atheris installed it is guided by coverage; further options go
 to libFuzzer.
@@ -26,6 +27,7 @@ import pathlib
 import random
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -36,7 +38,12 @@ sys.path[:0] = [str(ROOT / "tests" / "fuzz"), str(ROOT / "tests" / "unit")]
 import fuzzing
 
 __import__("conftest")  # makes the collection importable
-from ansible_collections.composefs.oci.plugins.module_utils.errors import EngineError
+from ansible_collections.composefs.oci.plugins.module_utils.errors import (
+    EngineError,
+    FormatError,
+    from_values,
+    to_values,
+)
 from ansible_collections.composefs.oci.plugins.module_utils.formats import (
     codecs,
     fsverity,
@@ -47,8 +54,12 @@ from ansible_collections.composefs.oci.plugins.module_utils.formats import (
     tar,
 )
 from ansible_collections.composefs.oci.plugins.module_utils.formats.metajson import Metadata
+from ansible_collections.composefs.oci.plugins.module_utils.host import processes
+from ansible_collections.composefs.oci.plugins.module_utils.operations import journal
+from ansible_collections.composefs.oci.plugins.module_utils.progress import LINE_LIMIT, summary
 from ansible_collections.composefs.oci.plugins.module_utils.source.imageproxy import ImageProxy
 from ansible_collections.composefs.oci.plugins.module_utils.source.options import ProxyOptions
+from ansible_collections.composefs.oci.plugins.module_utils.store import marks, namerecords
 from ansible_collections.composefs.oci.tests.support.tarbytes import DIRECTORY, SYMLINK, gnu_member, member, small_tree
 from ansible_collections.composefs.oci.tests.support.tarbytes import tar as archive
 
@@ -333,6 +344,51 @@ def replies() -> list[bytes]:
     ]
 
 
+# --- between processes
+# --------------------------------------------------------------------------------------------------------------------
+
+STATE = {
+    "done": 5,
+    "total": 10,
+    "rate": 3,
+    "message": "Fetching",
+    "finished": False,
+    "images": ["app", "b"],
+    "layers": [{"id": DIGEST, "state": "bytes", "done": 5, "total": 10}],
+}
+RECORD = {"ref": "docker://a.b/c", "manifest": DIGEST, "policy": "enforced", "since": "2026-11-27T14:40:07Z"}
+
+
+def run_messages(data: bytes) -> None:
+    """What a child tells its parent in the words of an image, and what one process leaves for another in a file."""
+    text = data.decode("utf-8", "surrogateescape")
+    error = FormatError(text, text * 3, doing=text * 9, said=text[::-1] * 20)
+    message = json.dumps(to_values(error)).encode()
+    assert len(message) <= processes.MAX_MESSAGE, "the other side would get a part of it"
+    back = from_values(json.loads(message))
+    assert type(back) is FormatError and str(back).isprintable() and str(from_values(to_values(back))) == str(back)
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        line = summary(json.loads(data))
+        assert line.isprintable() and len(line.encode("utf-8", "surrogatepass")) <= LINE_LIMIT
+    with contextlib.suppress(EngineError):
+        journal.parse(data, "a journal")
+    with contextlib.suppress(ValueError, RecursionError):
+        document = json.loads(data)
+        found = namerecords._parse(document)
+        assert found is None or found.manifest.startswith("sha256:")
+    with tempfile.TemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        marks._read(file.fileno())
+
+
+def messages() -> list[bytes]:
+    kept = journal.Journal("/srv/app", current=journal.Image("ab" * 32, DIGEST, None, "docker://a.b/c", "x"))
+    mark = {"boot_id": "x", "mount": "1", "pid": 1, "started": 1.5, "uptime": 2.5}
+    texts = [json.dumps(value).encode() for value in (STATE, RECORD, mark, journal.to_values(kept))]
+    return [*texts, "\x1b]0;owned\x07 \U0001f600 b\u00fcro \u202e".encode() * 20]
+
+
 # --- the frame
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -342,6 +398,7 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], Callable[[], list[bytes]]]] = 
     "documents": (run_documents, documents),
     "meta": (run_meta, metas),
     "proxy": (run_proxy, replies),
+    "messages": (run_messages, messages),
 }
 
 

@@ -22,6 +22,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     Busy,
     DigestMismatch,
     FormatError,
+    IOFailed,
     NoSpace,
     VerityUnsupported,
 )
@@ -502,3 +503,16 @@ def test_stats_of_workers_add_up() -> None:
     total = objects.ObjectStats(1, 2, 3, 4, 5)
     total.add(objects.ObjectStats(10, 20, 30, 40, 50))
     assert total == objects.ObjectStats(11, 22, 33, 44, 55)
+
+
+def test_that_proc_is_missing_is_said(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file without a name gets one through /proc: without it the system says only that there is no such file."""
+
+    def gone(*_arguments: Any, **_options: Any) -> None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    real = os.path.exists
+    monkeypatch.setattr(os, "link", gone)
+    monkeypatch.setattr(os.path, "exists", lambda path: path != "/proc/self/fd" and real(path))
+    with pytest.raises(IOFailed, match=r"through /proc, which is not mounted\. Mount it"):
+        place.store().put(b"x" * 100)
