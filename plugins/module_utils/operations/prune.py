@@ -28,7 +28,7 @@ from ..formats.digests import ObjectDigest, object_digest
 from . import keepers
 from .foreseen import Ahead
 from ..formats import fsverity, reference, repolayout
-from ..errors import EngineError, FormatError, doing
+from ..errors import EngineError, FormatError, doing, from_os_error
 from ..progress import Progress
 from ..store import graph as graphs
 from ..store import imagestreams, marks, namerecords
@@ -337,13 +337,19 @@ def _sweep(repository: Repository, plan: _Plan, progress: Progress) -> None:
     # A link that comes back after a power cut must not lead to an object that did not.
     repository.sync()
     done = 0
+    unlink = os.unlink
     for first, names in enumerate(plan.dead):
         if not names:
             continue
         place = f"objects/{first:02x}"
         with doing(f"Removing objects of {repository.path}/{place}"), repository.root.directory(place, os.O_PATH) as fd:
             for name in names:
-                _unlink(fd, name, f"{repository.path}/{place}/{name}")
+                try:
+                    unlink(name, dir_fd=fd)
+                except FileNotFoundError:
+                    continue
+                except OSError as error:
+                    raise from_os_error(error, f"Removing {repository.path}/{place}/{name}") from error
         done += len(names)
         progress.message(f"Removing objects: {done} of {plan.result.objects}")
     # What is reported as removed must not come back after a power cut.
