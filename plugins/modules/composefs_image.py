@@ -646,6 +646,7 @@ error:
   sample: image_not_found
 """
 
+import dataclasses
 import json
 import os
 
@@ -677,6 +678,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.progress import Prog
 from ansible_collections.composefs.oci.plugins.module_utils.pull.plan import Standing
 from ansible_collections.composefs.oci.plugins.module_utils.pull.publish import Images
 from ansible_collections.composefs.oci.plugins.module_utils.pull.results import Report
+from ansible_collections.composefs.oci.plugins.module_utils.store import namerecords
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ansible_collections.composefs.oci.plugins.module_utils.source.options import at_least
 from ansible_collections.composefs.oci.plugins.module_utils.source.options import options_of as proxy_options
@@ -859,7 +861,9 @@ def run(module: AnsibleModule, base: dict, life: watch.Life) -> dict:
         if params["state"] == "present":
             reports = present(module, repository, requests, options, life)
         else:
-            reports = [pull.forget(repository, request, module.check_mode) for request in requests]
+            # "docker://x" and "x" are one default name; the one that is there goes.
+            there = [dataclasses.replace(one, name=namerecords.spelled(repository, one.name)) for one in requests]
+            reports = [pull.forget(repository, request, module.check_mode) for request in there]
             warn_of_mounts(module, repository, reports)
         # What check mode makes up where there is no repository yet says nothing of the one to come.
         verity = None if repository.place else repository.secure

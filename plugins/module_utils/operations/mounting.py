@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from ..formats import fsverity
 from ..host import beneath, mountcalls, mountinfo
 from ..errors import (
+    EngineError,
     Busy,
     FormatError,
     ImageNotFound,
@@ -32,6 +33,7 @@ from ..host.mountinfo import Mounted
 from ..formats.digests import ObjectDigest, is_oci_digest, object_digest
 from ..store.objects import hash_file
 from ..store.repository import Repository
+from . import journal
 
 REQUIRED, PREFERRED, DISABLED = "required", "preferred", "disabled"
 # Options of the overlay file system itself. Only such as the kernel shows exactly as they were given, or it could not
@@ -282,10 +284,23 @@ def open_image(repository: Repository, digest: ObjectDigest) -> Iterator[int]:
         os.close(fd)
 
 
+def _called(there: Mounted) -> str:
+    """The image that is mounted: its id, and before it what people know, if the journal has it."""
+    try:
+        one = journal.read(there.path)
+    except EngineError:
+        one = None
+    for image in one.images() if one is not None else ():
+        if one is not None and one.name and image.image_id == there.image_id:
+            digest = f"{image.digest[:19]}, " if image.digest else ""
+            return f"the image {one.name} ({digest}id {there.image_id})"
+    return f"the image {there.image_id}"
+
+
 def differences(there: Mounted, target: Target) -> list[str]:
     """In words, what is mounted otherwise than ``target`` says; empty if nothing is."""
     if there.image_id != target.image_id:
-        return [f"the image {there.image_id}"]
+        return [_called(there)]
     pairs: list[tuple[str, object, object]] = [
         ("verity", there.verity, target.verity),
         ("upperdir", there.directory("upperdir"), target.upperdir),

@@ -136,6 +136,9 @@ def test_the_name_is_the_reference_with_its_transport_unless_given(run: Any, rep
     for form in (bare, REGISTRY + "app", "registry:" + bare):
         assert not run(ref=form)["changed"]
     assert run(ref=bare, state="absent")["changed"] and not run(ref=REGISTRY + "app", state="absent")["changed"]
+    # Given as a name, too, either form finds it.
+    run(ref=bare)
+    assert run(name=bare, state="absent")["changed"] and not run(name=REGISTRY + "app", state="absent")["changed"]
     run(ref=bare, name=bare)
     moved = run(ref=REGISTRY + "app")
     assert moved["changed"] and moved["name"] == REGISTRY + "app" and "is now" in moved["warnings"][0]

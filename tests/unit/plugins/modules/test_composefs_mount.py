@@ -19,7 +19,7 @@ pytest.importorskip("ansible.module_utils.basic", exc_type=ImportError)
 
 import yaml
 
-from ansible_collections.composefs.oci.plugins.module_utils.operations import bootmount, journal
+from ansible_collections.composefs.oci.plugins.module_utils.operations import mounting, bootmount, journal
 from ansible_collections.composefs.oci.plugins.module_utils.errors import ReadOnly
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ansible_collections.composefs.oci.plugins.modules import composefs_mount
@@ -279,6 +279,15 @@ def test_unmounting_removes_the_unit_too(host: Host, run: Any) -> None:
     result = run(state="unmounted")
     assert result["changed"] and result["unit"] is None and host.unit() is None
     assert not run(state="unmounted")["changed"]
+
+
+def test_what_is_in_the_way_is_named_as_people_know_it(host: Host, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = host.images
+    run(image=one)
+    known = journal.Journal(host.path, name="app", current=journal.Image(one, "sha256:" + "5c2e" * 16))
+    monkeypatch.setattr(mounting.journal, "read", lambda path, *_places: known)
+    refused = run(image=two, repository=host.repository)
+    assert refused["error"] == "busy" and f"the image app (sha256:5c2e5c2e5c2e, id {one})" in refused["msg"]
 
 
 def test_a_mount_that_fails_gets_no_unit(host: Host, run: Any) -> None:
