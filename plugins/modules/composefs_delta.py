@@ -23,6 +23,7 @@ description:
 extends_documentation_fragment:
   - composefs.oci.attributes
   - composefs.oci.attributes.actiongroup_registry
+  - composefs.oci.registry
   - composefs.oci.repository
   - composefs.oci.repository.unsafe
 attributes:
@@ -63,40 +64,6 @@ options:
         above take several times as long for a few percent.
     type: int
     default: 12
-  auth_file:
-    description:
-      - A file on the host with credentials, as C(skopeo login) and C(podman login) write it. Defaults to what C(skopeo)
-        looks for.
-    type: path
-  username:
-    description:
-      - The user to log in to the registry with. Needs O(password).
-    type: str
-  password:
-    description:
-      - The password to log in to the registry with. It reaches C(skopeo) through an unnamed file, never through a
-        command line or the environment.
-    type: str
-  validate_certs:
-    description:
-      - Whether the registry must speak TLS with a certificate that can be verified.
-      - Where it is not set, the host's C(registries.conf) decides.
-    type: bool
-  ca_cert_dir:
-    description:
-      - A directory on the host with additional certificates (C(*.crt)) of authorities, and client certificates
-        (C(*.cert), C(*.key)).
-    type: path
-  executable:
-    description:
-      - The C(skopeo) to run.
-    type: path
-    default: skopeo
-  timeout:
-    description:
-      - How many seconds, at least V(1), to wait for an answer. A push gets a second more for each KiB.
-    type: int
-    default: 60
 requirements:
   - skopeo 1.6 or later on the host
   - zstandard for Python on the host (or Python 3.14)
@@ -207,10 +174,11 @@ def run(module: AnsibleModule, base: dict) -> dict:
         target = makedelta.find(repository, params["target"])
         if dest is None:
             dest = makedelta.beside(repository, (params["source"], params["target"]), source, target)
-        made = makedelta.there(options, dest, source, target)
+        progress, retries = Progress(None), params["retries"]
+        made = makedelta.there(options, dest, source, target, progress, retries)
         changed = made is None
         if changed and not module.check_mode:
-            made = makedelta.publish(repository, source, target, dest, options, params["level"], Progress(None))
+            made = makedelta.publish(repository, source, target, dest, options, params["level"], progress, retries)
     digest = made.digest if made else None
     return {
         "changed": changed,
@@ -236,8 +204,11 @@ def main() -> None:
             "password": {"type": "str", "no_log": True},
             "validate_certs": {"type": "bool"},
             "ca_cert_dir": {"type": "path"},
+            "signature_policy": {"type": "path"},
+            "unenforced_policy": {"type": "str", "choices": ["refuse", "ignore"], "default": "refuse"},
             "executable": {"type": "path", "default": "skopeo"},
             "timeout": {"type": "int", "default": 60},
+            "retries": {"type": "int", "default": 3},
         },
         mutually_exclusive=[("auth_file", "username")],
         required_together=[("username", "password")],

@@ -23,6 +23,7 @@ description:
 extends_documentation_fragment:
   - composefs.oci.attributes
   - composefs.oci.attributes.actiongroup_registry
+  - composefs.oci.registry
   - composefs.oci.repository
   - composefs.oci.repository.unsafe
 attributes:
@@ -159,36 +160,12 @@ options:
       - For an image that is chosen from an index the index decides; a configuration that contradicts it is a warning.
         A single image that is for another platform than is asked for is refused, and a warning if none is asked for.
     type: str
-  auth_file:
-    description:
-      - A file on the host with credentials, as C(skopeo login) and C(podman login) write it. Defaults to what C(skopeo)
-        looks for.
-    type: path
   username:
     description:
       - The user to log in to the registry with. Needs O(password).
       - The images of one task that have no O(images[].username) of their own must all be of one registry, for whichever
         asked would get the password.
     type: str
-  password:
-    description:
-      - The password to log in to the registry with. It reaches C(skopeo) through an unnamed file, never through a
-        command line or the environment.
-    type: str
-  validate_certs:
-    description:
-      - Whether registries must speak TLS with a certificate that can be verified.
-      - Where it is not set, the host's C(registries.conf) decides.
-    type: bool
-  ca_cert_dir:
-    description:
-      - A directory on the host with additional certificates (C(*.crt)) of authorities, and client certificates
-        (C(*.cert), C(*.key)).
-    type: path
-  signature_policy:
-    description:
-      - A signature policy file on the host to use instead of the host's own C(policy.json).
-    type: path
   unenforced_policy:
     description:
       - What to do where C(skopeo) is older than 1.13, which does not enforce the signature policy in the mode that is
@@ -197,11 +174,6 @@ options:
     type: str
     choices: [refuse, ignore]
     default: refuse
-  executable:
-    description:
-      - The C(skopeo) to run.
-    type: path
-    default: skopeo
   tmpdir:
     description:
       - A directory on the host with room for what C(skopeo) unpacks, such as V(docker-archive) files. Nothing stays

@@ -40,6 +40,22 @@ class Breakage(NamedTuple):
 
 BREAKAGES = (
     Breakage(
+        "deltas",
+        "a delta that is published is used",
+        ENGINE + "pull/pull.py",
+        "    if not options.deltas or not any(plan.missing() for plan in plans):\n",
+        "    if True:\n",
+        "test_an_update_costs_the_bytes_of_the_delta_as_foretold",
+    ),
+    Breakage(
+        "peers",
+        "a peer that failed is left out, and the next one is asked",
+        ENGINE + "pull/fetch.py",
+        "        *before, last = _ways(job)\n",
+        "        before, last = [], _ways(job)[-1]\n",
+        "test_a_first_image_comes_from_a_peer_alone",
+    ),
+    Breakage(
         "rollout",
         "a bad image reaches canaries only",
         "plugins/plugin_utils/rollout.py",

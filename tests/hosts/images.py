@@ -43,10 +43,27 @@ def _bulk(seed: int, files: int, size: int) -> bytes:
     return tar(*parts, *(member(f"data/{seed}/{number}", chance.randbytes(size)) for number in range(files)))
 
 
+def _library(version: int) -> bytes:
+    """Files as a distribution has them: of the second version every tenth is another, by a few bytes; so is a large
+    one.
+    """
+    chance = random.Random(77)
+    parts = [member("lib/", type=DIRECTORY)]
+    for number in range(250):
+        data = b" ".join(b"%x" % chance.randrange(1 << 20) for _unused in range(chance.randrange(30, 1500)))
+        if number % 10 == 0:
+            data = data.replace(b"7", b"%d" % version, 3)
+        parts.append(member(f"lib/{number}", data))
+    large = bytearray(chance.randbytes(1_500_000))
+    large[700_000:700_100] = random.Random(version).randbytes(100)
+    return tar(*parts, member("lib/large", bytes(large)), member("lib/version", f"{version}\n".encode()))
+
+
 def _make(layout: Layout) -> None:
     base = small_tree(files=60, seed=1)
     for version in (1, 2, 3):
         layout.image([base, _application(version)], f"app-{version}", labels={"version": str(version)})
+        layout.image([_library(version)], f"library-{version}", labels={"version": str(version)})
     layout.image([base, small_tree(files=10, seed=7, prefix="usr/share/zstd")], "zstd", encoding="zstd")
     layout.multi_platform(
         {f"linux/{architecture()}": [base, _application(1)], f"linux/{OTHER}": [base, _application(2)]}, "multi"

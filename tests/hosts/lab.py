@@ -11,7 +11,8 @@
 
 A platform has ``name``; ``kind``: namespace (default) or guest; ``suite``; ``flavour``: bare or ready (namespace),
 isolated: true (namespace). ``lab`` has ``images`` (names, see images.py), ``registries`` (name: {tls, user, password,
-filled: false for one without images, access_log: true}),
+filled: false for one without images, kept: false for
+one that does not keep its blobs from run to run, access_log: true}),
 ``archives`` (transport:file to make, and the image to put there), ``programs`` that must be on the PATH, and
 ``unforetold`` (task: why check mode on a fresh host cannot foretell it).
 
@@ -86,7 +87,8 @@ def start_registries(scenario: str, lab: Spec) -> Spec:
     for name, options in lab.get("registries", {}).items():
         filled = options.pop("filled", True)
         # The blobs stay from run to run: pushing what is there already takes no time.
-        storage = {"storage": ground.state() / "registry"} if filled else {}
+        kept = options.pop("kept", filled)
+        storage = {"storage": ground.state() / "registry"} if kept else {}
         server = registry.Registry(services(scenario) / name, **storage, **options).start()
         for image in lab.get("images", []) if filled else []:
             # As it is: skopeo would put a gzip layer that the registry knows in the place of the same one in zstd.

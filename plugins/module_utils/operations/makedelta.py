@@ -41,6 +41,7 @@ from ..rootfs.erofsreader import ErofsImage
 from ..rootfs.filetree import Leaf, walk
 from ..source import push
 from ..source.options import ProxyOptions
+from ..source.source import persist
 from ..store import imagestreams, namerecords
 from ..store.repository import Repository
 
@@ -156,9 +157,13 @@ def _different(target: Stored) -> list[tuple[Descriptor, str]]:
     return list(found.values())
 
 
-def there(options: ProxyOptions, dest: Reference, source: Stored, target: Stored) -> Made | None:
-    """What lies at ``dest``, if it is a delta with this target and source; else None."""
-    raw = push.manifest_at(options, dest)
+def there(
+    options: ProxyOptions, dest: Reference, source: Stored, target: Stored, progress: Progress, retries: int = 0
+) -> Made | None:
+    """What lies at ``dest``, if it is a delta with this target and source; else None. Passing faults of the registry
+    are met by asking again, up to ``retries`` times.
+    """
+    raw = persist(lambda: push.manifest_at(options, dest), retries, progress)
     if raw is None:
         return None
     try:
@@ -185,15 +190,19 @@ def publish(
     options: ProxyOptions,
     level: int,
     progress: Progress,
+    retries: int = 0,
 ) -> Made:
-    """Make the delta and push it to ``dest``; see make() and source.push."""
+    """Make the delta and push it to ``dest``; see make() and source.push. Passing faults of the registry are met by
+    pushing again, up to ``retries`` times.
+    """
     with tempfile.TemporaryDirectory(prefix="composefs-delta-", dir=options.tmpdir) as directory:
         with doing(f"Making the delta for {dest.text}"):
             made = make(repository, source, target, f"{directory}/layout", level, progress)
         progress.message(f"Pushing the delta to {dest.text}")
         layout = parse_reference(f"oci:{directory}/layout:{LAYOUT_TAG}")
-        push.push(options, layout, dest, sum(layer["bytes"] for layer in made.layers))
-    raw = push.manifest_at(options, dest)
+        size = sum(layer["bytes"] for layer in made.layers)
+        persist(lambda: push.push(options, layout, dest, size), retries, progress)
+    raw = persist(lambda: push.manifest_at(options, dest), retries, progress)
     if raw is None or digests.digest_of(raw) != made.digest:
         raise DigestMismatch(
             f"What was pushed to {dest.text} is not what is there now.",

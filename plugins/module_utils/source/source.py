@@ -183,6 +183,22 @@ def pause(attempt: int, error: EngineError, progress: Progress) -> None:
     time.sleep(seconds)
 
 
+def persist(attempt: Callable[[], T], retries: int, progress: Progress) -> T:
+    """What ``attempt`` returns, which is called again after a passing fault, up to ``retries`` times with growing
+    pauses. Raises its last error.
+    """
+    begin = time.monotonic()
+    for tries in range(retries + 1):
+        try:
+            return attempt()
+        except EngineError as error:
+            if not error.passing or tries == retries:
+                error.attempts, error.seconds = tries + 1, time.monotonic() - begin
+                raise
+            pause(tries + 1, error, progress)
+    raise AssertionError("this must hold: retries >= 0")
+
+
 class Patient(Source):
     """Any source, asked again after a passing fault, up to ``retries`` times with growing pauses. Before each attempt
     ``permit`` is called, which raises an engine error if there may be none.

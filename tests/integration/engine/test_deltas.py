@@ -75,9 +75,9 @@ class Seed:
         with Repository.open(str(self.path)) as repository:
             old, new = makedelta.find(repository, "old"), makedelta.find(repository, "new")
             place = parse_reference(dest) if dest else makedelta.beside(repository, ("old", "new"), old, new)
-            assert makedelta.there(SKOPEO, place, old, new) is None
+            assert makedelta.there(SKOPEO, place, old, new, Progress()) is None
             made = makedelta.publish(repository, old, new, place, SKOPEO, 12, Progress())
-            again = makedelta.there(SKOPEO, place, old, new)
+            again = makedelta.there(SKOPEO, place, old, new, Progress())
             assert again is not None and again == made
             return place.text, made
 

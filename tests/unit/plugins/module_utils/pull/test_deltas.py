@@ -424,3 +424,13 @@ def test_the_tag_names_both_images_and_fits() -> None:
     assert len(tag) == 102
     where = deltas.beside(parse_reference("docker://reg.test:5000/a/b:1"), "sha256:" + "a" * 64, "sha256:" + "b" * 64)
     assert where.text == f"docker://reg.test:5000/a/b:{tag}"
+
+
+def test_the_empty_configuration_of_a_delta_is_the_one_that_oci_defines() -> None:
+    blob = ocidocuments.Descriptor("x", "sha256:" + "1" * 64, 9)
+    raw = deltas.compose(blob, blob, "sha256:" + "2" * 64, [])
+    assert ocidocuments.parse_manifest(raw).config == ocidocuments.Descriptor(
+        "application/vnd.oci.empty.v1+json",
+        "sha256:44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a",
+        2,
+    )
