@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import http.client
 import os
 import re
 import socket
 import threading
 from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 from ..errors import TlsFailed
 from .options import ProxyOptions
@@ -61,9 +59,13 @@ def check_realm(options: ProxyOptions, registry: str) -> None:
 
 def _challenges(options: ProxyOptions, registry: str) -> list[str]:
     """What the registry answers to a visitor without credentials."""
+    # Late, both of them: most runs send no password, and a Python may lack ssl, so that nobody can be asked.
+    import http.client
+    from urllib.request import getproxies, proxy_bypass
+
     # Nobody is trusted here and nothing is sent, so the certificate does not matter: skopeo judges it.
     try:
-        import ssl  # late: a Python may lack it, and then nobody can be asked
+        import ssl
     except ImportError:
         return []
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

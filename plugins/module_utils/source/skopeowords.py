@@ -36,14 +36,16 @@ from .options import ProxyOptions
 INSTALL = "Install skopeo 1.6 or later (the role composefs.oci.skopeo does), or name it with the option executable."
 _MAX_WORDS = 2000
 
-_LOG_LINE = re.compile(r'^(?:time="[^"]*" )?level=(?P<level>[a-z]+) msg=(?P<msg>"(?:[^"\\]|\\.)*"|\S*)')
+# These patterns are compiled when skopeo has complained, which it does in few runs: together they would cost each run
+# a tenth of what it takes where there is nothing to do.
+_LOG_LINE = r'^(?:time="[^"]*" )?level=(?P<level>[a-z]+) msg=(?P<msg>"(?:[^"\\]|\\.)*"|\S*)'
 
 
-_NAMES = re.compile(r"reading manifest \S+ in \S+|\b(?:tag|reference) \"[^\"]*\"|\S*/\S*")
+_NAMES = r"reading manifest \S+ in \S+|\b(?:tag|reference) \"[^\"]*\"|\S*/\S*"
 
 
-def _means(pattern: str, kind: type[EngineError], hint: str = "") -> tuple[re.Pattern[str], type[EngineError], str]:
-    return re.compile(pattern), kind, hint
+def _means(pattern: str, kind: type[EngineError], hint: str = "") -> tuple[str, type[EngineError], str]:
+    return pattern, kind, hint
 
 
 # The first that fits decides. Heard from skopeo 1.9.3 and 1.18 in front of a registry and of servers that fail on
@@ -140,14 +142,11 @@ _MEANT_LOCALLY: dict[type[EngineError], tuple[type[EngineError], str]] = {
 }
 # A limit that was reached is no fault of the source, whatever struck it.
 _EXHAUSTED = (
-    (
-        re.compile(r"failed to create new os thread|newosproc|pthread_create|resource temporarily unavailable"),
-        PROCESSES,
-    ),
-    (re.compile(r"too many open files"), FILES),
-    (re.compile(r"cannot allocate memory|runtime: out of memory|failed to reserve memory"), MEMORY),
+    (r"failed to create new os thread|newosproc|pthread_create|resource temporarily unavailable", PROCESSES),
+    (r"too many open files", FILES),
+    (r"cannot allocate memory|runtime: out of memory|failed to reserve memory", MEMORY),
 )
-_PROXY = re.compile(r"\b407\b|proxy authentication required")
+_PROXY = r"\b407\b|proxy authentication required"
 _PROXY_HINT = (
     "The HTTP proxy on the way wants credentials: put them into its address in the task's environment (HTTPS_PROXY), "
     "or name the registry in NO_PROXY."
@@ -161,7 +160,7 @@ def unwrap_log(log: bytes) -> str:
     grave: list[str] = []
     lines: list[str] = []
     for line in log.rstrip(b"\0").decode("utf-8", "replace").splitlines():
-        match = _LOG_LINE.match(line.strip())
+        match = re.match(_LOG_LINE, line.strip())
         text = line.strip()
         if match is not None:
             text = match.group("msg")
@@ -226,11 +225,11 @@ def classify(
     ``Opening docker://…``. What words mean depends on the ``transport``: only a registry is reached through a network.
     """
     # Paths, addresses and names are none of skopeo's words: an image may well be called unauthorized.
-    said = _NAMES.sub(" ", _shorten(words).lower().replace("/policy.json: no such file", "/x no signature policy"))
+    said = re.sub(_NAMES, " ", _shorten(words).lower().replace("/policy.json: no such file", "/x no signature policy"))
     kind: type[EngineError] = ProxyFailed
     hint = ""
     for pattern, candidate, advice in _MEANINGS:
-        if pattern.search(said):
+        if re.search(pattern, said):
             kind, hint = candidate, advice
             break
     else:
@@ -239,11 +238,11 @@ def classify(
     passes: bool | None = None
     if transport != "docker":
         kind, hint = _MEANT_LOCALLY.get(kind, (kind, hint))
-    elif kind in (AuthFailed, ProxyFailed) and _PROXY.search(said):
+    elif kind in (AuthFailed, ProxyFailed) and re.search(_PROXY, said):
         # Credentials for the registry would not help, and neither would patience.
         kind, hint, passes = RegistryUnreachable, _PROXY_HINT, False
     for pattern, what_of in _EXHAUSTED:
-        if pattern.search(said):
+        if re.search(pattern, said):
             error = exhausted(what_of, what)
             error.said = f"{_once(scrub(options, words))[:300]}"
             return error
