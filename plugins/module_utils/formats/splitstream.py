@@ -466,14 +466,16 @@ class Splitstream:
         # Each reference stands for at least a byte, save those to an empty object, of which there is one: no writer has
         # a reason to repeat it.
         references_left = size + 1
+        unpack, new = _CHUNK.unpack_from, tuple.__new__
         buffer = b""
-        at = 0
+        at = have = 0
         while True:
-            if len(buffer) - at < 8:
-                buffer, at = buffer[at:] + _at_least(decoder, 8 - (len(buffer) - at)), 0
-                if len(buffer) < 8:
+            if have - at < 8:
+                buffer, at = buffer[at:] + _at_least(decoder, 8 - (have - at)), 0
+                have = len(buffer)
+                if have < 8:
                     break
-            (value,) = _CHUNK.unpack_from(buffer, at)
+            (value,) = unpack(buffer, at)
             at += 8
             if value >= 0:
                 if value >= count:
@@ -484,17 +486,23 @@ class Splitstream:
                     total += object_size(digest)
                 if total > size or references_left < 0:
                     raise _damaged(f"its chunks are longer than the {size} bytes they should have together")
-                yield ExternalRef(value, digest)
+                yield new(ExternalRef, (value, digest))
                 continue
             left = -value
             total += left
             if total > size:
                 raise _damaged(f"its chunks are longer than the {size} bytes they should have together")
+            if left <= _PIECE and left <= have - at:
+                # Nearly every run.
+                start = at
+                at += left
+                yield buffer[start:at]
+                continue
             while left:
-                if at == len(buffer) or (len(buffer) - at < left <= _PIECE):
+                if at == have or (have - at < left <= _PIECE):
                     # A run that fits is handed out in one piece.
-                    have = len(buffer) - at
-                    buffer, at = buffer[at:] + _at_least(decoder, min(left, _PIECE) - have), 0
+                    buffer, at = buffer[at:] + _at_least(decoder, min(left, _PIECE) - (have - at)), 0
+                    have = len(buffer)
                 piece = buffer[at : at + min(left, _PIECE)]
                 if not piece or (len(piece) < left <= _PIECE):
                     raise _damaged("its last chunk is cut short")

@@ -15,6 +15,7 @@ the archive is taken for an end marker, as most tools do (cfsctl refuses it); be
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
@@ -281,11 +282,18 @@ class EntryReader:
         parse = parser.parse
         zero = False
         while True:
-            block = take(BLOCK)
-            if len(block) < BLOCK:
-                if block or parser.pending:
-                    raise stored.damaged(_CUT_OFF)
-                return
+            # What nearly every entry is, a header in the bytes at hand, here and below without a call.
+            pos = stored.pos
+            stop = pos + BLOCK
+            if stop <= len(stored.buffer):
+                block = stored.buffer[pos:stop]
+                stored.pos = stop
+            else:
+                block = take(BLOCK)
+                if len(block) < BLOCK:
+                    if block or parser.pending:
+                        raise stored.damaged(_CUT_OFF)
+                    return
             if not block[0] and block == _ZERO:
                 if zero:
                     break
@@ -309,7 +317,15 @@ class EntryReader:
                     yield entry, None
             elif size > THRESHOLD:
                 yield entry, stored.reference(entry)
-                skip(-size & 511)
+                padding = -size & 511
+                piece = next(stored.chunks, None)
+                if piece.__class__ is bytes and len(piece) >= padding:
+                    # Its padding begins the next run.
+                    stored.buffer = piece
+                    stored.pos = padding
+                else:
+                    stored.give_back(piece)
+                    skip(padding)
             elif size:
                 yield entry, stored.exactly(size)
                 skip(-size & 511)
@@ -329,13 +345,18 @@ class _Stored:
 
     def __init__(self, chunks: Iterable[Any]) -> None:
         self.chunks = iter(chunks)
-        self._buffer = b""
-        self._pos = 0
+        self.buffer = b""
+        self.pos = 0
         self._before = 0  # bytes of the archive before the buffer; external contents count as their entries say
 
     @property
     def offset(self) -> int:
-        return self._before + self._pos
+        return self._before + self.pos
+
+    def give_back(self, chunk: Any) -> None:
+        """Let ``chunk``, which is None at the end, be the next one again."""
+        if chunk is not None:
+            self.chunks = itertools.chain((chunk,), self.chunks)
 
     def damaged(self, what: str) -> FormatError:
         return FormatError(
@@ -345,21 +366,21 @@ class _Stored:
 
     def take(self, n: int) -> bytes:
         """The next ``n`` inline bytes, fewer only at the end."""
-        pos = self._pos
+        pos = self.pos
         stop = pos + n
-        if stop > len(self._buffer):
+        if stop > len(self.buffer):
             self._fill(n)
             pos = 0
             stop = n
-        data = self._buffer[pos:stop]
-        self._pos = pos + len(data)
+        data = self.buffer[pos:stop]
+        self.pos = pos + len(data)
         return data
 
     def _fill(self, n: int) -> None:
         """Have ``n`` inline bytes in the buffer, if the layer goes on so far."""
-        rest = self._buffer[self._pos :]
-        self._before += self._pos
-        self._pos = 0
+        rest = self.buffer[self.pos :]
+        self._before += self.pos
+        self.pos = 0
         pieces = [rest] if rest else []
         have = len(rest)
         while have < n:
@@ -371,7 +392,7 @@ class _Stored:
             if len(piece):
                 pieces.append(piece if isinstance(piece, bytes) else bytes(piece))
                 have += len(piece)
-        self._buffer = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        self.buffer = pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def exactly(self, n: int) -> bytes:
         data = self.take(n)
@@ -380,23 +401,23 @@ class _Stored:
         return data
 
     def skip(self, n: int) -> None:
-        while n > len(self._buffer) - self._pos:
-            n -= len(self._buffer) - self._pos
-            self._pos = len(self._buffer)
+        while n > len(self.buffer) - self.pos:
+            n -= len(self.buffer) - self.pos
+            self.pos = len(self.buffer)
             self._fill(1)
-            if not self._buffer:
+            if not self.buffer:
                 raise self.damaged(_CUT_OFF)
-        self._pos += n
+        self.pos += n
 
     def reference(self, entry: Entry) -> Any:
         reference = None
-        if self._pos == len(self._buffer):
+        if self.pos == len(self.buffer):
             reference = next(self.chunks, None)
             while isinstance(reference, (bytes, bytearray, memoryview)) and not len(reference):
                 reference = next(self.chunks, None)
         if reference is None or isinstance(reference, (bytes, bytearray, memoryview)):
             raise self.damaged(f"the content of {show(entry.path)} is not stored as an object")
-        self._before += self._pos + entry.size
-        self._buffer = b""
-        self._pos = 0
+        self._before += self.pos + entry.size
+        self.buffer = b""
+        self.pos = 0
         return reference
