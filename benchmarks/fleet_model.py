@@ -9,8 +9,11 @@
     python3 benchmarks/fleet_model.py --rollout --hosts 20 1000 --sites 2 --controller 0.35 0.25
 
 Hosts prefetch in waves. All hosts of a wave share the origin's link, those of a site also the site's link, and a seed's
-link is shared by the hosts that take from it. What a transfer gets is its share of the narrowest link. Sizes are in MB,
-links in Mbit/s, times in seconds. Processor time counts per host, beside the transfer.
+link is shared by the hosts that take from it. What a transfer gets is its share of the narrowest link. Whatever
+delivers the content, each host asks the origin what the image is. Sizes are in MB, links in Mbit/s, times in seconds.
+Processor time counts per host, beside the transfer.
+
+The bytes at the origin were held against a rollout to twenty hosts in two sites (benchmarks/README.md).
 
 With ``--rollout`` the whole of it is told, as the playbook ``rollout`` arranges it: the waves, what they take, how many
 hosts a bad image reaches, and how long a host has an image that nobody confirmed.
@@ -25,7 +28,7 @@ import math
 
 @dataclasses.dataclass(frozen=True)
 class Fleet:
-    """Hosts, sites, waves, and links in Mbit/s."""
+    """Hosts, sites, waves, links in Mbit/s, and the MB of manifests and configurations that a host asks for."""
 
     hosts: int
     sites: int
@@ -33,6 +36,7 @@ class Fleet:
     origin: float
     site: float
     lan: float
+    documents: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +64,7 @@ def direct(fleet: Fleet, megabytes: float, work: float) -> Outcome:
         hosts = math.ceil(left / (fleet.waves - number))
         one = wave(fleet, hosts, megabytes, work)
         seconds, sent, left = seconds + one.seconds, sent + one.megabytes, left - hosts
-    return Outcome(seconds, sent)
+    return Outcome(seconds, sent + fleet.hosts * fleet.documents)
 
 
 def by_seeds(fleet: Fleet, first: float, seeded: float, seeds: int, work: float) -> Outcome:
@@ -74,7 +78,7 @@ def by_seeds(fleet: Fleet, first: float, seeded: float, seeds: int, work: float)
         hosts = math.ceil(others / fleet.waves) if number < fleet.waves else 0
         if hosts:
             seconds += seeded * 8 / min(fleet.lan * seeds / hosts, fleet.lan) + work
-    return Outcome(seconds, begun.megabytes)
+    return Outcome(seconds, begun.megabytes + fleet.hosts * fleet.documents)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +169,9 @@ def main() -> None:
     parser.add_argument("--update", type=float, default=60.5, help="whole layers")
     parser.add_argument("--delta", type=float, default=1.5)
     parser.add_argument("--peer", type=float, default=17.4, help="objects that are missing, as a peer sends them")
+    parser.add_argument(
+        "--documents", type=float, default=0.01, help="manifests and configurations that each host asks the origin for"
+    )
     parser.add_argument("--work", type=float, default=2.0, help="seconds of processor for a pull")
     parser.add_argument("--rollout", action="store_true", help="tell of whole rollouts")
     parser.add_argument("--canaries", type=int, default=2)
@@ -182,7 +189,7 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for hosts in options.hosts:
         sites = options.sites or max(1, hosts // 250)
-        fleet = Fleet(hosts, sites, options.waves, options.origin, options.site, options.lan)
+        fleet = Fleet(hosts, sites, options.waves, options.origin, options.site, options.lan, options.documents)
         for name, found in (
             ("layers", direct(fleet, options.update, options.work)),
             ("delta", direct(fleet, options.delta, options.work)),
