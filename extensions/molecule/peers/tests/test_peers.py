@@ -15,7 +15,7 @@ from scenarios import Run, created, recorded
 testinfra_hosts = ["ansible://hosts"]
 
 CLIENTS = ("peers-first", "peers-warned", "peers-bereft", "peers-alone", "peers-updated")
-OBJECTS = 252
+OBJECTS = 251
 
 
 @pytest.fixture(scope="module")
