@@ -4,7 +4,7 @@
 
 """What real updates cost: whole layers, deltas, and peers without and with gzip.
 
-    python3 benchmarks/updates.py WORK [--only NAME] [--rate MBIT] [--write RESULT.md]
+    python3 benchmarks/updates.py WORK [--only NAME] [--rate MBIT] [--level 12] [--write RESULT.md]
 
 Builds pairs of images from Debian packages, with and without the suite of security fixes, below WORK (about 2 GB), and
 updates a repository from one to the other in each way. Bytes are those that pulls report. Nothing here runs with the
@@ -209,7 +209,7 @@ def update(path: pathlib.Path, place: str, **options: Any) -> tuple[int, float, 
     return figures
 
 
-def measure(work: pathlib.Path, number: int, registry: Registry | None) -> str:
+def measure(work: pathlib.Path, number: int, registry: Registry | None, level: int) -> str:
     """One row of the table."""
     name, make, prefix = ROWS[number]
     place = f"oci:{make(work).path}:{prefix}"
@@ -228,7 +228,7 @@ def measure(work: pathlib.Path, number: int, registry: Registry | None) -> str:
         pull.pull_images(repository, requests, pull.Options(proxy=PROXY), Progress())
         old, new = makedelta.find(repository, "old"), makedelta.find(repository, "new")
         started = time.monotonic()
-        makedelta.publish(repository, old, new, dest, PROXY, 12, Progress())
+        makedelta.publish(repository, old, new, dest, PROXY, level, Progress())
         made = time.monotonic() - started
     found = {"layers": update(work / "host", place), "delta": update(work / "host", place, deltas=(dest.text,))}
     for way, gzip in (("peer", False), ("peer, gzip", True)):
@@ -244,6 +244,7 @@ def main() -> None:
     parser.add_argument("work", type=pathlib.Path)
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--rate", type=int, default=0, metavar="MBIT", help="what the network carries")
+    parser.add_argument("--level", type=int, default=12, help="of the compression of deltas")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--write", type=pathlib.Path, help="append the table to this file")
     options = parser.parse_args()
@@ -261,7 +262,7 @@ def main() -> None:
     ]
     with Registry(work / "registry") if options.rate else contextlib.nullcontext() as registry:
         for number in numbers:
-            lines.append(measure(work, number, registry))
+            lines.append(measure(work, number, registry, options.level))
             print(lines[-1], flush=True)
     text = "\n".join(lines) + "\n"
     if options.write:

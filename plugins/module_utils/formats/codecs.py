@@ -535,6 +535,11 @@ class _ZstdCompressor:
 # patches: frames whose raw prefix is another file
 
 
+# From this size of the base on, long distance matching pays: below, the search of the level itself reaches all of it and
+# finds more (real updates of 2 to 5 MB became 1 to 11 percent larger by it).
+_LONG_DISTANCE = 16 << 20
+
+
 class PatchMaker:
     """Makes frames that may refer to every byte of ``base`` (``zstd --patch-from``). MissingLibrary."""
 
@@ -559,14 +564,14 @@ class PatchMaker:
                 source_size=len(data),
                 dict_size=self._base_size,
                 window_log=window,
-                enable_ldm=True,
+                enable_ldm=self._base_size > _LONG_DISTANCE,
             )
             frame: bytes = module.ZstdCompressor(dict_data=self._dict, compression_params=parameters).compress(data)
             return frame
         options = {
             module.CompressionParameter.compression_level: self._level,
             module.CompressionParameter.window_log: window,
-            module.CompressionParameter.enable_long_distance_matching: 1,
+            module.CompressionParameter.enable_long_distance_matching: int(self._base_size > _LONG_DISTANCE),
         }
         compressor = module.ZstdCompressor(options=options, zstd_dict=self._dict.as_prefix)
         frame = compressor.compress(data, module.ZstdCompressor.FLUSH_FRAME)
