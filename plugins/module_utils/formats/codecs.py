@@ -535,8 +535,8 @@ class _ZstdCompressor:
 # patches: frames whose raw prefix is another file
 
 
-# From this size of the base on, long distance matching pays: below, the search of the level itself reaches all of it and
-# finds more (real updates of 2 to 5 MB became 1 to 11 percent larger by it).
+# From this size of the base on, long distance matching pays: below, the search of the level itself reaches all of it
+# and finds more (real programs of 2 to 5 MB became 1 to 11 percent larger by it).
 _LONG_DISTANCE = 16 << 20
 
 

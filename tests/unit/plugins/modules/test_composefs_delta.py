@@ -20,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "module_utils"))
 
 from fake_source import REGISTRY, Layout, World, pull_all
 
-from ansible_collections.composefs.oci.plugins.module_utils.errors import AuthFailed
+from ansible_collections.composefs.oci.plugins.module_utils.errors import AuthFailed, RegistryUnreachable
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
 from ansible_collections.composefs.oci.plugins.module_utils.host import processes
 from ansible_collections.composefs.oci.plugins.module_utils.pull import deltas, pull
-from ansible_collections.composefs.oci.plugins.module_utils.source import push
+from ansible_collections.composefs.oci.plugins.module_utils.source import push, source
 from ansible_collections.composefs.oci.plugins.module_utils.store import create
 from ansible_collections.composefs.oci.plugins.modules import composefs_delta
 from ansible_collections.composefs.oci.tests.support.moduleargs import arguments
@@ -138,6 +138,7 @@ def test_auto_needs_a_reference_in_a_registry(run: Any, tmp_path: Path) -> None:
     [
         ({"level": 0}, "invalid_option"),
         ({"timeout": 0}, "invalid_option"),
+        ({"retries": -1}, "invalid_option"),
         ({"source": "new"}, "invalid_option"),
         ({"source": "nothing"}, "image_not_found"),
         ({"dest": "https://registry.test/x"}, "invalid_reference"),
@@ -154,6 +155,26 @@ def test_a_registry_that_refuses_is_told(run: Any, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(push, "push", refuse)
     assert run()["error"] == "auth_failed"
+
+
+@pytest.mark.parametrize("retries, tried", [(0, 1), (2, 2)])
+def test_a_passing_fault_of_the_registry_is_met_by_pushing_again(
+    run: Any, places: Places, monkeypatch: pytest.MonkeyPatch, retries: int, tried: int
+) -> None:
+    waited: list[int] = []
+    monkeypatch.setattr(source, "pause", lambda attempt, _error, _progress: waited.append(attempt))
+    real, tries = places.push, []
+
+    def once_out_of_reach(*arguments: Any) -> None:
+        tries.append(1)
+        if len(tries) == 1:
+            raise RegistryUnreachable("Pushing: skopeo says: connection refused.")
+        real(*arguments)
+
+    monkeypatch.setattr(push, "push", once_out_of_reach)
+    result = run(retries=retries)
+    assert len(tries) == tried and len(waited) == tried - 1
+    assert result.get("error") == (None if retries else "registry_unreachable")
 
 
 def test_credentials_reach_skopeo_and_nothing_else(run: Any, places: Places) -> None:
