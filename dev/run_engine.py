@@ -105,7 +105,8 @@ def init(options: argparse.Namespace) -> object:
     from ansible_collections.composefs.oci.plugins.module_utils.store import create
 
     verity = create.REQUIRED if options.verity else create.DISABLED
-    return create.prepare(options.repository, fsverity.ALGORITHMS[options.algorithm], verity)
+    made = create.prepare(options.repository, fsverity.ALGORITHMS[options.algorithm], verity)
+    return {"created": made.created, "verity": made.secure, "algorithm": made.metadata.algorithm.meta_name}
 
 
 def pull(options: argparse.Namespace) -> object:

@@ -54,7 +54,8 @@ def test_every_verb_works_on_a_repository(
         written = capfdbinary.readouterr()
         return bytes(written.out if code == 0 else written.err)
 
-    run("init", "--algorithm", "sha256")
+    made = json.loads(run("init", "--algorithm", "sha256"))
+    assert made == {"created": True, "verity": False, "algorithm": "fsverity-sha256-12"}
     (pulled,) = json.loads(run("pull", f"oci:{layout.path}:app", "app"))
     assert pulled["changed"]
     assert not json.loads(run("pull", "--check", f"oci:{layout.path}:app", "app"))[0]["changed"]

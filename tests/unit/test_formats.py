@@ -10,7 +10,17 @@ import pathlib
 import re
 
 import pytest
-from ansible_collections.composefs.oci.plugins.module_utils.formats import bounds, fsverity, metajson, splitstream
+from ansible_collections.composefs.oci.plugins.module_utils.formats import (
+    bounds,
+    fsverity,
+    metajson,
+    ocidocuments,
+    splitstream,
+    tardiff,
+)
+from ansible_collections.composefs.oci.plugins.module_utils.operations import journal
+from ansible_collections.composefs.oci.plugins.module_utils.pull import deltas
+from ansible_collections.composefs.oci.plugins.module_utils.source import peer
 from ansible_collections.composefs.oci.plugins.module_utils.rootfs import erofswriter, lastmatch, merge
 from ansible_collections.composefs.oci.plugins.module_utils.rootfs.filetree import Directory, Stat
 
@@ -50,10 +60,34 @@ def test_the_known_images_are_right() -> None:
         ("repository", f"at most {metajson.MAX_SIZE >> 20} MiB, and anything malformed"),
         ("repository", f"{splitstream._MAX_OBJECT_TABLE >> 20} MiB of objects"),
         ("repository", f"{merge.MAX_TEXT >> 20} MiB of text"),
+        ("deltas", f"`{deltas.ARTIFACT_TYPE}`"),
+        ("deltas", f"`{ocidocuments.OCI_EMPTY}`"),
+        ("deltas", f"at most {tardiff.MAX_PATH:,} bytes long"),
+        ("deltas", f"at most {tardiff.MAX_BASE >> 20} MiB"),
+        ("peers", f"at most {peer.STREAM_EXTRA >> 20} MiB and"),
+        ("peers", f"at most {peer.TAR_LEAST >> 20} MiB or"),
     ],
 )
 def test_bounds_are_those_of_the_engine(name: str, words: str) -> None:
     assert words in page(name)
+
+
+def test_the_page_of_deltas_has_every_operation_and_the_tag() -> None:
+    for name in ("DATA", "OPEN", "COPY", "ADD", "SEEK", "DICT"):
+        assert f"| {getattr(tardiff, name)} | `{name}` |" in page("deltas")
+    made = deltas.tag("sha256:" + "a" * 64, "sha256:" + "b" * 64)
+    assert made == f"sha256-{'a' * 64}.delta-{'b' * 24}" and "first 24 digits of the source" in page("deltas")
+
+
+def test_the_page_of_journals_has_every_key() -> None:
+    values = [
+        journal.Journal("/srv/app", current=journal.Image(""), mount=journal.Settings()),
+        journal.Event("", ""),
+        journal.Pending("", None, None, None, "", "", "", "", ""),
+    ]
+    for value in values:
+        for key in journal.to_values(value):
+            assert f"`{key}`" in page("journal"), key
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
