@@ -24,6 +24,7 @@ ELSEWHERE = {
     "dev/nearby.py": "tests/unit/test_nearby.py",
     "dev/tested.py": "tests/unit/test_tested.py",
     "docs/docsite/rst/errors.rst": "tests/unit/test_layering.py",
+    "docs/formats/": "tests/unit/test_formats.py",
     "meta/": "tests/unit/test_layering.py",
     "plugins/": "tests/unit/test_layering.py",
     "roles/": "tests/unit/roles",

@@ -600,6 +600,7 @@ def test_a_progress_file_that_cannot_be_written_does_no_harm(run: Any, tmp_path:
     assert run(ref=REGISTRY + "app", progress_file=str(tmp_path / "no such directory/file"))["changed"]
 
 
+@pytest.mark.slow
 def test_deltas_are_looked_for_where_a_layer_is_missing_and_not_if_the_list_is_empty(run: Any, world: World) -> None:
     def asked() -> int:
         found = len([what for method, what in world.requests if method == "Inspect" and ".delta-" in what])

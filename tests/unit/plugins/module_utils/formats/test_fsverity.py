@@ -449,6 +449,7 @@ def test_the_real_kernel_seals_and_measures_or_says_that_it_cannot(
         os.close(fd)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", [fsverity.SHA256, fsverity.SHA512], ids=lambda one: one.name)
 def test_zeros_count_as_if_they_had_been_given(algorithm: fsverity.Algorithm) -> None:
     dice = random.Random(5)

@@ -364,6 +364,7 @@ members = [
 ]
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     st.sampled_from([manifest, config]),

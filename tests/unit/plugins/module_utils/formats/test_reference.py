@@ -170,6 +170,7 @@ def test_the_longest_reference_fits_into_a_request_whatever_its_characters():
         assert len(request) < 32768
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.text(max_size=60) | st.from_regex(r"[a-z-]{0,12}:?(//)?[a-zA-Z0-9:@/._\[\]-]{0,40}", fullmatch=True))
 def test_any_text_is_a_reference_or_refused(text):

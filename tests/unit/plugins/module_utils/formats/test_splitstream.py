@@ -909,6 +909,7 @@ def test_random_bytes_raise_engine_errors_only(data: bytes, start: bytes) -> Non
     consume(start + data)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_mutated_streams_raise_engine_errors_only(draw: st.DataObject) -> None:

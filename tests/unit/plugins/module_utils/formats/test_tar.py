@@ -1009,6 +1009,7 @@ def archive(entries: list[tuple[tarfile.TarInfo, bytes]], form: int) -> bytes:
     return out.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT], ids=["ustar", "gnu", "pax"]
 )

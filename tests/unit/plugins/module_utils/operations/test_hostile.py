@@ -252,6 +252,7 @@ def cases() -> Iterator[tuple[str, str]]:
                 yield place, plant
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("place", "plant"), list(cases()))
 def test_whatever_is_planted_no_verb_follows_it_waits_for_it_or_crashes(
     filled: tuple[Path, Layout],

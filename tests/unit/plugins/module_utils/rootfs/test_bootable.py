@@ -209,6 +209,7 @@ def test_damaged_or_contradictory_boot_files_are_refused(name: str) -> None:
     layers.tree(layer)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not layers.Cfsctl.available(), reason="cfsctl is not on the PATH")
 @pytest.mark.parametrize(("names", "good"), [(GOOD, True), (BAD, False)])
 def test_cfsctl_agrees_on_boot_files(

@@ -152,6 +152,7 @@ def trees(draw: some.DrawFn) -> Directory:
     return folders[0]
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(trees(), some.sampled_from(erofs.VERSIONS))
 def test_any_tree_is_read_back_as_it_was_written(root: Directory, version: int) -> None:
@@ -186,6 +187,7 @@ def content(leaf: Leaf | None) -> tuple[object, ...] | None:
     return None if leaf is None else (leaf.kind, leaf.data, leaf.digest, leaf.size)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(trees(), some.sampled_from(erofs.VERSIONS))
 def test_a_path_leads_to_the_regular_file_of_the_tree_and_to_nothing_else(root: Directory, version: int) -> None:
@@ -198,6 +200,7 @@ def test_a_path_leads_to_the_regular_file_of_the_tree_and_to_nothing_else(root: 
             assert image.find(wrong) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", erofs.VERSIONS)
 def test_paths_are_found_in_directories_of_many_blocks_in_flat_memory(version: int) -> None:
     names = [b"%06d" % number for number in range(0, 60_000, 2)]
@@ -507,6 +510,7 @@ def test_shared_xattrs_that_overlap_cost_no_more_than_the_image_has_bytes() -> N
     assert peak < 4 << 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", erofs.VERSIONS)
 def test_ten_thousand_nested_directories_are_read(version: int) -> None:
     root = at = Directory(Stat())

@@ -154,6 +154,7 @@ def test_states_of_a_directory_serve_its_children() -> None:
     assert [machine.best(machine.feed(base, name), b"-", b"") for name in (b"a.so", b"a.so.1", b"b")] == [1, 0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "regex",
     [
@@ -209,6 +210,7 @@ def test_no_expression_of_the_automaton_runs_away() -> None:
     assert time.process_time() - started < 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "regex",
     [
@@ -276,6 +278,7 @@ EXPRESSIONS = st.one_of(
 STRINGS = st.lists(st.sampled_from([b"a", b"b", b"/", b"ab", b".", b"\n", b"/a"]), max_size=7).map(b"".join)
 
 
+@pytest.mark.slow
 @given(
     st.lists(
         st.tuples(

@@ -829,6 +829,7 @@ def entries(draw: Any) -> Item:
     return item(path, kind, content, link, mode=draw(hs.integers(0, 3)), mtime=draw(hs.integers(0, 3)))
 
 
+@pytest.mark.slow
 @given(hs.lists(hs.lists(entries(), max_size=12), max_size=3))
 @settings(max_examples=120, deadline=None)
 def test_any_layers_give_what_the_naive_model_gives(layer_items: list[list[Item]]) -> None:

@@ -180,6 +180,7 @@ def test_a_message_is_one_clean_line(text, clean):
     assert skopeowords.scrub(OPTIONS, text) == clean
 
 
+@pytest.mark.slow
 def test_any_amount_of_words_costs_little_and_keeps_the_cause():
     start = time.perf_counter()
     for filler in ("x", "/", "://", " ", "\\", '"', "x/", "://x?", "bearer "):
