@@ -139,10 +139,16 @@ class Child:
         if self.pid == 0:
             # Never return into the caller's stack: whatever happens, this process ends here.
             try:
-                _settle(parent)
-                self.connection.close()
-                leave()
-                work(theirs)
+                try:
+                    _settle(parent)
+                    self.connection.close()
+                    leave()
+                except OSError as error:
+                    # A process that may open no files cannot begin, and still can say so.
+                    found = explain(error, f"The process that {what}")
+                    tell(theirs, {"kind": "error", "error": to_values(found)})
+                else:
+                    work(theirs)
             finally:
                 os._exit(0)
         theirs.close()

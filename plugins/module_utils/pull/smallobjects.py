@@ -26,7 +26,7 @@ from typing import Any
 from ..formats.digests import ObjectDigest
 from ..formats import fsverity
 from ..host import processes
-from ..errors import EngineError, from_values, to_values
+from ..errors import EngineError, IOFailed, from_values, to_values
 from ..store.objects import ObjectStats, ObjectStore
 
 # A batch is handed over when it has so many objects or bytes. The kernel takes at most 1024 pieces in one write.
@@ -112,7 +112,12 @@ class Storer:
         self._write([_HEAD.pack(0, 0)])
         error: EngineError | None = None
         while True:
-            message = self._child.receive()
+            try:
+                message = self._child.receive()
+            except IOFailed:
+                if error is not None:
+                    return error  # it had told why, and ended
+                raise
             if "stats" in message:
                 self._objects.stats.add(ObjectStats(**message["stats"]))
                 return error

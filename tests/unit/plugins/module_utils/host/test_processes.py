@@ -312,3 +312,31 @@ def test_a_fork_that_fails_leaves_no_descriptors(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(OSError):
         processes.Child("works", lambda connection: None)
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_child_that_may_open_no_files_says_so_instead_of_vanishing() -> None:
+    """It was told as a lack of memory: its parent heard nothing of it."""
+    code = textwrap.dedent(
+        """
+        import os, resource, sys
+        sys.path.insert(0, sys.argv[1])
+        import conftest
+        from ansible_collections.composefs.oci.plugins.module_utils.errors import LimitReached
+        from ansible_collections.composefs.oci.plugins.module_utils.host import processes, workers
+
+        # Two more are enough for the connection to the child, and leave it none to open.
+        taken = max(map(int, os.listdir("/proc/self/fd"))) + 1
+        for begin in (
+            lambda: processes.call("works", lambda: 1),
+            lambda: workers.spread("works", 2, lambda number, tell: None, print, 2),
+        ):
+            try:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (taken + 2, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+                begin()
+            except (LimitReached, OSError) as error:
+                print(getattr(error, "code", "limit_reached" if error.errno == 24 else error))
+        """
+    )
+    unit = str(pathlib.Path(__file__).resolve().parents[3])
+    done = subprocess.run([sys.executable, "-c", code, unit], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["limit_reached"] * 2, done.stdout + done.stderr
