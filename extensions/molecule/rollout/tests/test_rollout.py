@@ -155,7 +155,8 @@ def test_each_layer_left_the_origin_once_for_a_site() -> None:
 def test_the_same_command_again_changes_nothing() -> None:
     code, told = as_in_the_guide("rollout")
     assert code == 0 and "could not be pruned" not in told, told[-3000:]
-    assert "List what the seed has of the image" in told
+    # In the short form the seeds serve hosts that are not part of the rollout, and are left alone.
+    assert ("List what the seed has of the image" in told) is LONG
     assert set(states().values()) == {"current"}
     assert not [line for line in told.splitlines() if re.match(r"rollout-\S+ .*changed=[1-9]", line)], told[-3000:]
 
