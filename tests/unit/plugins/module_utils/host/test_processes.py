@@ -324,17 +324,18 @@ def test_a_child_that_may_open_no_files_says_so_instead_of_vanishing() -> None:
         from ansible_collections.composefs.oci.plugins.module_utils.errors import LimitReached
         from ansible_collections.composefs.oci.plugins.module_utils.host import processes, workers
 
-        # Two more are enough for the connection to the child, and leave it none to open.
-        taken = max(map(int, os.listdir("/proc/self/fd"))) + 1
-        for begin in (
-            lambda: processes.call("works", lambda: 1),
-            lambda: workers.spread("works", 2, lambda number, tell: None, print, 2),
+        # As many as the connections to children take, and none for a child to open.
+        first = os.open(os.devnull, os.O_RDONLY)
+        os.close(first)
+        for more, begin in (
+            (2, lambda: processes.call("works", lambda: 1)),
+            (3, lambda: workers.spread("works", 2, lambda number, tell: None, print, 2)),
         ):
             try:
-                resource.setrlimit(resource.RLIMIT_NOFILE, (taken + 2, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+                resource.setrlimit(resource.RLIMIT_NOFILE, (first + more, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
                 begin()
-            except (LimitReached, OSError) as error:
-                print(getattr(error, "code", "limit_reached" if error.errno == 24 else error))
+            except LimitReached as error:
+                print(error.code)
         """
     )
     unit = str(pathlib.Path(__file__).resolve().parents[3])
