@@ -280,7 +280,7 @@ def test_hosts_settle_by_themselves_when_the_controller_dies(number: int, length
         when = f"{moment:.1f} s after its start"
     else:
         changing(process)
-        moment = chance.uniform(0, 0.8 * lengths[1])
+        moment = chance.uniform(0, 0.6 * lengths[1])
         time.sleep(moment)
         when = f"{moment:.1f} s after its waves began"
     over = process.poll() is not None
