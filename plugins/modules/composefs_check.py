@@ -21,6 +21,7 @@ description:
 extends_documentation_fragment:
   - composefs.oci.attributes
   - composefs.oci.attributes.actiongroup_registry
+  - composefs.oci.registry
   - composefs.oci.repository
   - composefs.oci.repository.unsafe
 attributes:
@@ -80,24 +81,11 @@ options:
         the lowest priority. Only some schedulers of the kernel know classes.
     type: str
     choices: [best-effort, idle]
-  auth_file:
+  username:
     description:
-      - A file on the host with credentials for registries, for a repair that has to fetch.
-    type: path
-  validate_certs:
-    description:
-      - Whether registries must speak TLS with a certificate that can be verified. Where it is not set, the host's
-        C(registries.conf) decides.
-    type: bool
-  ca_cert_dir:
-    description:
-      - A directory on the host with additional certificates of authorities, and client certificates.
-    type: path
-  executable:
-    description:
-      - The C(skopeo) to run for a repair that has to fetch.
-    type: path
-    default: skopeo
+      - The user to log in with to the registry that a repair fetches from. Needs O(password).
+      - The images to check must then come from one registry, for a password is sent nowhere else. O(images) chooses
+        them.
   progress_file:
     description:
       - A file on the host that is kept up to date with the progress of the task as a JSON document, for anybody to
@@ -240,7 +228,8 @@ EMPTY: dict[str, Any] = {"changed": False, "repository": None, "findings": [], "
 
 def means_of(params: dict[str, Any]) -> repair.Means:
     """Where to get what is not there."""
-    return repair.Means(params["source"], Options(proxy=options_of(params)))
+    options = Options(proxy=options_of(params), timeout=params["timeout"], retries=params["retries"])
+    return repair.Means(params["source"], options)
 
 
 def run(module: AnsibleModule, base: dict[str, Any], life: watch.Life) -> dict[str, Any]:
@@ -298,12 +287,20 @@ def main() -> None:
             "nice": {"type": "int"},
             "ionice": {"type": "str", "choices": ["best-effort", "idle"]},
             "auth_file": {"type": "path"},
+            "username": {"type": "str"},
+            "password": {"type": "str", "no_log": True},
             "validate_certs": {"type": "bool"},
             "ca_cert_dir": {"type": "path"},
+            "signature_policy": {"type": "path"},
+            "unenforced_policy": {"type": "str", "choices": ["refuse", "ignore"], "default": "refuse"},
             "executable": {"type": "path", "default": "skopeo"},
+            "timeout": {"type": "int", "default": 60},
+            "retries": {"type": "int", "default": 3},
             "progress_file": {"type": "path"},
             "unsafe_repository": {"type": "str", "choices": ["refuse", "accept"], "default": "refuse"},
         },
+        mutually_exclusive=[("auth_file", "username")],
+        required_together=[("username", "password")],
         supports_check_mode=True,
     )
     base = dict(EMPTY)

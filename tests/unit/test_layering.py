@@ -289,6 +289,19 @@ def test_modules_that_take_credentials_for_registries_are_in_the_group_for_that(
     assert sorted(runtime["action_groups"]["composefs_registry"]) == reaching
 
 
+def test_the_modules_of_that_group_take_the_same_options() -> None:
+    """A default for the group would make a module fail that does not know the option."""
+    fragment = (ROOT / "plugins" / "doc_fragments" / "registry.py").read_text(encoding="utf-8")
+    options = re.findall(r"^  (\w+):$", fragment, re.MULTILINE)
+    assert "password" in options and len(options) >= 10
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    runtime = yaml.safe_load((ROOT / "meta" / "runtime.yml").read_text(encoding="utf-8"))
+    for module in runtime["action_groups"]["composefs_registry"]:
+        text = (ROOT / "plugins" / "modules" / f"{module}.py").read_text(encoding="utf-8")
+        assert "  - composefs.oci.registry\n" in text, module
+        assert [option for option in options if f'"{option}": {{' not in text] == [], module
+
+
 def test_every_module_but_those_that_mount_can_be_told_to_accept_an_unsafe_repository() -> None:
     for path in sorted((ROOT / "plugins" / "modules").glob("composefs_*.py")):
         text = path.read_text(encoding="utf-8")

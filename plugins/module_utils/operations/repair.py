@@ -39,6 +39,7 @@ from .findings import (
     Finding,
 )
 from ..formats import fsverity, ocidocuments, repolayout
+from ..formats.reference import parse_reference
 from ..formats.digests import ObjectDigest, StreamDigest, digest_of, is_oci_digest, object_digest
 from ..errors import EngineError, FormatError, InvalidOption, doing
 from ..host import files
@@ -103,9 +104,10 @@ def repair(
     look: Callable[[Repository], list[keepers.Keeper]] = keepers.keepers,
 ) -> Result:
     """Check, mend and check again; with ``foretell`` only check and tell what would be mended how."""
-    report = check.check(repository, wish, progress, look, remember=False)
     source = _Source(repository, means)
     try:
+        _require_one_registry(repository, wish, means, source)
+        report = check.check(repository, wish, progress, look, remember=False)
         if foretell or not report.findings:
             told = [_foretold(repository, finding, source) for finding in report.findings]
             return Result(report.findings, [one for one in told if one], [], report.checked)
@@ -128,6 +130,25 @@ def repair(
         return Result(report.findings, list(done.values()), complaints, report.checked)
     finally:
         source.close()
+
+
+def _require_one_registry(repository: Repository, wish: check.Wish, means: Means, source: _Source) -> None:
+    """InvalidOption if a user name and a password are given and the images come from several registries, because the
+    password would go to each that asks.
+    """
+    if means.options.proxy.username is None:
+        return
+    tags = repository.tags()
+    names = [name for name in wish.images if name in tags] or list(tags)
+    known = [source.reference(repository, name, tags[name]) for name in names]
+    references = [parse_reference(one) for one in known if one is not None]
+    registries = sorted({one.registry for one in references if one.is_remote})
+    if len(registries) > 1:
+        raise InvalidOption(
+            f"One user name and password are given for images of {len(registries)} registries: "
+            f"{', '.join(registries)}."[:1000],
+            "Choose images of one registry with 'images', or name an auth_file.",
+        )
 
 
 class _Source:

@@ -20,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "module_utils"))
 
 from filled_repository import Repo, copy_of, fill, make_layout, rotten_file, rotten_image, stray
 
+from ansible_collections.composefs.oci.plugins.module_utils.store import namerecords
+from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ansible_collections.composefs.oci.plugins.modules import composefs_check
 from ansible_collections.composefs.oci.tests.support.moduleargs import arguments, require_shape
 
@@ -109,6 +111,22 @@ def test_what_cannot_be_repaired_fails_the_task(run: Any, repo: Repo) -> None:
     stray(repo)
     result = run(repair=True)
     assert result["failed"] and result["error"] == "repository_damaged" and not result["changed"]
+
+
+def test_a_password_is_for_one_registry(run: Any, repo: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repair fetches each image from where it came from; the password would go to each registry that asks."""
+    who = {"username": "anna", "password": "hunter2"}
+    assert "failed" not in run(repair=True, **who)
+    with Repository.open(str(repo.path)) as repository:
+        name, manifest = next(iter(repository.tags().items()))
+        repository.tag("second", manifest)
+        for one, ref in ((name, "docker://registry.example.com/app"), ("second", "docker://other.example.com/app")):
+            namerecords.remember(repository, one, namerecords.NameRecord(ref, manifest))
+    for chosen in ({}, {"images": [name, "second"]}):
+        result = run(repair=True, **who, **chosen)
+        assert result["error"] == "invalid_option" and "other.example.com, registry.example.com" in result["msg"]
+        assert "hunter2" not in json.dumps(result)
+    assert "failed" not in run(repair=True, images=["second"], **who)
 
 
 def test_the_priority_is_lowered_on_demand(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
