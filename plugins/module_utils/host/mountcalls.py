@@ -389,21 +389,27 @@ def _loop_device(image: int) -> int:
         os.close(control)
 
 
-def _open_changes(request: Request, stack: contextlib.ExitStack) -> dict[str, int]:
-    """Descriptors of the directories that take the changes, ``upperdir`` and ``workdir``, which ``stack`` closes.
-
-    UnsafeRepository if somebody else than root and the caller owns one, can write to it, or can put another in its
-    place: what is mounted would show his files.
+def check_changes(upperdir: str | None, workdir: str | None) -> None:
+    """UnsafeRepository if somebody else than root and the caller owns one of the directories that take the changes, can
+    write to it, or can put another in its place: what is mounted would show his files.
     """
+    for key, path in (("upperdir", upperdir), ("workdir", workdir)):
+        fault = safety.fault(path) if path else ""
+        if fault:
+            raise UnsafeRepository(
+                f"The {key} {path} cannot hold the changes of a mount: {fault}.",
+                "Have every directory on the way belong to root and be writable for nobody else.",
+            )
+
+
+def _open_changes(request: Request, stack: contextlib.ExitStack) -> dict[str, int]:
+    """Descriptors of the directories that take the changes, ``upperdir`` and ``workdir``, which ``stack`` closes; see
+    check_changes().
+    """
+    check_changes(request.upperdir, request.workdir)
     found = {}
     for key, path in (("upperdir", request.upperdir), ("workdir", request.workdir)):
         if path:
-            fault = safety.fault(path)
-            if fault:
-                raise UnsafeRepository(
-                    f"The {key} {path} cannot hold the changes of a mount: {fault}.",
-                    "Have every directory on the way belong to root and be writable for nobody else.",
-                )
             above = paths.open_path(path, links=False)
             try:
                 # Kernels before 6.15 take no descriptors of mere paths.

@@ -134,6 +134,8 @@ def ensure_mounted(
         _check_replaceable(there, target)
     _check_place(repository, target.path)
     require_capability(f"Mounting at {target.path}")
+    # Before anything is made, names in the repository included.
+    mountcalls.check_changes(target.upperdir, target.workdir)
     with open_image(repository, object_digest(target.image_id)) as image:
         if not check:
             objects = repository.objects.dirfd
