@@ -96,6 +96,14 @@ BREAKAGES = (
         "test_what_cannot_be_meant_is_refused_before_anything_moves",
     ),
     Breakage(
+        "rollout",
+        "hosts of a site take the delta that its seed made",
+        "roles/rollout/tasks/prefetch.yml",
+        'deltas: "{{ __rollout_deltas or omit }}"',
+        "deltas: []",
+        "test_hosts_of_a_site_take_the_delta_that_its_seed_made",
+    ),
+    Breakage(
         "default",
         "check mode foretells the change",
         IMAGE,

@@ -19,7 +19,7 @@ from ociimage import Layout, architecture, debian_image
 from tarbytes import DIRECTORY, SYMLINK, member, small_tree, tar
 
 # Counted up when something below changes, so that old images are made anew.
-EDITION = 8
+EDITION = 9
 OTHER = "riscv64"
 
 
@@ -29,7 +29,9 @@ def _application(version: int) -> bytes:
         member("opt/app/", type=DIRECTORY),
         member("opt/app/version", f"{version}\n".encode()),
     ]
-    parts.append(member("opt/app/program", random.Random(version).randbytes(150_000), mode=0o755))
+    # The third version is a small update of the second one.
+    program = random.Random(min(version, 2)).randbytes(150_000) + (b"more" if version > 2 else b"")
+    parts.append(member("opt/app/program", program, mode=0o755))
     parts.append(member("opt/app/current", type=SYMLINK, linkname="program"))
     return tar(*parts)
 
@@ -59,7 +61,7 @@ def _library(version: int) -> bytes:
 
 def _make(layout: Layout) -> None:
     base = small_tree(files=60, seed=1)
-    for version in (1, 2):
+    for version in (1, 2, 3):
         layout.image([base, _application(version)], f"app-{version}", labels={"version": str(version)})
         layout.image([_library(version)], f"library-{version}", labels={"version": str(version)})
     layout.image([base, small_tree(files=10, seed=7, prefix="usr/share/zstd")], "zstd", encoding="zstd")

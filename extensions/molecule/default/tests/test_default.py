@@ -125,5 +125,8 @@ def test_where_skopeo_is_there_check_mode_on_a_fresh_host_foretells_everything(
             continue
         for one, other in zip(before.get("images", [before]), after.get("images", [after])):
             # In the same task a run knows what the image before it fetched; check mode must know that, too.
-            assert foretold(one) == foretold(other)
+            told, came = foretold(one), foretold(other)
+            # A repository that is only foretold has no file system yet that could be asked for fs-verity.
+            assert told.pop("verity", None) in (None, came.pop("verity", None))
+            assert told == came
             assert one["digest"] in {image["digest"] for image in lab["images"].values()}

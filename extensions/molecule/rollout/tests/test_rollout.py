@@ -344,6 +344,16 @@ def test_the_status_is_told_by_the_hosts_alone() -> None:
     assert (ROLLOUTS / "status.csv").read_text().count("\n") >= len(NAMES) + 1
 
 
+def test_hosts_of_a_site_take_the_delta_that_its_seed_made() -> None:
+    code, told = run("rollout", "--tags", "plan,seed,prefetch", image="app-3", rollout_new=True, rollout_deltas="auto")
+    assert code == 0 and "no delta" not in told, told[-3000:]
+    made = newest()
+    assert made["result"] == "staged" and made["totals"]["bytes_by_source"].get("delta", 0) > 0, made["totals"]
+    seeds = {"rollout-a01", "rollout-b01"}
+    fetched = {row["host"]: row["bytes_by_source"] for row in made["hosts"] if row["host"] not in seeds}
+    assert all(set(sources) == {"delta"} and sources["delta"] < 50_000 for sources in fetched.values()), fetched
+
+
 def test_check_mode_foretells_and_changes_nothing() -> None:
     code, told = run("rollout", "--check", image="app-1", rollout_new=True)
     assert code in (0, 2), told[-3000:]
