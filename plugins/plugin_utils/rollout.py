@@ -640,8 +640,7 @@ def comma_separated(rows: Sequence[Mapping[str, Any]]) -> str:
     writer = csv.writer(out)
     writer.writerow(names)
     for row in rows:
-        cells = [_cell(row.get(name)) for name in names]
-        writer.writerow([f"'{cell}" if cell[:1] in ("=", "+", "@", "\t", "\r") else cell for cell in cells])
+        writer.writerow([_cell(row.get(name)) for name in names])
     return out.getvalue()
 
 
@@ -649,7 +648,9 @@ def _cell(value: Any) -> str:
     """What a cell says: of an error its code."""
     if isinstance(value, Mapping):
         value = value.get("code")
-    return "" if value is None else str(value)
+    text = "" if value is None else str(value)
+    computed = text[:1] in ("=", "+", "-", "@", "\t", "\r", "\n") and not isinstance(value, (int, float))
+    return f"'{text}" if computed else text
 
 
 def digest_of(answer: Mapping[str, Any], pin: str) -> str:

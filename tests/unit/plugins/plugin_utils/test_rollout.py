@@ -391,4 +391,7 @@ def test_the_status_tells_what_hosts_have_and_what_it_costs() -> None:
 
 
 def test_a_cell_that_a_spreadsheet_would_compute_is_text() -> None:
-    assert "'=1+1" in rollout.comma_separated([{"host": "=1+1"}])
+    for text in ("=1+1", "+1", "-1+1", "@A1", "\t=1", "\r=1", "\n=1"):
+        assert f"'{text}" in rollout.comma_separated([{"host": text}])
+        assert f"'{text}" in rollout.comma_separated([{"error": {"code": text}}])
+    assert rollout.comma_separated([{"free_bytes": -1}]).splitlines() == ["free_bytes", "-1"]
