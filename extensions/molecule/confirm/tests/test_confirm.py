@@ -68,7 +68,7 @@ library = pathlib.Path("/var/lib/composefs-oci/deployments")
 image = json.loads((library / "srv-app.json").read_text())["current"]["image_id"]
 text = unit.read_text().replace('"boot" "--', f'"mount" "--image" "{image}" "--')
 assert text != unit.read_text()
-unit.write_text(text + f"Image={image}\n")
+unit.write_text(text + f"Image={image}\\n")
 shutil.rmtree(library)
 shutil.rmtree("/srv/ext4/images/images/refs/composefs-oci")
 """
