@@ -174,6 +174,13 @@ def is_current(host: Host, path: str, digest: str) -> bool:
     return bool({current.get("digest"), current.get("index_digest")} & digests_wanted(host, digest))
 
 
+def is_on_trial(activated: Mapping[str, Any]) -> bool:
+    """Whether the image waits for its confirmation after an activation: also one that an earlier run began, whose
+    controller died, and which therefore changed nothing this time.
+    """
+    return bool(activated.get("changed")) or activated.get("state") == "activated"
+
+
 def is_ready(host: Host) -> bool:
     """Whether the image lies on the host under its pin."""
     staged = result(host, "rollout_staged")
@@ -200,7 +207,7 @@ def state_of(host: Host, path: str, digest: str, looked: bool = True) -> str:
             return LOST
         if activated.get("failed"):
             return FAILED
-        return LOST if activated.get("changed") else CURRENT
+        return LOST if is_on_trial(activated) else CURRENT
     before = result(host, "rollout_before")
     if looked and (not before or before.get("unreachable")):
         return ABSENT
@@ -337,7 +344,7 @@ def gate(
 
 def _is_good(host: Host) -> bool:
     activated = result(host, "rollout_activated")
-    if succeeded(activated) and not activated.get("changed"):
+    if succeeded(activated) and not is_on_trial(activated):
         return True
     return succeeded(result(host, "rollout_confirmed")) and not result(host, "rollout_reverted")
 

@@ -86,7 +86,7 @@ def _activate(repository: Repository, wanted: Deployment, path: str, host: Host,
     trial = before.pending if before else None
     if before is not None and trial is not None:
         same = trial.rollout == wanted.rollout and trial.digest == manifest
-        if same:
+        if same and not deployment.overdue(trial):
             return lastingmount.Result(False, deployment.shown(path), None, before, mounted=True)
         if not deployment.overdue(trial):
             raise Busy(f"At {path} {deployment.described(trial)}.", "Wait for its end, or confirm or revert it.")
