@@ -75,6 +75,16 @@ def test_a_host_that_was_activated_and_never_heard_of_again_is_lost() -> None:
     assert rollout.state_of({"rollout_before": BEFORE, "rollout_activated": CHANGED}, PATH, NEW) == "lost"
 
 
+def test_what_an_earlier_run_left_on_trial_is_not_done() -> None:
+    """Activating it again changes nothing, and without a confirmation it goes back by itself."""
+    left = {"rollout_before": BEFORE, "rollout_activated": {"changed": False, "state": "activated"}}
+    done = {"rollout_before": BEFORE, "rollout_activated": {"changed": False, "state": "confirmed"}}
+    confirmed = {**left, "rollout_confirmed": {"changed": True, "state": "confirmed"}}
+    assert [rollout.state_of(host, PATH, NEW) for host in (left, done, confirmed)] == ["lost", "current", "confirmed"]
+    told = [rollout.gate({"one": host}, ["one"], 2)["stop"] for host in (left, done, confirmed)]
+    assert told == [True, False, False]
+
+
 def test_an_activation_that_failed_before_it_changed_anything_is_a_failure_and_no_revert() -> None:
     host = {"rollout_before": BEFORE, "rollout_activated": FAILED, "rollout_reverted": SAME}
     assert rollout.state_of(host, PATH, NEW) == "failed"
