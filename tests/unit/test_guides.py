@@ -36,7 +36,7 @@ def options_of(module: str) -> dict[str, Any]:
     documentation = yaml.safe_load(importlib.import_module(f"{root}.modules.{module}").DOCUMENTATION)
     found = dict(documentation.get("options") or {})
     for fragment in documentation.get("extends_documentation_fragment") or []:
-        name, _, part = fragment.removeprefix(COLLECTION).partition(".")
+        name, _dot, part = fragment.removeprefix(COLLECTION).partition(".")
         kind = importlib.import_module(f"{root}.doc_fragments.{name}").ModuleDocFragment
         text = getattr(kind, (part or "documentation").upper())
         found.update(yaml.safe_load(text).get("options") or {})

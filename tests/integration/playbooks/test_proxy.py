@@ -63,7 +63,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.asked.append(f"{self.command} {self.path}")
-        head, _, path = self.path.removeprefix("http://").partition("/")
+        head, _slash, path = self.path.removeprefix("http://").partition("/")
         if head != NAME:
             self.send_error(502)
             return

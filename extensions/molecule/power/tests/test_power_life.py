@@ -15,9 +15,12 @@ from typing import Any
 import guests
 import pytest
 from scenarios import ephemeral
-from test_power import GUEST, OFTEN, PLACES, engine, registry  # noqa: F401  (fixtures)
+import test_power
+from test_power import GUEST, OFTEN, PLACES
 
 testinfra_hosts = ["ansible://hosts"]
+# The fixtures of that file serve this one, too.
+engine, registry = test_power.engine, test_power.registry
 
 ROUNDS = range(10 if os.environ.get("COMPOSEFS_OCI_LONG") else 1)
 PROGRAM = "cd /opt/tests && python3 life_in_guest.py"

@@ -334,7 +334,7 @@ def test_recovery_does_not_read_more_than_the_disk_holds(tmp_path: Path, monkeyp
     unfinished(path, 3, 4096)
     monkeypatch.setattr(filesystem, "size", lambda _fd: 1024)
     claims = pytest.raises(TooLarge, match="more bytes than their file system holds")
-    with Repository.open(str(path), write=True) as repository, claims:
+    with claims, Repository.open(str(path), write=True) as repository:
         repository.begin_import()
     assert (path / marks.IMPORTS / ("f" * 16)).exists(), "nothing is settled"
 
