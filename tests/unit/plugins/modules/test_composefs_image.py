@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "module_utils"))
 from fake_source import REGISTRY, Layout, World
 from ociimage import sha256
 
+from ansible_collections.composefs.oci.plugins.doc_fragments import registry as registry_fragment
 from ansible_collections.composefs.oci.plugins.doc_fragments import repository as repository_fragment
 from ansible_collections.composefs.oci.plugins.module_utils.formats import codecs, fsverity, ocischemas
 from ansible_collections.composefs.oci.plugins.module_utils.host import processes
@@ -294,7 +295,7 @@ def test_documentation_and_argument_spec_say_the_same(monkeypatch: pytest.Monkey
     documented = yaml.safe_load(composefs_image.DOCUMENTATION)["options"]
     spec = found["argument_spec"]
     fragment = repository_fragment.ModuleDocFragment
-    for text in (fragment.DOCUMENTATION, fragment.UNSAFE):
+    for text in (fragment.DOCUMENTATION, fragment.UNSAFE, registry_fragment.ModuleDocFragment.DOCUMENTATION):
         documented.update(yaml.safe_load(text)["options"])
     assert set(documented) == set(spec)
     for name, option in documented.items():
