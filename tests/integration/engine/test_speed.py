@@ -5,10 +5,11 @@
 """The engine does not become slower unnoticed: processor time of fixed inputs, in units of other work on the same bytes.
 
 Seconds depend on the machine and on what else it does, so none are compared. Each round does the engine's work and,
-right before and after it, a piece of plain Python and the hash and the inflation of the same bytes; what counts is the
-quotient of their processor times in the best of several rounds. Files are not made, for what they cost is the
-kernel's. ``RECORDED`` is what it was, on a machine that was busy with other things as well; the margin is for other interpreters, libraries and processors. A step that costs half as much
-again is found, a step of a tenth is not: for those there is ``benchmarks/run.py`` on a quiet machine.
+right before and after it, a piece of plain Python and the hash and the inflation of the same bytes; what counts is
+the quotient of their processor times in the best of several rounds. Files are not made, for what they cost is the
+kernel's. ``RECORDED`` is what it was, on a machine that was busy with other things as well; the margin is for other
+interpreters, libraries and processors. A step that costs half as much again is found, a step of a tenth is not: for
+those there is ``benchmarks/run.py`` on a quiet machine.
 """
 
 from __future__ import annotations
