@@ -366,7 +366,7 @@ def run_messages(data: bytes) -> None:
     message = json.dumps(to_values(error)).encode()
     assert len(message) <= processes.MAX_MESSAGE, "the other side would get a part of it"
     back = from_values(json.loads(message))
-    assert isinstance(back, FormatError) and str(back).isprintable() and str(from_values(to_values(back))) == str(back)
+    assert back.__class__ is FormatError and str(back).isprintable() and str(from_values(to_values(back))) == str(back)
     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
         line = summary(json.loads(data))
         assert line.isprintable() and len(line.encode("utf-8", "surrogatepass")) <= LINE_LIMIT

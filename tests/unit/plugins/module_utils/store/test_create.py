@@ -82,7 +82,9 @@ def test_required_verity_that_is_missing_is_said_before_anything_is_made(
     tmp_path: Path, verity_kernel: Any, check: bool
 ) -> None:
     verity_kernel.supported = False
-    with pytest.raises(VerityUnsupported, match=r"^Preparing the repository .*fs-verity"):
+    # What is said depends on the kernel and the file system of the machine that runs the test.
+    said = "does not support fs-verity with sha256|has no fs-verity for|fs-verity with sha256 is switched off|never has"
+    with pytest.raises(VerityUnsupported, match=rf"^Preparing the repository .*({said})"):
         create.prepare(str(tmp_path / "a/b"), SHA256, "required", check=check)
     assert list(tmp_path.iterdir()) == []
     assert create.prepare(str(tmp_path / "a/b"), SHA256, "preferred", check=check).secure is False
