@@ -73,7 +73,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("layer",),
         ("objectlayer", "sources"),
         ("fetch", "makeimages", "plan"),
-        ("deltas", "peers", "publish"),
+        ("deltas", "opened", "peers", "publish"),
         ("pull",),
     ),
     "operations": (

@@ -80,7 +80,6 @@ def activate(repository: Repository, wanted: Deployment, host: Host, check: bool
 
 def _activate(repository: Repository, wanted: Deployment, path: str, host: Host, check: bool) -> lastingmount.Result:
     before = lastingmount.settle(journal.read(path, host.places), host, check)
-    where = os.path.realpath(repository.path)
     name = wanted.name or (before.name if before else None)
     manifest, asked = _manifest(repository, name, wanted.digest)
     trial = before.pending if before else None
@@ -92,6 +91,54 @@ def _activate(repository: Repository, wanted: Deployment, path: str, host: Host,
             raise Busy(f"At {path} {deployment.described(trial)}.", "Wait for its end, or confirm or revert it.")
         if not check:
             before = deployment.take_back(before, host, deployment.REVERTED, deployment.TIMEOUT)
+    choice = _choose(repository, wanted, path, host, before, name, manifest, asked)
+    shown = choice.shown
+    if _is_current(before, choice.image, choice.settings, choice.where, shown, choice.target):
+        after = before if check or before is None else _finish(before, before, host, wanted.keep_previous)
+        return lastingmount.Result(False, shown, choice.target, after, choice.unit(path), mounted=True)
+    found = before or Journal(path)
+    origin = shown.image_id if shown is not None else None
+    if origin is not None and (found.current is None or found.current.image_id != origin):
+        found = _adopted(repository, found, origin, choice.base, host, check)
+    attempt = _Attempt(repository, wanted, path, host, choice, found)
+    return attempt.foretold() if check else attempt.make()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    """What shall be mounted and how, after all that can be refused was asked. ``shown`` is the image that is mounted
+    now, ``base`` how the mount is meant to be by now, ``settings`` how it will be meant to be; ``where`` is the
+    repository.
+    """
+
+    where: str
+    name: str | None
+    manifest: str
+    asked: str
+    shown: Mounted | None
+    base: Settings
+    wish: mounting.Wish
+    target: Target
+    settings: Settings
+    image: Image
+
+    def unit(self, path: str) -> str | None:
+        """The name of the unit that the mount at ``path`` will have."""
+        return lastingmount.unit_name(path, self.settings.persistent)
+
+
+def _choose(
+    repository: Repository,
+    wanted: Deployment,
+    path: str,
+    host: Host,
+    before: Journal | None,
+    name: str | None,
+    manifest: str,
+    asked: str,
+) -> _Choice:
+    """Decide what to mount at ``path``. Raises EngineError for what this host or this repository cannot do."""
+    where = os.path.realpath(repository.path)
     there = mountinfo.at(path)
     shown = there if there is not None and there.image_id is not None else None
     base = before.mount if before is not None and before.current else _settings_of(shown)
@@ -106,7 +153,6 @@ def _activate(repository: Repository, wanted: Deployment, path: str, host: Host,
     if persistent:
         bootmount.require_safe(where, host.places)
         bootmount.unit_text(target, where, host.places)
-    settings = deployment.settings_of(target, base.bootable, persistent)
     record = _record(repository, name, asked, manifest)
     image = Image(
         target.image_id,
@@ -116,71 +162,94 @@ def _activate(repository: Repository, wanted: Deployment, path: str, host: Host,
         journal.stamp(),
         wanted.rollout,
     )
-    if _is_current(before, image, settings, where, shown, target):
-        after = before if check or before is None else _finish(before, before, host, wanted.keep_previous)
-        return lastingmount.Result(False, shown, target, after, lastingmount.unit_name(path, persistent), mounted=True)
-    origin = shown.image_id if shown is not None else None
-    found = before or Journal(path)
-    if origin is not None and (found.current is None or found.current.image_id != origin):
-        found = _adopted(repository, found, origin, base, host, check)
-    names, _missing = keeping.foresee(repository, path, target.image_id, name, manifest, (), asked, adopt=True)
-    token = os.urandom(8).hex()
-    now = time.time()
-    trial = Pending(
-        target.image_id,
-        manifest,
-        origin,
-        wanted.rollout,
-        wanted.who,
-        journal.stamp(now),
-        journal.stamp(now + wanted.confirm_within),
-        journal.boot_id(),
-        token,
-        image.index_digest,
-        image.ref,
-        name,
-        where,
-        settings,
-        wanted.reload,
-    )
-    tried = dataclasses.replace(found, pending=trial)
+    settings = deployment.settings_of(target, base.bootable, persistent)
+    return _Choice(where, name, manifest, asked, shown, base, wish, target, settings, image)
 
-    def prepare(_target: Target, _there: Mounted | None) -> None:
-        nonlocal tried
-        keeper = lastingmount.Keeper(repository, names, target.image_id, manifest, host)
+
+class _Attempt:
+    """One activation: names, journal, timer, mount, and back again if one of them fails."""
+
+    def __init__(
+        self, repository: Repository, wanted: Deployment, path: str, host: Host, choice: _Choice, found: Journal
+    ) -> None:
+        self._repository = repository
+        self._wanted = wanted
+        self._path = path
+        self._host = host
+        self._choice = choice
+        image_id, manifest = choice.target.image_id, choice.manifest
+        self._names, _missing = keeping.foresee(
+            repository, path, image_id, choice.name, manifest, (), choice.asked, adopt=True
+        )
+        now = time.time()
+        self._trial = Pending(
+            image_id,
+            manifest,
+            choice.shown.image_id if choice.shown is not None else None,
+            wanted.rollout,
+            wanted.who,
+            journal.stamp(now),
+            journal.stamp(now + wanted.confirm_within),
+            journal.boot_id(),
+            os.urandom(8).hex(),
+            choice.image.index_digest,
+            choice.image.ref,
+            choice.name,
+            choice.where,
+            choice.settings,
+            wanted.reload,
+        )
+        self._tried = dataclasses.replace(found, pending=self._trial)
+
+    def foretold(self) -> lastingmount.Result:
+        """What would become of it. Raises EngineError for what would be refused."""
+        mounting.ensure_mounted(self._repository, self._choice.wish, check=True)
+        return self._on_trial()
+
+    def make(self) -> lastingmount.Result:
+        """Raises EngineError; then everything is as it was."""
+        wanted, choice, host = self._wanted, self._choice, self._host
+        try:
+            outcome = mounting.ensure_mounted(self._repository, choice.wish, False, self._prepare)
+            if not outcome.changed:
+                # It is mounted already, by somebody else's hand: then only the journal has to catch up.
+                self._prepare(choice.target, choice.shown)
+            complaint = deployment.reload(wanted.reload, host)
+            if complaint:
+                raise Reverted(
+                    f"At {self._path} {complaint}; so the image that was there before is back.",
+                    "Find out why the new version failed, and deploy again.",
+                )
+        except (EngineError, OSError) as error:
+            _undo(self._path, self._trial.token, error, host)
+            raise
+        if wanted.confirm_within:
+            return self._on_trial()
+        return _commit(self._tried, self._trial, wanted.keep_previous, wanted.who, host, choice.shown)
+
+    def _on_trial(self) -> lastingmount.Result:
+        choice = self._choice
+        return lastingmount.Result(
+            True, choice.shown, choice.target, self._tried, choice.unit(self._path), mounted=True
+        )
+
+    def _prepare(self, _target: Target, _there: Mounted | None) -> None:
+        """What must stand before the mount."""
+        wanted, host, path, names = self._wanted, self._host, self._path, self._names
+        image_id, manifest = self._choice.target.image_id, self._choice.manifest
+        keeper = lastingmount.Keeper(self._repository, names, image_id, manifest, host)
         keeper.keep()
         if names.pin is not None and keeper.kept:
-            tried = dataclasses.replace(tried, pins=tuple(dict.fromkeys((*tried.pins, names.pin))))
+            pins = tuple(dict.fromkeys((*self._tried.pins, names.pin)))
+            self._tried = dataclasses.replace(self._tried, pins=pins)
         bootmount.install(host.places)
-        journal.write(tried, host.places)
+        journal.write(self._tried, host.places)
         if wanted.confirm_within:
             program = [bootmount.interpreter_to_run(), "-I", host.places.application]
-            words = [*program, "revert", "--token", token, *host.places.words, "--", path]
+            words = [*program, "revert", "--token", self._trial.token, *host.places.words, "--", path]
             deadman.arm(
                 lastingmount.timer_name(path), wanted.confirm_within, words, host.run, lastingmount.has_systemd(host)
             )
-
-    try:
-        outcome = mounting.ensure_mounted(repository, wish, check, prepare)
-        if check:
-            return lastingmount.Result(
-                True, shown, target, tried, lastingmount.unit_name(path, persistent), mounted=True
-            )
-        if not outcome.changed:
-            # It is mounted already, by somebody else's hand: then only the journal has to catch up.
-            prepare(target, shown)
-        complaint = deployment.reload(wanted.reload, host)
-        if complaint:
-            raise Reverted(
-                f"At {path} {complaint}; so the image that was there before is back.",
-                "Find out why the new version failed, and deploy again.",
-            )
-    except (EngineError, OSError) as error:
-        _undo(path, token, error, host)
-        raise
-    if wanted.confirm_within:
-        return lastingmount.Result(True, shown, target, tried, lastingmount.unit_name(path, persistent), mounted=True)
-    return _commit(tried, trial, wanted.keep_previous, wanted.who, host, shown)
 
 
 def confirm(

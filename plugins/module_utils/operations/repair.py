@@ -47,6 +47,7 @@ from ..progress import Progress
 from ..pull import plan as planning
 from ..pull import publish, pull
 from ..pull.plan import Request
+from ..source.options import registry_to_log_in
 from ..store import checks, imagestreams, marks, namerecords
 from ..store import graph as graphs
 from ..store.graph import Root
@@ -136,19 +137,14 @@ def _require_one_registry(repository: Repository, wish: check.Wish, means: Means
     """InvalidOption if a user name and a password are given and the images come from several registries, because the
     password would go to each that asks.
     """
-    if means.options.proxy.username is None:
-        return
-    tags = repository.tags()
+    tags = repository.tags() if means.options.proxy.username is not None else {}
     names = [name for name in wish.images if name in tags] or list(tags)
-    known = [source.reference(repository, name, tags[name]) for name in names]
-    references = [parse_reference(one) for one in known if one is not None]
-    registries = sorted({one.registry for one in references if one.is_remote})
-    if len(registries) > 1:
-        raise InvalidOption(
-            f"One user name and password are given for images of {len(registries)} registries: "
-            f"{', '.join(registries)}."[:1000],
-            "Choose images of one registry with 'images', or name an auth_file.",
-        )
+    known = (source.reference(repository, name, tags[name]) for name in names)
+    registry_to_log_in(
+        means.options.proxy,
+        (parse_reference(one) for one in known if one is not None),
+        "Choose images of one registry with 'images', or name an auth_file.",
+    )
 
 
 class _Source:

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from ..formats.repolayout import StreamName
 from ..formats import codecs, ocidocuments
@@ -27,7 +27,6 @@ from . import plan as planning
 from ..errors import (
     EngineError,
     ImageNotFound,
-    InvalidOption,
     InvalidReference,
     MissingLibrary,
     NoSpace,
@@ -37,21 +36,21 @@ from ..errors import (
     doing,
     from_os_error,
 )
-from ..formats.ocidocuments import Platform, parse_platform
 from ..formats.digests import StreamDigest, is_digest, stream_digest
-from ..formats.reference import Reference, parse_reference
+from ..formats.reference import parse_reference
 from .limits import MIN_RATE, Limits
 from .plan import Layer, Plan, Request
 from .results import ImageResult, LayerResult, Report, Stats, about
-from .sources import open_source
+from .opened import Sources
 from ..progress import IMAGE, PLANNED, SKIPPED, Event, Progress, human
 from ..store.repository import Repository
-from ..source.source import Facts, Patient
+from ..source.source import Facts
 from ..source.options import ProxyOptions
 
 if TYPE_CHECKING:
-    from .peers import Peers
+    from .layer import LayerResult as StoredLayer
     from .makeimages import Ahead
+    from .peers import Peers
 
 ALWAYS = "always"
 MISSING = "missing"
@@ -128,7 +127,7 @@ def pull_images(
         min_rate=options.min_rate,
         deadline=None if options.deadline is None else time.monotonic() + options.deadline,
     )
-    sources = _Sources(options, progress, limits, requests)
+    sources = Sources(options.proxy, options.retries, progress, limits, requests)
     try:
         plans = [_plan(repository, request, options, sources, progress) for request in requests]
         for plan in plans:
@@ -177,78 +176,6 @@ class _Clock:
         }
 
 
-class _Sources:
-    """The sources of one pull: one for all images that it can serve with the same options."""
-
-    def __init__(self, options: Options, progress: Progress, limits: Limits, requests: Sequence[Request]) -> None:
-        self._options = options
-        self._limits = limits
-        self._progress = progress
-        self._sources: dict[tuple[str, str, Platform | None, _Credentials | None], Patient] = {}
-        self._credentials = _credentials(options.proxy, requests)
-
-    def source(self, reference: Reference, platform: str, request: Request | None = None) -> Patient:
-        """The source for a reference, of ``request`` if given."""
-        wanted = parse_platform(platform) if platform else None
-        credentials = self._credentials.get(reference.registry)
-        if request is not None and _has_own(request):
-            credentials = _Credentials(request.username, request.password, request.auth_file)
-        key = (reference.transport, reference.registry, wanted, credentials)
-        if key not in self._sources:
-            timeout = self._limits.left(self._options.proxy.timeout)
-            username, password, auth_file = credentials or (None, None, self._options.proxy.auth_file)
-            options = dataclasses.replace(
-                self._options.proxy,
-                platform=wanted,
-                timeout=timeout,
-                username=username,
-                password=password,
-                auth_file=auth_file,
-            )
-            source = open_source(options, reference)
-            self._sources[key] = Patient(source, self._options.retries, self._progress, lambda: self._limits.left(0))
-        return self._sources[key]
-
-    @property
-    def retried(self) -> int:
-        return sum(source.retried for source in self._sources.values())
-
-    def close(self) -> None:
-        for source in self._sources.values():
-            source.close()
-
-
-class _Credentials(NamedTuple):
-    """A user and a password for one registry, or a file that has them."""
-
-    username: str | None
-    password: str | None
-    auth_file: str | None = None
-
-
-def _has_own(request: Request) -> bool:
-    """Whether an image has credentials of its own; those of the task then are not for it."""
-    return request.username is not None or request.auth_file is not None
-
-
-def _credentials(proxy: ProxyOptions, requests: Sequence[Request]) -> dict[str, _Credentials]:
-    """The credentials of the task by registry. InvalidOption if it is not clear which registry they are for: whichever
-    asks for a password would get it.
-    """
-    if proxy.username is None:
-        return {}
-    own = [request for request in requests if not _has_own(request) and not request.local]
-    references = [parse_reference(request.ref) for request in own]
-    registries = sorted({reference.registry for reference in references if reference.is_remote})
-    if len(registries) > 1:
-        raise InvalidOption(
-            f"One user name and password are given for images of {len(registries)} registries: "
-            f"{', '.join(registries)}."[:1000],
-            "Give each image a username and password of its own, or name an auth_file.",
-        )
-    return {registry: _Credentials(proxy.username, proxy.password) for registry in registries}
-
-
 def _check_names(repository: Repository, requests: Sequence[Request]) -> None:
     names = [name for request in requests for name in (request.name, *request.tags)]
     for name in names:
@@ -259,7 +186,7 @@ def _check_names(repository: Repository, requests: Sequence[Request]) -> None:
             )
 
 
-def _plan(repository: Repository, request: Request, options: Options, sources: _Sources, progress: Progress) -> Plan:
+def _plan(repository: Repository, request: Request, options: Options, sources: Sources, progress: Progress) -> Plan:
     record = not options.check
     if request.local:
         known = planning.recall(repository, request, [], record)
@@ -306,7 +233,7 @@ def _not_here(repository: Repository, request: Request) -> EngineError:
     )
 
 
-def _choose_deltas(repository: Repository, plans: Sequence[Plan], options: Options, sources: _Sources) -> None:
+def _choose_deltas(repository: Repository, plans: Sequence[Plan], options: Options, sources: Sources) -> None:
     for text in options.deltas:
         if text != "auto":
             parse_reference(text)
@@ -356,6 +283,41 @@ def _carry_out(
     clock: _Clock,
     limits: Limits,
 ) -> list[Outcome]:
+    missing = _announced(plans, progress)
+    limits = _require_space(repository, plans, limits)
+    with repository.importing() as found, contextlib.ExitStack() as stack:
+        plans[0].warnings += found.warnings
+        begun: dict[str, Ahead] = {}
+        brought = _Brought()
+        if missing:
+            seeds = _peers(options, repository, missing, progress)
+            begun = _begin(repository, plans, options, processors.usable(), stack)
+            brought = _fetch(repository, missing, seeds, begun, options, progress, limits)
+        clock.lap("fetch")
+        outcomes = _register(repository, plans, options, progress, begun, brought)
+        # Only now, when every document is in place, do the names appear: an image of this task that cannot be stored
+        # leaves all names alone.
+        permit()
+        with publish.alone(repository, progress):
+            for plan in plans:
+                _set_name(repository, plan)
+    clock.lap("register")
+    return outcomes
+
+
+@dataclasses.dataclass(frozen=True)
+class _Brought:
+    """What was fetched: what became of each layer, which of them something else than the plan's source ``delivered``,
+    and what is told of each peer.
+    """
+
+    layers: Mapping[StreamName, StoredLayer] = dataclasses.field(default_factory=dict)
+    delivered: dict[StreamName, str] = dataclasses.field(default_factory=dict)
+    peers: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+
+def _announced(plans: Sequence[Plan], progress: Progress) -> dict[StreamName, tuple[Plan, Layer]]:
+    """The missing layers, each with the first image that lacks it, after all layers were told to ``progress``."""
     missing: dict[StreamName, tuple[Plan, Layer]] = {}
     for plan in plans:
         progress(Event(IMAGE, text=plan.request.name))
@@ -367,72 +329,70 @@ def _carry_out(
     for _plan, layer in missing.values():
         # All of them before the first one starts, so that a share of the whole can be told from the beginning.
         progress(Event(PLANNED, layer.diff_id, 0, layer.to_fetch))
-    limits = _require_space(repository, plans, limits)
-    with repository.importing() as found, contextlib.ExitStack() as stack:
-        plans[0].warnings += found.warnings
-        begun: dict[str, Ahead] = {}
-        fetched = {}
-        delivered: dict[StreamName, str] = {}
-        told: list[dict[str, Any]] = []
-        if missing:
-            # Loaded here: a run that fetches nothing starts faster without the decoders and the tar splitter.
-            from .fetch import DELTA, Fetcher
+    return missing
 
-            seeds = _peers(options, repository, missing, progress)
-            jobs = [_job(stream, plan, layer, seeds) for stream, (plan, layer) in missing.items()]
-            begun = _begin(repository, plans, options, processors.usable(), stack)
 
-            def arrived(stream: StreamName, digest: StreamDigest) -> None:
-                for ahead in begun.values():
-                    ahead.arrived(stream, digest)
+def _fetch(
+    repository: Repository,
+    missing: Mapping[StreamName, tuple[Plan, Layer]],
+    seeds: Peers | None,
+    begun: Mapping[str, Ahead],
+    options: Options,
+    progress: Progress,
+    limits: Limits,
+) -> _Brought:
+    """Fetch what is missing, and tell what was ``begun`` beside it of every layer that is whole."""
+    # Loaded here: a run that fetches nothing starts faster without the decoders and the tar splitter.
+    from .fetch import DELTA, Fetcher
 
-            fetcher = Fetcher(repository, options.parallel, options.timeout, progress, arrived, limits)
-            fetcher.run(jobs)
-            fetched = fetcher.results
-            delivered = {stream: job.by for stream, job in fetcher.brought.items()}
-            if seeds is not None:
-                seeds.account(fetcher)
-                told = seeds.stats
-            for job, error in fetcher.disappointments:
-                plan, layer = missing[job.stream]
-                if job.by == DELTA:
-                    plan.warnings.append(f"The delta of layer {layer.diff_id} failed: {error.text}")
-                elif seeds is not None and not isinstance(error, ImageNotFound):
-                    plan.warnings.append(seeds.complaint(job, error))
-        clock.lap("fetch")
-        stored = {stream: stream_digest(result.stream) for stream, result in fetched.items()}
-        outcomes = []
-        claimed: set[StreamName] = set()
-        for plan in plans:
-            mine = [stream for stream in plan.missing() if stream not in claimed]
-            claimed.update(mine)
-            with doing(f"registering {plan.request.ref}"):
-                documents_changed = publish.publish(
-                    repository,
-                    plan,
-                    options.images_of(plan.request),
-                    stored,
-                    progress,
-                    begun.get(plan.request.name),
-                )
-            got = [fetched[stream] for stream in mine]
-            stats = _stats(plan)
-            stats.objects_copied = sum(result.objects_new for result in got)
-            stats.objects_already_present = sum(result.objects_present for result in got)
-            stats.bytes_copied = sum(result.bytes_new for result in got)
-            stats.bytes_inlined = sum(result.bytes_inlined for result in got)
-            stats.bytes_fetched = sum(result.fetched for result in got)
-            stats.peers = told
-            streams = mine + [stream for stream in documents_changed if stream not in claimed]
-            claimed.update(streams)
-            outcomes.append(Outcome(plan, streams, stats, bool(streams) or plan.renames, delivered))
-        # Only now, when every document is in place, do the names appear: an image of this task that cannot be stored
-        # leaves all names alone.
-        permit()
-        with publish.alone(repository, progress):
-            for plan in plans:
-                _set_name(repository, plan)
-    clock.lap("register")
+    def arrived(stream: StreamName, digest: StreamDigest) -> None:
+        for ahead in begun.values():
+            ahead.arrived(stream, digest)
+
+    jobs = [_job(stream, plan, layer, seeds) for stream, (plan, layer) in missing.items()]
+    fetcher = Fetcher(repository, options.parallel, options.timeout, progress, arrived, limits)
+    fetcher.run(jobs)
+    if seeds is not None:
+        seeds.account(fetcher)
+    for job, error in fetcher.disappointments:
+        plan, layer = missing[job.stream]
+        if job.by == DELTA:
+            plan.warnings.append(f"The delta of layer {layer.diff_id} failed: {error.text}")
+        elif seeds is not None and not isinstance(error, ImageNotFound):
+            plan.warnings.append(seeds.complaint(job, error))
+    delivered = {stream: job.by for stream, job in fetcher.brought.items()}
+    return _Brought(fetcher.results, delivered, seeds.stats if seeds is not None else [])
+
+
+def _register(
+    repository: Repository,
+    plans: Sequence[Plan],
+    options: Options,
+    progress: Progress,
+    begun: Mapping[str, Ahead],
+    brought: _Brought,
+) -> list[Outcome]:
+    """Register the documents of every image. A layer that several images lacked is counted with the first."""
+    stored = {stream: stream_digest(layer.stream) for stream, layer in brought.layers.items()}
+    outcomes = []
+    claimed: set[StreamName] = set()
+    for plan in plans:
+        mine = [stream for stream in plan.missing() if stream not in claimed]
+        claimed.update(mine)
+        images, ahead = options.images_of(plan.request), begun.get(plan.request.name)
+        with doing(f"registering {plan.request.ref}"):
+            documents_changed = publish.publish(repository, plan, images, stored, progress, ahead)
+        got = [brought.layers[stream] for stream in mine]
+        stats = _stats(plan)
+        stats.objects_copied = sum(layer.objects_new for layer in got)
+        stats.objects_already_present = sum(layer.objects_present for layer in got)
+        stats.bytes_copied = sum(layer.bytes_new for layer in got)
+        stats.bytes_inlined = sum(layer.bytes_inlined for layer in got)
+        stats.bytes_fetched = sum(layer.fetched for layer in got)
+        stats.peers = brought.peers
+        streams = mine + [stream for stream in documents_changed if stream not in claimed]
+        claimed.update(streams)
+        outcomes.append(Outcome(plan, streams, stats, bool(streams) or plan.renames, brought.delivered))
     return outcomes
 
 

@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import InvalidOption
 from ..formats.ocidocuments import Platform
+from ..formats.reference import Reference
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,23 @@ def options_of(params: Mapping[str, Any], platform: Platform | None = None) -> P
     }
     names = ("auth_file", "username", "password", "unenforced_policy", "timeout", "tmpdir")
     return ProxyOptions(**known, **{name: params[name] for name in names if name in params}, platform=platform)
+
+
+def registry_to_log_in(options: ProxyOptions, references: Iterable[Reference], hint: str) -> str | None:
+    """The registry that user name and password are for; None if there are none, or no reference leads to a registry.
+
+    InvalidOption, with ``hint``, if the references lead to several: the password would go to each that asks.
+    """
+    if options.username is None:
+        return None
+    registries = sorted({reference.registry for reference in references if reference.is_remote})
+    if len(registries) > 1:
+        raise InvalidOption(
+            f"One user name and password are given for images of {len(registries)} registries: "
+            f"{', '.join(registries)}."[:1000],
+            hint,
+        )
+    return registries[0] if registries else None
 
 
 def at_least(params: Mapping[str, Any], **bounds: int) -> None:
