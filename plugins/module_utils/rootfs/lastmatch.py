@@ -387,28 +387,16 @@ class LastMatch:
                     raise _Malformed("it nests too deeply")
                 if regex.startswith(b"*", at):
                     raise _Malformed("verbs are not possible")
-                inner_fold, inner_newline = fold, newline
-                if regex.startswith(b"?", at):
-                    if regex.startswith(b"?#", at):
-                        at = regex.find(b")", at) + 1
-                        if not at:
-                            raise _Malformed("a comment has no end")
-                        continue
-                    name = _GROUP_NAME.match(regex, at)
-                    flags = _FLAGS.match(regex, at)
-                    if name:
-                        at = name.end()
-                    elif flags:
-                        on, off = flags.group(1), flags.group(2) or b""
-                        inner_fold = (fold or b"i" in on) and b"i" not in off
-                        inner_newline = (newline or b"s" in on) and b"s" not in off
-                        at = flags.end()
-                        if flags.group(3) == b")":
-                            fold, newline = inner_fold, inner_newline
-                            quantifiable = False
-                            continue
-                    else:
-                        raise _Unsupported
+                if regex.startswith(b"?#", at):
+                    at = regex.find(b")", at) + 1
+                    if not at:
+                        raise _Malformed("a comment has no end")
+                    continue
+                at, inner_fold, inner_newline, alone = _parse_flags(regex, at, fold, newline)
+                if alone:
+                    fold, newline = inner_fold, inner_newline
+                    quantifiable = False
+                    continue
                 outer.append((alternatives, parts, fold, newline))
                 alternatives, parts, fold, newline = [], [], inner_fold, inner_newline
                 quantifiable = False
@@ -437,38 +425,41 @@ class LastMatch:
                     at += 1
                 parts[-1] = self._repeat(parts[-1], least, most)
                 continue
-            quantifiable = True
-            if byte == 0x2E:
-                parts.append(self._single(_ALL if newline else _NOT_NEWLINE, False))
-            elif byte == 0x5B:
-                members, at = _parse_class(regex, at)
-                parts.append(self._single(members, fold))
-            elif byte == 0x5C:
-                members_or_none, at = _parse_escape(regex, at)
-                if members_or_none is None:
-                    # End of text: after a path there always comes its type.
-                    parts.append(self._nothing(False))
-                else:
-                    parts.append(self._single(members_or_none, fold))
-            elif byte == 0x24:
-                parts.append(self._nothing(False))
-            elif byte == 0x5E:
+            if byte == 0x5E:  # ^
                 if outer or parts:
                     raise _Unsupported
                 quantifiable = False
-            elif byte >= 0xC0:
-                # A character of several bytes is repeated as a whole.
-                stop = at
-                while stop < end and 0x80 <= regex[stop] < 0xC0:
-                    stop += 1
-                parts.append(self._join([self._single(frozenset((one,)), False) for one in regex[at - 1 : stop]]))
-                at = stop
-            else:
-                parts.append(self._single(frozenset((byte,)), fold))
+                continue
+            quantifiable = True
+            part, at = self._atom(regex, at - 1, fold, newline)
+            parts.append(part)
         if outer:
             raise _Malformed("a parenthesis is not closed")
         alternatives.append(self._join(parts))
         return self._either(alternatives)
+
+    def _atom(self, regex: bytes, at: int, fold: bool, newline: bool) -> tuple[_Fragment, int]:
+        """What matches one character, or the end of the text, at ``at``; and where it ends."""
+        byte = regex[at]
+        at += 1
+        if byte == 0x2E:  # .
+            return self._single(_ALL if newline else _NOT_NEWLINE, False), at
+        if byte == 0x5B:  # [
+            members, at = _parse_class(regex, at)
+            return self._single(members, fold), at
+        if byte == 0x5C:  # a backslash
+            escaped, at = _parse_escape(regex, at)
+            # End of text: after a path there always comes its type.
+            return self._nothing(False) if escaped is None else self._single(escaped, fold), at
+        if byte == 0x24:  # $
+            return self._nothing(False), at
+        if byte >= 0xC0:
+            # A character of several bytes is repeated as a whole.
+            stop = at
+            while stop < len(regex) and 0x80 <= regex[stop] < 0xC0:
+                stop += 1
+            return self._join([self._single(frozenset((one,)), False) for one in regex[at - 1 : stop]]), stop
+        return self._single(frozenset((byte,)), fold), at
 
     def _either(self, alternatives: list[_Fragment]) -> _Fragment:
         if len(alternatives) == 1:
@@ -556,6 +547,24 @@ def _parse_escape(regex: bytes, at: int) -> tuple[frozenset[int] | None, int]:
     if chr(byte).isalnum() or byte >= 0x80:
         raise _Unsupported
     return frozenset((byte,)), at
+
+
+def _parse_flags(regex: bytes, at: int, fold: bool, newline: bool) -> tuple[int, bool, bool, bool]:
+    """What follows the parenthesis that was opened before ``at``: where its content begins, whether case is ignored and
+    a dot matches a newline there, and whether these flags stand alone and hold for what follows.
+    """
+    if not regex.startswith(b"?", at):
+        return at, fold, newline, False
+    name = _GROUP_NAME.match(regex, at)
+    if name:
+        return name.end(), fold, newline, False
+    flags = _FLAGS.match(regex, at)
+    if not flags:
+        raise _Unsupported
+    on, off = flags.group(1), flags.group(2) or b""
+    fold = (fold or b"i" in on) and b"i" not in off
+    newline = (newline or b"s" in on) and b"s" not in off
+    return flags.end(), fold, newline, flags.group(3) == b")"
 
 
 def _parse_class(regex: bytes, at: int) -> tuple[frozenset[int], int]:
