@@ -220,8 +220,9 @@ class FileSink:
         }
 
     def _write(self, finished: bool) -> None:
-        # By a name that nobody can foresee, which must not exist: the directory may be one where everybody may write. A
-        # link that has the file's own name is replaced, not followed.
+        # The wings have host/files for this, but this room stands below them. By a name that nobody can foresee, which
+        # must not exist: the directory may be one where everybody may write. A link that has the file's own name is
+        # replaced, not followed.
         where, name = os.path.split(self._path)
         if self._directory is None:
             self._directory = os.open(where or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

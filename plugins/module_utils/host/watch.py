@@ -275,6 +275,8 @@ def _work(directory: str, parent: socket.socket, main: Callable[[Life], None]) -
         # A session of its own: neither the end of a terminal nor that of a command of sudo reaches it.
         os.setsid()
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        # No draft of host/files: it is the standard output of the task, which prints into it as it likes, and it is
+        # whole when the task ends. Nobody else can write to the directory, and nothing in it survives a crash.
         aside = os.path.join(directory, "result.new")
         _redirect(aside)
         try:

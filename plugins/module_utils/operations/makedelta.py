@@ -401,6 +401,8 @@ class _Layout:
             yield blob
         finally:
             blob.file.close()
+        # No draft of host/files: nobody looks into the directory before it is handed over, and its path is given away
+        # as a whole.
         os.rename(blob.file.name, self.path(blob.digest))
 
     def put(self, data: bytes) -> str:

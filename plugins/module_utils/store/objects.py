@@ -418,6 +418,7 @@ class ObjectStore:
         """
         try:
             if self._plain:
+                # As files.draft() does it, without the call that sets the mode.
                 return files.Draft(
                     os.open(".", os.O_TMPFILE | access | os.O_CLOEXEC, FILE_MODE, dir_fd=self.dirfd), self.dirfd
                 )

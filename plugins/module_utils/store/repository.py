@@ -512,7 +512,8 @@ class Repository:
         changed.
 
         A name is never missing for a moment: where something is there already, the new link is made under a temporary
-        name in the repository's own directory and renamed over it.
+        name in the repository's own directory and renamed over it. ``host/files`` makes files only: a link cannot be
+        made without a name.
         """
         self.require_writable()
         if self._readlink(name) == text:
