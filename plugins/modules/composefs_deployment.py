@@ -78,7 +78,8 @@ options:
   reload:
     description:
       - A command, as a list of words, that the host runs after every change of what is mounted, in both directions.
-      - If it fails after an activation the image is taken back, and the task fails with RV(error=reverted).
+      - If it fails after an activation, or takes longer than five minutes, the image is taken back, and the task fails
+        with RV(error=reverted).
     type: list
     elements: str
     default: []
@@ -272,7 +273,7 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.composefs.oci.plugins.module_utils.errors import InvalidOption, doing
-from ansible_collections.composefs.oci.plugins.module_utils.host import beneath
+from ansible_collections.composefs.oci.plugins.module_utils.host import beneath, commands
 from ansible_collections.composefs.oci.plugins.module_utils.operations import (
     activation,
     bootmount,
@@ -354,10 +355,7 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
     places = bootmount.HOST
     check_options(params)
 
-    def command(words: list[str]) -> tuple[int, str, str]:
-        return module.run_command(words, handle_exceptions=False)
-
-    host = deployment.Host(places, command, module.warn)
+    host = deployment.Host(places, commands.run, module.warn)
     before = journal.read(real, places)
     base["repository"] = os.path.abspath(params["repository"]) if params["repository"] else None
     if base["repository"] is None:
@@ -370,35 +368,10 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
     who = params["who"] or operator()
     state = params["state"]
     if state == activation.ACTIVATED:
-        wanted = activation.Deployment(
-            real,
-            params["name"],
-            params["digest"],
-            params["confirm_within"],
-            tuple(params["reload"]),
-            params["rollout"],
-            who,
-            params["keep_previous"],
-            params["verity"],
-            None if params["opts"] is None else tuple(params["opts"]),
-            params["persistent"],
-        )
-        known = foretold(module, base["repository"])
-        name = wanted.name or (before.name if before else None)
-        with opened_repository(module, base["repository"]) as repository:
-            exists = repository.path == base["repository"]
-            if check and will_be_there(repository, known, name, wanted.digest, exists):
-                told = known.get(name or "")
-                base.update(
-                    changed=True,
-                    image_id=None,
-                    name=name,
-                    digest=wanted.digest or (told.digest if told else None),
-                    state=activation.ACTIVATED if wanted.confirm_within else activation.CONFIRMED,
-                    rollout=wanted.rollout,
-                )
-                return {}
-            result = activation.activate(repository, wanted, host, check)
+        settled = activated(module, base, real, host, who, before)
+        if settled is None:
+            return {}
+        result = settled
     elif state == activation.CONFIRMED:
         result = activation.confirm(
             real, host, params["digest"], params["rollout"], params["keep_previous"], who, check
@@ -425,6 +398,50 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
     keys = ("image_id", "digest", "state", "rollout", "unit")
     diff = {"before": {key: old[key] for key in keys}, "after": {key: base[key] for key in keys}}
     return {"diff": diff} if module._diff else {}
+
+
+def activated(
+    module: AnsibleModule,
+    base: dict[str, Any],
+    real: str,
+    host: deployment.Host,
+    who: str,
+    before: journal.Journal | None,
+) -> lastingmount.Result | None:
+    """Activate what the task names; None, with ``base`` complete, if an earlier task of a run in check mode would bring
+    it first.
+    """
+    params = module.params
+    check = module.check_mode
+    wanted = activation.Deployment(
+        real,
+        params["name"],
+        params["digest"],
+        params["confirm_within"],
+        tuple(params["reload"]),
+        params["rollout"],
+        who,
+        params["keep_previous"],
+        params["verity"],
+        None if params["opts"] is None else tuple(params["opts"]),
+        params["persistent"],
+    )
+    known = foretold(module, base["repository"])
+    name = wanted.name or (before.name if before else None)
+    with opened_repository(module, base["repository"]) as repository:
+        exists = repository.path == base["repository"]
+        if check and will_be_there(repository, known, name, wanted.digest, exists):
+            told = known.get(name or "")
+            base.update(
+                changed=True,
+                image_id=None,
+                name=name,
+                digest=wanted.digest or (told.digest if told else None),
+                state=activation.ACTIVATED if wanted.confirm_within else activation.CONFIRMED,
+                rollout=wanted.rollout,
+            )
+            return None
+        return activation.activate(repository, wanted, host, check)
 
 
 def will_be_there(

@@ -884,6 +884,42 @@ IMAGE = {
 # What may differ from image to image, and else is as the task says.
 OWN = {"erofs": {"type": "bool"}, "bootable": {"type": "bool"}, "auth_file": {"type": "path"}}
 LOGIN = {"username": {"type": "str"}, "password": {"type": "str", "no_log": True}}
+ARGUMENT_SPEC = {
+    **IMAGE,
+    "images": {
+        "type": "list",
+        "elements": "dict",
+        "options": {**IMAGE, **OWN, **LOGIN},
+        "mutually_exclusive": [("auth_file", "username")],
+        "required_together": [("username", "password")],
+    },
+    "repository": {"type": "path"},
+    "unsafe_repository": {"type": "str", "choices": ["refuse", "accept"], "default": "refuse"},
+    "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+    "pull": {"type": "str", "choices": ["always", "missing", "newer"], "default": "always"},
+    "auth_file": {"type": "path"},
+    **LOGIN,
+    "validate_certs": {"type": "bool"},
+    "ca_cert_dir": {"type": "path"},
+    "signature_policy": {"type": "path"},
+    "unenforced_policy": {"type": "str", "choices": ["refuse", "ignore"], "default": "refuse"},
+    "executable": {"type": "path", "default": "skopeo"},
+    "tmpdir": {"type": "path"},
+    "erofs": {"type": "bool", "default": True},
+    "bootable": {"type": "bool", "default": False},
+    "parallel": {"type": "int"},
+    "timeout": {"type": "int", "default": 60},
+    "retries": {"type": "int", "default": 3},
+    "deltas": {"type": "list", "elements": "str", "default": ["auto"]},
+    "max_size": {"type": "str"},
+    "min_rate": {"type": "int", "default": 1024},
+    "deadline": {"type": "int"},
+    "peers": {"type": "list", "elements": "str", "default": []},
+    "peer_ca_file": {"type": "path"},
+    "peer_headers": {"type": "dict", "no_log": True},
+    "progress_file": {"type": "path"},
+    "remote_src": {"type": "bool", "default": True},
+}
 
 
 def written_out(images: object) -> object:
@@ -922,42 +958,7 @@ def complaint_about(images: object) -> str:
 def main() -> None:
     """Entry point of the module."""
     module = guarded(AnsibleModule, ("ref",), "images", written_out, complaint_about)(
-        argument_spec={
-            **IMAGE,
-            "images": {
-                "type": "list",
-                "elements": "dict",
-                "options": {**IMAGE, **OWN, **LOGIN},
-                "mutually_exclusive": [("auth_file", "username")],
-                "required_together": [("username", "password")],
-            },
-            "repository": {"type": "path"},
-            "unsafe_repository": {"type": "str", "choices": ["refuse", "accept"], "default": "refuse"},
-            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
-            "pull": {"type": "str", "choices": ["always", "missing", "newer"], "default": "always"},
-            "auth_file": {"type": "path"},
-            **LOGIN,
-            "validate_certs": {"type": "bool"},
-            "ca_cert_dir": {"type": "path"},
-            "signature_policy": {"type": "path"},
-            "unenforced_policy": {"type": "str", "choices": ["refuse", "ignore"], "default": "refuse"},
-            "executable": {"type": "path", "default": "skopeo"},
-            "tmpdir": {"type": "path"},
-            "erofs": {"type": "bool", "default": True},
-            "bootable": {"type": "bool", "default": False},
-            "parallel": {"type": "int"},
-            "timeout": {"type": "int", "default": 60},
-            "retries": {"type": "int", "default": 3},
-            "deltas": {"type": "list", "elements": "str", "default": ["auto"]},
-            "max_size": {"type": "str"},
-            "min_rate": {"type": "int", "default": 1024},
-            "deadline": {"type": "int"},
-            "peers": {"type": "list", "elements": "str", "default": []},
-            "peer_ca_file": {"type": "path"},
-            "peer_headers": {"type": "dict", "no_log": True},
-            "progress_file": {"type": "path"},
-            "remote_src": {"type": "bool", "default": True},
-        },
+        argument_spec=ARGUMENT_SPEC,
         mutually_exclusive=[
             ("ref", "images"),
             ("name", "images"),

@@ -272,7 +272,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.composefs.oci.plugins.module_utils.errors import Busy, ImageNotFound, doing
 from ansible_collections.composefs.oci.plugins.module_utils.formats import digests
 from ansible_collections.composefs.oci.plugins.module_utils.formats.reference import other_names
-from ansible_collections.composefs.oci.plugins.module_utils.host import beneath, mountinfo
+from ansible_collections.composefs.oci.plugins.module_utils.host import beneath, commands, mountinfo
 from ansible_collections.composefs.oci.plugins.module_utils.operations import (
     bootmount,
     deployment,
@@ -344,35 +344,17 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
         base["image_id"], base["verity"], there and there.read_only, there and there.directory("upperdir"), old_unit
     )
 
-    def command(words: list[str]) -> tuple[int, str, str]:
-        return module.run_command(words, handle_exceptions=False)
-
-    host = deployment.Host(places, command, module.warn)
-    new_unit = None
+    host = deployment.Host(places, commands.run, module.warn)
     if params["state"] == "unmounted":
         result = lastingmount.have_unmounted(real, host, check)
     else:
-        wish = mounting.Wish(
-            image=params["image"],
-            path=real,
-            verity=params["verity"] or mounting.PREFERRED,
-            upperdir=params["upperdir"],
-            workdir=params["workdir"],
-            options=params["opts"],
-            bootable=params["bootable"],
-            replace=params["state"] == "remounted",
-            dev=params["dev"],
-            suid=params["suid"],
-        )
-        request = lastingmount.MountRequest(
-            wish, params["persistent"], params["keep_previous"], params["verity"] is not None, operator()
-        )
+        request = requested(params, real)
         known = foretold(module, base["repository"])
         with opened_repository(module, base["repository"]) as repository:
             # "docker://x" and "x" are one default name; the journal has the one that is there.
-            image = namerecords.spelled(repository, wish.image)
+            image = namerecords.spelled(repository, request.wish.image)
             image = next((form for form in (image, *other_names(image)) if form in known), image)
-            request = dataclasses.replace(request, wish=dataclasses.replace(wish, image=image))
+            request = dataclasses.replace(request, wish=dataclasses.replace(request.wish, image=image))
             settled = foresee(repository, request, known, repository.path == base["repository"])
             if settled is None:
                 return not_there_yet(module, base, request, known, there, before)
@@ -388,6 +370,7 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
         name=found.name if found else None,
         digest=found.current.digest if found and found.current else None,
     )
+    new_unit = None
     if result.unit is not None and target is not None:
         new_unit = bootmount.unit_text(target, os.path.realpath(base["repository"]), places)
     if target and not target.verity and (remounted or result.previous is None):
@@ -399,6 +382,25 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
         module.log(f"At {path} the image {base['image_id']} is mounted now (was {base['previous_image_id']})")
     after = side(base["image_id"], base["verity"], target and target.read_only, target and target.upperdir, new_unit)
     return {"diff": {"before": before, "after": after}} if module._diff else {}
+
+
+def requested(params: dict[str, Any], real: str) -> lastingmount.MountRequest:
+    """What the task asks for, to be mounted at ``real``."""
+    wish = mounting.Wish(
+        image=params["image"],
+        path=real,
+        verity=params["verity"] or mounting.PREFERRED,
+        upperdir=params["upperdir"],
+        workdir=params["workdir"],
+        options=params["opts"],
+        bootable=params["bootable"],
+        replace=params["state"] == "remounted",
+        dev=params["dev"],
+        suid=params["suid"],
+    )
+    return lastingmount.MountRequest(
+        wish, params["persistent"], params["keep_previous"], params["verity"] is not None, operator()
+    )
 
 
 def foresee(

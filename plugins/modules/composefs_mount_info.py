@@ -112,6 +112,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
+from ansible_collections.composefs.oci.plugins.module_utils.host import commands
 from ansible_collections.composefs.oci.plugins.module_utils.operations import bootmount, deployment, mountlisting
 from ansible_collections.composefs.oci.plugins.module_utils.module import run_module
 
@@ -120,11 +121,7 @@ ARGUMENT_SPEC = {"path": {"type": "path"}, "repository": {"type": "path"}}
 
 def run(module: AnsibleModule) -> dict[str, Any]:
     """List what is there."""
-
-    def command(words: list[str]) -> tuple[int, str, str]:
-        return module.run_command(words, handle_exceptions=False)
-
-    found, complaints = mountlisting.mounts(deployment.Host(bootmount.HOST, command), module.params["path"])
+    found, complaints = mountlisting.mounts(deployment.Host(bootmount.HOST, commands.run), module.params["path"])
     for complaint in complaints:
         module.warn(complaint)
     return {"mounts": found}

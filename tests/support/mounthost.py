@@ -16,7 +16,7 @@ from ansible.module_utils import basic
 
 from ansible_collections.composefs.oci.plugins.module_utils.errors import MountFailed
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
-from ansible_collections.composefs.oci.plugins.module_utils.host import mountcalls, mountinfo
+from ansible_collections.composefs.oci.plugins.module_utils.host import commands, mountcalls, mountinfo
 from ansible_collections.composefs.oci.plugins.module_utils.operations import bootmount, journal, mounting
 from ansible_collections.composefs.oci.plugins.module_utils.store import create
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
@@ -48,7 +48,7 @@ class Host:
         monkeypatch.setattr(mountcalls, "replace", self.mount)
         monkeypatch.setattr(mountcalls, "unmount", self.there.pop)
         monkeypatch.setattr(bootmount, "HOST", self.places)
-        monkeypatch.setattr(basic.AnsibleModule, "run_command", self.run_command)
+        monkeypatch.setattr(commands, "run", self.run_command)
         monkeypatch.setattr(basic.AnsibleModule, "warn", lambda _module, text, **_options: self.warnings.append(text))
 
     def mount(self, request: mountcalls.Request, path: str) -> None:

@@ -189,7 +189,8 @@ class Scratch:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     shell.wait(5.0)
             shell.kill()
-            shell.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                shell.wait(5.0)
 
     def abandon(self) -> None:
         """For a forked process: let go of the pipe."""
