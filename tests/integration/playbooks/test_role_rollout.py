@@ -6,8 +6,15 @@
 
 from __future__ import annotations
 
+import datetime
+import json
+import subprocess
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from conftest import PLAYBOOK
 
 if TYPE_CHECKING:  # pytest gives the fixture
     from conftest import Site
@@ -27,3 +34,132 @@ def test_a_command_that_judges_and_never_ends_is_a_verdict(site: Site) -> None:
     assert time.monotonic() - begun < 300, "it ended by its own limit"
     fine = site.run(JUDGE, rollout_health_command="true", rollout_confirm_within=60)
     assert fine.returncode == 0, fine.stdout + fine.stderr
+
+
+OLD, NEW = "sha256:" + "a" * 64, "sha256:" + "b" * 64
+STAND_IN = """\
+#!/bin/sh
+# A host: the module comes by standard input, and its name is near the beginning.
+name=$(grep -a -o -m 1 'modules[./]composefs_[a-z_]*' | head -n 1)
+cat > /dev/null
+echo "${{name##*composefs_}}" >> {place}/asked
+case $name in
+*_deployment_info) cat {place}/info ;;
+*_deployment) cp {place}/info-after {place}/info; cat {place}/deployment ;;
+*_image) cat {place}/image ;;
+*_mount_info) echo '{{"changed": false, "mounts": []}}' ;;
+*_image_info) echo '{{"changed": false, "images": []}}' ;;
+*) echo '{{"changed": false}}' ;;
+esac
+"""
+
+
+class Fleet:
+    """Hosts that are stood in for by a shell script: what is tried is what the controller makes of their answers."""
+
+    def __init__(self, site: Site, names: Sequence[str]) -> None:
+        self.site = site
+        self.reports = site.directory / "rollouts"
+        lines = []
+        for name in names:
+            place = site.directory / name
+            place.mkdir()
+            for file, digest in (("info", OLD), ("info-after", NEW)):
+                current = {"digest": digest, "index_digest": None, "image_id": "0" * 64, "ref": None}
+                told = {"path": "/srv/app", "name": "app", "state": "current", "current": current, "pending": None}
+                self.answer(name, file, deployments=[{**told, "previous": [], "mount": {}, "history": []}])
+            image = {"digest": NEW, "registry_digest": NEW, "index_digest": None, "layers": [], "version": "1.4"}
+            self.answer(name, "image", changed=True, verity=True, free_bytes=10**10, stats={}, **image)
+            self.answer(name, "deployment", changed=True, state="activated", path="/srv/app", digest=NEW, took=0.3)
+            script = place / "python"
+            script.write_text(STAND_IN.format(place=place))
+            script.chmod(0o755)
+            lines.append(f"{name} ansible_connection=local ansible_python_interpreter={script}")
+        (site.directory / "inventory").write_text("[edge]\n" + "\n".join(lines) + "\n")
+
+    def answer(self, name: str, file: str, changed: bool = False, **told: Any) -> None:
+        (self.site.directory / name / file).write_text(json.dumps({"changed": changed, **told}) + "\n")
+
+    def asked(self, name: str) -> list[str]:
+        """Which modules the host ran, without their prefix."""
+        file = self.site.directory / name / "asked"
+        return file.read_text().split() if file.exists() else []
+
+    def run(self, playbook: str, *words: str, **variables: Any) -> subprocess.CompletedProcess[str]:
+        given = {
+            "rollout_ref": "docker://registry.example.com/app:1.4",
+            "rollout_digest": NEW,
+            "rollout_id": "app-one",
+            "rollout_name": "app",
+            "rollout_path": "/srv/app",
+            "rollout_hosts": "edge",
+            "rollout_waves": [1],
+            "rollout_persistent": False,
+            "rollout_soak": [0],
+            "rollout_confirm_within": 60,
+            "rollout_report_dir": str(self.reports),
+            "rollout_become": False,
+            **variables,
+        }
+        return subprocess.run(
+            [str(PLAYBOOK), "-i", "inventory", f"composefs.oci.{playbook}", "-e", json.dumps(given), *words],
+            cwd=self.site.directory,
+            env=self.site.environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+
+    def report(self) -> dict[str, Any]:
+        return dict(json.loads((self.reports / "app-one.json").read_text()))
+
+    def states(self) -> dict[str, str]:
+        return {row["host"]: row["state"] for row in self.report()["hosts"]}
+
+
+@pytest.mark.parametrize("playbook", ["rollout", "rollback", "status", "retire"])
+def test_a_limit_that_leaves_the_controller_out_is_refused_before_anything_is_done(site: Site, playbook: str) -> None:
+    """Ansible drops the plays on localhost without a word, and what is left would fetch and end with success."""
+    fleet = Fleet(site, ["one", "two"])
+    done = fleet.run(playbook, "--limit", "one")
+    assert done.returncode == 2 and "--limit 'one,localhost'" in " ".join(done.stdout.split()), done.stdout
+    assert fleet.asked("one") == fleet.asked("two") == [] and not fleet.reports.exists()
+
+
+def test_a_limit_changes_its_hosts_and_no_others(site: Site) -> None:
+    fleet = Fleet(site, ["one", "two", "three"])
+    done = fleet.run("rollout", "--limit", "two,localhost")
+    assert done.returncode == 0 and fleet.states() == {"two": "confirmed"}, done.stdout
+    assert fleet.asked("one") == fleet.asked("three") == []
+    assert fleet.run("status", "--limit", "two,localhost").returncode == 0
+    assert [row["host"] for row in json.loads((fleet.reports / "status.json").read_text())["hosts"]] == ["two"]
+
+
+def test_a_rollout_pauses_where_it_was_asked_to_and_the_same_command_goes_on(site: Site) -> None:
+    fleet = Fleet(site, ["one", "two", "three"])
+    first = fleet.run("rollout", rollout_stop_after=1)
+    assert fleet.report()["result"] == "paused" and "1 waves are done, as asked" in first.stdout, first.stdout
+    assert fleet.states() == {"one": "confirmed", "two": "staged", "three": "staged"}
+    then = fleet.run("rollout")
+    assert then.returncode == 0 and fleet.report()["result"] == "complete", then.stdout
+    assert fleet.states() == {"one": "current", "two": "confirmed", "three": "confirmed"}
+
+
+def test_no_wave_begins_that_the_window_could_not_hold(site: Site) -> None:
+    fleet = Fleet(site, ["one", "two"])
+    soon = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=50)
+    done = fleet.run("rollout", rollout_until=soon.isoformat(timespec="seconds"))
+    assert fleet.report()["result"] == "paused" and "the window ends at" in done.stdout, done.stdout
+    assert fleet.states() == {"one": "staged", "two": "staged"}
+    assert not any("deployment" in fleet.asked(name) for name in ("one", "two"))
+
+
+def test_a_host_whose_disk_is_full_is_told_and_is_not_changed(site: Site) -> None:
+    fleet = Fleet(site, ["one", "two", "three"])
+    fleet.answer("two", "image", failed=True, error="no_space", msg="There is no space left for the image.")
+    done = fleet.run("rollout", rollout_max_absent=1)
+    assert fleet.states()["one"] == fleet.states()["three"] == "confirmed", done.stdout
+    (row,) = [row for row in fleet.report()["hosts"] if row["host"] == "two"]
+    assert row["error"]["code"] == "no_space" and "deployment" not in fleet.asked("two"), row
