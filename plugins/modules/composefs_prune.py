@@ -204,7 +204,6 @@ error:
 """
 
 import os
-import re
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
@@ -221,20 +220,6 @@ from ansible_collections.composefs.oci.plugins.module_utils.module import (
 from ansible_collections.composefs.oci.plugins.module_utils.operations import foreseen, prune
 from ansible_collections.composefs.oci.plugins.module_utils.progress import Progress
 
-UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-
-
-def seconds(text: str | None) -> float:
-    """What ``older_than`` means. InvalidOption if it means nothing."""
-    if text is None:
-        return 0.0
-    match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,6})?)([smhdw]?)", text.strip())
-    if match is None:
-        raise InvalidOption(
-            f"The option older_than is {text!r}.", "Write a number with s, m, h, d or w behind it, for example 30d."
-        )
-    return float(match[1]) * UNITS[match[2]]
-
 
 def wish_of(params: dict[str, Any]) -> prune.Wish:
     """What the task wants."""
@@ -245,7 +230,7 @@ def wish_of(params: dict[str, Any]) -> prune.Wish:
         keep=params["keep"],
         remove=params["remove"],
         keep_last=params["keep_last"],
-        older_than=seconds(params["older_than"]),
+        older_than=prune.seconds(params["older_than"]),
         timeout=params["timeout"],
     )
 

@@ -172,6 +172,37 @@ last_check:
     checked:
       description: How much was looked at.
       type: dict
+last_maintenance:
+  description: What came of the last time that the host looked after the repository by itself, see
+    M(composefs.oci.composefs_maintenance); V(null) if it never did.
+  returned: success
+  type: dict
+  contains:
+    time:
+      description: When it began, in seconds since the epoch.
+      type: float
+    seconds:
+      description: How long it took.
+      type: float
+    level:
+      description: How thorough the check was.
+      type: str
+    findings:
+      description: How many findings there were of each code.
+      type: dict
+    names:
+      description: The names that were removed.
+      type: list
+      elements: str
+    objects:
+      description: How many objects were removed.
+      type: int
+    bytes:
+      description: Their bytes.
+      type: int
+    error:
+      description: What went wrong, C(code) and C(message); V(null) if nothing did.
+      type: dict
 error:
   description: What went wrong, as a stable code for conditions in playbooks. The collection's documentation lists all
     codes.

@@ -571,7 +571,7 @@ def status(hosts: Mapping[str, Host], name: str = "", path: str = "") -> dict[st
         for found in mine:
             rows.append(_status_row(host_name, host, found, mounts.get(found.get("path")) or {}, information))
         if not mine:
-            rows.append({**_nothing(host_name, host), "state": "none"})
+            rows.append({**_nothing(host_name, host), "state": "none", **_maintenance(information)})
     states = {state: sum(row["state"] == state for row in rows) for state in sorted({row["state"] for row in rows})}
     return {"format": FORMAT, "hosts": rows, "totals": {"hosts": len(hosts), "states": states}}
 
@@ -587,6 +587,8 @@ STATUS += (
     "free_bytes",
     "last_result",
     "last_time",
+    "maintained",
+    "maintenance",
     "error",
 )
 
@@ -607,6 +609,7 @@ def _status_row(
     staged = found.get("staged") or []
     return {
         **_nothing(name, host),
+        **_maintenance(information),
         "state": found.get("state") or ("activated" if pending else CURRENT),
         "name": found.get("name"),
         "path": found.get("path"),
@@ -626,6 +629,18 @@ def _status_row(
         "last_result": last.get("result"),
         "last_time": last.get("time"),
     }
+
+
+def _maintenance(information: Mapping[str, Any]) -> dict[str, Any]:
+    """When the host last looked after its repository, in seconds since the epoch, and what came of it; nothing if it
+    never did.
+    """
+    last = information.get("last_maintenance") or {}
+    if not last:
+        return {}
+    findings = ", ".join(f"{count} x {code}" for code, count in sorted((last.get("findings") or {}).items()))
+    error = (last.get("error") or {}).get("code")
+    return {"maintained": last.get("time"), "maintenance": error or findings or "ok"}
 
 
 def _bytes_of(information: Mapping[str, Any], name: Any, kind: str) -> int | None:

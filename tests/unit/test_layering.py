@@ -78,14 +78,15 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "operations": (
         ("diskuse", "findings", "journal", "listing", "makedelta", "overview", "remote"),
-        ("keeping", "mounting"),
+        ("keeping", "mounting", "program", "unitfiles"),
         ("deployment", "dump"),
         ("bootmountmain",),
         ("bootmount",),
         ("checkobjects", "keepers", "lastingmount"),
         ("foreseen",),
         ("activation", "check", "mountlisting", "prune"),
-        ("repair",),
+        ("maintenance", "repair"),
+        ("maintenancetimer",),
     ),
 }
 # The threshold to Ansible stands at the root and looks into the house; no room looks at it.

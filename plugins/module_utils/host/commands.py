@@ -21,7 +21,7 @@ Run = Callable[[list[str]], tuple[int, str, str]]
 TIMEOUT = 300.0
 _LIMIT = 1 << 20
 # What a shell says: not found, not executable, timed out (timeout(1)).
-_NOT_FOUND, _NOT_EXECUTABLE, _TIMED_OUT = 127, 126, 124
+NOT_FOUND, _NOT_EXECUTABLE, _TIMED_OUT = 127, 126, 124
 
 
 def run(words: list[str], timeout: float = TIMEOUT) -> tuple[int, str, str]:
@@ -36,7 +36,7 @@ def run(words: list[str], timeout: float = TIMEOUT) -> tuple[int, str, str]:
                 words, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, start_new_session=True
             )
         except FileNotFoundError as error:
-            return _NOT_FOUND, "", str(error)
+            return NOT_FOUND, "", str(error)
         except OSError as error:
             if isinstance(from_os_error(error, ""), LimitReached):
                 raise

@@ -11,26 +11,21 @@ type mount could not do it, because there the image would be opened by name afte
 
 from __future__ import annotations
 
-import ast
 import contextlib
-import io
 import os
 import re
 import sys
-import zipfile
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..formats.bounds import MAX_NAME
 from ..host import commands, files, mountinfo, safety
 from ..host.commands import Run
-from . import journal, mounting
+from . import journal, mounting, program, unitfiles
 from .journal import HOST, Places
-from ..errors import FormatError, IOFailed, MountFailed, UnsafeRepository, doing
+from ..errors import MountFailed, UnsafeRepository, doing
 
 PREFIX = "composefs-oci-"
 LOCAL, REMOTE = "local-fs.target", "remote-fs.target"
-_PACKAGE = "composefs_oci"
 _PLATFORM_PYTHONS = ("/usr/bin/python3", "/usr/libexec/platform-python")
 # What the program needs of an interpreter.
 _TRIAL = "import sys, ctypes, zipfile; sys.exit(sys.version_info < (3, 9))"
@@ -96,9 +91,9 @@ def unit_text(target: mounting.Target, repository: str, places: Places = HOST, i
     return f"""\
 # Written by composefs.oci.composefs_mount, which replaces changes made here.
 [Unit]
-Description=Composefs image at {_specifiers(target.path)}
+Description=Composefs image at {unitfiles.specifiers(target.path)}
 DefaultDependencies=no
-RequiresMountsFor={" ".join(_quoted(path) for path in dict.fromkeys(needs) if path)}
+RequiresMountsFor={" ".join(unitfiles.quoted(path) for path in dict.fromkeys(needs) if path)}
 After=systemd-remount-fs.service systemd-tmpfiles-setup-dev.service
 Before={when} umount.target
 Conflicts=umount.target
@@ -106,8 +101,8 @@ Conflicts=umount.target
 [Service]
 Type=oneshot
 RemainAfterExit=yes
-ExecStart={_command([*program, "boot", *places.words, "--", target.path])}
-ExecStop={_command([*program, "unmount", "--", target.path])}
+ExecStart={unitfiles.command_line([*program, "boot", *places.words, "--", target.path])}
+ExecStop={unitfiles.command_line([*program, "unmount", "--", target.path])}
 TimeoutSec=120
 
 [Install]
@@ -161,7 +156,7 @@ def require_safe(repository: str, places: Places = HOST) -> None:
 
 def current(path: str, places: Places = HOST) -> str | None:
     """The text of the unit for ``path``, None if there is none."""
-    return _text(f"{places.units}/{unit_name(path)}")
+    return unitfiles.read_text(f"{places.units}/{unit_name(path)}")
 
 
 def persistent(places: Places = HOST) -> list[Persistent]:
@@ -171,7 +166,7 @@ def persistent(places: Places = HOST) -> list[Persistent]:
     """
     found = []
     for name in _units(places):
-        values = _values(_text(f"{places.units}/{name}") or "")
+        values = _values(unitfiles.read_text(f"{places.units}/{name}") or "")
         if "Path" not in values or "Repository" not in values:
             continue
         image_id = values.get("Image")
@@ -187,7 +182,7 @@ def units(places: Places = HOST) -> dict[str, str]:
     """Every unit of this collection by the path that it mounts at."""
     found = {}
     for name in _units(places):
-        path = _values(_text(f"{places.units}/{name}") or "").get("Path")
+        path = _values(unitfiles.read_text(f"{places.units}/{name}") or "").get("Path")
         if path is not None:
             found[path] = name
     return found
@@ -217,14 +212,14 @@ def ensure(target: mounting.Target, repository: str, run: Run, check: bool = Fal
     text = unit_text(target, repository, places)
     wanted = REMOTE if f"WantedBy={REMOTE}\n" in text else LOCAL
     contents = {places.application: application(), f"{places.units}/{name}": os.fsencode(text)}
-    stale = {path: content for path, content in contents.items() if _bytes(path) != content}
+    stale = {path: content for path, content in contents.items() if unitfiles.read_bytes(path) != content}
     links = _links(name, places)
     wrong = [link for when, link in links.items() if os.path.lexists(link) != (when == wanted)]
     if check or not (stale or wrong):
         return bool(stale or wrong)
     with doing(f"Writing the unit {name}"):
         for path, content in stale.items():
-            _write(path, content)
+            unitfiles.write(path, content)
         for link in wrong:
             if os.path.lexists(link):
                 os.unlink(link)
@@ -233,9 +228,9 @@ def ensure(target: mounting.Target, repository: str, run: Run, check: bool = Fal
                 os.symlink(f"{places.units}/{name}", link)
         with files.opened_directory(os.path.dirname(links[wanted])) as fd:
             files.sync_directory(fd)
-    if _tell(run, ["daemon-reload"], places):
+    if unitfiles.tell(run, ["daemon-reload"], places):
         # The mount is there already, so this does nothing but let systemd know; nobody needs to wait for it.
-        _tell(run, ["start", "--no-block", name], places, strict=False)
+        unitfiles.tell(run, ["start", "--no-block", name], places, strict=False)
     return True
 
 
@@ -251,8 +246,8 @@ def install(places: Places = HOST) -> None:
     """Have the program in its place, for a unit or a timer. ReadOnly, NoSpace, PermissionDenied."""
     with doing(f"Writing {places.application}"):
         content = application()
-        if _bytes(places.application) != content:
-            _write(places.application, content)
+        if unitfiles.read_bytes(places.application) != content:
+            unitfiles.write(places.application, content)
 
 
 def tidy(places: Places = HOST, path: str = "") -> None:
@@ -281,7 +276,7 @@ def remove(path: str, run: Run, check: bool = False, stop: bool = False, places:
     if check or not (links or files):
         return bool(links or files)
     if stop:
-        _tell(run, ["stop", name], places, strict=False)
+        unitfiles.tell(run, ["stop", name], places, strict=False)
     with doing(f"Removing the unit {name}"):
         for file in (*links, *files):
             os.unlink(file)
@@ -289,61 +284,15 @@ def remove(path: str, run: Run, check: bool = False, stop: bool = False, places:
             with contextlib.suppress(OSError):
                 os.rmdir(os.path.dirname(link))
     tidy(places)
-    _tell(run, ["daemon-reload"], places)
+    unitfiles.tell(run, ["daemon-reload"], places)
     return True
 
 
 def application() -> bytes:
-    """The program that the units run: a zip application, the same bytes for the same sources."""
-    from .. import errors
+    """The program that the units run."""
     from . import bootmountmain  # late: only persistent mounts need the sources
 
-    head = "".join(line for line in _source(errors.__name__).splitlines(keepends=True)[:3])
-    root = errors.__name__.rpartition(".")[0]
-    sources = _reached(bootmountmain.__name__, root)
-    files = {f"{_PACKAGE}/{name.replace('.', '/')}.py": text for name, text in sources.items()}
-    wings = {name.rpartition(".")[0] for name in sources}
-    files.update({f"{_PACKAGE}/{wing}/__init__.py" if wing else f"{_PACKAGE}/__init__.py": head for wing in wings})
-    main = bootmountmain.__name__[len(root) + 1 :]
-    files["__main__.py"] = f"{head}\nimport sys\n\nfrom {_PACKAGE}.{main} import main\n\nsys.exit(main(sys.argv[1:]))\n"
-    out = io.BytesIO()
-    # Stored, not compressed: versions of zlib differ in what they write.
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
-        for name in sorted(files):
-            entry = zipfile.ZipInfo(name)  # of 1 January 1980
-            entry.create_system = 3
-            entry.external_attr = 0o100644 << 16
-            archive.writestr(entry, files[name].encode())
-    return out.getvalue()
-
-
-def _reached(start: str, root: str) -> dict[str, str]:
-    """The sources that importing the engine module ``start`` loads, by dotted name below ``root``.
-
-    What a function imports late is not among them: the program must not need it.
-    """
-    found: dict[str, str] = {}
-    left = [start]
-    while left:
-        name = left.pop()
-        if name[len(root) + 1 :] in found:
-            continue
-        text = found[name[len(root) + 1 :]] = _source(name)
-        package = name.split(".")[:-1]
-        for node in ast.parse(text).body:
-            if isinstance(node, ast.ImportFrom) and node.level:
-                base = ".".join([*package[: len(package) - node.level + 1], *([node.module] if node.module else [])])
-                modules = [f"{base}.{alias.name}" for alias in node.names]
-                left += [module for module in (base, *modules) if _is_module(module)]
-    return found
-
-
-def _is_module(name: str) -> bool:
-    """Whether ``name``, which is loaded if it is a module at all, is a module with a source of its own and not a
-    package.
-    """
-    module = sys.modules.get(name)
-    return module is not None and not hasattr(module, "__path__")
+    return program.made(bootmountmain.__name__)
 
 
 def is_remote(path: str) -> bool:
@@ -356,7 +305,7 @@ def is_remote(path: str) -> bool:
         return False
     if covering[1].kind in _REMOTE_KINDS:
         return True
-    for line in (_text("/etc/fstab") or "").splitlines():
+    for line in (unitfiles.read_text("/etc/fstab") or "").splitlines():
         fields = line.split()
         if (
             len(fields) > 3
@@ -366,31 +315,6 @@ def is_remote(path: str) -> bool:
         ):
             return True
     return False
-
-
-def _specifiers(text: str) -> str:
-    return text.replace("%", "%%")
-
-
-def _quoted(text: str) -> str:
-    escaped = _specifiers(text).replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
-
-
-def _command(words: Sequence[str]) -> str:
-    return " ".join(_quoted(word).replace("$", "$$") for word in words)
-
-
-def _source(name: str) -> str:
-    """The source of a loaded engine module, from wherever it was imported: a file, or the zip in which a task's code
-    travels.
-    """
-    spec = sys.modules[name].__spec__
-    loader: Any = spec.loader if spec else None
-    text = loader.get_source(name) if loader is not None and hasattr(loader, "get_source") else None
-    if not isinstance(text, str):
-        raise IOFailed(f"The source of {name} cannot be found.", "Report this as a bug.")
-    return text
 
 
 def _links(name: str, places: Places) -> dict[str, str]:
@@ -405,42 +329,3 @@ def _units(places: Places) -> list[str]:
         )
     except FileNotFoundError:
         return []
-
-
-def _bytes(path: str) -> bytes | None:
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
-def _text(path: str) -> str | None:
-    with doing(f"Reading {path}"):
-        content = _bytes(path)
-    if content is None:
-        return None
-    try:
-        content.decode()
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{path} is not a text.", "Remove it.") from error
-    # Like the paths that it is held against; in a locale without UTF-8 that is another str than decode() gives.
-    return os.fsdecode(content)
-
-
-def _write(path: str, content: bytes) -> None:
-    """Replace a file in one step and durably: a boot must find the old one or the new one, whole."""
-    directory, name = os.path.split(path)
-    os.makedirs(directory, mode=0o755, exist_ok=True)
-    with files.opened_directory(directory) as fd:
-        files.write_whole(fd, name, content)
-
-
-def _tell(run: Run, words: list[str], places: Places, strict: bool = True) -> bool:
-    """Tell systemd, if it is in charge; whether it is. IOFailed if it refuses and ``strict``."""
-    if not os.path.exists(places.running):
-        return False
-    status, _output, errors = run(["systemctl", "--no-ask-password", *words])
-    if status and strict:
-        raise IOFailed(f"systemctl {' '.join(words)} failed: {errors.strip()}.", "Look at the journal of the host.")
-    return True

@@ -51,6 +51,10 @@ class Places(NamedTuple):
         return f"{self.library}/mount.pyz"
 
     @property
+    def maintenance(self) -> str:
+        return f"{self.library}/maintain.pyz"
+
+    @property
     def journals(self) -> str:
         return f"{self.library}/deployments"
 

@@ -61,6 +61,7 @@ def describe(repository: Repository) -> dict[str, Any]:
         "lock_holders": [holder._asdict() for holder in locks.holders(repository.fd)],
         "unfinished_imports": _imports(repository),
         "last_check": checks.last(repository),
+        "last_maintenance": checks.last_maintenance(repository),
     }
 
 

@@ -28,7 +28,7 @@ from ..formats.digests import ObjectDigest, object_digest
 from . import keepers
 from .foreseen import Ahead
 from ..formats import fsverity, reference, repolayout
-from ..errors import EngineError, FormatError, doing, from_os_error
+from ..errors import EngineError, FormatError, InvalidOption, doing, from_os_error
 from ..progress import Progress
 from ..store import graph as graphs
 from ..store import imagestreams, marks, namerecords
@@ -39,6 +39,7 @@ NEVER = ("localhost/bootc-*",)
 """Names that belong to others, and that no pattern removes."""
 STREAMS, IMAGES, FILES, LEFTOVERS, DAMAGED = "streams", "images", "files", "leftovers", "damaged"
 KINDS = (STREAMS, IMAGES, FILES, LEFTOVERS, DAMAGED)
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _TRUSTED = f"{marks.DIRECTORY}/trusted"
 _SET_ASIDE = f"{marks.DIRECTORY}/damaged"
 
@@ -79,6 +80,18 @@ class Pruned:
     problems: list[Problem] = dataclasses.field(default_factory=list)
     changed: bool = False
     certain: bool = True
+
+
+def seconds(text: str | None) -> float:
+    """What ``older_than`` means as an option, in seconds; 0.0 for None. InvalidOption if it means nothing."""
+    if text is None:
+        return 0.0
+    match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,6})?)([smhdw]?)", text.strip())
+    if match is None:
+        raise InvalidOption(
+            f"The option older_than is {text!r}.", "Write a number with s, m, h, d or w behind it, for example 30d."
+        )
+    return float(match[1]) * _UNITS[match[2]]
 
 
 @dataclasses.dataclass

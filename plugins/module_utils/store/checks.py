@@ -2,7 +2,9 @@
 # Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
 # SPDX-License-Identifier: BSD-2-Clause
 
-"""What the last check of a repository said, and what repairs set aside: both lie within ``.composefs-oci/``."""
+"""What the last check of a repository said, what its last maintenance did, and what repairs set aside: all of it lies
+within ``.composefs-oci/``.
+"""
 
 from __future__ import annotations
 
@@ -22,22 +24,41 @@ from .repository import Repository
 DAMAGED = f"{marks.DIRECTORY}/damaged"
 _CHECKS = f"{marks.DIRECTORY}/checks"
 _LAST = "last.json"
+_MAINTENANCE = "maintenance.json"
 _MAX_SIZE = 1 << 20
 
 
 def remember(repository: Repository, result: Mapping[str, Any]) -> None:
     """Write down the result of a check. Where this user may not write it is not kept."""
-    with contextlib.suppress(EngineError, OSError):
-        repository.require_writable()
-        text = json.dumps({"version": 1, **result}, indent=2, sort_keys=True) + "\n"
-        with repository.root.directory(_CHECKS, os.O_PATH, make=True) as fd:
-            files.write_whole(fd, _LAST, text.encode(), sync=False)
+    _write(repository, _LAST, result)
 
 
 def last(repository: Repository) -> dict[str, Any] | None:
     """What the last check said; None if there was none, or if it cannot be read."""
+    return _read(repository, _LAST)
+
+
+def remember_maintenance(repository: Repository, result: Mapping[str, Any]) -> None:
+    """Write down what a maintenance did. Where this user may not write it is not kept."""
+    _write(repository, _MAINTENANCE, result)
+
+
+def last_maintenance(repository: Repository) -> dict[str, Any] | None:
+    """What the last maintenance did; None if there was none, or if it cannot be read."""
+    return _read(repository, _MAINTENANCE)
+
+
+def _write(repository: Repository, name: str, result: Mapping[str, Any]) -> None:
+    with contextlib.suppress(EngineError, OSError):
+        repository.require_writable()
+        text = json.dumps({"version": 1, **result}, indent=2, sort_keys=True) + "\n"
+        with repository.root.directory(_CHECKS, os.O_PATH, make=True) as fd:
+            files.write_whole(fd, name, text.encode(), sync=False)
+
+
+def _read(repository: Repository, name: str) -> dict[str, Any] | None:
     try:
-        document = json.loads(repository.root.read_file(f"{_CHECKS}/{_LAST}", _MAX_SIZE))
+        document = json.loads(repository.root.read_file(f"{_CHECKS}/{name}", _MAX_SIZE))
     except (OSError, ValueError, RecursionError, EngineError):
         return None
     return document if isinstance(document, dict) and document.get("version") == 1 else None

@@ -17,6 +17,7 @@ pytest.importorskip("ansible.module_utils.basic", exc_type=ImportError)
 
 from ansible_collections.composefs.oci.plugins.module_utils.errors import InvalidOption
 from ansible_collections.composefs.oci.plugins.module_utils.formats import digests, fsverity, ocidocuments
+from ansible_collections.composefs.oci.plugins.module_utils.operations import prune
 from ansible_collections.composefs.oci.plugins.module_utils.store import create, imagestreams
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ansible_collections.composefs.oci.plugins.modules import composefs_prune
@@ -91,13 +92,13 @@ def test_names_go_by_patterns_and_the_difference_shows_them(run: Any, path: str)
     ("text", "value"), [(None, 0), ("90", 90), ("90s", 90), ("2m", 120), ("1.5h", 5400), ("1d", 86400), ("2w", 1209600)]
 )
 def test_times_are_understood(text: str | None, value: float) -> None:
-    assert composefs_prune.seconds(text) == value
+    assert prune.seconds(text) == value
 
 
 @pytest.mark.parametrize("text", ["", "d", "-1", "1y", "1 d", "1e3"])
 def test_times_that_mean_nothing_are_refused(text: str) -> None:
     with pytest.raises(InvalidOption):
-        composefs_prune.seconds(text)
+        prune.seconds(text)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 pytest.importorskip("ansible.module_utils.basic", exc_type=ImportError)
 
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "module_utils"))
 
 from filled_repository import TAGS, Repo, copy_of, fill, make_layout, rotten_file
 
-from ansible_collections.composefs.oci.plugins.module_utils.operations import check, prune
+from ansible_collections.composefs.oci.plugins.module_utils.operations import check, maintenance, prune
 from ansible_collections.composefs.oci.plugins.module_utils.progress import Progress
 from ansible_collections.composefs.oci.plugins.module_utils.store import marks
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
@@ -116,6 +117,16 @@ def test_the_last_check_is_told(run: Any, repo: Repo) -> None:
         check.check(repository, check.Wish(check.OBJECTS, (), 1), Progress(), lambda _one: [])
     last = run()["last_check"]
     assert last["level"] == "objects" and last["findings"] == {"object_damaged": 1}
+
+
+def test_the_last_maintenance_is_told(run: Any, repo: Repo) -> None:
+    assert run()["last_maintenance"] is None
+    with Repository.open(str(repo.path), write=True) as repository:
+        result = maintenance.maintain(repository, maintenance.Wish(), Progress())
+    last = run()["last_maintenance"]
+    assert last == {"version": 1, **result}
+    documented = yaml.safe_load(composefs_repository_info.RETURN)["last_maintenance"]["contains"]
+    assert set(documented) == set(result)
 
 
 def test_a_failure_has_its_code(run: Any) -> None:

@@ -400,6 +400,25 @@ def test_the_status_tells_what_hosts_have_and_what_it_costs() -> None:
     assert rollout.comma_separated(told["hosts"]).splitlines()[0].startswith("host,site,state,name,path")
 
 
+@pytest.mark.parametrize(
+    ("findings", "error", "words"),
+    [
+        ({}, None, "ok"),
+        ({"object_missing": 2, "bad_link": 1}, None, "1 x bad_link, 2 x object_missing"),
+        ({"bad_link": 1}, {"code": "busy", "message": "Busy."}, "busy"),
+    ],
+)
+def test_the_status_tells_how_a_host_looked_after_itself(findings: Any, error: Any, words: str) -> None:
+    last = {"version": 1, "time": 9.0, "findings": findings, "error": error}
+    hosts = {
+        "a": {**HOSTS["drifted"], "rollout_repository_info": {"last_maintenance": last}},
+        "b": {"rollout_before": {"deployments": []}, "rollout_repository_info": {"last_maintenance": last}},
+        "c": {**HOSTS["drifted"], "rollout_repository_info": {"last_maintenance": None}},
+    }
+    rows = rollout.status(hosts)["hosts"]
+    assert [(row["maintained"], row["maintenance"]) for row in rows] == [(9.0, words), (9.0, words), (None, None)]
+
+
 def test_a_cell_that_a_spreadsheet_would_compute_is_text() -> None:
     for text in ("=1+1", "+1", "-1+1", "@A1", "\t=1", "\r=1", "\n=1"):
         assert f"'{text}" in rollout.comma_separated([{"host": text}])

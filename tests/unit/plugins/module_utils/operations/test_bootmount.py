@@ -122,8 +122,8 @@ def test_a_repository_on_the_network_waits_for_it(places: Places, monkeypatch: p
     assert bootmount.is_remote("/srv"), "of two mounts at one place the last counts"
     shown(("/", "ext4"), ("/srv", "ext4"))
     monkeypatch.setattr(
-        bootmount,
-        "_text",
+        bootmount.unitfiles,
+        "read_text",
         lambda path: "# x\nUUID=1 /srv ext4 defaults,_netdev 0 2\n" if path == "/etc/fstab" else None,
     )
     assert bootmount.is_remote("/srv/repo") and not bootmount.is_remote("/var")
