@@ -12,11 +12,13 @@ import dataclasses
 import json
 import os
 import pathlib
+import subprocess
 from collections.abc import Collection
 from typing import Any
 
 import composefs_testinfra
 import pytest
+import testinfra
 
 REPOSITORY = "/srv/images"
 # What differs between a run in check mode and the run after it without being foretold: times, and what stands in both
@@ -142,6 +144,37 @@ def recorded() -> list[Run]:
     return runs
 
 
+def host_of(name: str) -> Any:
+    """A host by its name in the inventory, for tests that run once for several."""
+    return testinfra.get_host(f"ansible://{name}?ansible_inventory={os.environ['MOLECULE_INVENTORY_FILE']}")
+
+
+def said(command: list[str], timeout: float = 300, **how: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command of the controller to its end, whatever that is; what it says is shown, and returned as one text.
+    ``how`` is as for subprocess.run.
+    """
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        check=False,
+        **how,
+    )
+    print(done.stdout)
+    return done
+
+
+def play(playbook: pathlib.Path, *words: str, fails: bool = False, **variables: Any) -> Run:
+    """Run a playbook to its end; what was recorded. Unless ``fails``, every host must do well."""
+    command = ["ansible-playbook", "--inventory", os.environ["MOLECULE_INVENTORY_FILE"]]
+    done = said([*command, "--extra-vars", json.dumps(variables), *words, str(playbook)], cwd=ephemeral())
+    assert fails or done.returncode == 0, done.stdout[-3000:]
+    return recorded()[-1]
+
+
 def pytest_sessionfinish() -> None:
     """Tell what the tests ran on."""
     import lab
@@ -164,6 +197,13 @@ def lab() -> dict[str, Any]:
 def runs() -> list[Run]:
     """The runs before the tests."""
     return recorded()
+
+
+@pytest.fixture(scope="session")
+def run(runs: list[Run]) -> Run:
+    """The only run there was."""
+    (one,) = runs
+    return one
 
 
 @pytest.fixture(scope="session")

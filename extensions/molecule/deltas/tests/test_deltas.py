@@ -10,19 +10,12 @@ from typing import Any
 import lab as lab_program
 import pytest
 from composefs_testinfra import Repository
-from scenarios import Run, recorded
+from scenarios import Run
 
 testinfra_hosts = ["ansible://hosts"]
 
 MAKER, TAKER, MISLED = "deltas-bookworm", "deltas-trixie", "deltas-wrong"
 HOW = {MAKER: "Pull the newer image beside it", TAKER: "Update by the delta", MISLED: "Update by the layers"}
-
-
-@pytest.fixture(scope="module")
-def run() -> Run:
-    """The only run there was."""
-    (one,) = recorded()
-    return one
 
 
 def update_of(run: Run, name: str) -> dict[str, Any]:

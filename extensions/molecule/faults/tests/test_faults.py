@@ -9,48 +9,23 @@ import contextlib
 import os
 import pathlib
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import namespace
 import pytest
-import testinfra
 from composefs_testinfra import Repository
 from faultproxy import FaultProxy, Rule
-from scenarios import REPOSITORY, Run, ephemeral, recorded
+from scenarios import REPOSITORY, Run, host_of, play
 
 HOSTS = ("faults-killed", "faults-cut", "faults-full", "faults-well")
 PULL = pathlib.Path(__file__).parents[1] / "pull.yml"
 
 
-def host_of(name: str) -> Any:
-    return testinfra.get_host(f"ansible://{name}?ansible_inventory={os.environ['MOLECULE_INVENTORY_FILE']}")
-
-
-def play(registry: str) -> Run:
+def pull_from(registry: str) -> Run:
     """Run the playbook to its end, whatever that is; what was recorded."""
-    command = [
-        "ansible-playbook",
-        "--inventory",
-        os.environ["MOLECULE_INVENTORY_FILE"],
-        "--extra-vars",
-        f"faults_registry={registry}",
-        str(PULL),
-    ]
-    done = subprocess.run(
-        command,
-        cwd=ephemeral(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    print(done.stdout)
-    return recorded()[-1]
+    return play(PULL, fails=True, faults_registry=registry)
 
 
 def kinds(run: Run) -> dict[str, str]:
@@ -98,7 +73,7 @@ def story(lab: dict[str, Any]) -> Iterator[dict[str, Run]]:
     with FaultProxy(lab["registries"]["plain"]["address"]) as proxy, concurrent.futures.ThreadPoolExecutor(1) as pool:
         # Slow enough that there is time to do harm in the middle of a pull.
         slow = proxy.add(Rule("/blobs/", rate=1_200_000))
-        first = pool.submit(play, proxy.address)
+        first = pool.submit(pull_from, proxy.address)
         wait_for(
             "both victims to pull",
             lambda: min(objects_of("faults-killed"), objects_of("faults-cut")) >= 3 or first.done(),
@@ -110,8 +85,8 @@ def story(lab: dict[str, Any]) -> Iterator[dict[str, Run]]:
         slow.rate = None
         namespace.again("faults-killed")
         assert host_of("faults-full").run(f"mount -o remount,size=80M {REPOSITORY}").rc == 0
-        runs["next"] = play(proxy.address)
-        runs["after"] = play(proxy.address)
+        runs["next"] = pull_from(proxy.address)
+        runs["after"] = pull_from(proxy.address)
         yield runs
 
 

@@ -6,18 +6,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 import shutil
-import subprocess
 from typing import Any
 
 import namespace
 import pytest
-import testinfra
 from composefs_testinfra import Repository
-from scenarios import REPOSITORY, Run, created, differences, ephemeral, recorded
+from scenarios import REPOSITORY, Run, created, differences, ephemeral, host_of, play, recorded, said
 
 HOSTS = tuple(host["instance"] for host in created()["instances"])
 CONVERGE = pathlib.Path(__file__).parents[1] / "converge.yml"
@@ -25,32 +22,10 @@ UNIT = "composefs-oci-srv-app.service"
 CFSCTL = shutil.which("cfsctl")
 
 
-def host_of(name: str) -> Any:
-    return testinfra.get_host(f"ansible://{name}?ansible_inventory={os.environ['MOLECULE_INVENTORY_FILE']}")
-
-
-def play(*words: str, **variables: Any) -> Run:
-    """Run the playbook to its end; what was recorded."""
-    command = ["ansible-playbook", "--inventory", os.environ["MOLECULE_INVENTORY_FILE"]]
-    done = subprocess.run(
-        [*command, "--extra-vars", json.dumps(variables), *words, str(CONVERGE)],
-        cwd=ephemeral(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout[-3000:]
-    return recorded()[-1]
-
-
 def foretold_and_done(**variables: Any) -> Run:
     """Run the playbook in check mode and for good, and see that both tell the same; the second run."""
-    foretold = play("--check", **variables)
-    done = play(**variables)
+    foretold = play(CONVERGE, "--check", **variables)
+    done = play(CONVERGE, **variables)
     assert differences(foretold, done) == []
     return done
 
@@ -67,17 +42,11 @@ def collect(host: Any) -> None:
     path = ephemeral() / "cfsctl"
     if not path.exists():
         shutil.copy2(CFSCTL, path)
-    done = subprocess.run(
+    done = said(
         [
             *("ansible", "--inventory", os.environ["MOLECULE_INVENTORY_FILE"], host.backend.host),
             *("-m", "ansible.builtin.copy", "-a", f"src={path} dest=/usr/local/bin/cfsctl mode=0755"),
-        ],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-        check=False,
+        ]
     )
     assert done.returncode == 0, done.stdout
     done = host.run(f"cfsctl --repo {REPOSITORY} gc")

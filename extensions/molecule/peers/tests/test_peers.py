@@ -10,19 +10,12 @@ from typing import Any
 import lab as lab_program
 import pytest
 from composefs_testinfra import Repository
-from scenarios import Run, created, recorded
+from scenarios import Run, created
 
 testinfra_hosts = ["ansible://hosts"]
 
 CLIENTS = ("peers-first", "peers-warned", "peers-bereft", "peers-alone", "peers-updated")
 OBJECTS = 251
-
-
-@pytest.fixture(scope="module")
-def run() -> Run:
-    """The only run there was."""
-    (one,) = recorded()
-    return one
 
 
 def pulled(run: Run, name: str) -> dict[str, Any]:

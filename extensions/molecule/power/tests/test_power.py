@@ -56,12 +56,12 @@ def engine() -> None:
     subprocess.run(guests.ground.ssh_command(address["address"], address["port"], unpack), input=packed, check=True)
 
 
-def begin(registry: str, number: int) -> subprocess.Popen[str]:
-    """Start the pulls, and wait until the first layer of one of them is on its way: before that nothing happens on the
-    disks.
+def begin(script: str) -> subprocess.Popen[str]:
+    """Start a script in the guest, and wait until the first that it starts has begun: before that nothing happens on
+    the disks.
     """
     address = guests.address(GUEST)
-    words = guests.ground.ssh_command(address["address"], address["port"], command(registry, number))
+    words = guests.ground.ssh_command(address["address"], address["port"], script)
     process = subprocess.Popen(
         words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -71,10 +71,17 @@ def begin(registry: str, number: int) -> subprocess.Popen[str]:
     return process
 
 
+def told(text: str) -> None:
+    """Show what a cut did, and keep it."""
+    print(text)
+    with open(ephemeral() / "power-cuts", "a") as file:
+        file.write(text + "\n")
+
+
 @pytest.fixture(scope="module")
 def seconds(engine: None, registry: str) -> float:
     """How long the pulls take from there on when nothing is in their way."""
-    process = begin(registry, 999)
+    process = begin(command(registry, 999))
     started = time.monotonic()
     assert process.wait(240) == 0
     return time.monotonic() - started
@@ -87,7 +94,7 @@ def test_nothing_that_has_a_name_is_damaged_by_a_power_cut(
     # A guest that has just booted takes longer than one from the freezer.
     moment = random.uniform(0, 1.4) * seconds
     guests.ssh(GUEST, f"{OFTEN}; sync")
-    process = begin(registry, number)
+    process = begin(command(registry, number))
     if when == "done":
         assert process.wait(240) == 0
     else:
@@ -111,13 +118,10 @@ def test_nothing_that_has_a_name_is_damaged_by_a_power_cut(
         else:
             left[place] = "no repository"
             assert not finished
-    told = (
+    told(
         f"cut {'as soon as it was done' if when == 'done' else f'after {moment:.1f} of {seconds:.1f} s'}, "
         f"{'finished' if finished else 'unfinished'}: {left}"
     )
-    print(told)
-    with open(ephemeral() / "power-cuts", "a") as file:
-        file.write(told + "\n")
 
     guests.ssh(GUEST, command(registry, number))
     for place, verity in PLACES.items():

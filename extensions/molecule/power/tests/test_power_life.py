@@ -14,9 +14,8 @@ from typing import Any
 
 import guests
 import pytest
-from scenarios import ephemeral
 import test_power
-from test_power import GUEST, OFTEN, PLACES
+from test_power import GUEST, OFTEN, PLACES, begin, told
 
 testinfra_hosts = ["ansible://hosts"]
 # The fixtures of that file serve this one, too.
@@ -33,18 +32,10 @@ def run(verb: str, *words: str) -> dict[str, list[str]]:
     }
 
 
-def begin(verb: str) -> subprocess.Popen[str]:
+def begin_in_both(verb: str) -> subprocess.Popen[str]:
     """Start the verb in both places at once, and wait until the first has begun."""
-    address = guests.address(GUEST)
     both = " & ".join(f"python3 life_in_guest.py {verb} {place}/life" for place in PLACES)
-    words = guests.ground.ssh_command(address["address"], address["port"], f"cd /opt/tests; {both}; wait")
-    process = subprocess.Popen(
-        words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert process.stdout
-    first = process.stdout.readline()
-    assert first == "begun\n", first + process.stdout.read()
-    return process
+    return begin(f"cd /opt/tests; {both}; wait")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +55,7 @@ def seconds(filled: list[str]) -> dict[str, float]:
         if verb == "repair":
             refill(filled)
             run("spoil")
-        process = begin(verb)
+        process = begin_in_both(verb)
         started = time.monotonic()
         assert process.wait(300) == 0
         found[verb] = time.monotonic() - started
@@ -86,19 +77,17 @@ def test_a_power_cut_during_prune_or_repair_costs_nothing_that_has_a_name(
         run("spoil")
     guests.ssh(GUEST, f"{OFTEN}; sync")
     moment = random.uniform(0, 1.2) * seconds[verb]
-    process = begin(verb)
+    process = begin_in_both(verb)
     time.sleep(moment)
     guests.cut_power(GUEST)
     process.wait(60)
     guests.boot(GUEST)
 
     after = run("check")
-    told = f"{verb} cut after {moment:.1f} of {seconds[verb]:.1f} s: " + ", ".join(
-        f"{place}: {lines[-1]}" for place, lines in after.items()
+    told(
+        f"{verb} cut after {moment:.1f} of {seconds[verb]:.1f} s: "
+        + ", ".join(f"{place}: {lines[-1]}" for place, lines in after.items())
     )
-    print(told)
-    with open(ephemeral() / "power-cuts", "a") as file:
-        file.write(told + "\n")
     if verb == "prune":
         assert {place: lines[:-1] for place, lines in after.items()} == dict.fromkeys(PLACES, [])
     # The next run finishes the work, and all that has a name is whole.

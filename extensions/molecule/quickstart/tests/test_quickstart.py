@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from composefs_testinfra import Repository
-from scenarios import created, ephemeral
+from scenarios import created, ephemeral, said
 
 testinfra_hosts = ["ansible://hosts"]
 
@@ -87,17 +87,7 @@ def follow(page: str, directory: pathlib.Path, environment: dict[str, str], arch
                 if command not in ELSEWHERE and not any(command.startswith(f"{word} ") for word in ELSEWHERE):
                     script += [f"echo {shlex.quote('$ ' + command)}"]
                     script += [REPLACED.get(command, command).format(archive=archive)]
-    done = subprocess.run(
-        ["bash", "-c", "\n".join(script)],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    print(done.stdout)
+    done = said(["bash", "-c", "\n".join(script)], timeout=900, env=environment)
     assert done.returncode == 0, done.stdout[-4000:]
     return done.stdout
 
