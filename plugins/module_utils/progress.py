@@ -89,6 +89,35 @@ class Progress:
             self._sinks = []
 
 
+class Countdown:
+    """Tells how far something of many parts is, and how long the rest takes if it goes on like that; at most twice a
+    second, and at its end.
+    """
+
+    def __init__(
+        self,
+        progress: Progress,
+        text: str,
+        total: int,
+        share: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._progress, self._text, self._total, self._share = progress, text, total, share
+        self._clock = clock
+        self._begun = self._told = clock()
+
+    def reached(self, done: int) -> None:
+        """``done`` parts are done now."""
+        now, total = self._clock(), self._total
+        if not done or (now - self._told <= 0.5 and done != total):
+            return
+        self._told = now
+        left = max(total - done, 0)
+        far = f"{100 * done // total}%" if self._share and total else f"{done} of {total}"
+        rest = f", {int((now - self._begun) * left / done)} s left" if left else ""
+        self._progress.message(f"{self._text}: {far}{rest}")
+
+
 class Board:
     """What all events so far add up to; whoever shows a pull draws from it."""
 

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import os
 import re
-import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,7 +17,7 @@ from ..formats.digests import ObjectDigest, object_digest
 from ..formats import fsverity
 from ..host import files, workers
 from ..errors import DigestMismatch, FormatError, VerityUnsupported, doing
-from ..progress import Progress
+from ..progress import Countdown, Progress
 from ..store.objects import hash_file
 from ..store.repository import Repository
 from .findings import OBJECT_DAMAGED, OBJECT_UNREADABLE, OBJECT_UNSEALED, STRAY_FILE, Finding
@@ -112,20 +111,15 @@ def _spread(
 ) -> tuple[Counted, list[Finding]]:
     counted = Counted()
     findings: list[Finding] = []
-    begun = told = time.monotonic()
+    left = Countdown(progress, "Checking objects", total)
 
     def take(value: list[Any]) -> None:
-        nonlocal told
         if len(value) > 2:
             findings.append(Finding(*value))
             return
         counted.objects += value[0]
         counted.bytes += value[1]
-        now = time.monotonic()
-        if now - told > 0.5 and counted.objects:
-            told = now
-            left = int((now - begun) * max(total - counted.objects, 0) / counted.objects)
-            progress.message(f"Checking objects: {counted.objects} of {total}, {left} s left")
+        left.reached(counted.objects)
 
     workers.spread("checks objects", tasks, work, take, processors)
     return counted, findings

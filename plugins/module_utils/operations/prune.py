@@ -23,13 +23,14 @@ import re
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
-from ..formats.digests import ObjectDigest, object_digest
+from ..formats.digests import ObjectDigest
 from . import keepers
 from .foreseen import Ahead
 from ..formats import fsverity, reference, repolayout
 from ..errors import EngineError, FormatError, InvalidOption, doing, from_os_error
-from ..progress import Progress
+from ..progress import Countdown, Progress
 from ..store import graph as graphs
 from ..store import imagestreams, marks, namerecords
 from ..store.graph import Graph, Problem, Root
@@ -102,8 +103,9 @@ class _Plan:
     roots: list[Root]
     ended: list[keepers.Keeper]
     result: Pruned = dataclasses.field(default_factory=Pruned)
-    # For each of the 256 directories the file names in it.
-    dead: list[list[str]] = dataclasses.field(default_factory=list)
+    # For each of the 256 directories the digests of the objects in it, one after the other: names would take three
+    # times as much memory.
+    dead: list[bytes] = dataclasses.field(default_factory=list)
     links: list[str] = dataclasses.field(default_factory=list)
     files: list[str] = dataclasses.field(default_factory=list)
 
@@ -173,25 +175,26 @@ def _plan(
     owners = graph.owners_of_groups(list(everyone.values()), _pass_over) if gone else live
     freed = [0] * len(everyone)
     named = _named(repository, plan)
-    for first, entries in enumerate(_entries(repository, result.problems)):
+    size = repository.algorithm.size
+    left = Countdown(progress, "Working out what is kept", 256, share=True)
+    for first, objects in enumerate(_objects(repository, result.problems)):
         owner_of, alive = owners.part(first), live.part(first)
         kinds: dict[int, str] = {}
         for kind, path, key in named[first]:
             kinds.setdefault(key, kind)
             if key not in alive:
                 plan.links.append(path)
-        names = []
-        for name, key, size in entries:
+        dead = bytearray()
+        for number, (key, length) in enumerate(zip(objects.keys, objects.sizes)):
             owner = owner_of.get(key, graphs.SHARED)
             if owner != graphs.SHARED:
-                freed[owner] += size
+                freed[owner] += length
             if key not in alive:
-                names.append(name)
-                result.bytes_by_kind[kinds.get(key, FILES)] += size
-        plan.dead.append(names)
-        if first % 16 == 15:
-            progress.message(f"Working out what is kept: {(first + 1) * 100 // 256}%")
-    result.objects = sum(map(len, plan.dead))
+                dead += objects.digests[number * size : (number + 1) * size]
+                result.bytes_by_kind[kinds.get(key, FILES)] += length
+        plan.dead.append(bytes(dead))
+        left.reached(first + 1)
+    result.objects = sum(map(len, plan.dead)) // size
     result.by_name = {name: freed[number] for number, (kind, name) in enumerate(everyone) if kind == graphs.TAG}
     # From the top: what is cut off in between must not leave an image that lacks the name of a part.
     plan.links.sort(key=_rank)
@@ -271,37 +274,60 @@ def _fits(name: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern) or name in reference.other_names(pattern)
 
 
-def _entries(repository: Repository, problems: list[Problem]) -> Iterator[list[tuple[str, int, int]]]:
-    """The objects of each of the 256 directories: file name, key, bytes. What is no object is a problem."""
-    is_name = re.compile(f"[0-9a-f]{{{2 * repository.algorithm.size - 2}}}").fullmatch
-    is_file, key = stat.S_ISREG, graphs.key
+class _Found(NamedTuple):
+    """The objects in one of the 256 directories: their digests, one after the other, and for each the key and bytes."""
+
+    digests: bytes = b""
+    keys: Sequence[int] = ()
+    sizes: Sequence[int] = ()
+
+
+def _objects(repository: Repository, problems: list[Problem]) -> Iterator[_Found]:
+    """What is in each of the 256 directories. What is no object is a problem."""
     for first in range(256):
-        head = f"{first:02x}"
-        found = []
-        with doing(f"Listing {repository.path}/objects/{head}"):
+        place = f"objects/{first:02x}"
+        with doing(f"Listing {repository.path}/{place}"):
             try:
-                fd = repository.root.open_directory(f"objects/{head}")
+                fd = repository.root.open_directory(place)
             except FileNotFoundError:
-                yield []
+                yield _Found()
                 continue
             except FormatError:
                 # Nothing is removed from what is no directory, so nothing in it can be lost.
-                problems.append(Problem("stray_file", f"objects/{head}"))
-                yield []
+                problems.append(Problem("stray_file", place))
+                yield _Found()
                 continue
             try:
-                for name in os.listdir(fd):
-                    try:
-                        entry = os.stat(name, dir_fd=fd, follow_symlinks=False)
-                    except FileNotFoundError:
-                        continue
-                    if is_name(name) and is_file(entry.st_mode):
-                        found.append((name, key(object_digest(head + name)), entry.st_size))
-                    else:
-                        problems.append(Problem("stray_file", f"objects/{head}/{name}"))
+                found = _objects_in(fd, place, repository.algorithm.size, problems)
             finally:
                 os.close(fd)
         yield found
+
+
+def _objects_in(fd: int, place: str, size: int, problems: list[Problem]) -> _Found:
+    # Some hundred thousand objects are nothing unusual, so what can be done for many of them at once is.
+    digits = 2 * size - 2
+    names = os.listdir(fd)
+    if any(len(name) != digits for name in names) or re.search("[^0-9a-f]", "".join(names)):
+        is_name = re.compile(f"[0-9a-f]{{{digits}}}").fullmatch
+        problems += [Problem("stray_file", f"{place}/{name}") for name in names if not is_name(name)]
+        names = list(filter(is_name, names))
+    objects: list[str] = []
+    sizes: list[int] = []
+    look, is_file = os.stat, stat.S_ISREG
+    for name in names:
+        try:
+            entry = look(name, dir_fd=fd, follow_symlinks=False)
+        except FileNotFoundError:
+            continue
+        if is_file(entry.st_mode):
+            objects.append(name)
+            sizes.append(entry.st_size)
+        else:
+            problems.append(Problem("stray_file", f"{place}/{name}"))
+    head = place[-2:]
+    digests = bytes.fromhex("".join([head + name for name in objects]))
+    return _Found(digests, graphs.keys(digests, size), sizes)
 
 
 def _leftovers(repository: Repository) -> list[tuple[str, str, int]]:
@@ -349,11 +375,13 @@ def _sweep(repository: Repository, plan: _Plan, progress: Progress) -> None:
             _unlink(fd, name, f"{repository.path}/{path}")
     # A link that comes back after a power cut must not lead to an object that did not.
     repository.sync()
-    done = 0
+    done, size = 0, repository.algorithm.size
+    left = Countdown(progress, "Removing objects", plan.result.objects)
     unlink = os.unlink
-    for first, names in enumerate(plan.dead):
-        if not names:
+    for first, digests in enumerate(plan.dead):
+        if not digests:
             continue
+        names = [digests[start + 1 : start + size].hex() for start in range(0, len(digests), size)]
         place = f"objects/{first:02x}"
         with doing(f"Removing objects of {repository.path}/{place}"), repository.root.directory(place, os.O_PATH) as fd:
             for name in names:
@@ -364,7 +392,7 @@ def _sweep(repository: Repository, plan: _Plan, progress: Progress) -> None:
                 except OSError as error:
                     raise from_os_error(error, f"Removing {repository.path}/{place}/{name}") from error
         done += len(names)
-        progress.message(f"Removing objects: {done} of {plan.result.objects}")
+        left.reached(done)
     # What is reported as removed must not come back after a power cut.
     repository.sync()
 

@@ -303,15 +303,12 @@ class Owners:
 
     def add(self, digests: bytes, owner: int) -> None:
         """Give every one of these digests (one after the other) to ``owner``; who has two owners is SHARED."""
-        size = self._size
-        words = array("Q")
-        words.frombytes(digests)
-        keys, numbers = self._keys, self._numbers
-        for first, key in zip(digests[::size], words[:: size // 8]):
-            keys[first].append(key)
+        found, numbers = self._keys, self._numbers
+        for first, key in zip(digests[:: self._size], keys(digests, self._size)):
+            found[first].append(key)
             numbers[first].append(owner)
         for first, limit in enumerate(self._limits):
-            if len(keys[first]) > limit:
+            if len(found[first]) > limit:
                 self._compact(first)
 
     def part(self, first: int) -> dict[int, int]:
@@ -332,6 +329,13 @@ class Owners:
 def key(digest: ObjectDigest) -> int:
     """By which part() knows an object."""
     return int.from_bytes(digest[:8], sys.byteorder)
+
+
+def keys(digests: bytes, size: int) -> Sequence[int]:
+    """The same for digests of ``size`` bytes that stand one after the other."""
+    words = array("Q")
+    words.frombytes(digests)
+    return words[:: size // 8]
 
 
 def list_links(repository: Repository, directory: str, recursive: bool = True) -> Iterator[Link]:

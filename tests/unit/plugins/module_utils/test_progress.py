@@ -207,3 +207,32 @@ def test_a_full_disk_leaves_nothing_beside_the_file(tmp_path: pathlib.Path, monk
     with pytest.raises(OSError, match="No space"):
         sink.event(progress.Event(progress.MESSAGE, text="hello"))
     assert os.listdir(tmp_path) == []
+
+
+def test_a_countdown_tells_how_far_it_is_and_how_long_the_rest_takes() -> None:
+    class Said:
+        def __init__(self) -> None:
+            self.texts: list[str] = []
+
+        def event(self, event: progress.Event) -> None:
+            self.texts.append(event.text)
+
+        def close(self) -> None: ...
+
+    clock = [0.0]
+    said = Said()
+    shared = progress.Countdown(progress.Progress(said), "Looking", 256, share=True, clock=lambda: clock[0])
+    counted = progress.Countdown(progress.Progress(said), "Removing", 1000, clock=lambda: clock[0])
+    for moment, done in ((0.4, 10), (0.6, 64), (0.7, 100), (10.0, 128), (10.1, 0), (10.2, 256)):
+        clock[0] = moment
+        shared.reached(done)
+    assert said.texts == ["Looking: 25%, 1 s left", "Looking: 50%, 10 s left", "Looking: 100%"]
+    said.texts.clear()
+    for moment, done in ((20.0, 100), (20.1, 200), (21.0, 1000)):
+        clock[0] = moment
+        counted.reached(done)
+    assert said.texts == ["Removing: 100 of 1000, 180 s left", "Removing: 1000 of 1000"]
+    # More than was foreseen, as while somebody pulls.
+    clock[0] = 30.0
+    counted.reached(1001)
+    assert said.texts[-1] == "Removing: 1001 of 1000"

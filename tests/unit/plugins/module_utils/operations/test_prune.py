@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
@@ -533,3 +534,14 @@ def test_what_is_no_directory_of_objects_is_told_and_stays(path: pathlib.Path) -
         ("stray_file", "streams/fifo"),
     }
     assert (path / "objects" / missing).exists() and not run(path).changed
+
+
+def test_how_far_it_is_is_told_as_it_goes(path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(Progress, "message", lambda _self, text: said.append(text))
+    moments = iter(range(100_000))
+    monkeypatch.setattr(prune, "Countdown", functools.partial(prune.Countdown, clock=lambda: next(moments)))
+    count = run(path, Wish(remove=["*"])).objects
+    assert "Working out what is kept: 25%, 192 s left" in said and "Working out what is kept: 100%" in said
+    removing = [text for text in said if text.startswith("Removing objects: ")]
+    assert removing[-1] == f"Removing objects: {count} of {count}" and all(" s left" in text for text in removing[:-1])
