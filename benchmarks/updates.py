@@ -56,7 +56,7 @@ SERVICE = "python3 curl gnupg openssh-client"
 PAIRS = (
     ("base image rebuilt with security fixes", [BASE], [BASE], True),
     ("base and service rebuilt (both layers)", [BASE, SERVICE], [BASE, SERVICE], True),
-    ("kernel package, next ABI", ["linux-image-6.1.0-49-amd64"], ["linux-image-6.1.0-50-amd64"], False),
+    ("kernel package, a later ABI", ["linux-image-6.1.0-47-amd64"], ["linux-image-6.1.0-50-amd64"], False),
 )
 BOTH = 1
 PROXY = ProxyOptions(insecure_policy=True, unenforced_policy="ignore", tls_verify=False)
