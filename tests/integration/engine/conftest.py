@@ -216,6 +216,16 @@ def each_skopeo(request: pytest.FixtureRequest) -> str:
     return str(request.getfixturevalue("skopeo" if request.param == "installed" else "newer_skopeo"))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cfsctl: compares with the reference implementation; dev/test cfsctl runs these")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "cfsctl" in getattr(item, "fixturenames", ()):
+            item.add_marker("cfsctl")
+
+
 @pytest.fixture(scope="session")
 def cfsctl() -> Callable[..., str]:
     """``cfsctl("--repo", path, "oci", "images")`` runs the reference implementation and returns its output; fails the
