@@ -63,8 +63,9 @@ options:
     default: false
   source:
     description:
-      - The path on the host of another composefs repository, or of an OCI image layout, to repair from. What it gives
-        is held against its digest.
+      - The path on the host of another composefs repository, of an OCI image layout, or of an archive of one, to repair
+        from. Layouts and archives may also be written as references with C(oci:) and C(oci-archive:); what is taken
+        from them is what the digests say, whatever name it has there. What it gives is held against its digest.
     type: path
   fail_on_findings:
     description:

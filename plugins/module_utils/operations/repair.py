@@ -47,6 +47,7 @@ from ..progress import Progress
 from ..pull import plan as planning
 from ..pull import publish, pull
 from ..pull.plan import Request
+from ..source.archive import Archive
 from ..source.options import registry_to_log_in
 from ..store import checks, imagestreams, marks, namerecords
 from ..store import graph as graphs
@@ -72,8 +73,8 @@ class Repaired:
 
 @dataclasses.dataclass(frozen=True)
 class Means:
-    """Where to get what is not here: ``source``, the path of another repository or of an OCI layout, and how to reach
-    registries.
+    """Where to get what is not here: ``source``, the path of another repository, of an OCI layout or of an archive, and
+    how to reach registries.
     """
 
     source: str | None = None
@@ -147,15 +148,24 @@ def _require_one_registry(repository: Repository, wish: check.Wish, means: Means
     )
 
 
+def _path_of(source: str) -> str:
+    """The path that a source names, also where it is written as a reference; what to take from it digests decide."""
+    if source.startswith(("oci:", "oci-archive:")):
+        source = parse_reference(source).path
+    return os.path.abspath(source)
+
+
 class _Source:
-    """Another repository or a layout to take things from."""
+    """Another repository, a layout or an archive to take things from."""
 
     def __init__(self, repository: Repository, means: Means) -> None:
-        self.path = os.path.abspath(means.source) if means.source else None
+        self.path = _path_of(means.source) if means.source else None
         self.other: Repository | None = None
+        self.references: dict[str, str] = {}
         if self.path is None:
             return
         if os.path.exists(f"{self.path}/oci-layout") or os.path.isfile(self.path):
+            self.references = _references(self.path)
             return
         self.other = Repository.open(self.path)
         if self.other.algorithm != repository.algorithm:
@@ -172,7 +182,7 @@ class _Source:
     def reference(self, repository: Repository, name: str, manifest: str) -> str | None:
         """The reference by which to fetch the image ``name``, None if nothing is known of it."""
         if self.path is not None and self.other is None:
-            return f"oci-archive:{self.path}" if os.path.isfile(self.path) else _in_layout(self.path, manifest)
+            return self.references.get(manifest)
         record = namerecords.read(repository, name)
         if record is not None:
             return record.ref
@@ -185,28 +195,37 @@ class _Source:
             self.other.close()
 
 
-def _in_layout(path: str, manifest: str) -> str | None:
-    """The reference of the manifest in the OCI layout at ``path``, None if it is not there."""
-    with doing(f"Reading the layout {path}"):
-        entries = _entries(f"{path}/index.json")
+def _references(path: str) -> dict[str, str]:
+    """The references of the manifests in the OCI layout or archive at ``path``, by digest."""
+    found: dict[str, str] = {}
+    with doing(f"Reading {path}"), contextlib.ExitStack() as stack:
+        if os.path.isfile(path):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, fd)
+            archive = Archive(fd, path)
+            read, transport = archive.read, "oci-archive"
+        else:
+            directory = stack.enter_context(files.opened_directory(path))
+            read, transport = lambda name, limit: files.read_whole(directory, name, limit), "oci"
+        entries = _entries(read, "index.json", path)
         for entry in entries:
             digest = str(entry.get("digest"))
             within = [digest]
             if entry.get("mediaType") in (ocidocuments.OCI_INDEX, ocidocuments.DOCKER_LIST) and is_oci_digest(digest):
-                within += [str(one.get("digest")) for one in _entries(f"{path}/blobs/{digest.replace(':', '/')}")]
-            if manifest in within:
-                tag = (entry.get("annotations") or {}).get("org.opencontainers.image.ref.name")
-                return f"oci:{path}:{tag}" if tag else f"oci:{path}" if len(entries) == 1 else None
-    return None
+                inner = _entries(read, f"blobs/{digest.replace(':', '/')}", path)
+                within += [str(one.get("digest")) for one in inner]
+            tag = (entry.get("annotations") or {}).get("org.opencontainers.image.ref.name")
+            if tag or len(entries) == 1:
+                for one in within:
+                    found.setdefault(one, f"{transport}:{path}:{tag}" if tag else f"{transport}:{path}")
+    return found
 
 
-def _entries(file: str) -> list[dict[str, Any]]:
-    with files.opened_directory(os.path.dirname(file)) as directory:
-        raw = files.read_whole(directory, os.path.basename(file), ocidocuments.MAX_MANIFEST)
+def _entries(read: Callable[[str, int], bytes], file: str, path: str) -> list[dict[str, Any]]:
     try:
-        found = json.loads(raw)["manifests"]
+        found = json.loads(read(file, ocidocuments.MAX_MANIFEST))["manifests"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise FormatError(f"{file} is no index.", "Choose another 'source'.") from error
+        raise FormatError(f"{file} in {path} is no index.", "Choose another 'source'.") from error
     return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
 
 

@@ -17,6 +17,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -117,6 +118,22 @@ def test_another_repository_of_the_host_is_a_source(filled: pathlib.Path, place:
     result = mend(filled, other)
     assert result.findings == [] and {one.how for one in result.repaired} == {"copied"}
     assert complaints(cfsctl, filled) == ""
+
+
+@pytest.mark.parametrize("packed", ["w", "w:gz"])
+def test_an_archive_is_a_source_for_whatever_image_of_it_is_damaged(
+    filled: pathlib.Path, images: Layout, place: pathlib.Path, cfsctl: Cfsctl, packed: Any
+) -> None:
+    archive = place / "images.tar"
+    with tarfile.open(archive, packed) as file:
+        file.add(images.path, ".")
+    for name in ("app", "theirs"):
+        for digest in reached(filled, name)[:5]:
+            (filled / "objects" / fsverity.object_path(digest)).unlink(missing_ok=True)
+        result = mend(filled, archive)
+        assert result.findings == [] and result.complaints == []
+        assert "fetched" in {one.how for one in result.repaired}
+        assert complaints(cfsctl, filled) == ""
 
 
 def table() -> dict[str, set[str]]:

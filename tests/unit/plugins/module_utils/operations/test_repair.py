@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import pathlib
 import sys
+import tarfile
+from typing import Any
 
 import pytest
 
@@ -32,6 +34,7 @@ from filled_repository import (
     wrong_image,
 )
 
+from ansible_collections.composefs.oci.plugins.module_utils.errors import EngineError
 from ansible_collections.composefs.oci.plugins.module_utils.host import processes
 from ansible_collections.composefs.oci.plugins.module_utils.operations import prune, repair
 from ansible_collections.composefs.oci.plugins.module_utils.operations.check import FULL, Wish
@@ -224,3 +227,30 @@ def test_a_layout_is_a_source_for_the_images_in_it(repo: Repo, filled: pathlib.P
             source = repair._Source(repository, Means(layout))
             assert source.reference(repository, name, digest) == f"oci:{layout}:{name}"
             assert source.reference(repository, name, "sha256:" + "0" * 64) is None
+
+
+@pytest.mark.parametrize("written", ["{}", "oci-archive:{}", "oci-archive:{}:a"])
+@pytest.mark.parametrize("packed", ["w", "w:gz"])
+def test_an_archive_is_a_source_for_all_the_images_in_it(
+    repo: Repo, filled: pathlib.Path, tmp_path: pathlib.Path, packed: Any, written: str
+) -> None:
+    archive = tmp_path / "images.tar"
+    with tarfile.open(archive, packed) as file:
+        file.add(filled.parent / "layout", ".")
+    with repo.open() as repository:
+        source = repair._Source(repository, Means(written.format(archive)))
+        for name in TAGS:
+            digest = repository.tag_digest(name) or ""
+            assert source.reference(repository, name, digest) == f"oci-archive:{archive}:{name}"
+        assert source.reference(repository, name, "sha256:" + "0" * 64) is None
+
+
+def test_what_is_neither_repository_nor_layout_is_no_source(repo: Repo, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "text").write_text("no archive")
+    (tmp_path / "layout").mkdir()
+    (tmp_path / "layout/oci-layout").write_text("{}")
+    (tmp_path / "layout/index.json").write_text("[]")
+    for name, error in (("text", "invalid"), ("layout", "repository_damaged"), ("none", "not_a_repository")):
+        with repo.open() as repository, pytest.raises(EngineError) as raised:
+            repair._Source(repository, Means(str(tmp_path / name)))
+        assert raised.value.code.startswith(error), raised.value.code
