@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import selectors
 import signal
 import subprocess
-from collections.abc import Callable
-from typing import BinaryIO
+import time
+from collections.abc import Callable, Sequence
+from typing import IO
 
 from ..errors import LimitReached, doing, from_os_error
 
@@ -20,20 +22,26 @@ Run = Callable[[list[str]], tuple[int, str, str]]
 
 TIMEOUT = 300.0
 _LIMIT = 1 << 20
+# How often it is looked whether a command has ended that says nothing.
+_PATIENCE = 0.02
 # What a shell says: not found, not executable, timed out (timeout(1)).
 NOT_FOUND, _NOT_EXECUTABLE, _TIMED_OUT = 127, 126, 124
 
 
 def run(words: list[str], timeout: float = TIMEOUT) -> tuple[int, str, str]:
-    """Exit status, output and error output of a command that reads nothing; statuses as a shell has them where it could
-    not run or took longer than ``timeout`` seconds. Then it is killed, with all that belongs to its session.
-    LimitReached if this process may have no more processes or descriptors.
+    """Exit status, output and error output of a command that reads nothing, of each output the last ``_LIMIT`` bytes;
+    statuses as a shell has them where it could not run or took longer than ``timeout`` seconds. Then it is killed, with
+    all that belongs to its session. LimitReached if this process may have no more processes or descriptors.
     """
-    # Files instead of pipes: what the command leaves running may keep its output open for as long as it likes.
-    with doing(f"Starting {words[0]!r}"), _unnamed() as output, _unnamed() as errors:
+    with doing(f"Starting {words[0]!r}"):
         try:
             process = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, start_new_session=True
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                bufsize=0,
+                start_new_session=True,
             )
         except FileNotFoundError as error:
             return NOT_FOUND, "", str(error)
@@ -41,10 +49,10 @@ def run(words: list[str], timeout: float = TIMEOUT) -> tuple[int, str, str]:
             if isinstance(from_os_error(error, ""), LimitReached):
                 raise
             return _NOT_EXECUTABLE, "", str(error)
+    assert process.stdout is not None and process.stderr is not None
+    with process.stdout as out, process.stderr as err:
         try:
-            status = process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            return _TIMED_OUT, "", f"{words[0]} did not end within {timeout:g} seconds"
+            told = _listen(process, (out, err), time.monotonic() + timeout)
         finally:
             if process.returncode is None:
                 with contextlib.suppress(OSError):
@@ -52,14 +60,34 @@ def run(words: list[str], timeout: float = TIMEOUT) -> tuple[int, str, str]:
                 # One that the kernel does not let go is left to it.
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(5.0)
-        return status, _text(output), _text(errors)
+    if told is None:
+        return _TIMED_OUT, "", f"{words[0]} did not end within {timeout:g} seconds"
+    output, errors = (text.decode("utf-8", "replace") for text in told)
+    return process.returncode, output, errors
 
 
-def _unnamed() -> BinaryIO:
-    return os.fdopen(os.memfd_create("output"), "w+b")
+def _listen(process: subprocess.Popen[bytes], pipes: Sequence[IO[bytes]], end: float) -> list[bytearray] | None:
+    """What the command writes into its pipes until it ends; None if it does not before ``end``.
 
-
-def _text(file: BinaryIO) -> str:
-    """What was written into the file, the last ``_LIMIT`` bytes of it."""
-    file.seek(max(0, os.fstat(file.fileno()).st_size - _LIMIT))
-    return file.read(_LIMIT).decode("utf-8", "replace")
+    What the command leaves running may keep the pipes open for as long as it likes, so their end is not waited for:
+    when the command has ended, what it wrote is there.
+    """
+    told = [bytearray() for _pipe in pipes]
+    with selectors.DefaultSelector() as selector:
+        for pipe, text in zip(pipes, told):
+            selector.register(pipe, selectors.EVENT_READ, text)
+        while True:
+            ended = process.poll() is not None
+            if not ended and time.monotonic() > end:
+                return None
+            for key, _events in selector.select(0.0 if ended else _PATIENCE):
+                data = os.read(key.fd, _LIMIT)
+                key.data.extend(data)
+                del key.data[:-_LIMIT]
+                if not data:
+                    selector.unregister(key.fileobj)
+            if ended:
+                return told
+            if not selector.get_map():
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.0, end - time.monotonic()))

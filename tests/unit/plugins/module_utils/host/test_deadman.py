@@ -2,22 +2,18 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The dead man's switch: a real detached shell, and the words that systemd is told; and commands of the host."""
+"""The dead man's switch: a real detached shell, and the words that systemd is told."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import pathlib
-import select
-import signal
-import subprocess
 import time
 
 import pytest
-from ansible_collections.composefs.oci.plugins.module_utils.errors import IOFailed, LimitReached
-from ansible_collections.composefs.oci.plugins.module_utils.host import commands, deadman
+from ansible_collections.composefs.oci.plugins.module_utils.errors import IOFailed
+from ansible_collections.composefs.oci.plugins.module_utils.host import deadman
 
 
 class Systemd:
@@ -120,39 +116,3 @@ def test_systemd_gets_a_timer_that_replaces_an_older_one() -> None:
 def test_a_timer_that_cannot_be_had_is_said() -> None:
     with pytest.raises(IOFailed, match="systemd-run failed with 'no such thing'"):
         deadman.arm("x", 300, ["true"], Systemd(status=1), systemd=True)
-
-
-def test_commands_end_with_what_a_shell_would_say() -> None:
-    assert commands.run(["sh", "-c", "echo out; echo err >&2; exit 3"]) == (3, "out\n", "err\n")
-    assert commands.run(["cat"]) == (0, "", ""), "nothing to read"
-    assert commands.run(["/nowhere/at/all"])[0] == 127 and commands.run(["/etc/passwd"])[0] == 126
-    assert commands.run(["sleep", "10"], timeout=0.1)[0] == 124
-
-
-def test_a_command_that_takes_too_long_is_killed_with_what_it_started(tmp_path: pathlib.Path) -> None:
-    fifo = tmp_path / "fifo"
-    os.mkfifo(fifo)
-    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
-    status, _output, errors = commands.run(["sh", "-c", f"exec 3>{fifo}; echo >&3; sleep 600; true"], timeout=3)
-    assert (status, errors) == (124, "sh did not end within 3 seconds")
-    assert os.read(reader, 1) == b"\n", "the shell has started"
-    poll = select.poll()
-    poll.register(reader, 0)
-    assert poll.poll(30_000), "somebody still has the other end"
-    os.close(reader)
-
-
-def test_a_command_that_cannot_be_started_for_lack_of_something_says_what(monkeypatch: pytest.MonkeyPatch) -> None:
-    def none_left(*_words: object, **_options: object) -> None:
-        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-
-    monkeypatch.setattr(subprocess, "Popen", none_left)
-    with pytest.raises(LimitReached, match="Starting 'true'"):
-        commands.run(["true"])
-
-
-def test_a_command_has_ended_although_what_it_left_behind_keeps_its_output_open() -> None:
-    status, output, _errors = commands.run(["sh", "-c", "echo $$; sleep 600 & echo $!"], timeout=60)
-    shell, left = output.split()
-    os.kill(int(left), signal.SIGKILL)
-    assert status == 0 and shell
