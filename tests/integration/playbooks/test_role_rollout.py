@@ -113,7 +113,9 @@ class Fleet:
         )
 
     def report(self) -> dict[str, Any]:
-        return dict(json.loads((self.reports / "app-one.json").read_text()))
+        """The only report that is not a plan."""
+        (file,) = [path for path in self.reports.glob("app-*.json") if not path.name.endswith(".plan.json")]
+        return dict(json.loads(file.read_text()))
 
     def states(self) -> dict[str, str]:
         return {row["host"]: row["state"] for row in self.report()["hosts"]}
@@ -130,7 +132,7 @@ def test_a_limit_that_leaves_the_controller_out_is_refused_before_anything_is_do
 
 def test_a_limit_changes_its_hosts_and_no_others(site: Site) -> None:
     fleet = Fleet(site, ["one", "two", "three"])
-    done = fleet.run("rollout", "--limit", "two,localhost")
+    done = fleet.run("rollout", "--limit", "two,localhost", "--diff")
     assert done.returncode == 0 and fleet.states() == {"two": "confirmed"}, done.stdout
     assert fleet.asked("one") == fleet.asked("three") == []
     assert fleet.run("status", "--limit", "two,localhost").returncode == 0
@@ -163,3 +165,15 @@ def test_a_host_whose_disk_is_full_is_told_and_is_not_changed(site: Site) -> Non
     assert fleet.states()["one"] == fleet.states()["three"] == "confirmed", done.stdout
     (row,) = [row for row in fleet.report()["hosts"] if row["host"] == "two"]
     assert row["error"]["code"] == "no_space" and "deployment" not in fleet.asked("two"), row
+
+
+def test_a_tag_that_moves_between_plan_and_change_is_told_and_not_followed(site: Site) -> None:
+    fleet = Fleet(site, ["one", "two"])
+    by_tag = {"rollout_digest": "", "rollout_id": ""}
+    assert fleet.run("rollout", "--tags", "plan", **by_tag).returncode == 0
+    other = "sha256:" + "c" * 64
+    for name in ("one", "two"):
+        fleet.answer(name, "image", changed=True, verity=True, layers=[], stats={}, digest=other, registry_digest=other)
+    told = " ".join(fleet.run("rollout", "--tags", "prefetch,activate", **by_tag).stdout.split())
+    assert f"means {other} now" in told and f"goes on with {NEW}" in told, told
+    assert fleet.report()["digest"] == NEW and fleet.states() == {"one": "confirmed", "two": "confirmed"}
