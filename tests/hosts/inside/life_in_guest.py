@@ -5,14 +5,17 @@
 """What becomes of a repository, with the engine alone: life_in_guest.py VERB PATH [required|disabled NAME=REFERENCE...].
 
 ``fill`` makes the repository, and pulls. ``prune`` removes the name ``app`` and what only it needs. ``spoil`` loses and
-alters objects that ``app`` needs. ``repair`` mends them. ``check`` prints what it finds, a line each. ``prune`` and
+alters objects that ``app`` needs. ``rot`` changes a byte of one on the disk below the file system, and prints which.
+``repair`` mends them. ``check`` prints what it finds, a line each. ``prune`` and
 ``repair`` print "begun" before they change anything, which is when their first lock is held.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
+import struct
 import sys
 
 from plugins.module_utils.formats import fsverity
@@ -24,6 +27,7 @@ from plugins.module_utils.store import create, graph
 from plugins.module_utils.store.repository import Repository
 
 APP = "app"
+_FIBMAP = 1
 
 
 def options() -> pull.Options:
@@ -54,10 +58,38 @@ def spoil(path: str) -> None:
                 file.write(content)
 
 
+def rot(path: str) -> None:
+    """Whoever reads the object then gets another byte, or, where fs-verity protects it, none."""
+    with Repository.open(path) as repository:
+        found = graph.Graph.read(repository)
+        (root,) = [one for one in found.roots if one.kind == graph.TAG and one.name == APP]
+        objects = [f"objects/{fsverity.object_path(digest)}" for digest in found.reaches(root)]
+    victim = max(objects, key=lambda name: (os.stat(f"{path}/{name}").st_size, name))
+    os.sync()
+    with open(f"{path}/{victim}", "rb") as file:
+        block = struct.unpack("i", fcntl.ioctl(file, _FIBMAP, struct.pack("i", 1)))[0]
+        size = os.fstatvfs(file.fileno()).f_bsize
+        number = os.fstat(file.fileno()).st_dev
+    disk = os.path.realpath(f"/dev/block/{os.major(number)}:{os.minor(number)}")
+    fd = os.open(disk, os.O_RDWR)
+    place = block * size + 17
+    byte = os.pread(fd, 1, place)
+    os.pwrite(fd, bytes([byte[0] ^ 1]), place)
+    os.fsync(fd)
+    os.close(fd)
+    # The pages that hold what was read before. Those of the object itself the check has to pass over by itself where
+    # fs-verity is; elsewhere nobody can tell what is in memory from what is on the disk.
+    with open("/proc/sys/vm/drop_caches", "w", encoding="ascii") as file:
+        file.write("1\n")
+    print(victim)
+
+
 def main() -> None:
     verb, path, *words = sys.argv[1:]
     if verb == "fill":
         fill(path, *words)
+    elif verb == "rot":
+        rot(path)
     elif verb == "spoil":
         spoil(path)
     else:

@@ -39,7 +39,7 @@ from filled_repository import (
 
 from ansible_collections.composefs.oci.plugins.module_utils.errors import ImageNotFound
 from ansible_collections.composefs.oci.plugins.module_utils.host import processes
-from ansible_collections.composefs.oci.plugins.module_utils.operations import check
+from ansible_collections.composefs.oci.plugins.module_utils.operations import check, keepers
 from ansible_collections.composefs.oci.plugins.module_utils.operations.check import FULL, OBJECTS, QUICK, Report, Wish
 from ansible_collections.composefs.oci.plugins.module_utils.operations import findings as all_findings
 from ansible_collections.composefs.oci.plugins.module_utils.operations.findings import Finding
@@ -172,3 +172,17 @@ def test_the_guide_lists_every_code() -> None:
     listed = set(re.findall(r"^   \* - ``([a-z_]+)``$", page, re.MULTILINE))
     codes = {value for name, value in vars(all_findings).items() if name.isupper() and isinstance(value, str)}
     assert listed == codes - {all_findings.LOCAL, all_findings.SOURCE, all_findings.NO}
+
+
+def test_a_mount_of_what_is_lost_is_told(repo: Repo) -> None:
+    image = repo.image().hex()
+    mounted = keepers.Keeper(keepers.MOUNT, "mount at /srv/app", images=frozenset([image]))
+
+    def found() -> list[Finding]:
+        with Repository.open(str(repo.path)) as repository:
+            return check.check(repository, Wish(FULL), Progress(), lambda _repository: [mounted]).findings
+
+    assert found() == []
+    lost_image(repo)
+    (lost,) = [one for one in found() if one.code == "mount_lost"]
+    assert lost.object == image and "/srv/app" in lost.message and lost.repairable == "no"
