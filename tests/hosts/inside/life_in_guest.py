@@ -63,15 +63,17 @@ def rot(path: str) -> None:
     with Repository.open(path) as repository:
         found = graph.Graph.read(repository)
         (root,) = [one for one in found.roots if one.kind == graph.TAG and one.name == APP]
-        objects = [f"objects/{fsverity.object_path(digest)}" for digest in found.reaches(root)]
+        content = found.reaches(root) - set(found.nodes(root))
+        objects = [f"objects/{fsverity.object_path(digest)}" for digest in content]
     victim = max(objects, key=lambda name: (os.stat(f"{path}/{name}").st_size, name))
     os.sync()
     with open(f"{path}/{victim}", "rb") as file:
         block = struct.unpack("i", fcntl.ioctl(file, _FIBMAP, struct.pack("i", 1)))[0]
         size = os.fstatvfs(file.fileno()).f_bsize
         number = os.fstat(file.fileno()).st_dev
-    disk = os.path.realpath(f"/dev/block/{os.major(number)}:{os.minor(number)}")
-    fd = os.open(disk, os.O_RDWR)
+    with open("/proc/self/mountinfo", encoding="utf-8") as file:
+        disks = {line.split()[2]: line.rpartition(" - ")[2].split()[1] for line in file}
+    fd = os.open(disks[f"{os.major(number)}:{os.minor(number)}"], os.O_RDWR)
     place = block * size + 17
     byte = os.pread(fd, 1, place)
     os.pwrite(fd, bytes([byte[0] ^ 1]), place)
