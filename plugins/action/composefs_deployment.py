@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Run the module ``composefs_deployment``; in check mode it is told what earlier tasks of the run foretold.
+"""Run the module ``composefs_deployment``; in check mode it leaves word of what it would mount.
 
 In a rollout it shows one line for each change of a host, so that whoever watches sees more than ``changed``.
 """
@@ -14,13 +14,14 @@ import typing as t
 from ansible.utils.display import Display
 
 from ansible_collections.composefs.oci.plugins.module_utils.text import printable_values
-from ansible_collections.composefs.oci.plugins.plugin_utils.informed import InformedAction
+from ansible_collections.composefs.oci.plugins.plugin_utils.foretold import fact_of_mount
+from ansible_collections.composefs.oci.plugins.plugin_utils.gate import GatedAction
 from ansible_collections.composefs.oci.plugins.plugin_utils.rollout import change
 
 display = Display()
 
 
-class ActionModule(InformedAction):
+class ActionModule(GatedAction):
     """The action behind ``composefs.oci.composefs_deployment``."""
 
     def run(self, tmp: str | None = None, task_vars: dict[str, t.Any] | None = None) -> dict[str, t.Any]:
@@ -30,3 +31,7 @@ class ActionModule(InformedAction):
         if line:
             display.display(f"{(task_vars or {}).get('inventory_hostname', '')}: {line}")
         return result
+
+    def facts(self, result: dict[str, t.Any]) -> dict[str, t.Any]:
+        """What would be mounted at the path."""
+        return fact_of_mount(result, self._task.args)

@@ -37,7 +37,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.host.watch import (
     directory_of,
 )
 from ansible_collections.composefs.oci.plugins.module_utils.progress import summary
-from ansible_collections.composefs.oci.plugins.plugin_utils.foretold import facts_of
+from ansible_collections.composefs.oci.plugins.plugin_utils.foretold import facts_of, told
 from ansible_collections.composefs.oci.plugins.plugin_utils.gate import shown
 
 display = Display()
@@ -153,12 +153,12 @@ class ActionModule(ActionBase):
     _supports_async = True
     _supports_check_mode = True
     _supports_diff = True
-    # Whether what check mode says of names is remembered for later tasks; the results of other modules are no pulls.
-    foretells_names = True
 
     def run(self, tmp: str | None = None, task_vars: dict[str, t.Any] | None = None) -> dict[str, t.Any]:
         """Run the module; its result. The host need not be honest, so its texts go through the gate here as well."""
         before = self._task.environment
+        if self._task.check_mode:
+            self._task.environment = told(before, task_vars)
         try:
             result = self._copied() or self._run(tmp, task_vars)
         finally:
@@ -167,6 +167,10 @@ class ActionModule(ActionBase):
                 with contextlib.suppress(AnsibleConnectionFailure):
                     self._remove_tmp_path(self._copies)
         return shown(result)
+
+    def facts(self, result: dict[str, t.Any]) -> dict[str, t.Any]:
+        """What a result of check mode leaves for later tasks of the run."""
+        return facts_of(result, self._task.args)
 
     # The directory on the host with copies of archives.
     _copies = ""
@@ -213,8 +217,8 @@ class ActionModule(ActionBase):
         )
         if quiet or not watched(str(self._templar.template(task_vars.get("composefs_progress", "auto")))):
             result.update(self._execute_module(task_vars=task_vars, wrap_async=bool(self._task.async_val)))
-            if self.foretells_names and self._task.check_mode and result.get("changed") and not self._task.no_log:
-                facts = facts_of(result, self._task.args.get("state") == "absent")
+            if self._task.check_mode and result.get("changed") and not self._task.no_log:
+                facts = self.facts(result)
                 if facts:
                     result["ansible_facts"] = facts
             return result

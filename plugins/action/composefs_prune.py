@@ -9,22 +9,12 @@ from __future__ import annotations
 import typing as t
 
 from ansible_collections.composefs.oci.plugins.action import composefs_image
-from ansible_collections.composefs.oci.plugins.plugin_utils.foretold import environment
+from ansible_collections.composefs.oci.plugins.plugin_utils.foretold import facts_of_removal
 
 
 class ActionModule(composefs_image.ActionModule):
     """The action behind ``composefs.oci.composefs_prune``."""
 
-    foretells_names = False
-
-    def run(self, tmp: str | None = None, task_vars: dict[str, t.Any] | None = None) -> dict[str, t.Any]:
-        """Run the module; in check mode it is told what earlier tasks of the run foretold."""
-        before = self._task.environment
-        known = environment(task_vars or {}) if self._task.check_mode else {}
-        if known:
-            both = before if isinstance(before, list) else [before] if before else []
-            self._task.environment = [*both, known]
-        try:
-            return super().run(tmp, task_vars)
-        finally:
-            self._task.environment = before
+    def facts(self, result: dict[str, t.Any]) -> dict[str, t.Any]:
+        """The names that would go."""
+        return facts_of_removal(result)

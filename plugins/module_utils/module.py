@@ -17,14 +17,14 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Callable, Protocol
+from typing import Any, Callable, NamedTuple, Protocol
 
 from . import text
 from .errors import NotARepository, from_exception
 from .formats.digests import is_digest
 from .host import beneath
 from .progress import FileSink
-from .store.repository import Repository, default_path
+from .store.repository import Described, Foreseen, Repository, default_path
 
 
 class Module(Protocol):
@@ -46,23 +46,33 @@ def repository_path(module: Module, option: str = "repository") -> str:
 
 
 @contextlib.contextmanager
-def opened_repository(module: Module, path: str) -> Iterator[Repository]:
-    """The repository at ``path``; in check mode, where there is nothing yet, an empty one that vanishes with the
-    ``with``.
+def opened_repository(module: Module, path: str, *, foreseen: bool = False) -> Iterator[Repository]:
+    """The repository at ``path``, in check mode as earlier tasks of the run foretold that it would be: where there is
+    nothing yet, an empty one that vanishes with the ``with``; an old one that would be upgraded, as upgraded; and one
+    that would be given to whom it is safe for, as safe.
 
-    On a fresh host an earlier task only foretold that it would make the repository, and a run of the whole playbook in
-    check mode goes on.
+    With ``foreseen`` names also mean what they will mean then, although their images may not be there yet.
     """
+    known = told(module, path)
+    will_be = known.repository
     unsafe = module.params.get("unsafe_repository", beneath.REFUSE)
     try:
-        repository = Repository.open(path, unsafe=unsafe)
+        upgraded = _upgraded(will_be) if will_be is not None and will_be["upgraded"] else None
+        repository = Repository.open(
+            path, unsafe=unsafe if will_be is None or will_be["unsafe"] else beneath.ACCEPT, described=upgraded
+        )
     except NotARepository:
-        if not module.check_mode or (os.path.lexists(path) and (not os.path.isdir(path) or os.listdir(path))):
+        made = will_be is not None and will_be["created"] and os.path.isdir(path)
+        if not module.check_mode or (
+            os.path.lexists(path) and not made and (not os.path.isdir(path) or os.listdir(path))
+        ):
             raise
     else:
-        if repository.root.fault:
+        if repository.root.fault and (will_be is None or will_be["unsafe"]):
             module.warn(f"The repository is not safe: {path} {repository.root.fault}.")
         with repository:
+            if foreseen:
+                repository.foreseen = known.foreseen
             yield repository
         return
     # Loaded here, for it is seldom needed, and every file costs time in every task.
@@ -70,10 +80,13 @@ def opened_repository(module: Module, path: str) -> Iterator[Repository]:
     from .store import create
 
     module.warn(f"There is no repository at {path} yet. In check mode it is taken for one that is empty.")
+    algorithm = fsverity.ALGORITHMS.get(will_be["algorithm"] or "") if will_be is not None else None
     with (
         tempfile.TemporaryDirectory(prefix="composefs-") as base,
-        create.create(f"{base}/empty", fsverity.SHA256, create.DISABLED) as empty,
+        create.create(f"{base}/empty", algorithm or fsverity.SHA256, create.DISABLED) as empty,
     ):
+        if foreseen:
+            empty.foreseen = known.foreseen
         # What is foretold of free space is about the place where the repository will be.
         while not os.path.isdir(path):
             path = os.path.dirname(path)
@@ -118,33 +131,72 @@ class Foretold:
     absent: bool
 
 
-def foretold(module: Module, repository: str) -> dict[str, Foretold]:
-    """The names of the repository at the path ``repository`` that earlier tasks of this run would have changed, as the
-    action of the module says. Empty outside check mode.
+class Told(NamedTuple):
+    """What earlier tasks of a run in check mode foretold for one repository: names; what will be mounted at which
+    ``path`` (real), with ``repository``, ``name``, ``digest``, ``image_id`` (null if unknown), ``keep_previous``,
+    ``absent`` and ``state`` (of a deployment); what becomes of the repository itself (``created``, ``upgraded``,
+    ``unsafe``, ``algorithm``, ``secure``), None if nothing; and the streams that are fetched by then, ``complete`` if
+    all of them are known.
     """
-    return foretold_names_and_mounts(module, repository)[0]
+
+    names: dict[str, Foretold] = {}
+    mounts: Sequence[dict[str, Any]] = ()
+    repository: dict[str, Any] | None = None
+    streams: frozenset[str] = frozenset()
+    complete: bool = True
+
+    @property
+    def foreseen(self) -> Foreseen:
+        """What names will mean, as far as that is known."""
+        names = {name: one.digest for name, one in self.names.items() if one.absent or one.digest is not None}
+        return Foreseen(names, self.streams, self.complete)
 
 
-def foretold_names_and_mounts(module: Module, repository: str) -> tuple[dict[str, Foretold], list[dict[str, Any]]]:
-    """The same, and what earlier tasks would have mounted from the repository: ``path`` (real), ``name``, ``digest``,
-    ``image_id`` (null if unknown), ``keep_previous`` and ``absent``.
+def told(module: Module, repository: str | None = None) -> Told:
+    """What earlier tasks of this run foretold for the repository at the path ``repository``, or for mounts of any, as
+    the action of the module says. Nothing outside check mode.
     """
-    text = os.environ.pop("COMPOSEFS_OCI_FORETOLD", "")
+    text = os.environ.get("COMPOSEFS_OCI_FORETOLD", "")
     if not module.check_mode or not text:
-        return {}, []
+        return Told()
     try:
-        here = [one for one in json.loads(text) if os.path.realpath(one["repository"]) == os.path.realpath(repository)]
-        keys = ("name", "digest", "image_id", "keep_previous", "absent")
-        return (
-            {one["name"]: Foretold(one["digest"], bool(one["absent"])) for one in here if "path" not in one},
+        found = json.loads(text)
+        real = os.path.realpath(repository) if repository is not None else None
+        here = [one for one in found if real is None or os.path.realpath(one["repository"]) == real]
+        keys = ("name", "digest", "image_id", "keep_previous", "absent", "state", "repository")
+        facts = ("created", "upgraded", "unsafe", "algorithm", "secure")
+        made = [{key: one[key] for key in facts} for one in here if "created" in one]
+        names = {one["name"]: Foretold(one["digest"], bool(one["absent"])) for one in here if _is_name(one)}
+        for one in here:
+            if "path" in one and one["name"] and one["digest"] and not one["absent"]:
+                # What is mounted is kept by a pin.
+                names.setdefault(f"{one['name']}@{one['digest']}", Foretold(one["digest"], False))
+        return Told(
+            names,
             [
-                {"path": os.path.realpath(one["path"]), **{key: one[key] for key in keys}}
+                {"path": os.path.realpath(one["path"]), **{key: one.get(key) for key in keys}}
                 for one in here
                 if "path" in one
             ],
+            made[-1] if made else None,
+            frozenset(stream for one in here if _is_name(one) for stream in one.get("streams") or ()),
+            all(one.get("streams") is not None for one in here if _is_name(one) and not one["absent"]),
         )
     except (ValueError, KeyError, TypeError):
-        return {}, []
+        return Told()
+
+
+def _is_name(one: dict[str, Any]) -> bool:
+    return "path" not in one and "created" not in one
+
+
+def _upgraded(will_be: dict[str, Any]) -> Described | None:
+    """What an old repository will say of itself when it was upgraded."""
+    from .formats import fsverity
+    from .formats.metajson import Metadata
+
+    algorithm = fsverity.ALGORITHMS.get(will_be["algorithm"] or "")
+    return Described(Metadata.new(algorithm), bool(will_be["secure"])) if algorithm is not None else None
 
 
 def _occupy_standard_descriptors() -> None:

@@ -217,6 +217,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.module import (
     progress_files,
     repository_path,
     run_module,
+    told,
 )
 from ansible_collections.composefs.oci.plugins.module_utils.operations import check, repair
 from ansible_collections.composefs.oci.plugins.module_utils.progress import Progress
@@ -224,6 +225,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.pull.pull import Opt
 from ansible_collections.composefs.oci.plugins.module_utils.source.options import options_of
 from ansible_collections.composefs.oci.plugins.module_utils.store import namerecords
 
+FIGURES = ("names", "streams", "images", "objects", "bytes", "seconds")
 EMPTY: dict[str, Any] = {"changed": False, "repository": None, "findings": [], "repaired": [], "checked": {}}
 
 
@@ -243,8 +245,15 @@ def run(module: AnsibleModule, base: dict[str, Any], life: watch.Life) -> dict[s
     progress = Progress(*progress_files(params["progress_file"], life.progress_file))
     try:
         with opened_repository(module, path) as repository:
-            wish = check.Wish(params["level"], [namerecords.spelled(repository, name) for name in params["images"]])
-            if params["repair"]:
+            images = [namerecords.spelled(repository, name) for name in params["images"]]
+            known = told(module, path).names
+            here = [name for name in images if name not in known or repository.tag_digest(name) is not None]
+            wish = check.Wish(params["level"], here)
+            if repository.place or (images and not here):
+                # What earlier tasks of a run in check mode foretold cannot be looked at yet.
+                findings, checked = [], {"level": params["level"], **dict.fromkeys(FIGURES)}
+                base["repaired"] = []
+            elif params["repair"]:
                 result = repair.repair(repository, wish, means_of(params), progress, module.check_mode)
                 base["repaired"] = [dataclasses.asdict(one) for one in result.repaired]
                 base["changed"] = result.changed
@@ -257,6 +266,9 @@ def run(module: AnsibleModule, base: dict[str, Any], life: watch.Life) -> dict[s
                 base["repaired"] = []
     finally:
         progress.close()
+    if known:
+        # There will be more to look at, and less.
+        checked = {**checked, **{key: None for key in FIGURES if key in checked}}
     base["findings"] = [dataclasses.asdict(one) for one in findings]
     base["checked"] = checked
     for one in base["repaired"] if not module.check_mode else ():

@@ -169,7 +169,11 @@ def run(module: AnsibleModule, base: dict) -> dict:
     if not 1 <= params["level"] <= 19:
         raise InvalidOption(f"The option level is {params['level']}.", "It must be between 1 and 19.")
     dest = parse_reference(params["dest"]) if params["dest"] != "auto" else None
-    with opened_repository(module, path) as repository:
+    with opened_repository(module, path, foreseen=True) as repository:
+        if any(makedelta.comes(repository, params[image]) for image in ("source", "target")):
+            # An earlier task of this run in check mode would fetch it.
+            unknown = dict.fromkeys(("digest", "bytes", "layers"))
+            return {"changed": True, "ref": dest.text if dest is not None else None, **unknown}
         source = makedelta.find(repository, params["source"])
         target = makedelta.find(repository, params["target"])
         if dest is None:

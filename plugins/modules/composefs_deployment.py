@@ -280,14 +280,15 @@ from ansible_collections.composefs.oci.plugins.module_utils.operations import (
     deployment,
     journal,
     lastingmount,
+    mounting,
 )
 from ansible_collections.composefs.oci.plugins.module_utils.module import (
     Foretold,
-    foretold,
     opened_repository,
     operator,
     repository_path,
     run_module,
+    told,
 )
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 
@@ -367,8 +368,12 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
         base["previous_digest"] = before.current.digest
     who = params["who"] or operator()
     state = params["state"]
+    known = told(module, base["repository"]).names
+    by_then = next((one for one in told(module).mounts if one["path"] == real), None)
+    if by_then is not None and after_others(params, base, before, by_then, known):
+        return {}
     if state == activation.ACTIVATED:
-        settled = activated(module, base, real, host, who, before)
+        settled = activated(module, base, real, host, who, before, known)
         if settled is None:
             return {}
         result = settled
@@ -407,6 +412,7 @@ def activated(
     host: deployment.Host,
     who: str,
     before: journal.Journal | None,
+    known: dict[str, Foretold],
 ) -> lastingmount.Result | None:
     """Activate what the task names; None, with ``base`` complete, if an earlier task of a run in check mode would bring
     it first.
@@ -426,22 +432,59 @@ def activated(
         None if params["opts"] is None else tuple(params["opts"]),
         params["persistent"],
     )
-    known = foretold(module, base["repository"])
     name = wanted.name or (before.name if before else None)
-    with opened_repository(module, base["repository"]) as repository:
+    with opened_repository(module, base["repository"], foreseen=True) as repository:
         exists = repository.path == base["repository"]
         if check and will_be_there(repository, known, name, wanted.digest, exists):
-            told = known.get(name or "")
+            mounting.require_capability(f"Mounting at {base['path']}")
+            then = known.get(name or "")
             base.update(
                 changed=True,
                 image_id=None,
                 name=name,
-                digest=wanted.digest or (told.digest if told else None),
+                digest=wanted.digest or (then.digest if then else None),
                 state=activation.ACTIVATED if wanted.confirm_within else activation.CONFIRMED,
                 rollout=wanted.rollout,
+                pins=None,
             )
             return None
         return activation.activate(repository, wanted, host, check)
+
+
+def after_others(
+    params: dict[str, Any],
+    base: dict[str, Any],
+    before: journal.Journal | None,
+    by_then: dict[str, Any],
+    known: dict[str, Foretold],
+) -> bool:
+    """Foretell what comes after what earlier tasks of a run in check mode would mount at the path; False if that makes
+    no difference.
+    """
+    state, digest = params["state"], by_then["digest"]
+    on_trial = by_then["state"] == activation.ACTIVATED
+    image = {key: by_then[key] for key in ("name", "digest", "image_id")}
+    if state == activation.ABSENT:
+        base.update(image_id=None, digest=None, rollout=None, unit=None, pins=[], deadline=None)
+        base.update(changed=not by_then["absent"], state=state)
+        return True
+    if by_then["absent"]:
+        return False
+    if state == activation.CONFIRMED:
+        if params["digest"] is not None and digest is not None and params["digest"] != digest:
+            return False
+        base.update(changed=on_trial, state=state, deadline=None, pins=None, **image)
+    elif state == activation.REVERTED:
+        current = before.current if before is not None else None
+        base.update(changed=on_trial, deadline=None, pins=None, image_id=current.image_id if current else None)
+        base.update(digest=current.digest if current else None, state=activation.REVERTED if on_trial else state)
+    else:
+        then = known.get(params["name"] or by_then["name"] or "")
+        wanted = params["digest"] or (then.digest if then is not None else None)
+        if digest is None or wanted != digest:
+            return False
+        base.update(changed=False, state=by_then["state"] or activation.CONFIRMED, deadline=None, pins=None, **image)
+    return True
 
 
 def will_be_there(
@@ -451,9 +494,12 @@ def will_be_there(
     if not exists:
         return True  # opened_repository() has warned already
     if digest is None:
-        told = known.get(name or "")
-        return told is not None and not told.absent and repository.tag_digest(name or "") != told.digest
-    if repository.tag_digest(f"{name}@{digest}") is not None or repository.stream(f"oci-manifest-{digest}") is not None:
+        then = known.get(name or "")
+        if then is None or then.absent:
+            return False
+        return then.digest is None or repository.stream(f"oci-manifest-{then.digest}") is None
+    pinned_manifest = repository.tag_digest(f"{name}@{digest}") or digest
+    if repository.stream(f"oci-manifest-{pinned_manifest}") is not None:
         return False
     pinned = known.get(f"{name}@{digest}")
     return (pinned is not None and not pinned.absent) or digest in {one.digest for one in known.values()}

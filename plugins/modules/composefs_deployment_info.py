@@ -14,6 +14,7 @@ author:
 description:
   - Tells of every mount point that has a journal on the host what is current, what is on trial, what is kept for going
     back, what was fetched ahead, and what happened before.
+  - In check mode it tells what earlier tasks of the run foretold; what nobody can know yet is V(null).
 extends_documentation_fragment:
   - composefs.oci.attributes
   - composefs.oci.attributes.actiongroup_composefs
@@ -120,12 +121,13 @@ error:
   sample: io_error
 """
 
+import os
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.composefs.oci.plugins.module_utils.operations import bootmount, deployment, mountlisting
-from ansible_collections.composefs.oci.plugins.module_utils.module import run_module
+from ansible_collections.composefs.oci.plugins.module_utils.module import run_module, told
 
 ARGUMENT_SPEC = {"path": {"type": "path"}, "repository": {"type": "path"}}
 
@@ -135,7 +137,9 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     found, complaints = mountlisting.deployments(deployment.Host(bootmount.HOST), module.params["path"])
     for complaint in complaints:
         module.warn(complaint)
-    return {"deployments": found}
+    real = os.path.realpath(module.params["path"]) if module.params["path"] else None
+    known = [one for one in told(module).mounts if real is None or one["path"] == real]
+    return {"deployments": mountlisting.foresee_deployments(found, known) if known else found}
 
 
 def main() -> None:

@@ -625,7 +625,7 @@ import os
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.common.text.formatters import human_to_bytes
 
-from ansible_collections.composefs.oci.plugins.module_utils.pull import pull
+from ansible_collections.composefs.oci.plugins.module_utils.pull import foretelling, pull
 from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     EngineError,
     InvalidOption,
@@ -640,6 +640,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.module import (
     progress_files,
     repository_path,
     run_module,
+    told,
 )
 from ansible_collections.composefs.oci.plugins.module_utils.host import mountinfo, watch
 from ansible_collections.composefs.oci.plugins.module_utils.operations import listing
@@ -775,6 +776,19 @@ def present(
     module: AnsibleModule, repository: Repository, requests: list[pull.Request], options: pull.Options, life: watch.Life
 ) -> list[Report]:
     """Pull; one report for each image."""
+    will_be = {request.name: comes(module, repository, request) for request in requests} if module.check_mode else {}
+    if any(come is not None for come in will_be.values()):
+        # Their parts are not here yet. Those that can be asked about are asked about, as a task of their own.
+        others = [request for request in requests if will_be[request.name] is None]
+        if any(will_be[one.name] is not None and not one.local for one in requests):
+            repository.foreseen = repository.foreseen._replace(complete=False)
+        reports = iter(present(module, repository, others, options, life)) if others else iter(())
+        return [
+            next(reports)
+            if will_be[one.name] is None
+            else foretelling.foretell(repository, one, will_be[one.name] or None)
+            for one in requests
+        ]
     progress = Progress(watch.Announcer(life), *progress_files(module.params["progress_file"], life.progress_file))
     try:
         outcomes = pull.pull_images(repository, requests, options, progress, life.permit)
@@ -784,12 +798,28 @@ def present(
         if not module.check_mode or any(repository.tag_digest(request.name) for request in requests):
             raise
         module.warn(f"{error} So check mode cannot tell what the images are, only that they would be pulled.")
-        return [pull.foretell(repository, request) for request in requests]
+        return [foretelling.foretell(repository, request) for request in requests]
     finally:
         progress.close()
     for warning in dict.fromkeys(warning for outcome in outcomes for warning in outcome.plan.warnings):
         module.warn(warning)
     return [pull.describe(repository, outcome) for outcome in outcomes]
+
+
+def comes(module: AnsibleModule, repository: Repository, request: pull.Request) -> str | None:
+    """The manifest of an image that an earlier task of a run in check mode would fetch into this repository, or into
+    another one on the host that it comes from; empty if it is not known, None for every other image.
+    """
+    if request.local:
+        return foretelling.comes(repository, request)
+    reference = parse_reference(request.ref)
+    if reference.transport != "composefs":
+        return None
+    known = told(module, reference.path)
+    name = known.names.get(reference.tag)
+    if name is not None:
+        return None if name.absent else name.digest or ""
+    return reference.digest if reference.digest in {one.digest for one in known.names.values()} else None
 
 
 def sides(report: Report) -> dict:
@@ -828,7 +858,7 @@ def run(module: AnsibleModule, base: dict, life: watch.Life) -> dict:
 
     remember([{"name": request.name, "ref": request.ref} for request in requests])
     options = options_of(params, module.check_mode)
-    with opened_repository(module, path) as repository:
+    with opened_repository(module, path, foreseen=True) as repository:
         remember([known_before(repository, request) for request in requests])
         if params["state"] == "present":
             reports = present(module, repository, requests, options, life)

@@ -14,6 +14,8 @@ author:
 description:
   - Lists images in a composefs repository with their names, digests, platform, labels and layers.
   - Works for any user who can read the repository, without a network and without C(skopeo).
+  - In check mode the names are those that earlier tasks of the run foretold. Of an image that is not there yet nothing
+    but names and digest is known; the rest is V(null).
 extends_documentation_fragment:
   - composefs.oci.attributes
   - composefs.oci.attributes.actiongroup_composefs
@@ -321,21 +323,30 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
     if params["dumpfile"] and not (params["name"] or params["digest"]):
         raise InvalidOption("The option dumpfile needs one image.", "Set 'name' or 'digest' as well.")
     path = base["repository"] = repository_path(module)
-    with opened_repository(module, path) as repository:
+    with opened_repository(module, path, foreseen=True) as repository:
         images, complaints = list_images(repository, params["name"] or "", params["digest"] or "")
         images = [image for image in images if fits(image, params["names"], params["labels"] or {})]
-        use = disk_use(repository, [image["digest"] for image in images]) if params["disk_use"] else {}
+        # Of images that earlier tasks of a run in check mode foretold, next to nothing is known; and what they will
+        # share with the others is not known either.
+        certain = not any(image["image_ids"] is None for image in images) and not repository.foreseen.streams
+        wanted = [image["digest"] for image in images if image["image_ids"] is not None]
+        use = disk_use(repository, wanted) if params["disk_use"] and certain else {}
         for image in images:
-            image["mounted_at"] = mountinfo.showing(image["image_ids"].values())
+            image["mounted_at"] = None
+            if image["image_ids"] is not None:
+                image["mounted_at"] = mountinfo.showing(image["image_ids"].values())
             image["disk_use"] = use[image["digest"]]._asdict() if image["digest"] in use else None
         for complaint in complaints:
             module.warn(f"An image cannot be described: {complaint}")
         for image in images:
-            for texts in image["truncated"]:
+            for texts in image["truncated"] or ():
                 called = ", ".join(image["names"]) or image["digest"]
                 module.warn(f"The {texts} of {called} are too long: only their first {TEXTS_LIMIT} bytes are returned.")
         changed = bool(params["dumpfile"]) and write_dumpfile(module, repository, images, base)
-    return {"changed": changed, "images": images, "totals": totals(images)}
+        figures = totals(images)
+        if repository.place and not repository.foreseen.names:
+            figures = dict.fromkeys(figures)  # nobody has said what will be in it
+    return {"changed": changed, "images": images, "totals": figures}
 
 
 def fits(image: dict[str, Any], names: list[str] | None, labels: dict[str, Any]) -> bool:
@@ -344,15 +355,18 @@ def fits(image: dict[str, Any], names: list[str] | None, labels: dict[str, Any])
         fnmatchcase(name, pattern) or name in other_names(pattern) for name in image["names"] for pattern in names
     ):
         return False
-    return all(
-        key in image["labels"] and fnmatchcase(image["labels"][key], str(value)) for key, value in labels.items()
+    return not labels or all(
+        key in (image["labels"] or {}) and fnmatchcase(image["labels"][key], str(value))
+        for key, value in labels.items()
     )
 
 
-def totals(images: list[dict[str, Any]]) -> dict[str, int]:
-    """Figures of all images together."""
-    sizes = {layer["digest"]: layer["size"] for image in images for layer in image["layers"]}
+def totals(images: list[dict[str, Any]]) -> dict[str, int | None]:
+    """Figures of all images together; those of layers None if not all of them are known."""
     named = sum(len(image["names"]) for image in images)
+    if any(image["layers"] is None for image in images):
+        return {"images": len(images), "names": named, "layers": None, "size": None}
+    sizes = {layer["digest"]: layer["size"] for image in images for layer in image["layers"]}
     return {"images": len(images), "names": named, "layers": len(sizes), "size": sum(sizes.values())}
 
 
@@ -367,6 +381,9 @@ def write_dumpfile(
             f"The repository {repository.path} has no image {asked}, so no dumpfile can be written.",
             "Pull it first, or correct the name.",
         )
+    if images[0]["image_ids"] is None:
+        base["dumpfile"] = os.path.abspath(params["dumpfile"])
+        return True  # an earlier task of this run in check mode would fetch it
     if images[0]["image_id"] is None:
         raise ImageNotFound(
             f"{asked} has no EROFS image to dump in {repository.path}.",

@@ -282,11 +282,11 @@ from ansible_collections.composefs.oci.plugins.module_utils.operations import (
 )
 from ansible_collections.composefs.oci.plugins.module_utils.module import (
     Foretold,
-    foretold,
     opened_repository,
     operator,
     repository_path,
     run_module,
+    told,
 )
 from ansible_collections.composefs.oci.plugins.module_utils.store import namerecords
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
@@ -345,19 +345,30 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
     )
 
     host = deployment.Host(places, commands.run, module.warn)
+    by_then = next((one for one in told(module).mounts if one["path"] == real), None)
     if params["state"] == "unmounted":
+        if by_then is not None:
+            base.update(changed=not by_then["absent"], image_id=None, mounted=False, verity=None, unit=None)
+            return {}
         result = lastingmount.have_unmounted(real, host, check)
     else:
         request = requested(params, real)
-        known = foretold(module, base["repository"])
-        with opened_repository(module, base["repository"]) as repository:
+        known = told(module, base["repository"]).names
+        with opened_repository(module, base["repository"], foreseen=True) as repository:
             # "docker://x" and "x" are one default name; the journal has the one that is there.
             image = namerecords.spelled(repository, request.wish.image)
             image = next((form for form in (image, *other_names(image)) if form in known), image)
             request = dataclasses.replace(request, wish=dataclasses.replace(request.wish, image=image))
             settled = foresee(repository, request, known, repository.path == base["repository"])
-            if settled is None:
-                return not_there_yet(module, base, request, known, there, before)
+            if settled is None or by_then is not None:
+                if by_then is not None and is_mounted_then(repository, request, known, by_then):
+                    # Only its name may be another one.
+                    name = keeping.split_pin(request.wish.image)[0]
+                    name = by_then["name"] if digests.is_digest(request.wish.image) else name
+                    base.update(changed=name != by_then["name"], name=name, digest=by_then["digest"])
+                    base.update(image_id=by_then["image_id"], mounted=True, verity=None, keeps=None, unit=None)
+                    return {}
+                return not_there_yet(module, base, request, known, there, before, by_then)
             result = lastingmount.have_mounted(repository, settled, host, check)
     target = result.target
     tell(base, target)
@@ -427,6 +438,19 @@ def foresee(
     return dataclasses.replace(request, wish=dataclasses.replace(request.wish, image=change.digest))
 
 
+def is_mounted_then(
+    repository: Repository, request: lastingmount.MountRequest, known: dict[str, Foretold], by_then: dict[str, Any]
+) -> bool:
+    """Whether an earlier task of a run in check mode would mount just this image there."""
+    if by_then["absent"] or by_then["digest"] is None:
+        return False
+    image = request.wish.image
+    if digests.is_digest(image):
+        return bool(image == by_then["digest"])
+    wanted = known[image].digest if image in known else repository.tag_digest(image)
+    return wanted == by_then["digest"]
+
+
 def not_there_yet(
     module: AnsibleModule,
     base: dict[str, Any],
@@ -434,16 +458,28 @@ def not_there_yet(
     known: dict[str, Foretold],
     there: mountinfo.Mounted | None,
     before: dict[str, Any],
+    by_then: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What the run will do once the image is there. What nobody can know yet is null."""
+    """What the run will do once the image is there, and what earlier tasks would mount at the path (``by_then``). What
+    nobody can know yet is null.
+    """
     image = request.wish.image
     change = known.get(image)
     mounting.check(request.wish)
+    if by_then is not None:
+        there = None
+        if not by_then["absent"] and not request.wish.replace:
+            raise Busy(
+                f"An earlier task would mount something else at {base['path']}, "
+                f"{by_then['name'] or by_then['digest']}.",
+                "The state 'remounted' puts the image asked for in its place without a gap; 'unmounted' removes it.",
+            )
     if there is not None and (there.image_id is None or not request.wish.replace):
         raise Busy(
             f"At {base['path']} something else is mounted, {there.image_id or f'{there.kind} from {there.source}'}.",
             "The state 'remounted' puts the image asked for in its place without a gap; 'unmounted' removes it.",
         )
+    mounting.require_capability(f"Mounting at {base['path']}")
     places = bootmount.HOST
     real = os.path.realpath(base["path"])
     persistent = base["unit"] is not None if request.persistent is None else request.persistent

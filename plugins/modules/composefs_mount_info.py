@@ -14,6 +14,7 @@ author:
 description:
   - Lists every composefs mount of the host, whoever made it, and every unit of systemd of this collection, with the
     image, how it is mounted, whether it comes back at boot, and what keeps it in its repository.
+  - In check mode it tells what earlier tasks of the run foretold; what nobody can know yet is V(null).
 extends_documentation_fragment:
   - composefs.oci.attributes
   - composefs.oci.attributes.actiongroup_composefs
@@ -108,13 +109,14 @@ error:
   sample: io_error
 """
 
+import os
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.composefs.oci.plugins.module_utils.host import commands
 from ansible_collections.composefs.oci.plugins.module_utils.operations import bootmount, deployment, mountlisting
-from ansible_collections.composefs.oci.plugins.module_utils.module import run_module
+from ansible_collections.composefs.oci.plugins.module_utils.module import run_module, told
 
 ARGUMENT_SPEC = {"path": {"type": "path"}, "repository": {"type": "path"}}
 
@@ -124,7 +126,9 @@ def run(module: AnsibleModule) -> dict[str, Any]:
     found, complaints = mountlisting.mounts(deployment.Host(bootmount.HOST, commands.run), module.params["path"])
     for complaint in complaints:
         module.warn(complaint)
-    return {"mounts": found}
+    real = os.path.realpath(module.params["path"]) if module.params["path"] else None
+    known = [one for one in told(module).mounts if real is None or one["path"] == real]
+    return {"mounts": mountlisting.foresee(found, known) if known else found}
 
 
 def main() -> None:

@@ -203,6 +203,7 @@ error:
   sample: busy
 """
 
+import dataclasses
 import os
 from typing import Any
 
@@ -211,11 +212,11 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.composefs.oci.plugins.module_utils.errors import InvalidOption
 from ansible_collections.composefs.oci.plugins.module_utils.host import watch
 from ansible_collections.composefs.oci.plugins.module_utils.module import (
-    foretold_names_and_mounts,
     opened_repository,
     progress_files,
     repository_path,
     run_module,
+    told,
 )
 from ansible_collections.composefs.oci.plugins.module_utils.operations import foreseen, prune
 from ansible_collections.composefs.oci.plugins.module_utils.progress import Progress
@@ -247,12 +248,13 @@ def values(pruned: prune.Pruned) -> dict[str, Any]:
 
 def ahead_of(module: AnsibleModule, path: str) -> foreseen.Ahead | None:
     """What earlier tasks of a run in check mode foretold for the repository."""
-    names, mounts = foretold_names_and_mounts(module, path)
-    if not names and not mounts:
+    known = told(module, path)
+    if not known.names and not known.mounts:
         return None
+    keys = [field.name for field in dataclasses.fields(foreseen.Mount)]
     return foreseen.Ahead(
-        {name: None if one.absent else one.digest or "" for name, one in names.items()},
-        [foreseen.Mount(**one) for one in mounts],
+        {name: None if one.absent else one.digest or "" for name, one in known.names.items()},
+        [foreseen.Mount(**{key: one[key] for key in keys}) for one in known.mounts],
     )
 
 

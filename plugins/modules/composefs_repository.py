@@ -276,7 +276,7 @@ def prepare(module: AnsibleModule, place: create.Place, base: dict[str, Any]) ->
     if changed:
         after.update(description)
     changed = base["changed"] = set_attributes(module, place, changed, before, after)
-    unsafe = place.unsafe
+    unsafe = place.unsafe(*wanted(module, after)) if module.check_mode else place.unsafe()
     if unsafe:
         module.warn(
             f"The repository is not safe for tasks of this user: {unsafe} Tasks of its owner can use it, others with "
@@ -295,6 +295,18 @@ def prepare(module: AnsibleModule, place: create.Place, base: dict[str, Any]) ->
             f"The repository {path} lies on an overlay file system: images can be stored there, but not mounted."
         )
     return {**result, "diff": {"before": before, "after": after}} if module._diff else result
+
+
+def wanted(module: AnsibleModule, after: dict[str, Any]) -> tuple[int | None, int | None]:
+    """The owner and the mode that the directory would get, None for what stays; as Ansible's functions have understood
+    them, which tell what they would change.
+    """
+    owner, mode = module.params["owner"], after.get("mode")
+    uid = None if not owner else int(owner) if owner.isdigit() else pwd.getpwnam(owner).pw_uid
+    try:
+        return uid, None if mode is None else mode if isinstance(mode, int) else int(mode, 8)
+    except ValueError:
+        return uid, None  # a symbolic mode of a directory that is not there yet
 
 
 def require_account(name: str | None, look_up: Callable[[str], Any], kind: str) -> None:

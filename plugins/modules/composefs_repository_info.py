@@ -16,6 +16,8 @@ description:
     together with others, how many bytes nothing needs any more, who uses the repository now, which imports did not
     end, and what the last check said.
   - Reads no content, so it is quick. M(composefs.oci.composefs_check) finds out whether everything is as it should be.
+  - In check mode the names are those that earlier tasks of the run foretold, and what nobody can know before they come
+    is V(null), all figures of a repository that is still to be made among it.
 extends_documentation_fragment:
   - composefs.oci.attributes
   - composefs.oci.attributes.info
@@ -215,7 +217,13 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.composefs.oci.plugins.module_utils.module import opened_repository, repository_path, run_module
+from ansible_collections.composefs.oci.plugins.module_utils.host import files, filesystem
+from ansible_collections.composefs.oci.plugins.module_utils.module import (
+    opened_repository,
+    repository_path,
+    run_module,
+    told,
+)
 from ansible_collections.composefs.oci.plugins.module_utils.operations import overview
 
 
@@ -223,7 +231,18 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
     """Look at the repository; ``base`` gets what a failure should still tell."""
     path = base["repository"] = repository_path(module)
     with opened_repository(module, path) as repository:
-        return overview.describe(repository)
+        found = overview.describe(repository)
+        known = told(module, path)
+        if not repository.place and not known.names:
+            return found
+        names = {name: None if one.absent else one.digest or "" for name, one in known.names.items()}
+        found = overview.foresee(found, names, bool(repository.place))
+        if repository.place:
+            will_be = known.repository or {}
+            with files.opened_directory(repository.place) as fd:
+                found["filesystem"] = filesystem.type_of(fd)
+            found.update(algorithm=will_be.get("algorithm"), verity=will_be.get("secure"))
+        return found
 
 
 def main() -> None:

@@ -5,9 +5,10 @@
 """What one task of a run in check mode foretells, for the tasks after it.
 
 A pull in check mode moves no name, so a task that mounts the image would look at the old one and foretell that nothing
-happens. The action of composefs_image therefore leaves a fact for each name that it would move, and the actions of
-modules that look at names hand these facts to them. Nothing is written on the host. A fact counts only in the run of
-ansible-playbook that it was made in, for facts may be cached beyond it.
+happens. The actions of modules that change something therefore leave facts: for each name that would move, for each
+path where something else would be mounted, and for a repository that would be made, brought up to date or given away.
+Every action of the collection hands these facts to its module. Nothing is written on the host. A fact counts only in
+the run of ansible-playbook that it was made in, for facts may be cached beyond it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,12 @@ import typing as t
 
 PREFIX = "composefs_oci_foretold_"
 VARIABLE = "COMPOSEFS_OCI_FORETOLD"
+# More images before a mount than any path ever has.
+EVERYTHING = 1_000_000
+# What the kernel takes as one variable is twice as long.
+LONGEST = 64 * 1024
+# Of the digest at the end of a stream's name, what need not be told.
+_REST = 48
 
 
 def run_id() -> str:
@@ -32,47 +39,89 @@ def run_id() -> str:
     return f"{parent}-{started}"
 
 
-def facts_of(result: dict[str, t.Any], absent: bool) -> dict[str, t.Any]:
+def _key(*words: str) -> str:
+    return PREFIX + hashlib.sha256("\0".join(words).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def facts_of(result: dict[str, t.Any], arguments: dict[str, t.Any]) -> dict[str, t.Any]:
     """The facts to leave for a result of composefs_image: one for each name that would change, so that the items of a
     loop do not replace those of one another.
     """
-    facts = {}
-    for image in result.get("images") or [result]:
+    facts: dict[str, t.Any] = {}
+    several = result.get("images")
+    asked = arguments.get("images") if several else [arguments]
+    absent = arguments.get("state") == "absent"
+    for number, image in enumerate(several or [result]):
         repository, name = image.get("repository") or result.get("repository"), image.get("name")
-        before = image.get("previous_digest")
-        if not repository or not name or (before and image.get("digest") == before):
+        if not repository or not name:
             continue
-        key = hashlib.sha256(f"{repository}\0{name}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
-        facts[PREFIX + key] = {
-            "run": run_id(),
-            "repository": repository,
-            "name": name,
-            "digest": image.get("digest"),
-            "absent": absent,
-        }
+        before, digest = image.get("previous_digest"), image.get("digest")
+        # Of an image that will be there, its parts are not fetched again; None if they are not known.
+        parts = image.get("streams")
+        streams = [] if absent else None if parts is None else [str(stream)[:-_REST] for stream in parts]
+        changes = {} if before and digest == before else {name: absent}
+        changes.update(dict.fromkeys(image.get("tags") or [], absent))
+        wish = asked[number] if isinstance(asked, list) and number < len(asked) else None
+        if isinstance(wish, dict) and wish.get("rename_from") and wish["rename_from"] != name:
+            changes[str(wish["rename_from"])] = True
+        for changed, gone in changes.items():
+            facts[_key(repository, changed)] = {
+                "run": run_id(),
+                "repository": repository,
+                "name": changed,
+                "digest": None if gone else digest,
+                "absent": gone,
+                "streams": streams,
+            }
+            streams = []
     return facts
 
 
+def facts_of_removal(result: dict[str, t.Any]) -> dict[str, t.Any]:
+    """The facts to leave for a result of composefs_prune: the names that would be gone."""
+    names = [{"name": name} for name in result.get("names") or []]
+    return facts_of({**result, "images": names}, {"state": "absent"}) if names else {}
+
+
 def fact_of_mount(result: dict[str, t.Any], arguments: dict[str, t.Any]) -> dict[str, t.Any]:
-    """The fact to leave for a result of composefs_mount: what would be mounted at its path."""
-    path, repository = result.get("path"), result.get("repository")
+    """The fact to leave for a result of composefs_mount or composefs_deployment: what would be mounted at its path."""
+    path, repository, state = result.get("path"), result.get("repository"), result.get("state")
     if not path or not repository:
         return {}
-    key = hashlib.sha256(f"mount\0{path}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
     try:
         keep_previous = int(arguments.get("keep_previous", 1))
     except (TypeError, ValueError):
         keep_previous = 1
     return {
-        PREFIX + key: {
+        _key("mount", path): {
             "run": run_id(),
             "repository": repository,
             "path": path,
             "name": result.get("name"),
             "digest": result.get("digest"),
             "image_id": result.get("image_id"),
-            "keep_previous": keep_previous,
-            "absent": not result.get("mounted"),
+            # What is on trial replaces nothing yet.
+            "keep_previous": EVERYTHING if state in ("activated", "reverted") else keep_previous,
+            "absent": state == "absent" if state else not result.get("mounted"),
+            "state": state,
+        }
+    }
+
+
+def fact_of_repository(result: dict[str, t.Any]) -> dict[str, t.Any]:
+    """The fact to leave for a result of composefs_repository: what it would have become."""
+    path = result.get("path")
+    if not path:
+        return {}
+    return {
+        _key("repository", path): {
+            "run": run_id(),
+            "repository": path,
+            "created": bool(result.get("created")),
+            "upgraded": bool(result.get("upgraded")),
+            "unsafe": bool(result.get("unsafe")),
+            "algorithm": result.get("algorithm"),
+            "secure": result.get("verity") == "required",
         }
     }
 
@@ -86,4 +135,17 @@ def environment(task_vars: dict[str, t.Any]) -> dict[str, str]:
         for name, fact in sorted(facts.items())
         if isinstance(name, str) and name.startswith(PREFIX) and isinstance(fact, dict) and fact.get("run") == own
     ]
-    return {VARIABLE: json.dumps(found)} if found else {}
+    if not found:
+        return {}
+    text = json.dumps(found)
+    if len(text) > LONGEST:
+        # Then some bytes are foretold twice, but names and mounts are right.
+        text = json.dumps([{key: value for key, value in one.items() if key != "streams"} for one in found])
+    return {VARIABLE: text}
+
+
+def told(environment_of_task: t.Any, task_vars: dict[str, t.Any] | None) -> list[t.Any]:
+    """The environment of a task in check mode, as the task has it, and with what is foretold."""
+    both = environment_of_task if isinstance(environment_of_task, list) else [environment_of_task]
+    known = environment(task_vars or {})
+    return [one for one in (*both, known) if one]

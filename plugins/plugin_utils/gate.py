@@ -6,6 +6,8 @@
 
 Modules let their own results through the same gate. But a host need not be honest, and what is shown in the end is what
 it sends. So every module of the collection has an action, and each of them ends here.
+
+In check mode they tell their modules what earlier tasks of the run foretold.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import typing as t
 from ansible.plugins.action import ActionBase
 
 from ansible_collections.composefs.oci.plugins.module_utils.text import DATA, printable_values
+from ansible_collections.composefs.oci.plugins.plugin_utils.foretold import told
 
 # What is data of the image, and a traceback, whose lines Ansible shows as they are.
 SPARED = DATA | {"exception"}
@@ -36,10 +39,24 @@ class GatedAction(ActionBase):
     def run(self, tmp: str | None = None, task_vars: dict[str, t.Any] | None = None) -> dict[str, t.Any]:
         """Run the module; its result, as it can be shown."""
         result = super().run(tmp, task_vars)
-        result.update(self.execute(task_vars or {}))
+        before = self._task.environment
+        if self._task.check_mode:
+            self._task.environment = told(before, task_vars)
+        try:
+            result.update(self.execute(task_vars or {}))
+        finally:
+            self._task.environment = before
+        if self._task.check_mode and result.get("changed") and not result.get("failed") and not self._task.no_log:
+            facts = self.facts(result)
+            if facts:
+                result["ansible_facts"] = facts
         return shown(result)
 
     def execute(self, task_vars: dict[str, t.Any]) -> dict[str, t.Any]:
         """The module's own result."""
         found: dict[str, t.Any] = self._execute_module(task_vars=task_vars, wrap_async=bool(self._task.async_val))
         return found
+
+    def facts(self, result: dict[str, t.Any]) -> dict[str, t.Any]:
+        """What a result of check mode leaves for later tasks of the run."""
+        return {}

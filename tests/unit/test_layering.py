@@ -73,7 +73,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("layer",),
         ("objectlayer", "sources"),
         ("fetch", "makeimages", "plan"),
-        ("deltas", "opened", "peers", "publish"),
+        ("deltas", "foretelling", "opened", "peers", "publish"),
         ("pull",),
     ),
     "operations": (

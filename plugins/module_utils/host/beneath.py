@@ -51,9 +51,13 @@ class Root:
         self.accept = accept
         found = os.fstat(fd)
         self._owners = owners()
-        self.fault = _fault(found, self._owners, 0o022)
+        self.assume(found.st_uid, found.st_mode)
+
+    def assume(self, uid: int, mode: int) -> None:
+        """Judge as if the directory itself had this owner and mode."""
+        self.fault = _judged(uid, mode, self._owners, 0o022)
         # What others may do in inner directories matters only if they get that far.
-        self._forbidden = (0o020 if found.st_mode & 0o010 else 0) | (0o002 if found.st_mode & 0o001 else 0)
+        self._forbidden = (0o020 if mode & 0o010 else 0) | (0o002 if mode & 0o001 else 0)
 
     def close(self) -> None:
         """Close the descriptor, once."""
@@ -287,12 +291,23 @@ def _explained(error: OSError, dir_fd: int, name: str, path: str) -> Exception:
     return FormatError(f"{path} is not a directory.", "Find out who put it there, then remove it.")
 
 
+def fault_of(uid: int, mode: int) -> str:
+    """Why a repository's own directory with this owner and mode would be unsafe, in words that continue its name; empty
+    if it would be safe.
+    """
+    return _judged(uid, mode, owners(), 0o022)
+
+
 def _fault(found: os.stat_result, trusted: frozenset[int], forbidden: int) -> str:
-    """Why what was looked at cannot be relied on, in words that continue its name; empty if it can."""
-    if found.st_uid not in trusted:
-        return f"belongs to {user(found.st_uid)}, who is neither root nor the user that runs this"
-    if found.st_mode & forbidden:
-        return f"can be written by others than its owner (mode {stat.S_IMODE(found.st_mode):04o})"
+    return _judged(found.st_uid, found.st_mode, trusted, forbidden)
+
+
+def _judged(uid: int, mode: int, trusted: frozenset[int], forbidden: int) -> str:
+    """Why what has this owner and mode cannot be relied on, in words that continue its name; empty if it can."""
+    if uid not in trusted:
+        return f"belongs to {user(uid)}, who is neither root nor the user that runs this"
+    if mode & forbidden:
+        return f"can be written by others than its owner (mode {stat.S_IMODE(mode):04o})"
     return ""
 
 

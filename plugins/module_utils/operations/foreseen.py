@@ -53,6 +53,18 @@ class Ahead:
         wanted = [*self.names.values(), *(mount.digest for mount in self.mounts if not mount.absent)]
         return all(digest is None or _node(graph, digest) is not None for digest in wanted)
 
+    def coming(self, graph: Graph) -> dict[str, str]:
+        """The names, pins of mounts among them, of images that are not in the repository yet, so that ``graph`` has
+        none of them; and their manifests.
+        """
+        wanted = {name: digest for name, digest in self.names.items() if digest is not None}
+        wanted.update(
+            (f"{mount.name}@{mount.digest}", mount.digest)
+            for mount in self.mounts
+            if not mount.absent and mount.name and mount.digest
+        )
+        return {name: digest for name, digest in wanted.items() if _node(graph, digest) is None}
+
     def apply(self, graph: Graph, found: Sequence[Keeper]) -> list[Keeper]:
         """Change the roots of ``graph`` to those of then; what the host will need then instead of ``found``."""
         tags = {root.name: root.node for root in graph.roots if root.kind == graphs.TAG}
@@ -114,7 +126,7 @@ class Ahead:
                 tags.setdefault(f"{mount.name}@{mount.digest}", node)
                 graph.times.setdefault(f"{mount.name}@{mount.digest}", time.time())
             names = {pin for pin in tags if keeping.split_pin(pin)[1] in manifests}
-            names |= {mount.name} if mount.name else set()
+            names |= {mount.name, f"{mount.name}@{mount.digest}"} if mount.name else set()
             rest.append(Keeper(keepers.JOURNAL, mount.path, frozenset(images), frozenset(manifests), frozenset(names)))
         return rest
 

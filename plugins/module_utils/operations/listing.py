@@ -17,25 +17,42 @@ from ..store.repository import Repository
 from ..pull.results import bounded
 
 
+UNKNOWN: dict[str, Any] = dict.fromkeys(
+    (
+        *("ref", "records", "digest", "config_digest", "media_type", "kind", "artifact_type", "platform", "os"),
+        *("architecture", "created", "labels", "annotations", "truncated", "layers", "size", "image_id"),
+        *("boot_image_id", "image_ids"),
+    )
+)
+"""An image of which nothing is known yet."""
+
+
 def list_images(repository: Repository, name: str = "", digest: str = "") -> tuple[list[dict[str, Any]], list[str]]:
     """The images under a name, with a manifest digest (``sha256:<hex>``; also without a name), or all that have names.
 
     One entry a manifest, sorted by its first name, and a list of complaints about names whose images cannot be read. A
-    name or digest that is asked for and not there gives an empty list.
+    name or digest that is asked for and not there gives an empty list. Of an image that is only foreseen nothing but
+    names and digest is known.
     """
     names: dict[str, list[str]] = {}
     for tag, manifest in sorted(repository.tags().items()):
         names.setdefault(manifest, []).append(tag)
     name = namerecords.spelled(repository, name) if name else ""
     wanted: Sequence[str]
+    foreseen = {manifest for manifest in repository.foreseen.names.values() if manifest}
+    foreseen = {manifest for manifest in foreseen if repository.stream(repolayout.manifest_stream(manifest)) is None}
     if digest:
-        wanted = [digest] if repository.stream(repolayout.manifest_stream(digest)) is not None else []
+        there = digest in foreseen or repository.stream(repolayout.manifest_stream(digest)) is not None
+        wanted = [digest] if there else []
     else:
         wanted = [manifest for manifest, tags in names.items() if not name or name in tags]
     found, complaints = [], []
     for manifest in wanted:
         try:
             tags = names.get(manifest, [])
+            if manifest in foreseen:
+                found.append({"names": tags, **UNKNOWN, "digest": manifest})
+                continue
             found.append({"names": tags, **_origins(repository, tags), **describe_image(repository, manifest)})
         except MissingLibrary:
             raise  # not the image's fault, and no other can be read either
@@ -91,6 +108,8 @@ def describe_image(repository: Repository, digest: str) -> dict[str, Any]:
 
 def _origins(repository: Repository, names: Sequence[str]) -> dict[str, Any]:
     """What is remembered of where the names come from: ``ref`` is that of the first one with a record."""
+    if any(name in repository.foreseen.names for name in names):
+        return {"ref": None, "records": None}  # a record has a time, which is still to come
     records = {name: namerecords.read(repository, name) for name in names}
     known = {name: dataclasses.asdict(record) for name, record in records.items() if record is not None}
     return {"ref": next((record["ref"] for record in known.values()), None), "records": known}

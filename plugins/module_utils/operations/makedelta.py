@@ -31,7 +31,7 @@ from ..errors import (
     InvalidReference,
     doing,
 )
-from ..formats import codecs, digests, ocidocuments, splitstream, tar, tardiff
+from ..formats import codecs, digests, ocidocuments, repolayout, splitstream, tar, tardiff
 from ..formats.ocidocuments import Descriptor
 from ..formats.reference import Reference, parse_reference
 from ..progress import Progress
@@ -80,6 +80,16 @@ class Made(NamedTuple):
     @property
     def digest(self) -> str:
         return digests.digest_of(self.manifest)
+
+
+def comes(repository: Repository, text: str) -> bool:
+    """Whether the image under the name or with the manifest digest ``text`` is one that an earlier task of a run in
+    check mode would fetch.
+    """
+    digest = text if digests.is_digest(text) else repository.tag_digest(namerecords.spelled(repository, text))
+    if digest is None or digest not in repository.foreseen.names.values():
+        return False
+    return repository.stream(repolayout.manifest_stream(digest)) is None
 
 
 def find(repository: Repository, text: str) -> Stored:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from ..errors import EngineError
@@ -43,6 +44,41 @@ def deployments(host: Host, only: str | None = None) -> tuple[list[dict[str, Any
     journals = _journals(host, complaints)
     wanted = sorted(path for path in journals if only is None or path == os.path.realpath(only))
     return [_deployment(journals[path]) for path in wanted], complaints
+
+
+def foresee(found: list[dict[str, Any]], known: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What ``mounts`` found, as it will be when earlier tasks of a run in check mode have mounted what they foretold:
+    ``path``, ``name``, ``digest``, ``image_id``, ``repository`` and ``absent``. What nobody can know yet is None.
+    """
+    told = {one["path"]: one for one in found}
+    keys = ("version", "verity", "writable", "persistent", "unit", "unit_state", "keeps")
+    for one in known:
+        told.pop(one["path"], None)
+        if not one["absent"]:
+            same = {key: one[key] for key in ("path", "name", "digest", "image_id", "repository")}
+            told[one["path"]] = {**dict.fromkeys(keys), **same}
+    return [told[path] for path in sorted(told)]
+
+
+def foresee_deployments(found: list[dict[str, Any]], known: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same for what ``deployments`` found; ``state`` is that which a deployment would be left in."""
+    told = {one["path"]: one for one in found}
+    for one in known:
+        before = told.pop(one["path"], None)
+        if one["absent"]:
+            continue
+        image = {key: one[key] for key in ("image_id", "digest")}
+        on_trial = one["state"] == "activated"
+        told[one["path"]] = {
+            **dict.fromkeys(before or ()),
+            **{key: one[key] for key in ("path", "name", "repository")},
+            "current": (before or {}).get("current") if on_trial else image,
+            "pending": image if on_trial else None,
+            "state": "activated" if on_trial else "current",
+            "mounted_image_id": one["image_id"],
+            "staged": None,
+        }
+    return [told[path] for path in sorted(told)]
 
 
 def state_of(found: Journal, shown: Mounted | None) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Mapping
 from typing import Any
 
 from ..formats.digests import ObjectDigest
@@ -62,6 +63,30 @@ def describe(repository: Repository) -> dict[str, Any]:
         "unfinished_imports": _imports(repository),
         "last_check": checks.last(repository),
         "last_maintenance": checks.last_maintenance(repository),
+    }
+
+
+def foresee(found: dict[str, Any], names: Mapping[str, str | None], made: bool) -> dict[str, Any]:
+    """What ``describe`` found, as it will be when earlier tasks of a run in check mode have done what they foretold:
+    ``names`` as they will mean manifests, ``sha256:<hex>`` or empty where that is not known, None if they will be gone;
+    ``made``: the repository itself is still to come. What cannot be known is None.
+    """
+    told = [one for one in found["names"] if one["name"] not in names]
+    told += [
+        {**dict.fromkeys(("ref", "since", "own", "shared")), "name": name, "digest": digest or None}
+        for name, digest in names.items()
+        if digest is not None
+    ]
+    # What others share with what comes or goes changes with it.
+    told = [{**one, "own": None, "shared": None} for one in told] if names else told
+    unknown = ["bytes", "bytes_unused", "sharing"] if names or made else []
+    unknown += ["verity", "lock_holders", "unfinished_imports", "last_check", "free_inodes"] if made else []
+    counts = dict.fromkeys(found["counts"]) if names or made else found["counts"]
+    return {
+        **found,
+        **dict.fromkeys(unknown),
+        "counts": {**counts, "names": len(told) if names or not made else None},
+        "names": sorted(told, key=lambda one: str(one["name"])),
     }
 
 

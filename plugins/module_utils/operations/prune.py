@@ -22,7 +22,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from ..formats.digests import ObjectDigest
@@ -165,7 +165,7 @@ def _plan(
     plan = _Plan(graph, keepers.roots(graph, found), _ended(found))
     result = plan.result
     result.problems += graph.problems
-    result.names, result.held = _chosen(graph, found, wish)
+    result.names, result.held = _chosen(graph, found, wish, ahead.coming(graph) if ahead is not None else {})
     result.links = sorted(f"{repolayout.IMAGE_REFS}/{link}" for keeper in plan.ended for link in keeper.links)
     gone = {*((graphs.TAG, name) for name in result.names), *((graphs.IMAGE_REF, link) for link in result.links)}
     everyone = _by_label([*graph.roots, *plan.roots])
@@ -245,26 +245,34 @@ def _by_label(roots: Sequence[Root]) -> dict[tuple[str, str], list[Root]]:
     return found
 
 
-def _chosen(graph: Graph, found: Sequence[keepers.Keeper], wish: Wish) -> tuple[list[str], list[str]]:
-    """The names to remove, and those that a pattern asks for but that a mount or a journal uses."""
+def _chosen(
+    graph: Graph, found: Sequence[keepers.Keeper], wish: Wish, coming: Mapping[str, str]
+) -> tuple[list[str], list[str]]:
+    """The names to remove, and those that a pattern asks for but that a mount or a journal uses. ``coming`` are names
+    that will be there by then, and their manifests, which are not here yet.
+    """
     tags = {root.name: root for root in graph.roots if root.kind == graphs.TAG}
-    staying = {name for name in tags if any(_fits(name, pattern) for pattern in (*NEVER, *wish.keep))}
+    times = {**{name: graph.times[name] for name in tags}, **dict.fromkeys(coming, time.time())}
+    staying = {name for name in times if any(_fits(name, pattern) for pattern in (*NEVER, *wish.keep))}
     used_names = {name for keeper in found if keeper.kind != keepers.ENDED for name in keeper.names}
     # Nobody asked for these, but nobody needs them either: they came with a mount that ended with an earlier boot.
     left = {name for keeper in _ended(found) for name in keeper.names if name in tags} - staying - used_names
-    newest_first = sorted(tags, key=lambda name: (-graph.times[name], name))
+    newest_first = sorted(times, key=lambda name: (-times[name], name))
     before = time.time() - wish.older_than
     wanted: set[str] = set()
     for pattern in wish.remove:
         matching = [name for name in newest_first if name not in staying and _fits(name, pattern)]
-        wanted.update(name for name in matching[wish.keep_last :] if graph.times[name] <= before or not wish.older_than)
+        wanted.update(name for name in matching[wish.keep_last :] if times[name] <= before or not wish.older_than)
     held = set()
     if wanted:
         used_nodes = {root.node for root in keepers.roots(graph, list(found))}
+        used_manifests = frozenset().union(*(keeper.manifests for keeper in found if keeper.kind != keepers.ENDED))
         held = {
             name
             for name in wanted
-            if name in used_names or used_nodes.intersection(graph.nodes(tags[name], _pass_over))
+            if name in used_names
+            or coming.get(name) in used_manifests
+            or (name in tags and used_nodes.intersection(graph.nodes(tags[name], _pass_over)))
         }
     return sorted((wanted - held) | left), sorted(held - left)
 

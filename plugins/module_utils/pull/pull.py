@@ -43,7 +43,7 @@ from .plan import Layer, Plan, Request
 from .results import ImageResult, LayerResult, Report, Stats, about
 from .opened import Sources
 from ..progress import IMAGE, PLANNED, SKIPPED, Event, Progress, human
-from ..store.repository import Repository
+from ..store.repository import Foreseen, Repository
 from ..source.source import Facts
 from ..source.options import ProxyOptions
 
@@ -141,7 +141,7 @@ def pull_images(
         if options.check or (
             settled and not any(publish.unfinished(repository, plan, options.images_of(plan.request)) for plan in plans)
         ):
-            outcomes = _untouched(plans, predictions, exact=not options.peers)
+            outcomes = _untouched(plans, predictions, repository.foreseen, exact=not options.peers)
             if options.check:
                 _require_space(repository, plans, limits)
             else:
@@ -247,19 +247,26 @@ def _choose_deltas(repository: Repository, plans: Sequence[Plan], options: Optio
         )
 
 
-def _untouched(plans: Sequence[Plan], predictions: Sequence[list[StreamName]], exact: bool) -> list[Outcome]:
+def _untouched(
+    plans: Sequence[Plan], predictions: Sequence[list[StreamName]], foreseen: Foreseen, exact: bool
+) -> list[Outcome]:
     """Outcomes of a run that writes nothing; ``exact`` unless peers, which were not asked, may save bytes. A layer that
-    several images lack is counted with the first, as a real run would fetch it.
+    several images lack is counted with the first, as a real run would fetch it, and one that an earlier task will have
+    fetched is not counted at all.
     """
     outcomes = []
     claimed: set[StreamName] = set()
     for plan, predicted in zip(plans, predictions):
+        come = {stream for stream in predicted if foreseen.short(stream) in foreseen.streams}
+        claimed |= come
         streams = [stream for stream in predicted if stream not in claimed]
         fetched = sum(layer.to_fetch for stream, layer in plan.missing().items() if stream not in claimed)
         claimed_before = set(claimed)
         claimed.update(streams)
         stats = _stats(plan)
         stats.bytes_fetched = fetched
+        if stats.layers_already_present is not None:
+            stats.layers_already_present += len(come.intersection(plan.missing()))
         if any(stream not in claimed_before for stream in plan.missing()):
             # What is in a layer is not known before it is here.
             stats.objects_copied = stats.objects_already_present = stats.bytes_copied = stats.bytes_inlined = None
@@ -574,20 +581,18 @@ def _known(repository: Repository, digest: str | None) -> tuple[ImageResult, lis
     return result, layers
 
 
-def foretell(repository: Repository, request: Request) -> Report:
-    """What check mode says of an image that would be pulled, where nobody can be asked about it."""
-    standing = planning.Standing.of(repository, request)
-    tags = list(request.tags)
-    result = ImageResult(name=request.name, ref=request.ref, tags=tags, previous_digest=standing.digest)
-    return Report(result, True, standing.name)
-
-
 def describe(repository: Repository, outcome: Outcome) -> Report:
     """An outcome as modules return it."""
     plan = outcome.plan
     facts = plan.source.facts() if plan.source else Facts()
     # A layer that occurs twice, or that another image of the same task lacks too, is fetched once and counted there.
     to_fetch = {stream: layer.to_fetch for stream, layer in plan.missing().items() if stream in outcome.streams}
+    foreseen = repository.foreseen
+    come = {layer.stream for layer in plan.layers if foreseen.short(layer.stream) in foreseen.streams}
+    # What is fetched by then nobody can know, so whether it is this task that fetches these is not known either.
+    unsure = set() if foreseen.complete else set(plan.missing()).difference(come)
+    if unsure:
+        outcome.stats.bytes_fetched = outcome.stats.layers_already_present = None
     result = ImageResult(
         name=plan.request.name,
         ref=plan.request.ref,
@@ -606,14 +611,14 @@ def describe(repository: Repository, outcome: Outcome) -> Report:
                 diff_id=layer.diff_id,
                 size=layer.blob.size,
                 media_type=layer.blob.media_type,
-                status=layer.status,
-                bytes_to_fetch=to_fetch.pop(layer.stream, 0),
-                source=_delivers(outcome, layer),
+                status=None if layer.stream in unsure else planning.PRESENT if layer.stream in come else layer.status,
+                bytes_to_fetch=None if layer.stream in unsure else to_fetch.pop(layer.stream, 0),
+                source=None if layer.stream in unsure | come else _delivers(outcome, layer),
             )
             for layer in plan.layers
         ],
-        bytes_exact=outcome.bytes_exact,
-        streams=list(outcome.streams),
+        bytes_exact=outcome.bytes_exact and not unsure,
+        streams=None if unsure else list(outcome.streams),
         stats=outcome.stats,
         policy=plan.policy,
         skopeo_version=facts.skopeo_version,

@@ -38,13 +38,15 @@ class Stats:
 
 @dataclasses.dataclass(frozen=True)
 class LayerResult:
-    """One layer: digests as ``sha256:<hex>``, bytes, ``present`` or ``new``, and where it comes from."""
+    """One layer: digests as ``sha256:<hex>``, bytes, ``present`` or ``new``, and where it comes from;
+    None where check mode cannot know.
+    """
 
     digest: str
     diff_id: str
     size: int
     media_type: str
-    status: str
+    status: str | None
     bytes_to_fetch: int | None
     source: str | None
 

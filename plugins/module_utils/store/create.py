@@ -97,14 +97,19 @@ class Place:
             return "absent"
         return "present" if _has(self.root, NAME) else "directory"
 
-    @property
-    def unsafe(self) -> str:
-        """Why the repository is unsafe for root and the user that runs this, in words; empty if it is not."""
+    def unsafe(self, uid: int | None = None, mode: int | None = None) -> str:
+        """Why the repository is unsafe for root and the user that runs this, in words; empty if it is not. With ``uid``
+        and ``mode``: once it has that owner and that mode.
+        """
         if self.root is None:
-            return ""
+            fault = beneath.fault_of(os.geteuid() if uid is None else uid, DIRECTORY_MODE if mode is None else mode)
+            return f"{self.path} {fault}." if fault else ""
         # Looked at anew: owner and mode may just have been set.
         fresh = beneath.Root(os.dup(self.root.fd), self.path)
         try:
+            if uid is not None or mode is not None:
+                found = os.fstat(fresh.fd)
+                fresh.assume(found.st_uid if uid is None else uid, found.st_mode if mode is None else mode)
             fresh.require_safe()
             for path in ("objects", "images", "streams/refs/oci", f"{marks.DIRECTORY}/imports"):
                 with contextlib.suppress(FileNotFoundError), fresh.directory(path, os.O_PATH):

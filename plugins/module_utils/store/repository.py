@@ -17,8 +17,8 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..formats.repolayout import StreamName
 from ..formats.digests import ObjectDigest, StreamDigest
@@ -54,6 +54,29 @@ MAX_DEPTH = 64
 _TEMPORARY_LINK = ".symlink-"
 
 
+class Foreseen(NamedTuple):
+    """What will be in a repository when earlier tasks of a run in check mode have done what they foretold: the manifest
+    that a name will mean, None if it will be gone; and streams, by ``short``, that will be fetched, ``complete`` if
+    those are all.
+    """
+
+    names: Mapping[str, str | None] = {}
+    streams: frozenset[str] = frozenset()
+    complete: bool = True
+
+    @staticmethod
+    def short(stream: str) -> str:
+        """A stream's name without most of its digest."""
+        return stream[:-48]
+
+
+class Described(NamedTuple):
+    """What a repository says of itself: ``meta.json``, and whether that is sealed."""
+
+    metadata: Metadata
+    secure: bool
+
+
 class Repository:
     """An open repository and its lock. Use as a context manager, or ``close``.
 
@@ -67,6 +90,8 @@ class Repository:
         """
         self.root = root
         self.path = root.path
+        # What check mode foresees; nothing else ever sets it.
+        self.foreseen = Foreseen()
         # Whose file system counts for free space, if this repository stands in for one that is not there yet.
         self.place = ""
         self.metadata = metadata
@@ -79,13 +104,20 @@ class Repository:
 
     @classmethod
     def open(
-        cls, path: str, *, write: bool = False, wait: float = LOCK_WAIT, unsafe: str = beneath.REFUSE
+        cls,
+        path: str,
+        *,
+        write: bool = False,
+        wait: float = LOCK_WAIT,
+        unsafe: str = beneath.REFUSE,
+        described: Described | None = None,
     ) -> Repository:
         """Open the repository at ``path``, waiting up to ``wait`` seconds for its lock (Busy then).
 
         NotARepository if there is none, IncompatibleRepository if it needs what is not known here, UnsafeRepository if
         somebody else than root and the caller owns it or can write to it, unless ``unsafe`` is ACCEPT. With ``write``
-        also ReadOnly or PermissionDenied; without it, ``require_writable`` asks later. Creates nothing.
+        also ReadOnly or PermissionDenied; without it, ``require_writable`` asks later. Creates nothing. ``described``:
+        what a repository without ``meta.json`` is taken for, in check mode.
         """
         path = os.path.abspath(path)
         try:
@@ -98,7 +130,12 @@ class Repository:
             with doing(f"Opening the repository {path}"):
                 root.require_safe()
                 _lock(root.fd, locks.SHARED, wait)
-                metadata, secure = read_metadata(root)
+                try:
+                    metadata, secure = read_metadata(root)
+                except NotARepository:
+                    if described is None:
+                        raise
+                    metadata, secure = described
                 metadata.check_readable()
             repository = cls(root, metadata, secure)
             if write:
@@ -357,10 +394,16 @@ class Repository:
             # write.
             if digest is not None and (name not in found or "/" not in path[len(repolayout.TAGS) + 1 :]):
                 found[name] = digest
+        for name, digest in self.foreseen.names.items():
+            found.pop(name, None)
+            if digest is not None:
+                found[name] = digest
         return dict(sorted(found.items()))
 
     def tag_digest(self, name: str) -> str | None:
         """The digest of the manifest that ``name`` means, or None."""
+        if name in self.foreseen.names:
+            return self.foreseen.names[name]
         return repolayout.manifest_of_target(self._readlink(_tag_path(name)) or "")
 
     def tag_time(self, name: str, manifest_digest: str) -> float:

@@ -19,8 +19,9 @@ from typing import Any
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
-sys.path.insert(0, str(ROOT / "tests/support"))
+sys.path[:0] = [str(ROOT / "tests/support"), str(ROOT / "plugins/plugin_utils")]
 
+import scenarios
 from ociimage import Layout
 from tarbytes import DIRECTORY, member, tar
 
@@ -78,6 +79,126 @@ PLAY = """
         msg: restarted
 """
 
+# Every task meets what others before it foretold: on a repository without meta.json, as old programs made them.
+CHAIN = """
+- name: The chain
+  hosts: all
+  gather_facts: false
+  module_defaults:
+    group/composefs.oci.composefs:
+      repository: "{{ place }}/repository"
+    composefs.oci.composefs_image:
+      unenforced_policy: ignore
+      repository: "{{ place }}/repository"
+  tasks:
+    - name: Upgrade
+      composefs.oci.composefs_repository:
+        verity: disabled
+        owner: root
+        mode: "0755"
+    - name: Pull
+      composefs.oci.composefs_image: {ref: "oci:{{ place }}/layout:v2", name: app}
+    - name: Pull it again
+      composefs.oci.composefs_image: {ref: "oci:{{ place }}/layout:v2", name: app}
+    - name: Pull it again if it is missing
+      composefs.oci.composefs_image: {ref: "oci:{{ place }}/layout:v2", name: app, pull: missing}
+    - name: Pull what shares a layer
+      composefs.oci.composefs_image: {ref: "oci:{{ place }}/layout:v3", name: next, tags: [stage]}
+    - name: Name it once more
+      composefs.oci.composefs_image: {ref: app, name: same}
+    - name: Name it once more by its digest
+      composefs.oci.composefs_image: {ref: "{{ digests.v2 }}", name: bydigest}
+    - name: Rename
+      composefs.oci.composefs_image: {name: renamed, rename_from: same}
+    - name: Remove what was renamed
+      composefs.oci.composefs_image: {name: same, state: absent}
+    - name: Remove a name that has just come
+      composefs.oci.composefs_image: {name: bydigest, state: absent}
+    - name: Pull what an earlier task removed
+      composefs.oci.composefs_image: {ref: "oci:{{ place }}/layout:v2", name: bydigest}
+    - name: Remove the name of old
+      composefs.oci.composefs_image: {name: old, state: absent}
+    - name: Give the name of old again
+      composefs.oci.composefs_image: {ref: "oci:{{ place }}/layout:v1", name: old}
+    - name: Make another repository
+      composefs.oci.composefs_repository: {path: "{{ place }}/copies", repository: "{{ omit }}", verity: disabled}
+    - name: Pull from the first one
+      composefs.oci.composefs_image:
+        repository: "{{ place }}/copies"
+        images:
+          - {ref: "composefs:{{ place }}/repository#next", name: copy}
+          - {ref: "oci:{{ place }}/layout:v2", name: more}
+    - name: List
+      composefs.oci.composefs_image_info: {disk_use: true}
+    - name: List one
+      composefs.oci.composefs_image_info: {name: stage}
+    - name: Look at the repository
+      composefs.oci.composefs_repository_info:
+    - name: Check
+      composefs.oci.composefs_check: {images: [app]}
+    - name: Check all
+      composefs.oci.composefs_check:
+    - name: Mount
+      composefs.oci.composefs_mount: {image: stage, path: "{{ place }}/app"}
+    - name: Mount it again
+      composefs.oci.composefs_mount: {image: stage, path: "{{ place }}/app"}
+    - name: Mount it by another name
+      composefs.oci.composefs_mount: {image: next, path: "{{ place }}/app"}
+    - name: Mount another one
+      composefs.oci.composefs_mount: {image: app, path: "{{ place }}/app", state: remounted}
+    - name: See what is mounted
+      composefs.oci.composefs_mount_info: {path: "{{ place }}/app"}
+    - name: Unmount
+      composefs.oci.composefs_mount: {path: "{{ place }}/app", state: unmounted}
+    - name: Unmount again
+      composefs.oci.composefs_mount: {path: "{{ place }}/app", state: unmounted}
+    - name: See what is mounted now
+      composefs.oci.composefs_mount_info: {path: "{{ place }}/app"}
+    - name: Mount the first one
+      composefs.oci.composefs_mount: {image: renamed, path: "{{ place }}/app"}
+    - name: Deploy
+      composefs.oci.composefs_deployment: {path: "{{ place }}/service", name: next, confirm_within: 0}
+    - name: See what is deployed
+      composefs.oci.composefs_deployment_info: {path: "{{ place }}/service"}
+    - name: Retire
+      composefs.oci.composefs_deployment: {path: "{{ place }}/service", state: absent}
+    - name: Prune
+      composefs.oci.composefs_prune: {remove: [app, renamed, "next*", bydigest]}
+    - name: Look at the repository again
+      composefs.oci.composefs_repository_info:
+"""
+BEFORE = """
+- name: A repository with one image
+  hosts: all
+  gather_facts: false
+  tasks:
+    - name: Make it
+      composefs.oci.composefs_repository: {path: "{{ place }}/repository", verity: disabled}
+    - name: Pull
+      composefs.oci.composefs_image:
+        ref: "oci:{{ place }}/layout:v1"
+        name: old
+        repository: "{{ place }}/repository"
+        unenforced_policy: ignore
+"""
+UNCHANGED = [
+    "Pull it again",
+    "Pull it again if it is missing",
+    "Remove what was renamed",
+    "List",
+    "List one",
+    "Look at the repository",
+    "Check",
+    "Check all",
+    "Mount it again",
+    "See what is mounted",
+    "Unmount again",
+    "See what is mounted now",
+    "See what is deployed",
+    "Look at the repository again",
+]
+CALLBACKS = ROOT / "extensions/molecule/shared/callback_plugins"
+
 pytestmark = [
     pytest.mark.skipif(not PLAYBOOK.exists(), reason="ansible-core is not installed beside this Python"),
     pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root"),
@@ -98,45 +219,29 @@ def place(disk: pathlib.Path) -> Iterator[pathlib.Path]:
             LIBRARY.rmdir()
 
 
-def test_check_mode_foretells_the_whole_pipeline(place: pathlib.Path) -> None:
-    layout = Layout(place / "layout")
-    digests = {}
-    for version in ("v2", "v3"):
-        archive = tar(member("usr/", type=DIRECTORY, mode=0o755), member("usr/data", version.encode() * 500))
-        layout.image([archive], version)
-        digests[version] = json.loads((place / "layout/index.json").read_text())["manifests"][-1]["digest"]
+def play(place: pathlib.Path, script: list[str]) -> None:
+    """Run the lines in one mount namespace, where the journals are nobody else's and every mount ends with it."""
     tree = place / "collections/ansible_collections/composefs"
     tree.mkdir(parents=True)
     (tree / "oci").symlink_to(ROOT)
-    (place / "play.yml").write_text(PLAY)
-    steps = [("v2", "--check"), ("v2", ""), ("v3", "--check"), ("v3", ""), ("v3", "--check"), ("v3", "")]
-    # All of it in one mount namespace, where the journals are nobody else's and every mount ends with it.
     (place / "library").mkdir()
-    script = [f"mount --bind {place}/library {LIBRARY}"]
-    for number, (version, flags) in enumerate(steps):
-        values = {
-            "ansible_python_interpreter": "/usr/bin/python3" if os.path.exists("/usr/bin/python3") else sys.executable,
-            "place": str(place),
-            "version": version,
-            "digest": digests[version],
-            "out": str(place / f"out{number}"),
-        }
-        (place / f"vars{number}.json").write_text(json.dumps(values))
-        script.append(
-            f"{PLAYBOOK} -i localhost, -c local -e @{place}/vars{number}.json {flags} {place}/play.yml"
-            f" > {place}/text{number} 2>&1 || {{ cat {place}/text{number}; exit 1; }}"
-        )
     environment = {key: value for key, value in os.environ.items() if not key.startswith("ANSIBLE_")}
     environment.update(
+        ANSIBLE_CALLBACK_PLUGINS=str(CALLBACKS),
+        ANSIBLE_CALLBACKS_ENABLED="record",
         ANSIBLE_COLLECTIONS_PATH=str(place / "collections"),
         ANSIBLE_HOME=str(place / "home"),
         ANSIBLE_NOCOLOR="1",
         ANSIBLE_CACHE_PLUGIN="ansible.builtin.jsonfile",  # facts outlive a run, what was foretold must not
         ANSIBLE_CACHE_PLUGIN_CONNECTION=str(place / "facts"),
         LC_ALL="C.UTF-8",
+        MOLECULE_EPHEMERAL_DIRECTORY=str(place),
     )
     done = subprocess.run(
-        ["unshare", "--mount", "--propagation", "private", "sh", "-ec", "\n".join(script)],
+        [
+            *("unshare", "--mount", "--propagation", "private", "sh", "-ec"),
+            "\n".join([f"mount --bind {place}/library {LIBRARY}", *script]),
+        ],
         env=environment,
         cwd=place,
         stdin=subprocess.DEVNULL,
@@ -146,6 +251,47 @@ def test_check_mode_foretells_the_whole_pipeline(place: pathlib.Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-6000:]
+
+
+def line(place: pathlib.Path, name: str, values: dict[str, Any], flags: str = "") -> str:
+    """The line that runs the playbook ``name``.yml with these variables."""
+    interpreter = "/usr/bin/python3" if os.path.exists("/usr/bin/python3") else sys.executable
+    number = len(list(place.glob("vars*.json")))
+    (place / f"vars{number}.json").write_text(
+        json.dumps({"ansible_python_interpreter": interpreter, "place": str(place), **values})
+    )
+    return (
+        f"{PLAYBOOK} -i localhost, -c local -e @{place}/vars{number}.json {flags} {place}/{name}.yml"
+        f" > {place}/text{number} 2>&1 || {{ cat {place}/text{number}; exit 1; }}"
+    )
+
+
+def make_images(place: pathlib.Path, versions: tuple[str, ...]) -> dict[str, str]:
+    """Images that share their first layer; the manifest digest of each version."""
+    layout, digests = Layout(place / "layout"), {}
+    base = tar(member("usr/", type=DIRECTORY, mode=0o755), member("usr/base", b"base" * 500))
+    for version in versions:
+        layout.image([base, tar(member("usr/data", version.encode() * 500))], version)
+        digests[version] = json.loads((place / "layout/index.json").read_text())["manifests"][-1]["digest"]
+    return digests
+
+
+def test_check_mode_foretells_the_whole_pipeline(place: pathlib.Path) -> None:
+    digests = make_images(place, ("v2", "v3"))
+    (place / "play.yml").write_text(PLAY)
+    steps = [("v2", "--check"), ("v2", ""), ("v3", "--check"), ("v3", ""), ("v3", "--check"), ("v3", "")]
+    play(
+        place,
+        [
+            line(
+                place,
+                "play",
+                {"version": version, "digest": digests[version], "out": str(place / f"out{number}")},
+                flags,
+            )
+            for number, (version, flags) in enumerate(steps)
+        ],
+    )
     told: list[dict[str, Any]] = [json.loads((place / f"out{number}").read_text()) for number in range(len(steps))]
     texts = [(place / f"text{number}").read_text() for number in range(len(steps))]
     for number in (0, 2, 4):
@@ -159,3 +305,23 @@ def test_check_mode_foretells_the_whole_pipeline(place: pathlib.Path) -> None:
     assert [one["deployed"]["changed"] for one in told] == [True, True, True, True, False, False]
     assert told[2]["mounted"]["digest"] == digests["v3"] and told[2]["mounted"]["image_id"] is None
     assert told[3]["mounted"]["previous_image_id"] == told[2]["mounted"]["previous_image_id"]
+
+
+def test_check_mode_knows_what_its_earlier_tasks_foretold(place: pathlib.Path) -> None:
+    digests = make_images(place, ("v1", "v2", "v3"))
+    (place / "chain.yml").write_text(CHAIN)
+    (place / "before.yml").write_text(BEFORE)
+    values = {"digests": digests}
+    old = [line(place, "before", values), f"rm {place}/repository/meta.json", f"chmod 0777 {place}/repository"]
+    play(place, [*old, *(line(place, "chain", values, flags) for flags in ("--check", ""))])
+    runs = []
+    for path in sorted((place / "results").glob("*-chain-*.jsonl")):
+        entries = [json.loads(text) for text in path.read_text().splitlines()]
+        runs.append(scenarios.Run("chain", path.stem.endswith("check"), entries))
+    foretold, done = runs
+    assert (foretold.check, done.check) == (True, False)
+    assert scenarios.differences(foretold, done) == []
+    # The real run is what it should be, and none of it was passed over.
+    changes = {entry["task"]: entry["result"].get("changed") for entry in done.entries}
+    assert [task for task, changed in changes.items() if not changed] == UNCHANGED
+    assert done.of("localhost", "Upgrade")["upgraded"] is True

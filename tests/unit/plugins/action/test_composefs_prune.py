@@ -10,9 +10,14 @@ import pytest
 
 pytest.importorskip("ansible.plugins.action", exc_type=ImportError)
 
-from ansible_collections.composefs.oci.plugins.action import composefs_check, composefs_image, composefs_prune
+from ansible_collections.composefs.oci.plugins.action import composefs_check, composefs_prune
 
 
-def test_only_pulls_are_remembered_in_check_mode() -> None:
-    assert composefs_image.ActionModule.foretells_names
-    assert not composefs_prune.ActionModule.foretells_names and not composefs_check.ActionModule.foretells_names
+def test_what_a_prune_or_a_repair_changes_is_not_taken_for_a_pull() -> None:
+    digest = "sha256:" + "1" * 64
+    result = {"changed": True, "repository": "/r", "names": ["app"], "name": "other", "digest": digest}
+    prune = composefs_prune.ActionModule.__new__(composefs_prune.ActionModule)
+    (fact,) = prune.facts(result).values()
+    assert (fact["name"], fact["absent"], fact["digest"]) == ("app", True, None)
+    assert prune.facts({**result, "names": []}) == {}
+    assert composefs_check.ActionModule.__new__(composefs_check.ActionModule).facts(result) == {}

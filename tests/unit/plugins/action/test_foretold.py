@@ -18,10 +18,17 @@ pytest.importorskip(
 from ansible.plugins.action import ActionBase
 
 from ansible_collections.composefs.oci.plugins.action import (
+    composefs_check,
+    composefs_delta,
     composefs_deployment,
+    composefs_deployment_info,
     composefs_image,
+    composefs_image_info,
     composefs_mount,
+    composefs_mount_info,
     composefs_prune,
+    composefs_repository,
+    composefs_repository_info,
 )
 from ansible_collections.composefs.oci.plugins.plugin_utils import foretold
 
@@ -63,7 +70,7 @@ def test_a_pull_in_check_mode_is_known_to_the_tasks_after_it(monkeypatch: pytest
     facts = answer["ansible_facts"]
     _answer, seen = run(monkeypatch, action, Task(), {}, {"ansible_facts": {**facts, "hostname": "x"}})
     assert json.loads(seen[1][foretold.VARIABLE]) == [
-        {"repository": "/r", "name": "app", "digest": TWO, "absent": False}
+        {"repository": "/r", "name": "app", "digest": TWO, "absent": False, "streams": None}
     ]
     # In a real run nothing is told, and what another run left, for example in a cache of facts, does not count.
     assert len(run(monkeypatch, action, Task(check_mode=False), {}, {"ansible_facts": facts})[1]) == 1
@@ -95,8 +102,61 @@ def test_a_run_that_is_real_or_changes_nothing_leaves_no_facts(monkeypatch: pyte
 
 def test_each_name_has_a_fact_of_its_own() -> None:
     images = [{**PULLED, "name": name} for name in ("a", "b")] + [{**PULLED, "name": "same", "digest": ONE}]
-    facts = foretold.facts_of({"changed": True, "repository": "/r", "images": images}, False)
+    facts = foretold.facts_of({"changed": True, "repository": "/r", "images": images}, {"images": ["a", "b", "same"]})
     assert sorted(fact["name"] for fact in facts.values()) == ["a", "b"]
-    assert (
-        set(foretold.facts_of(PULLED, True)) & set(foretold.facts_of({**PULLED, "repository": "/other"}, True)) == set()
-    )
+    elsewhere = foretold.facts_of({**PULLED, "repository": "/other"}, {})
+    assert set(foretold.facts_of(PULLED, {})) & set(elsewhere) == set()
+
+
+def test_further_names_and_names_that_are_left_have_facts_too() -> None:
+    result = {**PULLED, "tags": ["stage"], "streams": ["oci-layer-" + ONE]}
+    facts = list(foretold.facts_of(result, {"name": "app", "rename_from": "was", "tags": ["stage"]}).values())
+    told = {fact["name"]: (fact["absent"], fact["digest"]) for fact in facts}
+    assert told == {"app": (False, TWO), "stage": (False, TWO), "was": (True, None)}
+    assert [stream for fact in facts for stream in fact["streams"]] == ["oci-layer-sha256:" + "1" * 16]
+    assert {fact["absent"] for fact in foretold.facts_of(result, {"state": "absent"}).values()} == {True}
+
+
+def test_what_is_foretold_never_grows_beyond_what_the_kernel_takes_as_one_variable() -> None:
+    images = [
+        {**PULLED, "name": f"app{number}", "streams": [f"oci-layer-sha256:{'1' * 64}"] * 100} for number in range(100)
+    ]
+    facts = foretold.facts_of({"changed": True, "repository": "/r", "images": images}, {})
+    (text,) = foretold.environment({"ansible_facts": facts}).values()
+    assert len(text) < 100_000 and len(json.loads(text)) == 100
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        composefs_check,
+        composefs_delta,
+        composefs_deployment_info,
+        composefs_image,
+        composefs_image_info,
+        composefs_mount_info,
+        composefs_prune,
+        composefs_repository_info,
+    ],
+)
+def test_a_repository_that_is_only_foretold_is_known_to_every_task_after_it(
+    monkeypatch: pytest.MonkeyPatch, action: Any
+) -> None:
+    result = {"changed": True, "path": "/r", "upgraded": True, "algorithm": "sha512", "verity": "required"}
+    facts = run(monkeypatch, composefs_repository, Task(), result, {})[0]["ansible_facts"]
+    _answer, seen = run(monkeypatch, action, Task(), {}, {"ansible_facts": facts})
+    (known,) = json.loads(seen[1][foretold.VARIABLE])
+    assert (known["repository"], known["upgraded"], known["secure"], known["unsafe"]) == ("/r", True, True, False)
+    assert "ansible_facts" not in run(monkeypatch, composefs_repository, Task(check_mode=False), result, {})[0]
+
+
+def test_a_deployment_in_check_mode_is_known_to_the_tasks_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = {"changed": True, "path": "/srv/app", "repository": "/r", "name": "app", "digest": TWO, "image_id": None}
+    for state, absent, kept in (
+        ("activated", False, foretold.EVERYTHING),
+        ("confirmed", False, 1),
+        ("absent", True, 1),
+    ):
+        answer, _seen = run(monkeypatch, composefs_deployment, Task(), {**result, "state": state}, {})
+        (fact,) = answer["ansible_facts"].values()
+        assert (fact["absent"], fact["keep_previous"], fact["state"]) == (absent, kept, state)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 from typing import Any
@@ -17,7 +18,9 @@ from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     NotARepository,
     UnsafeRepository,
 )
+from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
 from ansible_collections.composefs.oci.plugins.module_utils.progress import MESSAGE, Event, Progress
+from ansible_collections.composefs.oci.plugins.module_utils.store import create
 
 
 class Ended(BaseException):
@@ -113,6 +116,50 @@ def test_check_mode_takes_a_repository_that_is_not_there_yet_for_an_empty_one(tm
         assert repository.tags() == {} and repository.streams() == []
         scratch = repository.path
     assert "no repository" in module.warnings[0] and not os.path.exists(scratch) and not (tmp_path / "later").exists()
+
+
+def foretell(monkeypatch: pytest.MonkeyPatch, path: pathlib.Path, **facts: Any) -> None:
+    """Have earlier tasks foretold what becomes of the repository."""
+    told = {"created": False, "upgraded": False, "unsafe": False, "algorithm": "sha256", "secure": False, **facts}
+    monkeypatch.setenv("COMPOSEFS_OCI_FORETOLD", json.dumps([{"repository": str(path), **told}]))
+
+
+def test_check_mode_takes_an_old_repository_for_what_an_earlier_task_makes_of_it(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "repository"
+    create.create(str(path), fsverity.SHA256, create.DISABLED).close()
+    (path / "objects").mkdir(exist_ok=True)
+    (path / "meta.json").unlink()
+    path.chmod(0o777)
+    foretell(monkeypatch, path, upgraded=True, secure=True)
+    module = Module()
+    with pytest.raises(UnsafeRepository), threshold.opened_repository(module, str(path)):
+        pass
+    module.check_mode = True
+    with threshold.opened_repository(module, str(path)) as repository:
+        assert (repository.path, repository.secure, repository.algorithm.name) == (str(path), True, "sha256")
+    assert module.warnings == []
+    foretell(monkeypatch, path, upgraded=True, unsafe=True)
+    with pytest.raises(UnsafeRepository), threshold.opened_repository(module, str(path)):
+        pass
+    path.chmod(0o755)
+    foretell(monkeypatch, tmp_path / "another", upgraded=True)
+    with pytest.raises(NotARepository), threshold.opened_repository(module, str(path)):
+        pass
+
+
+def test_check_mode_takes_the_root_of_a_new_file_system_for_the_repository_that_it_becomes(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lost+found").mkdir()
+    module = Module()
+    module.check_mode = True
+    with pytest.raises(NotARepository), threshold.opened_repository(module, str(tmp_path)):
+        pass
+    foretell(monkeypatch, tmp_path, created=True, algorithm="sha512")
+    with threshold.opened_repository(module, str(tmp_path)) as repository:
+        assert repository.place == str(tmp_path) and repository.algorithm.name == "sha512"
 
 
 @pytest.mark.parametrize("check", [False, True])

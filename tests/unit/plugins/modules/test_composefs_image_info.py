@@ -149,3 +149,30 @@ def test_a_repository_that_others_can_change_is_refused_unless_that_is_accepted(
     assert result["failed"] and result["error"] == "unsafe_repository" and "chmod" in result["msg"]
     accepted = run(unsafe_repository="accept")
     assert len(accepted["images"]) == 2 and "written by others" in str(accepted["warnings"])
+
+
+def test_a_repository_that_is_only_foretold_has_no_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = str(tmp_path / "later")
+
+    def task(**values: Any) -> dict[str, Any]:
+        with (
+            arguments({"repository": place, "_ansible_check_mode": True, "_ansible_remote_tmp": "/tmp", **values}),
+            pytest.raises(SystemExit),
+        ):
+            composefs_image_info.main()
+        return dict(json.loads(capsys.readouterr().out))
+
+    found = task(disk_use=True)
+    assert found["images"] == [] and set(found["totals"].values()) == {None}
+    digest = "sha256:" + "1" * 64
+    name = {"repository": place, "name": "app", "digest": digest, "absent": False}
+    monkeypatch.setenv("COMPOSEFS_OCI_FORETOLD", json.dumps([name]))
+    found = task(disk_use=True)
+    assert found["totals"] == {"images": 1, "names": 1, "layers": None, "size": None}
+    (image,) = found["images"]
+    assert (image["names"], image["digest"]) == (["app"], digest)
+    assert {value for key, value in image.items() if key not in ("names", "digest")} == {None}
+    assert task(name="app")["images"] == task(digest=digest)["images"] == found["images"]
+    assert task(name="other")["images"] == task(labels={"a": "*"})["images"] == []

@@ -131,3 +131,27 @@ def test_the_last_maintenance_is_told(run: Any, repo: Repo) -> None:
 
 def test_a_failure_has_its_code(run: Any) -> None:
     assert run(repository="/nonexistent")["error"] == "not_a_repository"
+
+
+def test_what_earlier_tasks_of_a_run_in_check_mode_foretold_is_listed_and_the_rest_is_null(
+    run: Any, repo: Repo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later = {"repository": str(tmp_path / "later")}
+    made = {**later, "created": True, "upgraded": False, "unsafe": False, "algorithm": "sha512", "secure": True}
+    monkeypatch.setenv("COMPOSEFS_OCI_FORETOLD", json.dumps([made]))
+    found = run(**later, _ansible_check_mode=True)
+    assert (found["algorithm"], found["verity"], found["names"]) == ("sha512", True, [])
+    assert {*found["counts"].values(), found["bytes"], found["bytes_unused"], found["sharing"]} == {None}
+    assert found["filesystem"] and found["free_bytes"] > 0
+    name = {"name": "app", "digest": "sha256:" + "1" * 64, "absent": False, **later}
+    monkeypatch.setenv("COMPOSEFS_OCI_FORETOLD", json.dumps([made, name]))
+    found = run(**later, _ansible_check_mode=True)
+    assert found["counts"]["names"] == 1
+    assert [(one["name"], one["digest"], one["own"]) for one in found["names"]] == [("app", name["digest"], None)]
+    # Names of a repository that is there move, come and go as well.
+    gone = {**name, "repository": str(repo.path), "name": "a", "digest": None, "absent": True}
+    monkeypatch.setenv("COMPOSEFS_OCI_FORETOLD", json.dumps([gone, {**name, "repository": str(repo.path)}]))
+    found = run(_ansible_check_mode=True)
+    assert found["counts"] == {**dict.fromkeys(found["counts"]), "names": 4} and found["bytes"] is None
+    assert "app" in [one["name"] for one in found["names"]] and "a" not in [one["name"] for one in found["names"]]
+    assert run()["counts"]["objects"] > 0

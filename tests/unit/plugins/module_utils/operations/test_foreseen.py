@@ -153,3 +153,21 @@ def test_what_is_still_to_come_may_share_with_what_goes(site: Site) -> None:
     foretold = site.prune(True, site.ahead(app=SOMEBODY))
     assert foretold.changed and not foretold.certain
     assert foreseen.Ahead({"gone": None}).certain(prune.Graph.read(Repository.open(str(site.path))))
+
+
+def test_a_name_that_is_still_to_come_goes_if_it_is_asked_for(site: Site) -> None:
+    ahead = site.ahead(later=SOMEBODY, tomorrow="", stays=SOMEBODY)
+    with Repository.open(str(site.path)) as repository:
+        wish = prune.Wish(remove=["later", "tomorrow", "nothing"])
+        pruned = prune.prune(repository, wish, Progress(), True, site.look, lambda _ended: None, ahead)
+        assert {"later", "tomorrow"} <= set(pruned.names) and "stays" not in pruned.names
+        assert pruned.changed and not pruned.certain
+        # It is the newest one, and what an earlier task would mount is held.
+        young = prune.Wish(remove=["later"], older_than=60.0)
+        assert "later" not in prune.prune(repository, young, Progress(), True, site.look, ahead=ahead).names
+        mount = Mount("/srv/app", "later", SOMEBODY)
+        wish = prune.Wish(remove=["later*", "stays"])
+        pruned = prune.prune(
+            repository, wish, Progress(), True, site.look, ahead=dataclasses.replace(ahead, mounts=[mount])
+        )
+        assert pruned.held == ["later", f"later@{SOMEBODY}", "stays"]

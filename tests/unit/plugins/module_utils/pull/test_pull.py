@@ -26,7 +26,7 @@ from ociimage import sha256
 
 from ansible_collections.composefs.oci.plugins.module_utils.formats import codecs, fsverity
 from ansible_collections.composefs.oci.plugins.module_utils.host import filesystem, processes, processors
-from ansible_collections.composefs.oci.plugins.module_utils.pull import fetch, pull
+from ansible_collections.composefs.oci.plugins.module_utils.pull import fetch, foretelling, pull
 from ansible_collections.composefs.oci.plugins.module_utils.store import create, namerecords
 from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     AuthFailed,
@@ -164,7 +164,7 @@ def test_every_result_has_the_same_shape(path: pathlib.Path, world: World) -> No
     ]
     with Repository.open(str(path)) as repository:
         results += [pull.forget(repository, app(), check=check).result.values() for check in (True, False)]
-        results += [pull.foretell(repository, app()).result.values(), ImageResult().values()]
+        results += [foretelling.foretell(repository, app()).result.values(), ImageResult().values()]
     shapes = [(set(result) - {"warnings", "changed"}, set(result["stats"])) for result in results]
     assert all(shape == shapes[0] for shape in shapes)
     json.dumps(results)
