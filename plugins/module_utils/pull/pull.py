@@ -617,7 +617,7 @@ def describe(repository: Repository, outcome: Outcome) -> Report:
             )
             for layer in plan.layers
         ],
-        bytes_exact=outcome.bytes_exact and not unsure,
+        bytes_exact=None if unsure else outcome.bytes_exact,
         streams=None if unsure else list(outcome.streams),
         stats=outcome.stats,
         policy=plan.policy,
