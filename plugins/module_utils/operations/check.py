@@ -300,7 +300,9 @@ class _Check:
         if stream is None:
             self.add(DOCUMENT_DAMAGED, node, path, f"The manifest {name} does not lead to its configuration.")
             return
-        if self.graph.streams.get(repolayout.config_stream(digest)) != stream:
+        # A replacement that was cut off may have left the configuration the name that it had meanwhile.
+        names = (repolayout.config_stream(digest), repolayout.stream_name(imagestreams.PENDING, digest))
+        if all(self.graph.streams.get(one) != stream for one in names):
             self._unnamed(repolayout.config_stream(digest), stream)
         if stream in self.missing or stream in self.unreadable:
             return

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import contextlib
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
@@ -44,7 +45,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.operations.check imp
 from ansible_collections.composefs.oci.plugins.module_utils.operations import findings as all_findings
 from ansible_collections.composefs.oci.plugins.module_utils.operations.findings import Finding
 from ansible_collections.composefs.oci.plugins.module_utils.progress import Progress
-from ansible_collections.composefs.oci.plugins.module_utils.store import checks
+from ansible_collections.composefs.oci.plugins.module_utils.store import checks, imagestreams
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 
 
@@ -186,3 +187,34 @@ def test_a_mount_of_what_is_lost_is_told(repo: Repo) -> None:
     lost_image(repo)
     (lost,) = [one for one in found() if one.code == "mount_lost"]
     assert lost.object == image and "/srv/app" in lost.message and lost.repairable == "no"
+
+
+@pytest.mark.parametrize("calls", range(4))
+def test_a_replacement_of_documents_that_was_cut_off_is_no_finding(
+    repo: Repo, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    """At every instant of one: what leads to a configuration leads to one that has a name."""
+    left = iter(range(calls))
+
+    def register(self: Repository, *words: Any) -> bool:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return bool(real(self, *words))
+
+    with repo.open() as repository:
+        digest = repository.tag_digest("b") or ""
+        manifest = imagestreams.read(repository, imagestreams.MANIFEST, digest)
+        assert manifest is not None
+        (key,) = [key for key in manifest.refs if key.startswith(imagestreams.CONFIG_REF)]
+        of_config = key[len(imagestreams.CONFIG_REF) :]
+        config = imagestreams.read(repository, imagestreams.CONFIG, of_config)
+        assert config is not None
+        # The same configuration, but for the EROFS image.
+        refs = {name: one for name, one in config.refs.items() if not imagestreams.is_image_ref(name)}
+        stream = imagestreams.store(repository, imagestreams.CONFIG, config.raw, refs)
+        leading = imagestreams.store(repository, imagestreams.MANIFEST, manifest.raw, {**manifest.refs, key: stream})
+        real = Repository.register
+        monkeypatch.setattr(Repository, "register", register)
+        with contextlib.suppress(KeyboardInterrupt):
+            imagestreams.replace(repository, of_config, stream, {digest: leading})
+    assert run(repo, FULL).findings == []
