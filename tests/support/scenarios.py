@@ -18,7 +18,6 @@ from typing import Any
 
 import composefs_testinfra
 import pytest
-import testinfra
 
 REPOSITORY = "/srv/images"
 # What differs between a run in check mode and the run after it without being foretold: times, and what stands in both
@@ -146,6 +145,8 @@ def recorded() -> list[Run]:
 
 def host_of(name: str) -> Any:
     """A host by its name in the inventory, for tests that run once for several."""
+    import testinfra  # late: tests without hosts compare runs, too
+
     return testinfra.get_host(f"ansible://{name}?ansible_inventory={os.environ['MOLECULE_INVENTORY_FILE']}")
 
 
