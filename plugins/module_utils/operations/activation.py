@@ -200,6 +200,7 @@ class _Attempt:
             wanted.reload,
         )
         self._tried = dataclasses.replace(found, pending=self._trial)
+        self._keeper = lastingmount.Keeper(repository, self._names, image_id, manifest, host)
 
     def foretold(self) -> lastingmount.Result:
         """What would become of it. Raises EngineError for what would be refused."""
@@ -222,6 +223,7 @@ class _Attempt:
                 )
         except (EngineError, OSError) as error:
             _undo(self._path, self._trial.token, error, host)
+            self._keeper.undo()
             raise
         if wanted.confirm_within:
             return self._on_trial()
@@ -236,10 +238,8 @@ class _Attempt:
     def _prepare(self, _target: Target, _there: Mounted | None) -> None:
         """What must stand before the mount."""
         wanted, host, path, names = self._wanted, self._host, self._path, self._names
-        image_id, manifest = self._choice.target.image_id, self._choice.manifest
-        keeper = lastingmount.Keeper(self._repository, names, image_id, manifest, host)
-        keeper.keep()
-        if names.pin is not None and keeper.kept:
+        self._keeper.keep()
+        if names.pin is not None and self._keeper.kept:
             pins = tuple(dict.fromkeys((*self._tried.pins, names.pin)))
             self._tried = dataclasses.replace(self._tried, pins=pins)
         bootmount.install(host.places)
@@ -426,8 +426,10 @@ def _undo(path: str, token: str, error: EngineError | OSError, host: Host) -> No
         found = journal.read(path, host.places)
         if found is not None and found.pending is not None and found.pending.token == token:
             reason = error.text if isinstance(error, EngineError) else str(error)
-            deployment.take_back(found, host, deployment.FAILED, reason)
+            after = deployment.take_back(found, host, deployment.FAILED, reason)
             deadman.disarm(lastingmount.timer_name(path), host.run, lastingmount.has_systemd(host))
+            if deployment.is_empty(after):
+                journal.remove(path, host.places)
 
 
 def _is_meant(trial: Pending, digest: str | None) -> bool:

@@ -102,6 +102,15 @@ def keep(repository: Repository, names: Names, image_id: str, manifest: str | No
         repository.sync()
 
 
+def lacking(repository: Repository, names: Names) -> tuple[list[str], list[str]]:
+    """The links and the pins that keep() would make, as release() takes them. A pin that leads elsewhere is none of
+    them.
+    """
+    links = [] if names.link.split("/", 1)[1] in repository.image_refs(DIRECTORY) else [names.link]
+    pin = names.pin if names.own else None
+    return links, [pin] if pin is not None and repository.tag_digest(pin) is None else []
+
+
 def name_like(repository: Repository, name: str, other: str, manifest: str) -> None:
     """Make ``name`` mean ``manifest``, and let it come from where ``other`` comes from, if that means the same."""
     record = namerecords.read(repository, other)

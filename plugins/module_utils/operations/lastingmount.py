@@ -109,7 +109,11 @@ def _have_mounted(
     settings = deployment.settings_of(target, request.wish.bootable, persistent)
     after = moved(before, path, where, identity.name, settings, image, request)
     keeper = Keeper(repository, names, target.image_id, identity.digest, host)
-    outcome = mounting.ensure_mounted(repository, request.wish, check, lambda _target, _there: keeper.keep())
+    try:
+        outcome = mounting.ensure_mounted(repository, request.wish, check, lambda _target, _there: keeper.keep())
+    except BaseException:
+        keeper.undo()
+        raise
     if outcome.changed and not check:
         after = after.with_event(_confirmed(before, image, request.who))
     remembered = before is not None and _without_time(before) == _without_time(after)
@@ -211,6 +215,7 @@ class Keeper:
         self._host = host
         self.kept = False
         self._tried = False
+        self._made: tuple[list[str], list[str]] = ([], [])
 
     @property
     def possible(self) -> bool:
@@ -226,10 +231,17 @@ class Keeper:
             return
         self._tried = True
         try:
+            self._made = keeping.lacking(self._repository, self._names)
             keeping.keep(self._repository, self._names, self._image_id, self._manifest)
             self.kept = True
         except EngineError as error:
             self._host.warn(f"{error} So nothing keeps the mounted image when garbage is collected.")
+
+    def undo(self) -> None:
+        """Remove the names that keep() made, for nothing was mounted after all. Those that were there before stay."""
+        made, self._made = self._made, ([], [])
+        for complaint in keeping.release(self._repository, *made):
+            self._host.warn(complaint)
 
 
 @contextlib.contextmanager

@@ -142,16 +142,18 @@ def ensure_mounted(
             request = mountcalls.Request(
                 target.image_id, image, objects, target.verity, target.upperdir, target.workdir, target.options
             )
-            for directory in (target.upperdir, target.workdir):
-                if directory:
-                    _make_directory(directory)
-            if prepare is not None:
-                prepare(target, there)
-            if there is None:
-                _make_directory(target.path)
-                mountcalls.mount(request, target.path)
-            else:
-                mountcalls.replace(request, target.path)
+            with contextlib.ExitStack() as made:
+                for directory in (target.upperdir, target.workdir):
+                    if directory:
+                        _make_directory(directory, made)
+                if prepare is not None:
+                    prepare(target, there)
+                if there is None:
+                    _make_directory(target.path, made)
+                    mountcalls.mount(request, target.path)
+                else:
+                    mountcalls.replace(request, target.path)
+                made.pop_all()  # it is mounted, so they stay
     return Outcome(True, there, target)
 
 
@@ -412,13 +414,29 @@ def _check_place(repository: Repository, path: str) -> None:
         )
 
 
-def _make_directory(path: str) -> None:
+def _make_directory(path: str, made: contextlib.ExitStack) -> None:
+    """Make the directory and those that it lies in; ``made`` removes those that were made, as far as they are empty."""
     if os.path.isdir(path):
         return
     if os.path.lexists(path):
         raise MountFailed(f"{path} is not a directory, so nothing can be mounted there.", "Choose another path.")
+    missing = [path]
+    while not os.path.lexists(os.path.dirname(missing[-1])):
+        missing.append(os.path.dirname(missing[-1]))
+    # The innermost comes last, to be removed first.
+    for directory in reversed(missing):
+        made.callback(_remove_directory, directory)
     with doing(f"Making the directory {path}"):
         os.close(beneath.open_path(path, links=False, make=True))
+
+
+def _remove_directory(path: str) -> None:
+    with contextlib.suppress(OSError, EngineError):
+        fd = beneath.open_path(os.path.dirname(path), links=False)
+        try:
+            os.rmdir(os.path.basename(path), dir_fd=fd)
+        finally:
+            os.close(fd)
 
 
 def _parse_id(text: str, algorithm: fsverity.Algorithm) -> ObjectDigest | None:

@@ -6,16 +6,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import pathlib
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from ansible_collections.composefs.oci.plugins.module_utils.errors import ImageNotFound
-from ansible_collections.composefs.oci.plugins.module_utils.host import mountinfo
+from ansible_collections.composefs.oci.plugins.module_utils.errors import EngineError, ImageNotFound
+from ansible_collections.composefs.oci.plugins.module_utils.host import mountcalls, mountinfo
 from ansible_collections.composefs.oci.plugins.module_utils.operations import (
     journal,
     mounting,
@@ -153,3 +155,89 @@ def test_a_name_that_goes_while_its_image_is_mounted_is_warned_about(
         assert run(composefs_image, state="absent", _ansible_check_mode=check)["changed"]
         assert os.path.realpath(app.point) in warnings.pop() and not warnings
     assert app.data() == content("v2")
+
+
+class Refusing:
+    """A kernel that refuses the call of a number that is asked of it; ``steps`` are those that it was asked for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.steps: list[str] = []
+        self.refused = -1
+        call = mountcalls._Kernel.call
+
+        def asked(kernel: mountcalls._Kernel, step: str, *words: Any, **options: Any) -> int:
+            self.steps.append(step)
+            if len(self.steps) == self.refused + 1:
+                raise mountcalls._KernelRefused(step, errno.ENOSPC, "")
+            return call(kernel, step, *words, **options)
+
+        monkeypatch.setattr(mountcalls._Kernel, "call", asked)
+
+    @contextlib.contextmanager
+    def refusing(self, number: int) -> Iterator[None]:
+        self.steps, self.refused = [], number
+        yield
+        self.refused = -1
+
+
+def left(app: App) -> tuple[Any, ...]:
+    """All that a mount leaves anywhere: names in the repository, files of the host, directories, mounts."""
+    files = {
+        str(path): path.read_bytes() if path.is_file() else None
+        for place in (app.places.library, app.places.units)
+        for path in sorted(pathlib.Path(place).rglob("*"))
+        # The program for the boot stays for the next mount.
+        if path.parent.name == "mounts" and path.suffix != ".lock"
+    }
+    there = [mounted.source for mounted in mountinfo.mounts() if mounted.path == os.path.realpath(app.point)]
+    return app.tags(), app.links(), files, app.point.exists(), app.point.parent.exists(), there
+
+
+@pytest.mark.parametrize("activates", [False, True], ids=["mount", "activate"])
+def test_a_mount_that_the_kernel_refuses_leaves_nothing_behind(
+    app: App, monkeypatch: pytest.MonkeyPatch, activates: bool
+) -> None:
+    app.point = app.point.parent / "deep" / "er"
+    digest = app.pull("v2")
+    before = left(app)
+    kernel = Refusing(monkeypatch)
+    for number in range(100):
+        try:
+            with kernel.refusing(number):
+                app.activate(confirm_within=0) if activates else app.mount()
+        except EngineError as error:
+            assert len(kernel.steps) > number, f"nothing was refused, and still: {error}"
+            assert left(app) == before, f"after refusing {kernel.steps[number]}"
+        else:
+            break
+    assert number == len(kernel.steps) > 8 and kernel.steps[-1].startswith("attaching")
+    assert app.data() == content("v2") and f"app@{digest}" in app.tags()
+
+
+@pytest.mark.parametrize("activates", [False, True], ids=["mount", "activate"])
+def test_a_mount_in_the_place_of_another_that_the_kernel_refuses_changes_nothing(
+    app: App, monkeypatch: pytest.MonkeyPatch, activates: bool
+) -> None:
+    app.pull("v1")
+    app.mount()
+    app.pull("v2")
+    before = left(app)
+    kernel = Refusing(monkeypatch)
+    for number in range(100):
+        try:
+            with kernel.refusing(number):
+                app.activate(confirm_within=0) if activates else app.mount()
+        except EngineError as error:
+            assert len(kernel.steps) > number, f"nothing was refused, and still: {error}"
+            after = left(app)
+            if activates:
+                # The history tells that it was tried.
+                assert app.journal().pending is None and app.journal().history[-1].result == "failed"
+                before, after = (*before[:2], *before[3:]), (*after[:2], *after[3:])
+            assert after == before, f"after refusing {kernel.steps[number]}"
+            before = left(app)
+            assert app.data() == content("v1")
+        else:
+            break
+    assert number == len(kernel.steps) > 8
+    assert app.data() == content("v2") and len(left(app)[-1]) == 1
