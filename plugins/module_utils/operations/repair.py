@@ -41,7 +41,7 @@ from .findings import (
 from ..formats import fsverity, ocidocuments, repolayout
 from ..formats.reference import parse_reference
 from ..formats.digests import ObjectDigest, StreamDigest, digest_of, is_oci_digest, object_digest
-from ..errors import EngineError, FormatError, InvalidOption, doing
+from ..errors import OF_THIS_PROCESS, EngineError, FormatError, InvalidOption, doing
 from ..host import files
 from ..progress import Progress
 from ..pull import plan as planning
@@ -296,6 +296,8 @@ class _Repair:
     def _told(self, what: str) -> Iterator[None]:
         try:
             yield
+        except OF_THIS_PROCESS:
+            raise
         except EngineError as error:
             self.complaints.append(f"{what}: {error}")
 
@@ -370,8 +372,13 @@ class _Repair:
     def _mend_image(self, name: str, manifest: str) -> None:
         """Have the image under ``name`` whole again, with the same manifest: from what is here if that suffices."""
         repository = self.repository
-        images = self._wanted_images(manifest)
-        self._drop_wrong_images(manifest)
+        wrong = {
+            object_digest(one.object)
+            for one in self.findings
+            if one.code in (IMAGE_WRONG, IMAGE_DAMAGED) and one.object
+        }
+        # The configuration leads to them until the new ones are there: a repair that is interrupted is done again.
+        images = self._wanted_images(manifest)._replace(distrusted=frozenset(wrong))
         for attempt in (False, True):
             if attempt and not self._rebuild_documents(manifest):
                 break
@@ -410,32 +417,6 @@ class _Repair:
                     boot = any(one.startswith(imagestreams.BOOT_REF) for one in keys)
                     return publish.Images(any(not one.startswith(imagestreams.BOOT_REF) for one in keys), boot)
         return publish.Images()
-
-    def _drop_wrong_images(self, manifest: str) -> None:
-        """Let the configuration forget EROFS images that are not what its layers make; they are then made anew."""
-        repository = self.repository
-        wrong = {
-            object_digest(one.object)
-            for one in self.findings
-            if one.code in (IMAGE_WRONG, IMAGE_DAMAGED) and one.object
-        }
-        document = imagestreams.usable(repository, imagestreams.MANIFEST, manifest) if wrong else None
-        for key, stream in imagestreams.streams_among(document.refs if document else {}).items():
-            if not key.startswith(imagestreams.CONFIG_REF):
-                continue
-            digest = key[len(imagestreams.CONFIG_REF) :]
-            config = imagestreams.read_object(repository, imagestreams.CONFIG, digest, stream)
-            refs = {one: image for one, image in config.refs.items() if image not in wrong}
-            if len(refs) == len(config.refs):
-                continue
-            with repository.importing():
-                changed = imagestreams.store(repository, imagestreams.CONFIG, config.raw, refs)
-                moved = {
-                    one: imagestreams.store(repository, imagestreams.MANIFEST, doc.raw, {**doc.refs, key: changed})
-                    for one, doc in imagestreams.manifests_of_config(repository, digest, changed).items()
-                }
-                repository.sync()
-                imagestreams.replace(repository, digest, changed, moved)
 
     def _rebuild_documents(self, manifest: str) -> bool:
         """Write the streams of manifest and configuration anew, if their documents are among the objects and all layers

@@ -35,10 +35,13 @@ _MAGIC = bytes.fromhex("e2e1f5e0")
 
 
 class Images(NamedTuple):
-    """Which EROFS images to make of a container: ``plain`` ones to mount, ``bootable`` ones to boot from."""
+    """Which EROFS images to make of a container: ``plain`` ones to mount, ``bootable`` ones to boot from. Those of the
+    ``distrusted`` ones that a configuration leads to are made anew, whatever is there.
+    """
 
     plain: bool = True
     bootable: bool = False
+    distrusted: frozenset[ObjectDigest] = frozenset()
 
 
 def predict(repository: Repository, plan: Plan, images: Images) -> list[StreamName]:
@@ -50,6 +53,7 @@ def predict(repository: Repository, plan: Plan, images: Images) -> list[StreamNa
         config is not None
         and _leads_to(plan, config.refs, layers)
         and all(image in config.refs for image in _wanted(repository, plan, images))
+        and images.distrusted.isdisjoint(config.refs.values())
     ):
         # An image whose object is gone comes back the same: making images is deterministic.
         manifest = plan.manifest_document
@@ -195,7 +199,7 @@ def _make_missing(
     ahead: Ahead | None = None,
 ) -> None:
     """Make the EROFS images that are wanted and neither stored nor ``made`` yet, where they are noted."""
-    there = {**_true_images(repository, plan, layers), **made}
+    there = {**_true_images(repository, plan, images, layers), **made}
     missing = [
         format_
         for name, format_ in _wanted(repository, plan, images).items()
@@ -223,7 +227,7 @@ def _decide(
     """Store the documents as they have to be now, by what the repository holds."""
     based_on = _streams(repository, plan)
     before = plan.config_document
-    kept = _true_images(repository, plan, layers)
+    kept = _true_images(repository, plan, images, layers)
     # What was made for want of it, and is there meanwhile, is the same: making images is deterministic.
     image_refs = {**kept, **{name: digest for name, digest in made.items() if kept.get(name) != digest}}
     config_refs = {**layers, **image_refs}
@@ -246,7 +250,7 @@ def _decide(
 
 
 def _true_images(
-    repository: Repository, plan: Plan, layers: Mapping[str, StreamDigest | None]
+    repository: Repository, plan: Plan, wanted: Images, layers: Mapping[str, StreamDigest | None]
 ) -> dict[str, ObjectDigest]:
     """The EROFS images that the stored configuration leads to and that stay: those made of the same layers.
 
@@ -256,7 +260,9 @@ def _true_images(
     before = plan.config_document
     if before is None or plan.config is None:
         return {}
-    images = imagestreams.images_among(before.refs)
+    images = {
+        name: image for name, image in imagestreams.images_among(before.refs).items() if image not in wanted.distrusted
+    }
     others = imagestreams.streams_among(before.refs)
     if not images or others.keys() != layers.keys():
         return {}
@@ -348,7 +354,7 @@ def _coming_config(
     config = plan.config_document
     keys = set(_wanted(repository, plan, images))
     if config is not None:
-        keys |= _true_images(repository, plan, layers).keys()
+        keys |= _true_images(repository, plan, images, layers).keys()
     candidates = [repository.stream(repolayout.config_stream(plan.config_digest))]
     candidates += [document.stream_of(imagestreams.CONFIG_REF + plan.config_digest) for document in holders.values()]
     for stream in dict.fromkeys(candidates):

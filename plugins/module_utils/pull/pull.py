@@ -82,9 +82,9 @@ class Options:
 
     def images_of(self, request: Request) -> publish.Images:
         """Which EROFS images to make of one image."""
-        return publish.Images(
-            self.images.plain if request.erofs is None else request.erofs,
-            self.images.bootable if request.bootable is None else request.bootable,
+        return self.images._replace(
+            plain=self.images.plain if request.erofs is None else request.erofs,
+            bootable=self.images.bootable if request.bootable is None else request.bootable,
         )
 
 

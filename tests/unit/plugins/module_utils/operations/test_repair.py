@@ -36,11 +36,12 @@ from filled_repository import (
 
 from ansible_collections.composefs.oci.plugins.module_utils.errors import EngineError
 from ansible_collections.composefs.oci.plugins.module_utils.host import processes
-from ansible_collections.composefs.oci.plugins.module_utils.operations import prune, repair
+from ansible_collections.composefs.oci.plugins.module_utils.operations import listing, prune, repair
 from ansible_collections.composefs.oci.plugins.module_utils.operations.check import FULL, Wish
 from ansible_collections.composefs.oci.plugins.module_utils.operations.keepers import Keeper
 from ansible_collections.composefs.oci.plugins.module_utils.operations.repair import Means, Result
 from ansible_collections.composefs.oci.plugins.module_utils.progress import Progress
+from ansible_collections.composefs.oci.plugins.module_utils.pull import makeimages
 from ansible_collections.composefs.oci.plugins.module_utils.store import graph
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 
@@ -120,6 +121,33 @@ def test_streams_of_documents_are_made_anew_of_what_is_here(repo: Repo, world: W
         repo.flip(digest)
     result = run(repo)
     assert result.findings == [] and world.requests == [] and {one.how for one in result.repaired} == {"rebuilt"}
+
+
+def images_of(repo: Repo) -> dict[str, str | None]:
+    """The EROFS image of each name."""
+    with Repository.open(str(repo.path)) as repository:
+        return {
+            name: listing.describe_image(repository, manifest)["image_id"]
+            for name, manifest in repository.tags().items()
+        }
+
+
+@pytest.mark.parametrize("breaks", [lost_image, rotten_image, wrong_image], ids=lambda one: one.__name__)
+def test_a_repair_that_is_interrupted_is_finished_by_the_next(
+    repo: Repo, world: World, breaks: Break, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = images_of(repo)
+    breaks(repo)
+
+    def killed(*_anything: object, **_more: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(makeimages, "write_images", killed)
+        run(repo)
+    result = run(repo)
+    assert result.repaired and result.findings == [], result.complaints
+    assert images_of(repo) == before and world.requests == []
 
 
 @pytest.mark.parametrize("breaks", [lost_file, rotten_file, lost_layer, lost_document], ids=lambda one: one.__name__)
