@@ -288,6 +288,10 @@ class OutOfMemory(EngineError):
     code = "out_of_memory"
 
 
+# What says nothing of whatever was being looked at: this process cannot look.
+OF_THIS_PROCESS = (LimitReached, OutOfMemory)
+
+
 class InternalError(EngineError):
     """A defect of the collection."""
 

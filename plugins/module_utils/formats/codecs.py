@@ -298,6 +298,7 @@ class _Gzip(_Members):
         try:
             piece: bytes = member.decompress(offer, n)
         except self._errors as error:
+            _require_memory(error)
             raise InvalidLayer(f"The gzip data is damaged near byte {given.offset}: {error}.", _FETCH_AGAIN) from error
         if member.eof:
             given.pos += len(offer) - len(member.unused_data)
@@ -309,6 +310,12 @@ class _Gzip(_Members):
         if not piece and not used and (offer or not given.more()):
             raise InvalidLayer(f"The gzip data ends in the middle of a member, at byte {given.offset}.", _FETCH_AGAIN)
         return piece
+
+
+def _require_memory(error: Exception) -> None:
+    """Raise MemoryError if that is what a library says: the data may be all right."""
+    if "not enough memory" in str(error) or str(error).startswith("Error -4 "):  # that of zlib
+        raise MemoryError from error
 
 
 _BETWEEN, _BLOCK, _PADDING = range(3)
@@ -457,6 +464,7 @@ class _Zstandard:
         try:
             data: bytes = self._reader.read(n)
         except self._error as error:
+            _require_memory(error)
             raise self._frames.fail(f"The zstd data is damaged ({error})") from error
         return data
 
@@ -494,6 +502,7 @@ class _StandardZstd(_Members):
         try:
             piece: bytes = member.decompress(offer, n)
         except self._error as error:
+            _require_memory(error)
             raise self._frames.fail(f"The zstd data is damaged ({error})") from error
         if member.eof:
             self._pos -= len(
@@ -518,17 +527,29 @@ def zstd_compressor(*, level: int = 3, backend: str | None = None) -> Compressor
     # The one-shot functions would store the content size: the sections are defined by what the streaming interface
     # writes.
     compressor = module.ZstdCompressor(level=level)
-    return _ZstdCompressor(compressor.compressobj() if name == "zstandard" else compressor)
+    return _ZstdCompressor(compressor.compressobj() if name == "zstandard" else compressor, module.ZstdError)
 
 
 class _ZstdCompressor:
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: Any, error: type[Exception]) -> None:
         self._compress: Callable[[Any], bytes] = stream.compress
-        self.flush: Callable[[], bytes] = stream.flush
+        self._flush: Callable[[], bytes] = stream.flush
+        self._error = error
 
     def compress(self, data: bytes, /) -> bytes:
-        # An empty first call would start a frame with a window, and the empty frame has none.
-        return self._compress(data) if data else b""
+        try:
+            # An empty first call would start a frame with a window, and the empty frame has none.
+            return self._compress(data) if data else b""
+        except self._error as error:
+            _require_memory(error)
+            raise
+
+    def flush(self) -> bytes:
+        try:
+            return self._flush()
+        except self._error as error:
+            _require_memory(error)
+            raise
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -566,16 +587,22 @@ class PatchMaker:
                 window_log=window,
                 enable_ldm=self._base_size > _LONG_DISTANCE,
             )
-            frame: bytes = module.ZstdCompressor(dict_data=self._dict, compression_params=parameters).compress(data)
-            return frame
+            compressor = module.ZstdCompressor(dict_data=self._dict, compression_params=parameters)
+            return self._made(compressor.compress, data)
         options = {
             module.CompressionParameter.compression_level: self._level,
             module.CompressionParameter.window_log: window,
             module.CompressionParameter.enable_long_distance_matching: int(self._base_size > _LONG_DISTANCE),
         }
         compressor = module.ZstdCompressor(options=options, zstd_dict=self._dict.as_prefix)
-        frame = compressor.compress(data, module.ZstdCompressor.FLUSH_FRAME)
-        return frame
+        return self._made(compressor.compress, data, module.ZstdCompressor.FLUSH_FRAME)
+
+    def _made(self, compress: Callable[..., bytes], *arguments: Any) -> bytes:
+        try:
+            return compress(*arguments)
+        except self._module.ZstdError as error:
+            _require_memory(error)
+            raise
 
 
 class Patches:

@@ -550,6 +550,9 @@ def _explain(refusal: _KernelRefused, request: Request, target: str) -> EngineEr
             "Mounting needs the capability CAP_SYS_ADMIN in the initial user namespace: run as root, for example with "
             "become.",
         )
+    if refusal.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        what = f"Mounting the image {request.image_id} at {target} ({refusal.step})"
+        return from_os_error(OSError(refusal.errno, ""), what)
     if refusal.errno == errno.EBUSY:
         return Busy(text, "Loop devices, or the upper or work directory, may be in use by others.")
     if refusal.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):

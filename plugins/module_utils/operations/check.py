@@ -44,7 +44,7 @@ from .findings import (
 )
 from ..formats import fsverity, ocidocuments, repolayout
 from ..host import processors, workers
-from ..errors import EngineError, FormatError, ImageNotFound, InvalidDocument
+from ..errors import OF_THIS_PROCESS, EngineError, FormatError, ImageNotFound, InvalidDocument
 from ..progress import Progress
 from ..store import checks, imagestreams, proofs
 from ..store import graph as graphs
@@ -220,6 +220,8 @@ class _Check:
                 for digest in graphs.image_objects(self.repository, node):
                     self._absent(digest, f"the EROFS image {node.hex()}")
                 return
+        except OF_THIS_PROCESS:
+            raise
         except EngineError as error:
             self.unreadable.add(node)
             code = IMAGE_DAMAGED if node in self.graph.images.values() else STREAM_DAMAGED
@@ -246,6 +248,8 @@ class _Check:
                         self.add(STREAM_DAMAGED, node, path, f"The stream {node.hex()}: {error.text}")
                 for digest in (*lost, *(one for one in stream.object_refs if lost or node in self.unreadable)):
                     self._absent(digest, f"the stream {node.hex()}")
+        except OF_THIS_PROCESS:
+            raise
         except EngineError as error:
             self.unreadable.add(node)
             if node in self.graph.images.values():
@@ -292,6 +296,8 @@ class _Check:
             return
         try:
             manifest = ocidocuments.parse_manifest(document.raw)
+        except OF_THIS_PROCESS:
+            raise
         except EngineError as error:
             self.add(DOCUMENT_DAMAGED, node, path, f"The manifest {name}: {error.text}")
             return
@@ -316,6 +322,8 @@ class _Check:
                 layers = [
                     diff_id for _layer, diff_id in ocidocuments.pairs(manifest, ocidocuments.parse_config(config.raw))
                 ]
+            except OF_THIS_PROCESS:
+                raise
             except EngineError as error:
                 self.add(DOCUMENT_DAMAGED, stream, path, f"The configuration {digest}: {error.text}")
                 return
@@ -512,6 +520,8 @@ def _wrong_images(repository: Repository, stream: StreamDigest, layers: Sequence
                 erofswriter.write_image(system.root, wanted[key][0], repository.algorithm, hasher.update)
                 if hasher.digest() != refs[key]:
                     wrong.append([key, refs[key].hex(), hasher.digest().hex()])
+    except OF_THIS_PROCESS:
+        raise
     except EngineError:
         return []  # layers that make no tree are found as what they are
     return wrong

@@ -16,7 +16,7 @@ from typing import Any
 from ..formats.digests import ObjectDigest, object_digest
 from ..formats import fsverity
 from ..host import files, workers
-from ..errors import DigestMismatch, FormatError, VerityUnsupported, doing
+from ..errors import OF_THIS_PROCESS, DigestMismatch, FormatError, VerityUnsupported, doing, from_os_error
 from ..progress import Countdown, Progress
 from ..store.objects import hash_file
 from ..store.repository import Repository
@@ -216,7 +216,8 @@ def _fault(
     except FormatError:
         return (OBJECT_DAMAGED, f"The object {digest.hex()} is not a regular file."), 0
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM):
+        # What this user, or this process, may not do says nothing of the object.
+        if error.errno in (errno.EACCES, errno.EPERM) or isinstance(from_os_error(error, ""), OF_THIS_PROCESS):
             raise
         return (OBJECT_UNREADABLE, f"The object {digest.hex()} cannot be opened: {os.strerror(error.errno or 0)}."), 0
     try:

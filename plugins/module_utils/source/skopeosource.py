@@ -117,8 +117,9 @@ class SkopeoSource(Source):
                     protocol_version=proxy.protocol_version, policy=self._policy(reference, proxy.enforces_policy)
                 )
                 if self._asked is None:
-                    self._asked = threading.Thread(target=self._ask_version, name="version", daemon=True)
-                    self._asked.start()
+                    asked = threading.Thread(target=self._ask_version, name="version", daemon=True)
+                    asked.start()
+                    self._asked = asked
             if reference not in self._images:
                 self._images[reference] = self._proxy.open_image(reference)
             return self._proxy, self._images[reference]
@@ -135,8 +136,9 @@ class SkopeoSource(Source):
         if threading.current_thread() is threading.main_thread():
             return start()
         if self._starter is None:
-            self._starter = _Starter()
-            self._starter.start()
+            starter = _Starter()
+            starter.start()
+            self._starter = starter
         return self._starter.call(start)
 
     def _ask_version(self) -> None:

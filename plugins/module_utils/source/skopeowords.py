@@ -144,7 +144,7 @@ _MEANT_LOCALLY: dict[type[EngineError], tuple[type[EngineError], str]] = {
 _EXHAUSTED = (
     (r"failed to create new os thread|newosproc|pthread_create|resource temporarily unavailable", PROCESSES),
     (r"too many open files", FILES),
-    (r"cannot allocate memory|runtime: out of memory|failed to reserve memory", MEMORY),
+    (r"cannot allocate memory|runtime: out of memory|failed to reserve (page summary )?memory", MEMORY),
 )
 _PROXY = r"\b407\b|proxy authentication required"
 _PROXY_HINT = (

@@ -27,7 +27,7 @@ from ..formats.splitstream import DigestTable
 from ..formats.repolayout import StreamName
 from ..formats.digests import ObjectDigest, StreamDigest
 from ..formats import digests, fsverity, repolayout
-from ..errors import EngineError, FormatError, doing
+from ..errors import OF_THIS_PROCESS, EngineError, FormatError, doing
 from .repository import MAX_DEPTH, Repository, too_deep
 
 TAG, REFERRER, REF, IMAGE_REF = "tag", "referrer", "ref", "image_ref"
@@ -233,7 +233,7 @@ class Graph:
             try:
                 self._next[node] = self._read_node(node)
             except EngineError as error:
-                if broken is None:
+                if broken is None or isinstance(error, OF_THIS_PROCESS):
                     raise
                 broken(node, error)
                 return ()
@@ -272,7 +272,7 @@ class Graph:
             with self.repository.open_object_stream(StreamDigest(node)) as stream:
                 return stream.object_refs.data
         except EngineError as error:
-            if broken is None:
+            if broken is None or isinstance(error, OF_THIS_PROCESS):
                 raise
             broken(node, error)
             return b""

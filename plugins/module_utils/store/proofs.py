@@ -16,7 +16,7 @@ import os
 
 from ..formats.digests import StreamDigest
 from ..formats import repolayout, splitstream
-from ..errors import EngineError, FormatError
+from ..errors import OF_THIS_PROCESS, EngineError, FormatError
 from .objects import ObjectStore
 from .repository import Repository
 
@@ -50,6 +50,8 @@ def proved_layer(
     except FormatError as error:
         warnings.append(f"The stored layer {stream} is not usable and is replaced: {error.text}")
         return None
+    except OF_THIS_PROCESS:
+        raise
     except EngineError as error:
         warnings.append(f"The stored layer {stream} cannot be read and is replaced: {error.text}")
         return None
