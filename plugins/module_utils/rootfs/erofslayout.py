@@ -15,6 +15,7 @@ import stat as st
 import struct
 from array import array
 from binascii import hexlify
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..formats.bounds import MAX_MAJOR, MAX_MINOR, MAX_NAME, MAX_SYMLINK, MAX_XATTR
@@ -79,11 +80,11 @@ class Xattrs:
 
 
 class Folder:
-    """A directory on its way to disk: ``names`` with ``.`` and ``..``, in order, ``children`` the inode index
-    of each.
+    """A directory on its way to disk: ``names`` with ``.`` and ``..``, in order; the inode index of each stands in
+    ``Inodes.children`` from ``first`` on.
     """
 
-    __slots__ = ("stat", "names", "children", "parent", "name", "index", "nlink", "cuts", "size", "entries")
+    __slots__ = ("stat", "names", "first", "parent", "name", "index", "nlink", "cuts", "size", "entries")
 
     def __init__(self, directory: Directory, parent: Folder | None, name: bytes, index: int) -> None:
         self.stat = directory.stat
@@ -91,8 +92,8 @@ class Folder:
         self.parent = self if parent is None else parent
         self.name = name
         self.index = index
-        self.names: list[bytes] = []
-        self.children = array("I")
+        self.names: tuple[bytes, ...] = ()
+        self.first = 0
         self.nlink = 2
         self.cuts: tuple[int, ...] = ()
         self.size = 0
@@ -110,7 +111,7 @@ class Folder:
         directory end.
         """
         entries = self.entries
-        self.names = names = sorted([*entries, b".", b".."])
+        self.names = names = tuple(sorted([*entries, b".", b".."]))
         blob = b"\0".join(names)
         if (
             b"/" in blob
@@ -153,8 +154,10 @@ class Folder:
 
 
 class Inodes:
-    """The inodes of one image, collected from a tree. ``nodes``, ``xattrs``, ``forms`` and ``types`` are indexed by
-    inode, in the order of the image.
+    """The inodes of one image, collected from a tree. ``nodes``, ``set_numbers`` (of ``sets``), ``forms`` and ``types``
+    are indexed by inode, in the order of the image.
+
+    What there is for each inode is small and stands in arrays: images have hundreds of thousands.
     """
 
     def __init__(self, root: Directory, version: int, algorithm: Algorithm) -> None:
@@ -164,15 +167,15 @@ class Inodes:
         self.epoch1 = version < 2
         self.digest_size = size = algorithm.size
         self.nodes: list[Folder | Leaf] = []
-        self.xattrs: list[Xattrs] = []
+        self.set_numbers = array("I")
+        self.children = array("I")
         self.forms = bytearray()
         self.types = bytearray()
         self.folders: list[Folder] = []
         self.acl = False
-        self.empty = Xattrs(((), (), ()))
-        self._sets_by_id: dict[int, Xattrs] = {}
-        self._sets: dict[tuple[tuple[tuple[bytes, bytes], ...], int], Xattrs] = {}
-        self._digests: set[ObjectDigest] = set()
+        self.sets: list[Xattrs] = [Xattrs(((), (), ()))]
+        self._sets_by_id: dict[int, int] = {}
+        self._sets: dict[tuple[tuple[tuple[bytes, bytes], ...], int], int] = {}
         self.shared_digests: dict[ObjectDigest, tuple[int, int]] = {}
         self.shared: list[Entry] = []
         self.shared_size = 0
@@ -194,8 +197,12 @@ class Inodes:
             self._collect_breadth_first(self._with_stubs(root), root)
         else:
             self._collect_depth_first(root)
-        self._digests.clear()
         self._sets_by_id.clear()
+        # Sorted, what occurs twice stands side by side: a set of them all would take four times the memory.
+        digests = sorted(node.digest for node in self.nodes if node.__class__ is Leaf and node.digest is not None)
+        for digest, following in zip(digests, islice(digests, 1, None)):
+            if digest == following:
+                self.shared_digests[digest] = (0, 0)
 
     @staticmethod
     def _with_stubs(root: Directory) -> Directory:
@@ -219,9 +226,9 @@ class Inodes:
         self.nodes.append(node)
         self.forms.append(form)
         self.types.append(_TYPES[kind])
-        xattrs = self.empty if not marks and not stat.xattrs else self._set_of(stat.xattrs or None, marks)
-        xattrs.count += 1
-        self.xattrs.append(xattrs)
+        number = 0 if not marks and not stat.xattrs else self._set_of(stat.xattrs or None, marks)
+        self.sets[number].count += 1
+        self.set_numbers.append(number)
 
     def _add_folder(self, directory: Directory, parent: Folder | None, name: bytes) -> Folder:
         folder = Folder(directory, parent, name, len(self.nodes))
@@ -244,10 +251,6 @@ class Inodes:
                         f"{folder.path(name)} refers to an object by a digest of {len(digest)} bytes, not "
                         f"{self.digest_size}."
                     )
-                if digest in self._digests:
-                    self.shared_digests[digest] = (0, 0)
-                else:
-                    self._digests.add(digest)
             elif size != len(leaf.data):
                 form, marks = FORM_EXTERNAL, _MARK_SPARSE
                 if leaf.data:
@@ -300,11 +303,10 @@ class Inodes:
 
     def _mark_parent(self, folder: Folder) -> None:
         index = folder.index
-        self.xattrs[index].count -= 1
-        self.xattrs[index] = marked = self._set_of(
-            folder.stat.xattrs or None, _MARK_PARENT | (0 if index else _MARK_ROOT)
-        )
-        marked.count += 1
+        self.sets[self.set_numbers[index]].count -= 1
+        marked = self._set_of(folder.stat.xattrs or None, _MARK_PARENT | (0 if index else _MARK_ROOT))
+        self.set_numbers[index] = marked
+        self.sets[marked].count += 1
 
     def _collect_breadth_first(self, root: Directory, original: Directory) -> None:
         """Epoch 1: numbers go level by level, in name order within a directory.
@@ -314,12 +316,13 @@ class Inodes:
         """
         first = _first_folders(original)
         numbers: dict[int, int] = {}
-        later: list[tuple[Folder, int, Leaf]] = []
+        later: list[tuple[int, Leaf]] = []
+        children = self.children
         self._add_folder(root, None, b"")
         for folder in self.folders:  # grows while we go through it
             entries = folder.entries
             is_root = folder.index == 0
-            children = folder.children
+            folder.first = len(children)
             for name in folder.names:
                 child = entries.get(name)
                 if child is None:
@@ -335,39 +338,41 @@ class Inodes:
                     number = numbers[id(child)]
                 else:
                     number = 0
-                    later.append((folder, len(children), child))
+                    later.append((len(children), child))
                 children.append(number)
-        for folder, at, child in later:
-            folder.children[at] = numbers[id(child)]
+        for at, child in later:
+            children[at] = numbers[id(child)]
 
     def _collect_depth_first(self, root: Directory) -> None:
         """Epoch 2: numbers go down into each directory at once; a file of several names is numbered at the first."""
         numbers: dict[int, int] = {}
         top = self._add_folder(root, None, b"")
-        stack = [(top, iter(top.names))]
+        stack = [(top, iter(top.names), array("I"))]
         while stack:
-            folder, names = stack[-1]
+            folder, names, children = stack[-1]
             entries = folder.entries
             for name in names:
                 child = entries.get(name)
                 if child is None:
-                    folder.children.append(folder.index if name == b"." else folder.parent.index)
+                    children.append(folder.index if name == b"." else folder.parent.index)
                 elif isinstance(child, Directory):
                     below = self._add_folder(child, folder, name)
                     folder.nlink += 1
-                    folder.children.append(below.index)
-                    stack.append((below, iter(below.names)))
+                    children.append(below.index)
+                    stack.append((below, iter(below.names), array("I")))
                     break
                 elif child.nlink == 1:
-                    folder.children.append(self._add_leaf(child, folder, name))
+                    children.append(self._add_leaf(child, folder, name))
                 else:
                     if id(child) not in numbers:
                         numbers[id(child)] = self._add_leaf(child, folder, name)
-                    folder.children.append(numbers[id(child)])
+                    children.append(numbers[id(child)])
             else:
+                folder.first = len(self.children)
+                self.children += children
                 stack.pop()
 
-    def _set_of(self, xattrs: dict[bytes, bytes] | None, marks: int) -> Xattrs:
+    def _set_of(self, xattrs: dict[bytes, bytes] | None, marks: int) -> int:
         # Xattr dicts are frozen and mostly shared between inodes, so their identity is the quick way to the set, their
         # content the sure one.
         quick = id(xattrs) << 4 | marks
@@ -376,7 +381,8 @@ class Inodes:
             own = tuple(sorted(xattrs.items())) if xattrs else ()
             found = self._sets.get((own, marks))
             if found is None:
-                found = self._sets[(own, marks)] = self._make_set(own, marks)
+                found = self._sets[(own, marks)] = len(self.sets)
+                self.sets.append(self._make_set(own, marks))
             self._sets_by_id[quick] = found
         return found
 
@@ -424,7 +430,7 @@ class Inodes:
         are not.
         """
         counts: dict[Entry, int] = {}
-        sets = list(self._sets.values())
+        sets = self.sets[1:]
         for xattrs in sets:
             for part in xattrs.parts:
                 for entry in part:
@@ -468,7 +474,7 @@ class Inodes:
         for digest in self.shared_digests:
             metacopy, redirect = self._pointer(digest)
             self.shared_digests[digest] = (place[metacopy], place[redirect])
-        for xattrs in self._sets.values():
+        for xattrs in self.sets[1:]:
             refs = []
             for part in xattrs.parts:
                 numbers = [place[entry] for entry in part if entry in place]

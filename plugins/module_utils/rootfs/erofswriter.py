@@ -13,7 +13,7 @@ format (erofsformat.py), not a matter of taste.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, BinaryIO
 
 from .erofs import (
@@ -39,7 +39,7 @@ from .erofs import (
     WHOLE_FILE_CHUNK,
     entry_bytes,
 )
-from .erofslayout import FORM_DATA, FORM_DEVICE, FORM_EXTERNAL, FORM_FOLDER, FORM_LINK, Folder, Inodes
+from .erofslayout import FORM_DATA, FORM_DEVICE, FORM_EXTERNAL, FORM_FOLDER, FORM_LINK, Folder, Inodes, Xattrs
 from ..errors import InvalidLayer
 from .filetree import Directory, Leaf
 
@@ -60,14 +60,17 @@ class _Image:
         self.version = version
         self.epoch1 = version < 2
         self.nodes = inodes.nodes
-        self.xattrs = inodes.xattrs
         self.forms = inodes.forms
         self.min_mtime = (0, 0)
         self.headers = bytearray()
         self.icounts = array("H")
-        self.nids = array("Q")
+        self.nids = array("I")
         self.block_owners: list[int] = []
         self.inodes_end = 0
+
+    def _xattrs(self) -> Iterator[Xattrs]:
+        """The set of xattrs of each inode."""
+        return map(self.inodes.sets.__getitem__, self.inodes.set_numbers)
 
     def choose_headers(self) -> None:
         """Epoch 1 uses the short header for an inode whose mtime is the smallest of all (kept in the superblock) and
@@ -118,7 +121,7 @@ class _Image:
         icounts, nids = self.icounts, self.nids
         pointer_size = self.inodes.pointer_size
         at = FIRST_INODE
-        for index, (node, form, header, xattrs) in enumerate(zip(self.nodes, self.forms, self.headers, self.xattrs)):
+        for index, (node, form, header, xattrs) in enumerate(zip(self.nodes, self.forms, self.headers, self._xattrs())):
             xsize = xattrs.content + 12 if xattrs.parts != ((), (), ()) else 0
             tail = 0
             at = at + 31 & ~31
@@ -239,7 +242,7 @@ class _Image:
         epoch1 = self.epoch1
         pointing = self.inodes.pointing
         for index, (node, form, kind, header, icount, xattrs, nid) in enumerate(
-            zip(self.nodes, self.forms, self.inodes.types, self.headers, self.icounts, self.xattrs, self.nids)
+            zip(self.nodes, self.forms, self.inodes.types, self.headers, self.icounts, self._xattrs(), self.nids)
         ):
             if at != nid * SLOT:
                 append(bytes(nid * SLOT - at))
@@ -328,11 +331,12 @@ class _Image:
 
     def _dirents(self, folder: Folder, start: int, end: int) -> bytes:
         names = folder.names[start:end]
+        children = self.inodes.children[folder.first + start : folder.first + end]
         offset = DIRENT.size * len(names)
         block = bytearray(offset)
         nids, types, pack_into = self.nids, self.inodes.types, DIRENT.pack_into
         at = 0
-        for name, child in zip(names, folder.children[start:end]):
+        for name, child in zip(names, children):
             pack_into(block, at, nids[child], offset, types[child])
             at += 12
             offset += len(name)

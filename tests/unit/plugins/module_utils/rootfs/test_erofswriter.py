@@ -546,3 +546,26 @@ def test_golden_trees_have_the_image_that_mkcomposefs_makes(name: str, version: 
     ]
     output = subprocess.run([*command, str(tmp_path / "dump")], check=True, capture_output=True, text=True).stdout
     assert output.strip() == digest(tree, version)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_image_takes_few_bytes_for_each_inode_besides_the_tree(version: int) -> None:
+    def peak(number: int) -> int:
+        dice = random.Random(number)
+        leaves = [Leaf(ZERO, digest=dice.randbytes(32), size=100) for _unused in range(number)]
+        root = folder(
+            {
+                b"%d" % at: folder({b"%d" % one: leaf for one, leaf in enumerate(leaves[at : at + 15])})
+                for at in range(0, number, 15)
+            }
+        )
+        tracemalloc.start()
+        try:
+            erofswriter.write_image(root, version, SHA256, lambda _piece: None)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    # What is there whatever the size goes out of the difference.
+    assert (peak(24_000) - peak(9_000)) / 16_000 < 65
