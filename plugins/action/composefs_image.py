@@ -37,7 +37,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.host.watch import (
     directory_of,
 )
 from ansible_collections.composefs.oci.plugins.module_utils.progress import summary
-from ansible_collections.composefs.oci.plugins.plugin_utils.foretold import facts_of, told
+from ansible_collections.composefs.oci.plugins.plugin_utils.foretold import facts_of, left, told
 from ansible_collections.composefs.oci.plugins.plugin_utils.gate import shown
 
 display = Display()
@@ -161,6 +161,10 @@ class ActionModule(ActionBase):
             self._task.environment = told(before, task_vars)
         try:
             result = self._copied() or self._run(tmp, task_vars)
+            if not self._task.no_log:
+                facts = left(self.facts, result, self._task.check_mode, task_vars)
+                if facts:
+                    result["ansible_facts"] = facts
         finally:
             self._task.environment = before
             if self._copies:
@@ -217,10 +221,6 @@ class ActionModule(ActionBase):
         )
         if quiet or not watched(str(self._templar.template(task_vars.get("composefs_progress", "auto")))):
             result.update(self._execute_module(task_vars=task_vars, wrap_async=bool(self._task.async_val)))
-            if self._task.check_mode and result.get("changed") and not self._task.no_log:
-                facts = self.facts(result)
-                if facts:
-                    result["ansible_facts"] = facts
             return result
         token = secrets.token_hex(16)
         directory = directory_of(token)

@@ -144,6 +144,28 @@ def environment(task_vars: dict[str, t.Any]) -> dict[str, str]:
     return {VARIABLE: text}
 
 
+def over(facts: dict[str, t.Any], task_vars: dict[str, t.Any] | None) -> dict[str, t.Any]:
+    """What takes back facts that an earlier task with ``check_mode: true`` of a run for good left, and that are done or
+    past now.
+    """
+    known = (task_vars or {}).get("ansible_facts") or {}
+    return {key: {} for key in facts if key in known}
+
+
+def left(
+    facts: t.Callable[[dict[str, t.Any]], dict[str, t.Any]],
+    result: dict[str, t.Any],
+    check: bool,
+    task_vars: dict[str, t.Any] | None,
+) -> dict[str, t.Any]:
+    """The facts to leave for the result of a task: what it foretells, or, for good, that this is not foretold any more.
+    ``facts`` makes them of a result.
+    """
+    if not result.get("changed") or result.get("failed"):
+        return {}
+    return facts(result) if check else over(facts(result), task_vars)
+
+
 def told(environment_of_task: t.Any, task_vars: dict[str, t.Any] | None) -> list[t.Any]:
     """The environment of a task in check mode, as the task has it, and with what is foretold."""
     both = environment_of_task if isinstance(environment_of_task, list) else [environment_of_task]

@@ -17,7 +17,7 @@ import typing as t
 from ansible.plugins.action import ActionBase
 
 from ansible_collections.composefs.oci.plugins.module_utils.text import DATA, printable_values
-from ansible_collections.composefs.oci.plugins.plugin_utils.foretold import told
+from ansible_collections.composefs.oci.plugins.plugin_utils.foretold import left, told
 
 # What is data of the image, and a traceback, whose lines Ansible shows as they are.
 SPARED = DATA | {"exception"}
@@ -46,8 +46,8 @@ class GatedAction(ActionBase):
             result.update(self.execute(task_vars or {}))
         finally:
             self._task.environment = before
-        if self._task.check_mode and result.get("changed") and not result.get("failed") and not self._task.no_log:
-            facts = self.facts(result)
+        if not self._task.no_log:
+            facts = left(self.facts, result, self._task.check_mode, task_vars)
             if facts:
                 result["ansible_facts"] = facts
         return shown(result)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import types
 from typing import Any
 
 import pytest
@@ -59,6 +60,7 @@ def run(
     monkeypatch.setattr(action.ActionModule, "_execute_module", execute)
     made = action.ActionModule.__new__(action.ActionModule)
     made._task = task
+    made._templar = types.SimpleNamespace(template=lambda _value: "never")
     answer = made.run(task_vars=task_vars)
     assert task.environment == [{"LANG": "C"}]
     return answer, seen
@@ -160,3 +162,23 @@ def test_a_deployment_in_check_mode_is_known_to_the_tasks_after_it(monkeypatch: 
         answer, _seen = run(monkeypatch, composefs_deployment, Task(), {**result, "state": state}, {})
         (fact,) = answer["ansible_facts"].values()
         assert (fact["absent"], fact["keep_previous"], fact["state"]) == (absent, kept, state)
+
+
+@pytest.mark.parametrize(
+    ("action", "result"),
+    [
+        (composefs_image, PULLED),
+        (composefs_prune, {"changed": True, "repository": "/r", "names": ["app"]}),
+        (composefs_mount, {"changed": True, "path": "/srv/app", "repository": "/r", "mounted": True}),
+        (composefs_repository, {"changed": True, "path": "/r", "created": True}),
+    ],
+)
+def test_what_was_foretold_and_then_done_is_not_foretold_any_more(
+    monkeypatch: pytest.MonkeyPatch, action: Any, result: dict[str, Any]
+) -> None:
+    facts = run(monkeypatch, action, Task(), result, {})[0]["ansible_facts"]
+    known = {"ansible_facts": facts}
+    done = run(monkeypatch, action, Task(check_mode=False), result, known)[0]["ansible_facts"]
+    assert done == dict.fromkeys(facts, {})
+    _answer, seen = run(monkeypatch, composefs_image, Task(), {}, {"ansible_facts": {**facts, **done}})
+    assert seen == [{"LANG": "C"}]
