@@ -17,4 +17,4 @@ class ActionModule(GatedAction):
 
     def facts(self, result: dict[str, t.Any]) -> dict[str, t.Any]:
         """What the repository would become."""
-        return fact_of_repository(result)
+        return fact_of_repository(result, self._task.args)

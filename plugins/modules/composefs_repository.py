@@ -221,7 +221,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.formats import fsver
 from ansible_collections.composefs.oci.plugins.module_utils.host import filesystem
 from ansible_collections.composefs.oci.plugins.module_utils.store import create
 from ansible_collections.composefs.oci.plugins.module_utils.errors import EngineError, IOFailed, doing
-from ansible_collections.composefs.oci.plugins.module_utils.module import repository_path, run_module
+from ansible_collections.composefs.oci.plugins.module_utils.module import repository_path, run_module, told
 
 ARGUMENT_SPEC = {
     "path": {"type": "path"},
@@ -265,6 +265,12 @@ def prepare(module: AnsibleModule, place: create.Place, base: dict[str, Any]) ->
     done = create.prepare_place(
         place, algorithm, params["verity"], check=module.check_mode, private=params["mode"] is None
     )
+    will_be = told(module, path).repository or {}
+    if will_be:
+        # An earlier task of this run in check mode would have done that.
+        done = done._replace(
+            created=done.created and not will_be["created"], upgraded=done.upgraded and not will_be["upgraded"]
+        )
     verity = "required" if done.secure else "optional"
     description = {
         "algorithm": done.metadata.algorithm.name,
@@ -275,8 +281,11 @@ def prepare(module: AnsibleModule, place: create.Place, base: dict[str, Any]) ->
     changed = base["changed"] = done.created or done.upgraded
     if changed:
         after.update(description)
-    changed = base["changed"] = set_attributes(module, place, changed, before, after)
+    settled = will_be.get("attributes") or {}
+    changed = base["changed"] = set_attributes(module, place, changed, before, after, settled)
     unsafe = place.unsafe(*wanted(module, after)) if module.check_mode else place.unsafe()
+    if will_be and not changed and not will_be["unsafe"]:
+        unsafe = ""
     if unsafe:
         module.warn(
             f"The repository is not safe for tasks of this user: {unsafe} Tasks of its owner can use it, others with "
@@ -319,14 +328,22 @@ def require_account(name: str | None, look_up: Callable[[str], Any], kind: str) 
 
 
 def set_attributes(
-    module: AnsibleModule, place: create.Place, changed: bool, before: dict[str, Any], after: dict[str, Any]
+    module: AnsibleModule,
+    place: create.Place,
+    changed: bool,
+    before: dict[str, Any],
+    after: dict[str, Any],
+    settled: dict[str, str],
 ) -> bool:
     """Owner, group and mode by Ansible's own means, which know symbolic modes and check mode; whether
-    anything changed.
+    anything changed. ``settled``: those that an earlier task of a run in check mode would have set.
     """
-    params = module.params
+    params = {
+        name: None if name in settled and settled[name] == str(module.params[name]) else module.params[name]
+        for name in ("owner", "group", "mode")
+    }
     if place.root is None:
-        after.update({name: params[name] for name in ("owner", "group", "mode") if params[name] is not None})
+        after.update({name: value for name, value in params.items() if value is not None})
         return changed
     diff: dict[str, Any] = {"before": before, "after": after}
     # Ansible's functions take paths and do not follow links. This one leads through the descriptor to the directory.

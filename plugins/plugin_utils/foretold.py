@@ -108,7 +108,7 @@ def fact_of_mount(result: dict[str, t.Any], arguments: dict[str, t.Any]) -> dict
     }
 
 
-def fact_of_repository(result: dict[str, t.Any]) -> dict[str, t.Any]:
+def fact_of_repository(result: dict[str, t.Any], arguments: dict[str, t.Any]) -> dict[str, t.Any]:
     """The fact to leave for a result of composefs_repository: what it would have become."""
     path = result.get("path")
     if not path:
@@ -122,6 +122,7 @@ def fact_of_repository(result: dict[str, t.Any]) -> dict[str, t.Any]:
             "unsafe": bool(result.get("unsafe")),
             "algorithm": result.get("algorithm"),
             "secure": result.get("verity") == "required",
+            "attributes": {key: str(arguments[key]) for key in ("owner", "group", "mode") if arguments.get(key)},
         }
     }
 
@@ -163,7 +164,18 @@ def left(
     """
     if not result.get("changed") or result.get("failed"):
         return {}
-    return facts(result) if check else over(facts(result), task_vars)
+    if not check:
+        return over(facts(result), task_vars)
+    known = (task_vars or {}).get("ansible_facts") or {}
+    return {key: _merged(known.get(key), fact) for key, fact in facts(result).items()}
+
+
+def _merged(before: t.Any, fact: dict[str, t.Any]) -> dict[str, t.Any]:
+    """A fact with what an earlier task of the run foretold of the same repository, which is not undone by it."""
+    if "created" not in fact or not isinstance(before, dict) or before.get("run") != fact["run"]:
+        return fact
+    both = {key: before.get(key) or fact[key] for key in ("created", "upgraded")}
+    return {**fact, **both, "attributes": {**(before.get("attributes") or {}), **fact["attributes"]}}
 
 
 def told(environment_of_task: t.Any, task_vars: dict[str, t.Any] | None) -> list[t.Any]:

@@ -96,6 +96,10 @@ CHAIN = """
         verity: disabled
         owner: root
         mode: "0755"
+    - name: Upgrade again
+      composefs.oci.composefs_repository: {verity: disabled, mode: "0755"}
+    - name: Close it
+      composefs.oci.composefs_repository: {verity: disabled, mode: "0700"}
     - name: Pull
       composefs.oci.composefs_image: {ref: "oci:{{ place }}/layout:v2", name: app}
     - name: Pull it again
@@ -182,6 +186,7 @@ BEFORE = """
         unenforced_policy: ignore
 """
 UNCHANGED = [
+    "Upgrade again",
     "Pull it again",
     "Pull it again if it is missing",
     "Remove what was renamed",
