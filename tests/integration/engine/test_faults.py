@@ -213,6 +213,10 @@ def test_user_and_password_of_a_private_registry(
         "auth_file": str(private_registry.auth_file()),
     }
     assert not pull_one(repository_path, reference, chosen=options(proxy=by_file))["changed"]
+    # What the repository remembers of the image is where it came from, and nothing that opens the door there.
+    remembered = [one.read_text() for one in (repository_path / ".composefs-oci").rglob("*") if one.is_file()]
+    assert any(reference in text for text in remembered)
+    assert not any(private_registry.password in text for text in remembered)
 
 
 # ---- processes that die ----------------------------------------------------------------------------------------------
