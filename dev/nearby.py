@@ -43,17 +43,19 @@ def changed_files(base: str = "main") -> list[str]:
     return sorted({*git("diff", "--name-only", start), *git("ls-files", "--others", "--exclude-standard")})
 
 
-def tests(changed: Iterable[str], root: pathlib.Path = ROOT) -> list[str]:
-    """The test files, or directories of them, for the paths that changed; all paths are relative to ``root``."""
+def tests(changed: Iterable[str], root: pathlib.Path = ROOT, importers: bool = True) -> list[str]:
+    """The test files, or directories of them, for the paths that changed, and those of their direct ``importers``; all
+    paths are relative to ``root``.
+    """
     changed = list(changed)
     found = {path for path in changed if path.startswith("tests/unit/") and pathlib.Path(path).name.startswith("test_")}
     for path in changed:
         found.update(test for start, test in ELSEWHERE.items() if path.startswith(start))
     sources = [path for path in changed if path.startswith("plugins/") and path.endswith(".py")]
     if sources:
-        importers = direct_importers(root)
+        known = direct_importers(root) if importers else {}
         for path in sources:
-            for near in (path, *importers.get(path, ())):
+            for near in (path, *known.get(path, ())):
                 mirrored = pathlib.PurePath("tests/unit") / pathlib.PurePath(near)
                 found.add(str(mirrored.with_name(f"test_{mirrored.name}")))
                 found.update(str(test.relative_to(root)) for test in variants(root, mirrored))

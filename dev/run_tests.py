@@ -207,13 +207,22 @@ def unit_on(version: tuple[int, int]) -> Callable[[Part], None]:
     return run
 
 
+NEAR = 7
+"""Seconds after which dev/test near begins no more tests of what imports a changed room."""
+
+
 def near(part: Part) -> None:
     """Quick unit tests of what differs from the branch main, and of what imports it: for while you work."""
-    chosen = nearby.tests(nearby.changed_files())
+    changed = nearby.changed_files()
+    own = nearby.tests(changed, importers=False)
+    chosen = [*own, *(path for path in nearby.tests(changed) if path not in own)]
     if not chosen:
         raise Failed("nothing differs from main that has unit tests")
     part.write("".join(f"{path}\n" for path in chosen))
-    part.pytest(VENV / "bin" / "python", *on_processors(), "-m", "not slow", *chosen)
+    whole = [f"--whole={path}" for path in own]
+    # The order of the files is that of their importance, and so it must be that of the tests.
+    spread = ["load" if word == "worksteal" else word for word in on_processors()]
+    part.pytest(VENV / "bin" / "python", *spread, "-m", "not slow", f"--within={NEAR}", *whole, *chosen)
 
 
 def integration(part: Part) -> None:

@@ -13,9 +13,13 @@ import importlib.util
 import os
 import pathlib
 import sys
+import time
 import types
 
 import pytest
+
+
+_BEGUN = time.monotonic()
 
 
 def _provide_collection() -> None:
@@ -45,6 +49,19 @@ if os.environ.get("CI") and importlib.util.find_spec("hypothesis") is not None:
 
     settings.register_profile("ci", derandomize=True, database=None)
     settings.load_profile("ci")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--within", type=float, help="seconds after which no more tests are begun, as dev/test near wants")
+    parser.addoption("--whole", action="append", default=[], help="a file of tests, or a directory, for which all are")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    within = item.config.getoption("--within")
+    if within is not None and time.monotonic() - _BEGUN > within:
+        here = os.path.relpath(item.path, pathlib.Path(__file__).resolve().parents[2])
+        if not any(here == whole or here.startswith(f"{whole}/") for whole in item.config.getoption("--whole")):
+            pytest.skip(f"{within:g} seconds are over")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import pathlib
+import subprocess
+import sys
 from types import ModuleType
 
 import pytest
@@ -33,6 +35,22 @@ def test_a_room_brings_its_own_tests_and_those_of_its_importers(nearby: ModuleTy
     assert TESTS + "action/test_composefs_image.py" in found, "and an action"
     assert "tests/unit/test_layering.py" in found
     assert TESTS + "module_utils/formats/test_tar.py" not in found
+
+
+def test_what_changed_itself_comes_without_its_importers(nearby: ModuleType) -> None:
+    found = nearby.tests([ENGINE + "host/watch.py"], importers=False)
+    assert found == [TESTS + "module_utils/host/test_watch.py", "tests/unit/test_layering.py"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("whole", "outcome"), [(True, "passed"), (False, "skipped")])
+def test_when_the_time_is_over_only_tests_of_what_changed_are_begun(whole: bool, outcome: str) -> None:
+    path = TESTS + "module_utils/test_text.py"
+    words = ["--within=0", f"--whole={path if whole else 'tests/unit/roles'}", path]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *words]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    told = done.stdout.splitlines()[-1]
+    assert outcome in told and len({"passed", "skipped"} & set(told.split())) == 1, told
 
 
 def test_late_and_relative_imports_count(nearby: ModuleType) -> None:

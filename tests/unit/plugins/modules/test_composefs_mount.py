@@ -143,6 +143,7 @@ def test_unmounting_needs_neither_image_nor_repository(host: Host, run: Any, tmp
     assert os.path.isdir(host.path)
 
 
+@pytest.mark.slow
 def test_a_persistent_mount_has_a_unit_that_stays_unless_it_is_asked_away(host: Host, run: Any) -> None:
     one, two = host.images
     name = bootmount.unit_name(host.path)
@@ -243,6 +244,7 @@ def test_a_journal_of_a_newer_version_is_left_alone(host: Host, run: Any) -> Non
     assert file.read_bytes() == before and host.there[host.path].image_id == host.images[0]
 
 
+@pytest.mark.slow
 def test_a_mount_of_version_0_1_0_is_taken_over_without_touching_it(host: Host, run: Any) -> None:
     one, _two = host.images
     run(image=one, persistent=True, verity="disabled")

@@ -269,6 +269,7 @@ UNUSABLE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change, complaint", UNUSABLE)
 def test_a_delta_that_cannot_serve_is_not_fetched(
     updated: Updated, change: Callable[[dict[str, Any]], None], complaint: str

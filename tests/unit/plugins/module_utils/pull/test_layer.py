@@ -394,6 +394,7 @@ def test_a_damaged_stream_object_is_written_anew_by_an_import(repo: Repository, 
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_memory_stays_flat_whatever_the_size_of_a_file(repo: Repository) -> None:
     """300 MB of zeros in one file: a megabyte as a blob, and never more than a few megabytes at once on the way."""
     size = 300_000_000
@@ -423,6 +424,7 @@ def test_memory_stays_flat_whatever_the_size_of_a_file(repo: Repository) -> None
     assert peak < 24_000_000, f"{peak} bytes were in use"
 
 
+@pytest.mark.slow
 def test_memory_stays_flat_whatever_the_number_of_files(tmp_path: pathlib.Path) -> None:
     """In a process of its own, whose largest size the kernel knows; many files that all have one content."""
     create.prepare(str(tmp_path / "repo"), fsverity.SHA256, "disabled")
@@ -491,6 +493,7 @@ def layer_of(archive: bytes) -> tuple[bytes, LayerSpec]:
     return blob, spec_of(blob, archive)
 
 
+@pytest.mark.slow
 def test_a_layer_that_unpacks_to_more_than_is_allowed_is_refused_on_the_way(repo: Repository) -> None:
     archive = tar(member("usr/zeros", bytes(200 << 20)))
     told = Told()

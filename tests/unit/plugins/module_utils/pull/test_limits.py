@@ -126,6 +126,7 @@ def test_what_comes_slower_than_the_least_rate_is_given_up(trickle: Trickle) -> 
     assert limits.RATE_WINDOW <= trickle.now < limits.RATE_WINDOW + 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trickle", [(1, 0.5)], indirect=True)
 def test_a_rate_of_none_waits_for_everything(trickle: Trickle) -> None:
     assert read_from(trickle, Limits(min_rate=0)).fetched == 100_000

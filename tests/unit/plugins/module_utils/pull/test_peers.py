@@ -106,6 +106,7 @@ def assert_right(path: pathlib.Path, result: dict[str, Any], *sources: str | Non
 # --- what goes well
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [honest, compressed], ids=["identity", "gzip"])
 def test_layers_come_from_a_peer_and_the_registry_sends_documents_only(
     path: pathlib.Path, world: World, peer: LyingPeer, how: Any
@@ -121,6 +122,7 @@ def test_layers_come_from_a_peer_and_the_registry_sends_documents_only(
     assert all(headers["Accept-Encoding"] == "gzip" for headers in peer.headers)
 
 
+@pytest.mark.slow
 def test_only_objects_that_are_missing_are_asked_for(path: pathlib.Path, world: World, peer: LyingPeer) -> None:
     world.layout.image([tar(member("big", BIG))], "base")
     pull_all(path, pull.Request(f"{REGISTRY}base", "base"))
@@ -131,6 +133,7 @@ def test_only_objects_that_are_missing_are_asked_for(path: pathlib.Path, world: 
     assert fsverity.object_path(fsverity.digest(BIG, fsverity.SHA256)) not in "".join(asked)
 
 
+@pytest.mark.slow
 def test_the_first_peer_that_serves_is_enough(path: pathlib.Path, peer: LyingPeer, seed: pathlib.Path) -> None:
     with LyingPeer(seed) as second:
         pulled(path, peer.url, second.url)
@@ -288,6 +291,7 @@ LIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LIES)
 def test_a_peer_that_lies_is_named_and_the_image_is_right(
     path: pathlib.Path, world: World, peer: LyingPeer, name: str
@@ -425,6 +429,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["stream", "object"])
 @pytest.mark.parametrize("how", FAULTS, ids=lambda how: how.__name__)
 def test_a_peer_that_fails_is_left_out_and_the_image_is_right(

@@ -317,6 +317,7 @@ def test_a_configuration_that_does_not_fit_its_manifest_is_refused(path: pathlib
     assert not (path / "streams").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "fits"), [(4096, True), (4097, False)])
 def test_the_number_of_layers_is_bounded(path: pathlib.Path, world: World, count: int, fits: bool) -> None:
     one = world.layout.layer(FIRST)

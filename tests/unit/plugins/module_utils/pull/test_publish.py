@@ -304,6 +304,7 @@ def test_prediction_equals_what_is_done_after_one_damage(
     hold_to_its_word(state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("erofs", [True, False])
 def test_prediction_equals_what_is_done_after_two_damages(tmp_path: pathlib.Path, world: World, erofs: bool) -> None:
     for number, (one, other) in enumerate(itertools.combinations(DAMAGES, 2)):
@@ -320,6 +321,7 @@ def test_prediction_equals_what_is_done_after_two_damages(tmp_path: pathlib.Path
             raise AssertionError(f"after {one.__name__} and {other.__name__}: {error}") from error
 
 
+@pytest.mark.slow
 @settings(
     max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )

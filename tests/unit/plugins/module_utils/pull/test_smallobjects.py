@@ -87,6 +87,7 @@ def test_an_error_reaches_the_caller_and_the_next_layer_starts_clean(
     assert objects.read(digest, 1 << 20) == broken[0]
 
 
+@pytest.mark.slow
 def test_an_error_is_told_before_the_end(
     objects: ObjectStore, process: smallobjects.Storer, tmp_path: pathlib.Path
 ) -> None:

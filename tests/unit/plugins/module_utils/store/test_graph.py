@@ -66,6 +66,7 @@ def put_image(repository: Repository, objects: list[int]) -> bytes:
 numbers = hs.lists(hs.integers(0, 12), max_size=5)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     # Each stream: its objects, and which of the streams before it it leads to.
@@ -167,6 +168,7 @@ def test_a_stream_whose_bytes_changed_is_not_believed(repository: Repository) ->
     assert Graph.read(repository).nodes(root, tell) == [root.node, layer] and told == [layer]
 
 
+@pytest.mark.slow
 def test_owners_of_very_many_objects_fit_into_little_memory() -> None:
     count = 100_000
     table = b"".join(os.urandom(32 * 10_000) for _run in range(count // 10_000))

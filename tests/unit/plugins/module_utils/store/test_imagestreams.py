@@ -279,6 +279,7 @@ def killed_after(monkeypatch: pytest.MonkeyPatch, number: int, action: Any) -> b
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "situation", ["gains an image", "shares its configuration", "replaces an artifact's blob", "moves a tag"]
 )
