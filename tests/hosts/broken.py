@@ -40,6 +40,14 @@ class Breakage(NamedTuple):
 
 BREAKAGES = (
     Breakage(
+        "upgrade",
+        "a repository whose upgrade was only foretold is met as upgraded",
+        ENGINE + "module.py",
+        'if will_be is not None and will_be["upgraded"] else None',
+        "if False else None",
+        "test_check_mode_foretold_what_the_run_did",
+    ),
+    Breakage(
         "deltas",
         "a delta that is published is used",
         ENGINE + "pull/pull.py",

@@ -44,7 +44,8 @@ def test_the_test_that_has_to_notice_is_one_of_the_scenarios(breakage: broken.Br
         if breakage.scenario == "example"
         else f"extensions/molecule/{breakage.scenario}"
     )
-    tests = "".join(path.read_text() for path in (directory / "tests").glob("test_*.py"))
+    shared = ROOT / "extensions/molecule/shared/test_check_mode.py"
+    tests = "".join(path.read_text() for path in (*(directory / "tests").glob("test_*.py"), shared))
     assert f"def {breakage.noticed_by}(" in tests
 
 

@@ -62,7 +62,7 @@ _ARCHITECTURES = {
     "i686": ("386", ""),
 }
 # The variants of an architecture, most capable first: each runs what was built for those after it.
-_VARIANTS = {"arm": ("v8", "v7", "v6", "v5"), "arm64": ("v8",), "amd64": ("v4", "v3", "v2", "v1")}
+_VARIANTS = {"arm": ("v8", "v7", "v6", "v5"), "arm64": ("v9", "v8"), "amd64": ("v4", "v3", "v2", "v1")}
 
 
 @dataclass(frozen=True)

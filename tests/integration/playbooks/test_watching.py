@@ -245,9 +245,13 @@ def test_a_user_without_a_home_pulls_with_a_line(ready: Site, faults: FaultProxy
 
 def test_a_task_with_nothing_to_do_starts_no_job(ready: Site, registry: Registry) -> None:
     ready.run(PULL, registry=registry.address)
-    done = ready.run(PULL, "-vvv", registry=registry.address, **ALWAYS)
-    assert "changed=False" in done.stdout and "%" not in done.stderr
-    assert done.stdout.count("AnsiballZ") + done.stdout.count("EXEC") <= 6, "one command for the module, and no more"
+    commands = {}
+    for wish in ("never", "always"):
+        done = ready.run(PULL, "-vvv", registry=registry.address, composefs_progress=wish)
+        assert "changed=False" in done.stdout and "%" not in done.stderr
+        assert ": > sign" not in done.stdout, "nobody looks after it"
+        commands[wish] = done.stdout.count("AnsiballZ") + done.stdout.count("EXEC")
+    assert 0 < commands["never"] == commands["always"] <= 6, "one command for the module, and no more"
 
 
 def test_an_archive_of_the_controller_is_copied_and_leaves_nothing(ready: Site, images: Layout) -> None:

@@ -91,11 +91,29 @@ def test_what_is_no_platform_is_refused(text):
         ocidocuments.parse_platform(text)
 
 
+@pytest.mark.parametrize(
+    ("wanted", "other", "runs"),
+    [
+        ("linux/arm/v7", "linux/arm/v6", True),
+        ("linux/arm/v6", "linux/arm/v7", False),
+        ("linux/arm64/v9", "linux/arm64/v8", True),
+        ("linux/arm64/v8", "linux/arm64/v9", False),
+        ("linux/arm64/v9", "linux/arm64", True),
+        ("linux/amd64/v3", "linux/amd64/v2", True),
+        ("linux/amd64/v2", "linux/amd64/v3", False),
+        ("linux/riscv64/rva22", "linux/riscv64", True),
+        ("linux/amd64", "linux/arm64", False),
+    ],
+)
+def test_a_processor_runs_what_was_built_for_lesser_ones(wanted, other, runs):
+    assert ocidocuments.parse_platform(wanted).accepts(ocidocuments.parse_platform(other)) is runs
+
+
 def test_a_single_manifest_of_another_platform_is_noticed():
     image = ocidocuments.parse_config(raw(config(architecture="arm64", variant="v8")))
     for text in ("linux/arm64", "linux/arm64/v8"):
         ocidocuments.check_platform(image, ocidocuments.parse_platform(text))
-    for text in ("linux/amd64", "linux/arm64/v9", "windows/arm64"):
+    for text in ("linux/amd64", "linux/arm64/v7", "windows/arm64"):
         with pytest.raises(PlatformNotFound, match="linux/arm64/v8"):
             ocidocuments.check_platform(image, ocidocuments.parse_platform(text))
 
