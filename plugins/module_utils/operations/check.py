@@ -16,6 +16,7 @@ import dataclasses
 import stat
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from ..formats.repolayout import StreamName
@@ -43,7 +44,7 @@ from .findings import (
     Finding,
 )
 from ..formats import fsverity, ocidocuments, repolayout
-from ..host import processors, workers
+from ..host import locks, processors, workers
 from ..errors import OF_THIS_PROCESS, EngineError, FormatError, ImageNotFound, InvalidDocument
 from ..progress import Progress
 from ..store import checks, imagestreams, proofs
@@ -53,6 +54,8 @@ from ..store.repository import Repository
 
 QUICK, OBJECTS, FULL = "quick", "objects", "full"
 LEVELS = (QUICK, OBJECTS, FULL)
+# How often to look again at what others may be moving just now, and the seconds in between.
+_LOOKS, _PAUSE = 10, 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,7 +311,9 @@ class _Check:
             return
         # A replacement that was cut off may have left the configuration the name that it had meanwhile.
         names = (repolayout.config_stream(digest), repolayout.stream_name(imagestreams.PENDING, digest))
-        if all(self.graph.streams.get(one) != stream for one in names):
+        if all(self.graph.streams.get(one) != stream for one in names) and self._still(
+            lambda: self.repository.stream(name) == node and all(self.repository.stream(one) != stream for one in names)
+        ):
             self._unnamed(repolayout.config_stream(digest), stream)
         if stream in self.missing or stream in self.unreadable:
             return
@@ -338,8 +343,25 @@ class _Check:
             target = holder.stream_of(layer)
             if target is None:
                 self.add(DOCUMENT_DAMAGED, holder.stream, place, f"{place} does not lead to the layer {layer}.")
-            elif repolayout.layer_stream(layer) not in self.graph.streams:
-                self._unnamed(repolayout.layer_stream(layer), target)
+                continue
+            named = repolayout.layer_stream(layer)
+            if named not in self.graph.streams and self._still(partial(self._lacks, named)):
+                self._unnamed(named, target)
+
+    def _lacks(self, name: StreamName) -> bool:
+        return self.repository.stream(name) is None
+
+    def _still(self, wrong: Callable[[], bool]) -> bool:
+        """Whether something that the listing shows is so: names are not listed in one instant, and others may have
+        moved some of them meanwhile, or be about to.
+        """
+        for _look in range(_LOOKS):
+            if not wrong():
+                return False
+            if not locks.holders(self.repository.fd):
+                break
+            time.sleep(_PAUSE)
+        return True
 
     def _unnamed(self, name: StreamName, stream: StreamDigest) -> None:
         path = f"streams/{name}"

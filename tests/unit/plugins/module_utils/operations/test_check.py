@@ -34,7 +34,9 @@ from filled_repository import (
     make_layout,
     rotten_file,
     rotten_image,
+    sha256,
     stray,
+    tree,
     wrong_image,
 )
 
@@ -218,3 +220,32 @@ def test_a_replacement_of_documents_that_was_cut_off_is_no_finding(
         with contextlib.suppress(KeyboardInterrupt):
             imagestreams.replace(repository, of_config, stream, {digest: leading})
     assert run(repo, FULL).findings == []
+
+
+def test_names_that_move_while_they_are_listed_are_no_finding(repo: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where another pull replaces a configuration, or brings an image, between the reading of two names."""
+    listed = check.Graph.read
+
+    def read(*words: Any, **more: Any) -> Any:
+        graph = listed(*words, **more)
+        for name in [one for one in graph.streams if one.startswith((imagestreams.CONFIG, imagestreams.LAYER))]:
+            del graph.streams[name]
+        return graph
+
+    monkeypatch.setattr(check.Graph, "read", read)
+    assert run(repo, FULL).findings == []
+
+
+def test_while_others_are_there_it_is_looked_again_before_a_name_is_missed(
+    repo: Repo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = f"streams/oci-layer-{sha256(tree('b'))}"
+    target = os.readlink(repo.path / layer)
+    (repo.path / layer).unlink()
+    others = [1, 1, 0]
+    monkeypatch.setattr(check.locks, "holders", lambda _fd: [1] * (others.pop(0) if others else 0))
+    monkeypatch.setattr(check, "_PAUSE", 0.0)
+    assert [one.path for one in run(repo, FULL).findings] == [layer] and others == []
+    others += [1, 1, 1]
+    monkeypatch.setattr(check.time, "sleep", lambda _seconds: os.symlink(target, repo.path / layer))
+    assert run(repo, FULL).findings == [] and others == [1, 1]
