@@ -175,7 +175,7 @@ def _plan(
     owners = graph.owners_of_groups(list(everyone.values()), _pass_over) if gone else live
     freed = [0] * len(everyone)
     named = _named(repository, plan)
-    size = repository.algorithm.size
+    size, shared, by_kind = repository.algorithm.size, graphs.SHARED, result.bytes_by_kind
     left = Countdown(progress, "Working out what is kept", 256, share=True)
     for first, objects in enumerate(_objects(repository, result.problems)):
         owner_of, alive = owners.part(first), live.part(first)
@@ -184,14 +184,15 @@ def _plan(
             kinds.setdefault(key, kind)
             if key not in alive:
                 plan.links.append(path)
-        dead = bytearray()
-        for number, (key, length) in enumerate(zip(objects.keys, objects.sizes)):
-            owner = owner_of.get(key, graphs.SHARED)
-            if owner != graphs.SHARED:
+        dead, digests, start = bytearray(), objects.digests, 0
+        for key, length in zip(objects.keys, objects.sizes):
+            owner = owner_of.get(key, shared)
+            if owner != shared:
                 freed[owner] += length
             if key not in alive:
-                dead += objects.digests[number * size : (number + 1) * size]
-                result.bytes_by_kind[kinds.get(key, FILES)] += length
+                dead += digests[start : start + size]
+                by_kind[kinds.get(key, FILES)] += length
+            start += size
         plan.dead.append(bytes(dead))
         left.reached(first + 1)
     result.objects = sum(map(len, plan.dead)) // size
