@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 import pathlib
 import re
@@ -148,15 +150,18 @@ def test_the_readme_works_as_it_is_written(readme: str, host: Any, lab: dict[str
     assert f"msg: {lab['images']['app-1']['digest']}" in readme.replace('"', "")
 
 
-def test_the_quick_start_works_as_it_is_written(
-    readme: str, site: tuple[pathlib.Path, dict[str, str], pathlib.Path], host: Any, lab: dict[str, Any]
-) -> None:
+@pytest.fixture(scope="module")
+def quick(readme: str, site: tuple[pathlib.Path, dict[str, str], pathlib.Path], host: Any) -> str:
     base, environment, archive = site
     # As somebody who begins with this page.
     for words in ("umount /srv/app", "rm -rf /var/lib/composefs-oci", "find /srv/sysroot -mindepth 1 -delete"):
         assert host.run(words).rc == 0
     (base / "quick").mkdir()
-    told = follow("docs/docsite/rst/quick_start.rst", base / "quick", {**environment, "PIP_NO_INDEX": ""}, archive)
+    return follow("docs/docsite/rst/quick_start.rst", base / "quick", {**environment, "PIP_NO_INDEX": ""}, archive)
+
+
+def test_the_quick_start_works_as_it_is_written(quick: str, host: Any, lab: dict[str, Any]) -> None:
+    told = quick
     one, two = (lab["images"][name]["digest"] for name in ("app-1", "app-2"))
     assert f"{one} changed=True" in told and f"{two} changed=True" in told
     assert Repository(host, "/sysroot/composefs").image("app").digest == two
@@ -164,3 +169,19 @@ def test_the_quick_start_works_as_it_is_written(
     assert host.file("/etc/systemd/system/composefs-oci-srv-app.service").exists
     assert set(Repository(host, "/var/lib/images").tags) == {"app", "docker://registry.example.com/app:1.4"}
     assert "'/srv/app'" in told or '"/srv/app"' in told
+
+
+def test_the_reports_tell_what_is_there(
+    quick: str, site: tuple[pathlib.Path, dict[str, str], pathlib.Path], host: Any, lab: dict[str, Any]
+) -> None:
+    base, environment, archive = site
+    # In the directory and the virtual environment of the quick start.
+    path = f"{base / 'home/ansible/bin'}:{environment['PATH']}"
+    follow("docs/docsite/rst/reports.rst", base / "quick", {**environment, "PATH": path}, archive)
+    (row,) = [row for row in csv.DictReader((base / "quick/images.csv").open()) if "app" in row["names"].split()]
+    digest = lab["images"]["app-2"]["digest"]
+    assert (row["host"], row["digest"], row["mounted_at"]) == ("edge1.example.com", digest, "/srv/app")
+    assert int(row["size"]) > 0 and row["pulled_by"] == "docker://registry.example.com/app:1.5"
+    (found,) = json.loads((base / "quick/hosts.json").read_text()).values()
+    assert [(mount["path"], mount["digest"]) for mount in found["mounts"]] == [("/srv/app", digest)]
+    assert (base / "quick/versions.txt").read_text().splitlines()[1].split()[:2] == ["edge1.example.com", "/srv/app"]
