@@ -108,7 +108,7 @@ def parse_platform(text: str) -> Platform:
     parts = text.split("/") if isinstance(text, str) else []
     if not 2 <= len(parts) <= 3 or not all(_PLATFORM_PART.match(part) for part in parts):
         raise InvalidPlatform(
-            f"Cannot understand the platform {text!r:.200}.",
+            f"The platform {text!r:.200} cannot be understood.",
             "Write it as os/architecture[/variant], for example linux/amd64 or linux/arm64/v8.",
         )
     architecture, variant = _ARCHITECTURES.get(parts[1], (parts[1], ""))

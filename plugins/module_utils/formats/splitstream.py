@@ -612,7 +612,7 @@ def _parse_names(text: bytes, streams: list[ObjectDigest]) -> dict[str, ObjectDi
     """
     *entries, rest = text.split(b"\0")
     if rest:
-        raise _damaged("trailing junk in its names")
+        raise _damaged("its names end in trailing junk")
     names: dict[str, ObjectDigest] = {}
     for entry in entries:
         match = _NAME.fullmatch(entry)

@@ -100,10 +100,10 @@ def apply(
             elif operation > program.last_operation:
                 raise _malformed(f"there is no operation {operation}")
             elif file is None:
-                raise _malformed(f"operation {operation} without an open file")
+                raise _malformed(f"its operation {operation} comes without an open file")
             elif operation == SEEK:
                 if number > file.size:
-                    raise _malformed(f"SEEK to {number} in a file of {file.size} bytes")
+                    raise _malformed(f"its SEEK to {number} leads beyond a file of {file.size} bytes")
                 position = number
                 continue
             elif operation == DICT:
@@ -114,7 +114,7 @@ def apply(
                 position = file.size
             else:
                 if number > file.size - position:
-                    raise _malformed(f"{number} bytes at {position} of a file of {file.size} bytes")
+                    raise _malformed(f"it takes {number} bytes at {position} of a file of {file.size} bytes")
                 pieces = (_copy if operation == COPY else _add)(program, number, file, position)
                 position += number
             for piece in pieces:
@@ -164,7 +164,7 @@ def add(one: bytes, two: bytes) -> bytes:
 
 def _patches(file: File, backend: str | None) -> codecs.Patches:
     if file.size > MAX_BASE:
-        raise _malformed(f"a patch for a file of {file.size} bytes, where {MAX_BASE} are allowed")
+        raise _malformed(f"it has a patch for a file of {file.size} bytes, where {MAX_BASE} are allowed")
     base = file.whole()
     if len(base) != file.size:
         raise InvalidLayer("A file of the source image is shorter than it should be.")
@@ -181,7 +181,7 @@ def _patched(program: _Program, number: int, patches: codecs.Patches) -> Iterato
             break
         left -= len(piece)
         if left < 0:
-            raise _malformed(f"a patch that decodes to more than {MAX_BASE} bytes")
+            raise _malformed(f"it has a patch that decodes to more than {MAX_BASE} bytes")
         yield piece
     while frame.read(codecs.CHUNK):
         pass
@@ -251,7 +251,7 @@ class _Program:
             value |= (byte & 0x7F) << 7 * place
             if byte < 0x80:
                 return value
-        raise _malformed(f"a number of more than {MAX_NUMBER} bytes")
+        raise _malformed(f"it has a number of more than {MAX_NUMBER} bytes")
 
     def pieces(self, n: int, most: int) -> Iterator[bytes]:
         """Exactly ``n`` bytes, in pieces of up to ``most``."""

@@ -294,7 +294,9 @@ class ErofsImage:
         return self._data[start : start + size]
 
     def _damaged(self, what: str) -> NoReturn:
-        raise FormatError(f"Damaged EROFS image: {what}.", "Make the image again, for example by pulling it once more.")
+        raise FormatError(
+            f"The EROFS image is damaged: {what}.", "Make the image again, for example by pulling it once more."
+        )
 
     def _within(self, start: int, length: int, what: str) -> None:
         if start + length > self._length:

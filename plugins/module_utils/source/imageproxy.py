@@ -482,7 +482,7 @@ class ImageProxy:
             self._died("", what)
         self.kill("it was stopped because a request had no answer")
         raise Stalled(
-            f"no answer for {seconds:g} seconds.",
+            f"There was no answer for {seconds:g} seconds.",
             "Check the network and the registry, or raise the option timeout.",
             doing=what,
             passing=self.reference.is_remote,

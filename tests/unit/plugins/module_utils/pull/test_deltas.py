@@ -348,7 +348,10 @@ HOSTILE = {
     "an absolute path": (tardiff.MAGIC[2] + frame(b"\x01\x0b/etc/passwd" + b"\x02\x01"), "no file of its source"),
     "a link": (tardiff.MAGIC[2] + frame(b"\x01\x08usr/link" + b"\x02\x01"), "no file of its source"),
     "a directory": (tardiff.MAGIC[2] + frame(b"\x01\x03usr"), "no file of its source"),
-    "a seek beyond": (tardiff.MAGIC[2] + frame(b"\x01\x09usr/small\x04\x07"), "SEEK to 7 in a file of 6 bytes"),
+    "a seek beyond": (
+        tardiff.MAGIC[2] + frame(b"\x01\x09usr/small\x04\x07"),
+        "SEEK to 7 leads beyond a file of 6 bytes",
+    ),
     "a copy beyond": (tardiff.MAGIC[2] + frame(b"\x01\x09usr/small\x02\x07"), "7 bytes at 0 of a file of 6 bytes"),
 }
 
