@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import stat
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -194,6 +195,8 @@ class _Check:
         }
         for problem in self.graph.problems:
             code, text = words[problem.code]
+            if code == DANGLING_REFERENCE and not self._still(partial(self._dangles, problem.path)):
+                continue
             self.add(code, None, problem.path, text.format(problem.path))
             if code == DANGLING_REFERENCE:
                 name = _name_of(problem.path)
@@ -347,6 +350,23 @@ class _Check:
             named = repolayout.layer_stream(layer)
             if named not in self.graph.streams and self._still(partial(self._lacks, named)):
                 self._unnamed(named, target)
+
+    def _dangles(self, path: str) -> bool:
+        """Whether the reference at ``path`` is there and leads to no name; the last component of its text counts."""
+        root = self.repository.root
+        try:
+            with root.parent(path) as (fd, name):
+                last = os.readlink(name, dir_fd=fd).rpartition("/")[2]
+        except FileNotFoundError:
+            return False
+        except (OSError, EngineError):
+            return True
+        try:
+            with root.parent(f"{path.partition('/')[0]}/{last}") as (fd, name):
+                os.stat(name, dir_fd=fd, follow_symlinks=False)
+        except (OSError, EngineError):
+            return True
+        return False
 
     def _lacks(self, name: StreamName) -> bool:
         return self.repository.stream(name) is None

@@ -48,6 +48,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.operations import fi
 from ansible_collections.composefs.oci.plugins.module_utils.operations.findings import Finding
 from ansible_collections.composefs.oci.plugins.module_utils.progress import Progress
 from ansible_collections.composefs.oci.plugins.module_utils.store import checks, imagestreams
+from ansible_collections.composefs.oci.plugins.module_utils.store.graph import Problem
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 
 
@@ -230,6 +231,9 @@ def test_names_that_move_while_they_are_listed_are_no_finding(repo: Repo, monkey
         graph = listed(*words, **more)
         for name in [one for one in graph.streams if one.startswith((imagestreams.CONFIG, imagestreams.LAYER))]:
             del graph.streams[name]
+        # Names that somebody gave after the streams were listed; one of them is gone again.
+        for name in ("streams/refs/oci/a", "streams/refs/oci/gone"):
+            graph.problems.append(Problem("dangling_reference", name))
         return graph
 
     monkeypatch.setattr(check.Graph, "read", read)
