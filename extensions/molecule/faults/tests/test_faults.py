@@ -11,7 +11,7 @@ import pathlib
 import signal
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import namespace
 import pytest
@@ -21,11 +21,14 @@ from scenarios import REPOSITORY, Run, host_of, play
 
 HOSTS = ("faults-killed", "faults-cut", "faults-full", "faults-well")
 PULL = pathlib.Path(__file__).parents[1] / "pull.yml"
+WATCHED = ("faults-cut", "faults-killed")
+# Seconds without a sign after which a watched job gives nothing a name, and after which it ends (host/watch.py).
+FRESH, PATIENCE = 15, 120
 
 
-def pull_from(registry: str) -> Run:
+def pull_from(registry: str, **variables: str) -> Run:
     """Run the playbook to its end, whatever that is; what was recorded."""
-    return play(PULL, fails=True, faults_registry=registry)
+    return play(PULL, fails=True, faults_registry=registry, **variables)
 
 
 def kinds(run: Run) -> dict[str, str]:
@@ -50,10 +53,21 @@ def objects_of(name: str) -> int:
     )
 
 
-def cut_connections(name: str) -> int:
-    """Kill the sshd processes that serve connections of a host, not the one that listens; how many there were."""
+def listener_of(name: str) -> str:
+    """The sshd of a host that listens, seen from outside."""
     first = namespace.ground.process_of(namespace.ground.running(name))
     (child,) = pathlib.Path(f"/proc/{first}/task/{first}/children").read_text().split()
+    return child
+
+
+def jobs_of(name: str) -> list[pathlib.Path]:
+    """Where jobs and their watchers meet on a host, seen from outside: without its ssh."""
+    return list(pathlib.Path(f"/proc/{listener_of(name)}/root/tmp").glob("composefs-oci-*"))
+
+
+def cut_connections(name: str) -> int:
+    """Kill the sshd processes that serve connections of a host, not the one that listens; how many there were."""
+    child = listener_of(name)
     space = os.readlink(f"/proc/{child}/ns/pid")
     cut = 0
     for process in (entry for entry in os.listdir("/proc") if entry.isdigit() and entry != child):
@@ -131,3 +145,62 @@ def test_no_temporary_file_and_no_process_is_left(story: dict[str, Run], name: s
     host = host_of(name)
     assert host.run("pgrep -f experimental-image-proxy").stdout == ""
     assert host.run(f"find {REPOSITORY} -name '.*' -type f -o -name '*.tmp'").stdout == ""
+
+
+class Watched(NamedTuple):
+    """A pull with a live line that was cut off: its run; whether the job that nobody looked after any more ended by
+    itself, and whether it gave the name.
+    """
+
+    run: Run
+    ended: bool
+    named: bool
+
+
+def looked_after(name: str) -> bool:
+    return any((job / "sign").exists() for job in jobs_of(name))
+
+
+@pytest.fixture(scope="module")
+def watched(story: dict[str, Run], lab: dict[str, Any]) -> Iterator[Watched]:
+    """A pull with a live line on two hosts: one loses its connections, and the other cannot be reached any more."""
+    with FaultProxy(lab["registries"]["plain"]["address"]) as proxy, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        slow = proxy.add(Rule("/blobs/", rate=5_000))
+        variables = {"faults_image": "app-1", "faults_name": "watched", "composefs_progress": "always"}
+        first = pool.submit(pull_from, proxy.address, faults_hosts="faults-cut,faults-killed", **variables)
+        wait_for("both pulls to be jobs", lambda: all(map(looked_after, WATCHED)) or first.done())
+        assert not first.done(), "the pull was over before it could be hurt"
+        listener = int(listener_of("faults-killed"))
+        os.kill(listener, signal.SIGSTOP)
+        try:
+            assert all(cut_connections(name) > 0 for name in WATCHED)
+            # From here on nothing but the silence keeps the job from naming what it fetches.
+            time.sleep(FRESH)
+            slow.rate = None
+            tag = namespace.directory_of("faults-killed") / "srv/images/streams/refs/oci/watched"
+            end = time.monotonic() + PATIENCE + 60
+            while jobs_of("faults-killed") and time.monotonic() < end:
+                time.sleep(0.5)
+            ended, named = not jobs_of("faults-killed"), tag.is_symlink()
+            run = first.result()
+        finally:
+            os.kill(listener, signal.SIGCONT)
+        yield Watched(run, ended, named)
+
+
+def test_a_watched_pull_goes_on_when_its_connection_comes_back(watched: Watched, lab: dict[str, Any]) -> None:
+    assert kinds(watched.run)["faults-cut"] == "ok"
+    assert result(watched.run, "faults-cut")["digest"] == lab["images"]["app-1"]["digest"]
+    repository = Repository(host_of("faults-cut"), REPOSITORY)
+    assert repository.image("watched").digest == lab["images"]["app-1"]["digest"] and repository.damage() == []
+
+
+def test_a_watched_pull_names_nothing_where_nobody_gives_a_sign_any_more(watched: Watched) -> None:
+    assert not watched.named and kinds(watched.run)["faults-killed"] == "unreachable"
+    assert set(Repository(host_of("faults-killed"), REPOSITORY).tags) == {"app"}
+
+
+def test_a_job_that_nobody_looks_after_ends_and_leaves_nothing(watched: Watched) -> None:
+    assert watched.ended
+    host = host_of("faults-killed")
+    assert host.run("pgrep -f experimental-image-proxy").stdout == "" and jobs_of("faults-killed") == []

@@ -38,16 +38,16 @@ def test_nothing_was_made_elsewhere(host: Any) -> None:
     )
 
 
-def test_the_user_sees_both_images(name: str, runs: list[Run]) -> None:
-    for run in runs:
+def test_the_user_sees_both_images(name: str, played: list[Run]) -> None:
+    for run in played:
         assert [image["names"] for image in run.of(name, "List")["images"]] == [["one"], ["two"]]
 
 
-def test_a_second_run_changes_nothing(name: str, runs: list[Run]) -> None:
-    assert runs[0].of(name, "Pull")["changed"] and not runs[1].of(name, "Pull")["changed"]
+def test_a_second_run_changes_nothing(name: str, played: list[Run]) -> None:
+    assert played[0].of(name, "Pull")["changed"] and not played[1].of(name, "Pull")["changed"]
 
 
-def test_what_is_not_allowed_is_said(name: str, runs: list[Run]) -> None:
-    assert runs[0].of(name, "Pull into a repository of root")["error"] == "permission_denied"
-    assert runs[0].of(name, "Mount")["error"] in ("permission_denied", "mount_failed")
-    assert "root" in runs[0].of(name, "Mount")["msg"]
+def test_what_is_not_allowed_is_said(name: str, played: list[Run]) -> None:
+    assert played[0].of(name, "Pull into a repository of root")["error"] == "permission_denied"
+    assert played[0].of(name, "Mount")["error"] in ("permission_denied", "mount_failed")
+    assert "root" in played[0].of(name, "Mount")["msg"]
