@@ -54,6 +54,7 @@ def rooms() -> list[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lacking", [*([name] for name in OPTIONAL), OPTIONAL], ids=lambda names: "+".join(names)[:20])
 def test_what_a_python_may_lack_fails_only_where_it_is_needed(lacking: list[str], tmp_path: pathlib.Path) -> None:
     link = tmp_path / "path" / "ansible_collections" / "composefs" / "oci"

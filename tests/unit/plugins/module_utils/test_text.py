@@ -184,6 +184,7 @@ def locales(tmp_path: pathlib.Path) -> dict[str, dict[str, str]]:
     return found
 
 
+@pytest.mark.slow
 def test_names_are_utf8_on_the_disk_and_the_same_text_in_every_locale(tmp_path: pathlib.Path) -> None:
     (tmp_path / "locales").mkdir()
     answers = {}

@@ -87,6 +87,7 @@ def test_only_some_images_are_checked(run: Any, repo: Repo) -> None:
     assert run(level="objects", images=["nobody"])["error"] == "image_not_found"
 
 
+@pytest.mark.slow
 def test_a_repair_is_foretold_done_and_not_done_again(run: Any, repo: Repo) -> None:
     what = rotten_image(repo)
     foretold = run(True, level="objects", repair=True)

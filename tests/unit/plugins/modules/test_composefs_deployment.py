@@ -77,6 +77,7 @@ def run(host: Host, capsys: pytest.CaptureFixture[str]) -> Any:
     return task
 
 
+@pytest.mark.slow
 def test_activate_and_confirm_with_a_timer_of_systemd(host: Host, run: Any) -> None:
     one, two = host.digests
     assert run(name="app", digest=one, confirm_within=0)["state"] == "confirmed"

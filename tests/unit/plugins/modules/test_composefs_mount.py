@@ -108,6 +108,7 @@ def test_a_mount_without_fs_verity_is_warned_about_once(host: Host, run: Any) ->
     assert len(host.warnings) == 1 and "fs-verity" in host.warnings[0] and host.path in host.warnings[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", [True, False])
 def test_persistent_without_fs_verity_has_to_be_asked_for_in_words(host: Host, run: Any, check: bool) -> None:
     result = run(check, image=host.images[0], persistent=True)

@@ -176,6 +176,7 @@ def test_percentages_are_rounded_up(amount: Any, hosts: int) -> None:
 # ---- gate ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @hypothesis.given(data=hs.data(), number=hs.integers(2, 40), max_failed=hs.integers(0, 5))
 def test_a_bad_image_never_reaches_more_than_canaries_what_may_fail_and_one_wave(
     data: hs.DataObject, number: int, max_failed: int

@@ -68,6 +68,7 @@ def test_a_command_has_ended_although_what_it_left_behind_keeps_its_output_open(
     assert status == 0 and shell
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ends", [True, False])
 def test_endless_output_takes_no_memory(ends: bool) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -180,6 +180,7 @@ def test_a_place_that_others_can_change_is_not_relied_on_at_boot(
 # ---- on the host -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_unit_is_written_enabled_and_made_known_once(places: Places) -> None:
     systemd = Systemd()
     unit = pathlib.Path(places.units, "composefs-oci-srv-app.service")
@@ -200,6 +201,7 @@ def test_a_unit_is_written_enabled_and_made_known_once(places: Places) -> None:
     assert bootmount.units(places) == {"/srv/app": unit.name}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", ["unit", "link", "program", "directory"])
 def test_what_is_wrong_is_put_right(places: Places, broken: str) -> None:
     systemd = Systemd()
@@ -284,6 +286,7 @@ def test_the_program_has_every_part_that_its_parts_import_at_once() -> None:
                     assert wanted <= names, name
 
 
+@pytest.mark.slow
 def test_the_program_runs_in_an_isolated_interpreter(tmp_path: pathlib.Path) -> None:
     program = tmp_path / "mount.pyz"
     program.write_bytes(bootmount.application())

@@ -95,6 +95,7 @@ def test_what_the_check_finds_is_told_and_an_error_is_remembered(repository: pat
     assert result["findings"] and result["error"]["code"] == "repository_damaged"  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_the_timer_is_written_once_and_started(repository: pathlib.Path, places: Places) -> None:
     systemd, path = Systemd(), str(repository)
     assert maintenancetimer.ensure(path, Wish(), Schedule(), systemd, check=True, places=places)
@@ -109,6 +110,7 @@ def test_the_timer_is_written_once_and_started(repository: pathlib.Path, places:
     assert "OnCalendar=Sun 03:00\nRandomizedDelaySec=5\nPersistent=true\n" in timer
 
 
+@pytest.mark.slow
 def test_the_program_does_what_the_wish_says_in_an_isolated_interpreter(
     repository: pathlib.Path, places: Places
 ) -> None:

@@ -201,6 +201,7 @@ def archive(tree: dict[str, bytes]) -> bytes:
     return tar(member("lib/", type=DIRECTORY), *(member(name, data) for name, data in sorted(tree.items())))
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(trees, min_size=1, max_size=2), st.lists(trees, min_size=1, max_size=2))
 def test_whatever_changed_the_delta_makes_the_same_tars(

@@ -88,6 +88,7 @@ def test_a_repository_in_which_everything_has_a_name_stays_as_it_is(path: pathli
     assert set(result.by_name) == set(TAGS)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(gone=hs.sets(hs.sampled_from(TAGS)), by_pattern=hs.booleans(), mounted=hs.sets(hs.sampled_from(TAGS[:3])))
 def test_exactly_what_no_root_reaches_goes_and_check_mode_says_so_before(

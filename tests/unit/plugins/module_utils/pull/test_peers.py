@@ -140,6 +140,7 @@ def test_the_first_peer_that_serves_is_enough(path: pathlib.Path, peer: LyingPee
         assert second.requests == []
 
 
+@pytest.mark.slow
 def test_headers_are_sent_and_shown_nowhere(path: pathlib.Path, peer: LyingPeer) -> None:
     result = pulled(path, peer.url, peer_headers={"Authorization": "Bearer se-cret"})
     assert all(headers["Authorization"] == "Bearer se-cret" for headers in peer.headers)
@@ -147,6 +148,7 @@ def test_headers_are_sent_and_shown_nowhere(path: pathlib.Path, peer: LyingPeer)
     assert "se-cret" not in repr(pull.Options(peer_headers={"Authorization": "se-cret"}))
 
 
+@pytest.mark.slow
 def test_check_mode_asks_no_peer_and_says_that_its_bytes_are_a_bound(
     path: pathlib.Path, world: World, peer: LyingPeer
 ) -> None:
@@ -159,12 +161,14 @@ def test_check_mode_asks_no_peer_and_says_that_its_bytes_are_a_bound(
     assert done["bytes_exact"] is True
 
 
+@pytest.mark.slow
 def test_peers_are_asked_for_nothing_where_nothing_is_missing(path: pathlib.Path, peer: LyingPeer) -> None:
     pulled(path, peer.url)
     peer.requests.clear()
     assert not pulled(path, peer.url)["changed"] and peer.requests == []
 
 
+@pytest.mark.slow
 def test_a_delta_goes_before_peers_and_a_path_in_the_url_is_kept(
     path: pathlib.Path, seed: pathlib.Path, world: World
 ) -> None:
@@ -176,6 +180,7 @@ def test_a_delta_goes_before_peers_and_a_path_in_the_url_is_kept(
 # --- what a peer may lack
 
 
+@pytest.mark.slow
 def test_a_layer_that_a_peer_lacks_comes_from_the_next_one(
     path: pathlib.Path, seed: pathlib.Path, peer: LyingPeer
 ) -> None:
@@ -185,6 +190,7 @@ def test_a_layer_that_a_peer_lacks_comes_from_the_next_one(
     assert result["warnings"] == [] and result["stats"]["peers"][0]["error"] is None
 
 
+@pytest.mark.slow
 def test_an_object_that_was_pruned_meanwhile_makes_only_this_layer_come_from_elsewhere(
     path: pathlib.Path, seed: pathlib.Path, peer: LyingPeer
 ) -> None:
@@ -311,6 +317,7 @@ def test_a_peer_that_lied_is_not_asked_again(path: pathlib.Path, peer: LyingPeer
     assert len([what for what in peer.requests if what.startswith("streams/")]) == 1
 
 
+@pytest.mark.slow
 def test_the_second_peer_serves_where_the_first_lies(
     path: pathlib.Path, world: World, seed: pathlib.Path, peer: LyingPeer
 ) -> None:

@@ -308,6 +308,7 @@ def test_the_first_name_depth_first_decides() -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_thousands_of_lines_and_ten_thousands_of_paths_take_moments() -> None:
     rules = [Rule(Pattern(b"/.*"), b"all")]
     rules += [
@@ -335,6 +336,7 @@ def test_thousands_of_lines_and_ten_thousands_of_paths_take_moments() -> None:
     )
 
 
+@pytest.mark.slow
 def test_deep_trees_need_neither_recursion_nor_much_memory() -> None:
     root = directory = Directory(Stat())
     for _unused in range(10_000):
@@ -419,6 +421,7 @@ def expected_labels(root: Directory, policy: Policy) -> dict[bytes, tuple[bytes 
     return found
 
 
+@pytest.mark.slow
 @given(trees(), hs.builds(Policy, RULES, ALIASES))
 @settings(max_examples=150, deadline=None)
 def test_any_tree_is_labelled_as_the_naive_model_does(root: Directory, policy: Policy) -> None:
