@@ -427,7 +427,7 @@ class _Check:
             diff_id, node = layers[number]
             found = None
             # What is damaged in it was found before.
-            with contextlib.suppress(EngineError), self.repository.open_object_stream(node) as stream:
+            with contextlib.suppress(EngineError, OSError), self.repository.open_object_stream(node) as stream:
                 found = "sha256:" + proofs.tar_sha256(stream, self.repository.objects)
             tell([number, found])
 
@@ -564,7 +564,7 @@ def _wrong_images(repository: Repository, stream: StreamDigest, layers: Sequence
                     wrong.append([key, refs[key].hex(), hasher.digest().hex()])
     except OF_THIS_PROCESS:
         raise
-    except EngineError:
+    except (EngineError, OSError):
         return []  # layers that make no tree are found as what they are
     return wrong
 

@@ -253,3 +253,15 @@ def test_while_others_are_there_it_is_looked_again_before_a_name_is_missed(
     others += [1, 1, 1]
     monkeypatch.setattr(check.time, "sleep", lambda _seconds: os.symlink(target, repo.path / layer))
     assert run(repo, FULL).findings == [] and others == [1, 1]
+
+
+def test_an_object_that_the_kernel_does_not_give_back_ends_no_full_check(
+    repo: Repo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where fs-verity refuses what a disk has made of it: the other levels tell of it, and the layers go on."""
+
+    def refuse(*_words: Any) -> str:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(check.proofs, "tar_sha256", refuse)
+    assert run(repo, FULL).findings == []
