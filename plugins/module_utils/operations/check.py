@@ -16,7 +16,7 @@ import dataclasses
 import os
 import stat
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -46,7 +46,7 @@ from .findings import (
 )
 from ..formats import fsverity, ocidocuments, repolayout
 from ..host import locks, processors, workers
-from ..errors import OF_THIS_PROCESS, EngineError, FormatError, ImageNotFound, InvalidDocument
+from ..errors import OF_THIS_PROCESS, EngineError, FormatError, ImageNotFound, InvalidDocument, doing
 from ..progress import Progress
 from ..store import checks, imagestreams, proofs
 from ..store import graph as graphs
@@ -397,7 +397,7 @@ class _Check:
         except (FormatError, InvalidDocument) as error:
             self.unreadable.add(node)
             # An object that is missing was told of already.
-            with contextlib.suppress(EngineError), self.repository.open_object_stream(node) as stream:
+            with _found_elsewhere(f"Reading {path}"), self.repository.open_object_stream(node) as stream:
                 if self.missing.intersection(stream.object_refs):
                     return None
             self.add(DOCUMENT_DAMAGED, node, path, error.text)
@@ -426,8 +426,7 @@ class _Check:
         def work(number: int, tell: Callable[[Any], None]) -> None:
             diff_id, node = layers[number]
             found = None
-            # What is damaged in it was found before.
-            with contextlib.suppress(EngineError, OSError), self.repository.open_object_stream(node) as stream:
+            with _found_elsewhere(f"Proving the layer {diff_id}"), self.repository.open_object_stream(node) as stream:
                 found = "sha256:" + proofs.tar_sha256(stream, self.repository.objects)
             tell([number, found])
 
@@ -439,7 +438,7 @@ class _Check:
             if value[1] is None or value[1] == diff_id:
                 return
             broken = self.damaged()
-            with contextlib.suppress(EngineError), self.repository.open_object_stream(node) as stream:
+            with _found_elsewhere(f"Reading the layer {diff_id}"), self.repository.open_object_stream(node) as stream:
                 if broken.intersection(stream.object_refs):
                     return
             path = f"streams/{imagestreams.LAYER}{diff_id}"
@@ -526,7 +525,7 @@ def _mendable(
     found = set()
     for stream in configs:
         images = {node for node in graph.nodes(Root("", "", stream), lambda _node, _error: None)[1:] if node in bad}
-        with contextlib.suppress(EngineError), repository.open_object_stream(stream) as opened:
+        with _found_elsewhere("Reading a configuration"), repository.open_object_stream(stream) as opened:
             made = set(imagestreams.images_among(opened.named_refs).values())
             layers = set(imagestreams.streams_among(opened.named_refs).values())
             below: set[ObjectDigest] = set()
@@ -548,9 +547,10 @@ def _wrong_images(repository: Repository, stream: StreamDigest, layers: Sequence
     wanted = {key: kinds[key] for key in refs if key in kinds}
     if not wanted or any(layer not in refs for layer in layers):
         return []
-    try:
+    wrong: list[list[str]] = []
+    # Layers that make no tree are found as what they are.
+    with _found_elsewhere("Making EROFS images anew"):
         system = makeimages.build_tree(repository, [StreamDigest(refs[layer]) for layer in layers])
-        wrong = []
         for boot in (False, True):
             keys = [key for key, (_version, for_boot) in wanted.items() if for_boot == boot]
             if boot and keys:
@@ -562,11 +562,22 @@ def _wrong_images(repository: Repository, stream: StreamDigest, layers: Sequence
                 erofswriter.write_image(system.root, wanted[key][0], repository.algorithm, hasher.update)
                 if hasher.digest() != refs[key]:
                     wrong.append([key, refs[key].hex(), hasher.digest().hex()])
+        return wrong
+    return []
+
+
+@contextlib.contextmanager
+def _found_elsewhere(what: str) -> Iterator[None]:
+    """For a block that reads what may be damaged, and what is damaged in it is a finding of its own. An error of this
+    process says nothing of what was read, and ends the check: it must not pass for a proof.
+    """
+    try:
+        with doing(what):
+            yield
     except OF_THIS_PROCESS:
         raise
-    except (EngineError, OSError):
-        return []  # layers that make no tree are found as what they are
-    return wrong
+    except EngineError:
+        pass
 
 
 def _name_of(path: str) -> str:

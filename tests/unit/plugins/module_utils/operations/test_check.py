@@ -6,11 +6,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
-import re
-import contextlib
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -40,13 +41,14 @@ from filled_repository import (
     wrong_image,
 )
 
-from ansible_collections.composefs.oci.plugins.module_utils.errors import ImageNotFound
+from ansible_collections.composefs.oci.plugins.module_utils.errors import OF_THIS_PROCESS, ImageNotFound
 from ansible_collections.composefs.oci.plugins.module_utils.host import processes
 from ansible_collections.composefs.oci.plugins.module_utils.operations import check, keepers
 from ansible_collections.composefs.oci.plugins.module_utils.operations.check import FULL, OBJECTS, QUICK, Report, Wish
 from ansible_collections.composefs.oci.plugins.module_utils.operations import findings as all_findings
 from ansible_collections.composefs.oci.plugins.module_utils.operations.findings import Finding
 from ansible_collections.composefs.oci.plugins.module_utils.progress import Progress
+from ansible_collections.composefs.oci.plugins.module_utils.pull import makeimages
 from ansible_collections.composefs.oci.plugins.module_utils.store import checks, imagestreams
 from ansible_collections.composefs.oci.plugins.module_utils.store.graph import Problem
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
@@ -265,3 +267,19 @@ def test_an_object_that_the_kernel_does_not_give_back_ends_no_full_check(
 
     monkeypatch.setattr(check.proofs, "tar_sha256", refuse)
     assert run(repo, FULL).findings == []
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM])
+@pytest.mark.parametrize("step", ["proofs.tar_sha256", "makeimages.build_tree"])
+def test_a_process_that_cannot_look_has_proved_nothing(
+    repo: Repo, monkeypatch: pytest.MonkeyPatch, number: int, step: str
+) -> None:
+    """Taken for damage that was found elsewhere, it would be a full check without findings."""
+
+    def fail(*_words: Any) -> str:
+        raise OSError(number, os.strerror(number))
+
+    module, _dot, name = step.partition(".")
+    monkeypatch.setattr({"proofs": check.proofs, "makeimages": makeimages}[module], name, fail)
+    with pytest.raises(OF_THIS_PROCESS):
+        run(repo, FULL)
