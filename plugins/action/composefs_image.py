@@ -162,7 +162,7 @@ class ActionModule(ActionBase):
         try:
             result = self._copied() or self._run(tmp, task_vars)
             if not self._task.no_log:
-                facts = left(self.facts, result, self._task.check_mode, task_vars)
+                facts = left(self.facts, result, self._task, task_vars)
                 if facts:
                     result["ansible_facts"] = facts
         finally:

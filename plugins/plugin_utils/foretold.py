@@ -7,6 +7,7 @@
 A pull in check mode moves no name, so a task that mounts the image would look at the old one and foretell that nothing
 happens. The actions of modules that change something therefore leave facts: for each name that would move, for each
 path where something else would be mounted, and for a repository that would be made, brought up to date or given away.
+A task that says ``check_mode: true`` itself leaves none: it asks what would be, and nobody goes on to do it.
 Every action of the collection hands these facts to its module. Nothing is written on the host. A fact counts only in
 the run of ansible-playbook that it was made in, for facts may be cached beyond it.
 """
@@ -146,8 +147,8 @@ def environment(task_vars: dict[str, t.Any]) -> dict[str, str]:
 
 
 def over(facts: dict[str, t.Any], task_vars: dict[str, t.Any] | None) -> dict[str, t.Any]:
-    """What takes back facts that an earlier task with ``check_mode: true`` of a run for good left, and that are done or
-    past now.
+    """What takes back facts that an earlier play of this run, which was in check mode as a whole, left, and that are
+    done or past now.
     """
     known = (task_vars or {}).get("ansible_facts") or {}
     return {key: {} for key in facts if key in known}
@@ -156,18 +157,24 @@ def over(facts: dict[str, t.Any], task_vars: dict[str, t.Any] | None) -> dict[st
 def left(
     facts: t.Callable[[dict[str, t.Any]], dict[str, t.Any]],
     result: dict[str, t.Any],
-    check: bool,
+    task: t.Any,
     task_vars: dict[str, t.Any] | None,
 ) -> dict[str, t.Any]:
     """The facts to leave for the result of a task: what it foretells, or, for good, that this is not foretold any more.
     ``facts`` makes them of a result.
     """
-    if not result.get("changed") or result.get("failed"):
+    if not result.get("changed") or result.get("failed") or (task.check_mode and _asks(task)):
         return {}
-    if not check:
+    if not task.check_mode:
         return over(facts(result), task_vars)
     known = (task_vars or {}).get("ansible_facts") or {}
     return {key: _merged(known.get(key), fact) for key, fact in facts(result).items()}
+
+
+def _asks(task: t.Any) -> bool:
+    """Whether the task is in check mode by a word of its own and not because the run or the play is."""
+    written = task.get_ds()
+    return isinstance(written, dict) and written.get("check_mode") is not None
 
 
 def _merged(before: t.Any, fact: dict[str, t.Any]) -> dict[str, t.Any]:

@@ -47,7 +47,7 @@ class GatedAction(ActionBase):
         finally:
             self._task.environment = before
         if not self._task.no_log:
-            facts = left(self.facts, result, self._task.check_mode, task_vars)
+            facts = left(self.facts, result, self._task, task_vars)
             if facts:
                 result["ansible_facts"] = facts
         return shown(result)

@@ -72,6 +72,9 @@ class Task:
         self.no_log = False
         self.environment: Any = []
 
+    def get_ds(self) -> dict[str, Any]:
+        return {}
+
 
 class Host(ActionModule):
     """The action with a host that is made up: what looking at the job finds, one look after the other."""

@@ -44,6 +44,10 @@ class Task:
         self.check_mode = check_mode
         self.no_log = False
         self.environment: Any = [{"LANG": "C"}]
+        self.written: dict[str, Any] = {}
+
+    def get_ds(self) -> dict[str, Any]:
+        return self.written
 
 
 def run(
@@ -100,6 +104,16 @@ def test_a_run_that_is_real_or_changes_nothing_leaves_no_facts(monkeypatch: pyte
         (Task(), {"failed": True, "msg": "x"}),
     ):
         assert "ansible_facts" not in run(monkeypatch, composefs_image, task, result, {})[0]
+
+
+@pytest.mark.parametrize("action", [composefs_image, composefs_prune, composefs_mount, composefs_repository])
+def test_a_task_that_only_asks_what_would_be_leaves_no_facts(monkeypatch: pytest.MonkeyPatch, action: Any) -> None:
+    """Nobody goes on to do it: another question after it must get the same answer, and so must a run in check mode."""
+    result = {**PULLED, "path": "/r", "mounted": True, "created": True, "names": ["app"]}
+    task = Task(path="/r")
+    assert run(monkeypatch, action, task, result, {})[0]["ansible_facts"]
+    task.written = {"composefs.oci.some": {}, "check_mode": True}
+    assert "ansible_facts" not in run(monkeypatch, action, task, result, {})[0]
 
 
 def test_each_name_has_a_fact_of_its_own() -> None:
