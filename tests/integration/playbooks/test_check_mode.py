@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -221,7 +222,9 @@ def place(disk: pathlib.Path) -> Iterator[pathlib.Path]:
             yield pathlib.Path(directory)
     finally:
         if made:
-            LIBRARY.rmdir()
+            # It stays where somebody else has begun to use it meanwhile, such as tests from another checkout.
+            with contextlib.suppress(OSError):
+                LIBRARY.rmdir()
 
 
 def play(place: pathlib.Path, script: list[str]) -> None:
