@@ -289,7 +289,7 @@ class OutOfMemory(EngineError):
 
 
 # What says nothing of whatever was being looked at: this process cannot look.
-OF_THIS_PROCESS = (LimitReached, OutOfMemory)
+OF_THIS_PROCESS = (LimitReached, OutOfMemory, MissingLibrary)
 
 
 class InternalError(EngineError):
@@ -318,6 +318,8 @@ _EXHAUSTED = {
     errno.ENOMEM: MEMORY,
 }
 _NO_THREAD = "can't start new thread"
+# What a thread's stack takes of the address space where nothing else was chosen.
+_STACK = 8 << 20
 
 
 def exhausted(what: str, doing: str = "") -> EngineError:
@@ -377,6 +379,30 @@ def _of_control_group(name: str) -> str:
     return str(min(found)) if found else ""
 
 
+def _lacks_room_for_a_stack() -> bool:
+    """Whether RLIMIT_AS leaves less than a thread needs; the kernel says the same where there are too many threads."""
+    import resource  # late, as above
+
+    soft = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if soft == resource.RLIM_INFINITY:
+        return False
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/statm", encoding="ascii") as file:
+        return soft - int(file.read().split()[0]) * resource.getpagesize() < 2 * _STACK
+    return False
+
+
+def from_import_error(error: ImportError, what: str) -> EngineError | None:
+    """The engine error for a library that is there and could not be loaded because a limit was reached; None if it was
+    something else. The loader of shared objects says so in words only.
+    """
+    text = str(error)
+    for number in (errno.ENOMEM, errno.EMFILE, errno.ENFILE):
+        if os.strerror(number) in text:
+            return exhausted(_EXHAUSTED[number], what)
+    # Where a limit of the address space is in the way it does not always say more.
+    return exhausted(MEMORY, what) if text.endswith("failed to map segment from shared object") else None
+
+
 def from_os_error(error: OSError, what: str) -> EngineError:
     """The engine error for ``error`` that happened while doing ``what`` (a phrase such as ``importing layer
     sha256:…``).
@@ -401,7 +427,7 @@ def from_exception(error: BaseException, what: str) -> EngineError:
     if isinstance(error, MemoryError):
         return exhausted(MEMORY, what)
     if isinstance(error, RuntimeError) and _NO_THREAD in str(error):
-        return exhausted(PROCESSES, what)
+        return exhausted(MEMORY if _lacks_room_for_a_stack() else PROCESSES, what)
     return InternalError(describe_crash(error))
 
 

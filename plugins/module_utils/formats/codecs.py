@@ -25,7 +25,7 @@ import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, Union
 
-from ..errors import EngineError, FormatError, InvalidLayer, MissingLibrary
+from ..errors import EngineError, FormatError, InvalidLayer, MissingLibrary, from_import_error
 
 if TYPE_CHECKING:
     from mmap import mmap
@@ -82,11 +82,16 @@ class Compressor(Protocol):
 
 @functools.cache
 def _module(name: str) -> Any:
-    """The module, or None where it is not installed."""
+    """The module, or None where it is not installed. LimitReached, OutOfMemory."""
     try:
         return importlib.import_module(name)
-    except ImportError:
+    except ModuleNotFoundError:
         return None
+    except ImportError as error:
+        reached = from_import_error(error, f"Loading {name}")
+        if reached is None:
+            return None
+        raise reached from error
 
 
 def gzip_backend() -> str:

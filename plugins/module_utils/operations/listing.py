@@ -12,7 +12,7 @@ from typing import Any
 
 from ..formats import ocidocuments, repolayout
 from ..store import imagestreams, namerecords
-from ..errors import OF_THIS_PROCESS, EngineError, FormatError, ImageNotFound, MissingLibrary
+from ..errors import OF_THIS_PROCESS, EngineError, FormatError, ImageNotFound
 from ..store.repository import Repository
 from ..pull.results import bounded
 
@@ -54,10 +54,8 @@ def list_images(repository: Repository, name: str = "", digest: str = "") -> tup
                 found.append({"names": tags, **UNKNOWN, "digest": manifest})
                 continue
             found.append({"names": tags, **_origins(repository, tags), **describe_image(repository, manifest)})
-        except MissingLibrary:
-            raise  # not the image's fault, and no other can be read either
         except OF_THIS_PROCESS:
-            raise
+            raise  # not the image's fault, and no other can be read either
         except EngineError as error:
             complaints.append(f"{', '.join(names.get(manifest, [])) or manifest}: {error}")
     return sorted(found, key=lambda image: (image["names"] or [""])[0]), complaints

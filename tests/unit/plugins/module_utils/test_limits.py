@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import resource
 import subprocess
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import pytest
 
 from ansible_collections.composefs.oci.plugins.module_utils import errors
 from ansible_collections.composefs.oci.plugins.module_utils.errors import EngineError, LimitReached, SkopeoMissing
+from ansible_collections.composefs.oci.plugins.module_utils.formats import codecs
 from ansible_collections.composefs.oci.plugins.module_utils.source import skopeo, skopeowords
 from ansible_collections.composefs.oci.plugins.module_utils.source.options import ProxyOptions
 
@@ -42,6 +44,46 @@ def test_a_limit_has_its_name_its_value_and_how_to_raise_it(number: int, limit: 
 def test_threads_and_processes_share_their_limit() -> None:
     error = errors.from_exception(RuntimeError("can't start new thread"), "Fetching")
     assert isinstance(error, LimitReached) and "threads" in error.message and "bug" not in str(error)
+
+
+def test_a_thread_that_finds_no_room_for_its_stack_lacks_memory() -> None:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with open("/proc/self/statm") as file:
+        used = int(file.read().split()[0]) * resource.getpagesize()
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (used + (6 << 20), before[1]))
+        error = errors.from_exception(RuntimeError("can't start new thread"), "Fetching")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert isinstance(error, LimitReached) and "RLIMIT_AS is " in error.message
+
+
+@pytest.mark.parametrize(
+    ("text", "limit"),
+    [
+        (f"libx.so: cannot open shared object file: {os.strerror(errno.EMFILE)}", "RLIMIT_NOFILE is "),
+        (f"libx.so: cannot create shared object descriptor: {os.strerror(errno.ENOMEM)}", "RLIMIT_AS is "),
+        ("libx.so: failed to map segment from shared object", "RLIMIT_AS is "),
+        ("libx.so: failed to map segment from shared object: Operation not permitted", None),
+        ("libx.so: undefined symbol: f", None),
+    ],
+)
+def test_a_library_that_is_there_and_cannot_be_loaded_is_not_missing(
+    narrow: None, monkeypatch: pytest.MonkeyPatch, text: str, limit: str | None
+) -> None:
+    def fail(_name: str) -> None:
+        raise ImportError(text)
+
+    codecs._module.cache_clear()
+    monkeypatch.setattr(codecs.importlib, "import_module", fail)
+    try:
+        if limit is None:
+            assert codecs._module("zstandard") is None
+        else:
+            with pytest.raises(LimitReached, match=limit):
+                codecs._module("zstandard")
+    finally:
+        codecs._module.cache_clear()
 
 
 @pytest.fixture
