@@ -176,8 +176,8 @@ def crashing(place: pathlib.Path) -> Iterator[tuple[pathlib.Path, Callable[[], N
     with image.open("wb") as file:
         file.truncate(64 << 20)
     subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True)
-    mount = ["mount", "-o", "loop,commit=300", str(image), str(point)]
-    subprocess.run(mount, check=True)
+    mount = ["mount", "-o", "loop,commit=300"]
+    subprocess.run([*mount, str(image), str(point)], check=True)
 
     def crash() -> None:
         fd = os.open(point, os.O_RDONLY)
@@ -186,7 +186,10 @@ def crashing(place: pathlib.Path) -> Iterator[tuple[pathlib.Path, Callable[[], N
         finally:
             os.close(fd)
         subprocess.run(["umount", str(point)], check=True)
-        subprocess.run(mount, check=True)
+        # A mount namespace that somebody made meanwhile keeps the old one alive, and another mount of the same file would
+        # be that one again. Nothing is written to it any more, so a copy is what the disk has.
+        shutil.copyfile(image, f"{image}-after")
+        subprocess.run([*mount, f"{image}-after", str(point)], check=True)
 
     yield point, crash
     subprocess.run(["umount", str(point)], check=True)
