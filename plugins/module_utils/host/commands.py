@@ -49,10 +49,10 @@ def run(words: list[str], timeout: float = TIMEOUT) -> tuple[int, str, str]:
             if isinstance(from_os_error(error, ""), LimitReached):
                 raise
             return _NOT_EXECUTABLE, "", str(error)
-    assert process.stdout is not None and process.stderr is not None
-    with process.stdout as out, process.stderr as err:
+    with contextlib.ExitStack() as stack:
+        pipes = [stack.enter_context(pipe) for pipe in (process.stdout, process.stderr) if pipe is not None]
         try:
-            told = _listen(process, (out, err), time.monotonic() + timeout)
+            told = _listen(process, pipes, time.monotonic() + timeout)
         finally:
             if process.returncode is None:
                 with contextlib.suppress(OSError):

@@ -16,6 +16,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from ..formats.repolayout import StreamName
@@ -206,7 +207,7 @@ def _references(path: str) -> dict[str, str]:
             read, transport = archive.read, "oci-archive"
         else:
             directory = stack.enter_context(files.opened_directory(path))
-            read, transport = lambda name, limit: files.read_whole(directory, name, limit), "oci"
+            read, transport = partial(files.read_whole, directory), "oci"
         entries = _entries(read, "index.json", path)
         for entry in entries:
             digest = str(entry.get("digest"))

@@ -17,7 +17,7 @@ def test_what_a_prune_or_a_repair_changes_is_not_taken_for_a_pull() -> None:
     digest = "sha256:" + "1" * 64
     result = {"changed": True, "repository": "/r", "names": ["app"], "name": "other", "digest": digest}
     prune = composefs_prune.ActionModule.__new__(composefs_prune.ActionModule)
-    (fact,) = prune.facts(result).values()
+    [fact] = list(prune.facts(result).values())
     assert (fact["name"], fact["absent"], fact["digest"]) == ("app", True, None)
     assert prune.facts({**result, "names": []}) == {}
     assert composefs_check.ActionModule.__new__(composefs_check.ActionModule).facts(result) == {}

@@ -6,12 +6,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -140,16 +142,14 @@ def test_the_program_does_what_the_wish_says_in_an_isolated_interpreter(
 def test_the_command_line_means_the_wish(wish: Wish, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[object] = []
 
-    class Opened:
-        def __enter__(self) -> Opened:
-            return self
-
-        def __exit__(self, *_how: object) -> None: ...
+    @contextlib.contextmanager
+    def opened(_path: str, **_options: object) -> Iterator[None]:
+        yield None
 
     monkeypatch.setattr(
         maintenance, "maintain", lambda _one, wish, _progress: found.append(wish) or {"error": None, "findings": {}}
     )
-    assert maintenance.main(maintenance.words(wish, "/srv"), lambda _path, **_options: Opened()) == 0
+    assert maintenance.main(maintenance.words(wish, "/srv"), opened) == 0
     (meant,) = found
     assert isinstance(meant, Wish) and meant.level == wish.level
     for key in ("keep", "remove", "keep_last", "older_than", "timeout") if wish.prune else ():
