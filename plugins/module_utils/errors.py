@@ -379,8 +379,10 @@ def _of_control_group(name: str) -> str:
     return str(min(found)) if found else ""
 
 
-def _lacks_room_for_a_stack() -> bool:
-    """Whether RLIMIT_AS leaves less than a thread needs; the kernel says the same where there are too many threads."""
+def lacks_room() -> bool:
+    """Whether RLIMIT_AS leaves less than the stack of a thread or a library needs. Neither says so itself: a thread is
+    refused in the same words where there are too many of them, and a library in many.
+    """
     import resource  # late, as above
 
     soft = resource.getrlimit(resource.RLIMIT_AS)[0]
@@ -399,8 +401,7 @@ def from_import_error(error: ImportError, what: str) -> EngineError | None:
     for number in (errno.ENOMEM, errno.EMFILE, errno.ENFILE):
         if os.strerror(number) in text:
             return exhausted(_EXHAUSTED[number], what)
-    # Where a limit of the address space is in the way it does not always say more.
-    return exhausted(MEMORY, what) if text.endswith("failed to map segment from shared object") else None
+    return exhausted(MEMORY, what) if lacks_room() else None
 
 
 def from_os_error(error: OSError, what: str) -> EngineError:
@@ -427,7 +428,7 @@ def from_exception(error: BaseException, what: str) -> EngineError:
     if isinstance(error, MemoryError):
         return exhausted(MEMORY, what)
     if isinstance(error, RuntimeError) and _NO_THREAD in str(error):
-        return exhausted(MEMORY if _lacks_room_for_a_stack() else PROCESSES, what)
+        return exhausted(MEMORY if lacks_room() else PROCESSES, what)
     return InternalError(describe_crash(error))
 
 

@@ -25,7 +25,16 @@ import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, Union
 
-from ..errors import EngineError, FormatError, InvalidLayer, MissingLibrary, from_import_error
+from ..errors import (
+    MEMORY,
+    EngineError,
+    FormatError,
+    InvalidLayer,
+    MissingLibrary,
+    exhausted,
+    from_import_error,
+    lacks_room,
+)
 
 if TYPE_CHECKING:
     from mmap import mmap
@@ -115,6 +124,8 @@ def _zstd_module(backend: str | None) -> tuple[str, Any]:
     name = backend or zstd_backend()
     module = _module(ZSTD_BACKENDS[name]) if name else None
     if name is None or module is None:
+        if lacks_room():
+            raise exhausted(MEMORY, "Loading a zstd library")
         raise MissingLibrary(
             "A zstd library for Python is needed, and none is installed on the host.",
             "Let the role composefs.oci.skopeo install it, or install python3-zstandard (Debian, Fedora, EPEL), or "

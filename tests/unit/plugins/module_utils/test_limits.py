@@ -58,12 +58,30 @@ def test_a_thread_that_finds_no_room_for_its_stack_lacks_memory() -> None:
     assert isinstance(error, LimitReached) and "RLIMIT_AS is " in error.message
 
 
+@pytest.mark.parametrize("text", ["libx.so: failed to map segment from shared object", "No module named x"])
+def test_no_library_is_missing_where_there_is_no_room_for_one(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """The loader has many words for it, and some do not tell."""
+
+    def fail(_name: str) -> None:
+        raise (ModuleNotFoundError if text.startswith("No") else ImportError)(text)
+
+    codecs._module.cache_clear()
+    monkeypatch.setattr(codecs.importlib, "import_module", fail)
+    monkeypatch.setattr(errors, "lacks_room", lambda: True)
+    monkeypatch.setattr(codecs, "lacks_room", lambda: True)
+    try:
+        with pytest.raises(EngineError) as caught:
+            codecs.require_zstd()
+    finally:
+        codecs._module.cache_clear()
+    assert isinstance(caught.value, errors.OF_THIS_PROCESS) and not isinstance(caught.value, errors.MissingLibrary)
+
+
 @pytest.mark.parametrize(
     ("text", "limit"),
     [
         (f"libx.so: cannot open shared object file: {os.strerror(errno.EMFILE)}", "RLIMIT_NOFILE is "),
         (f"libx.so: cannot create shared object descriptor: {os.strerror(errno.ENOMEM)}", "RLIMIT_AS is "),
-        ("libx.so: failed to map segment from shared object", "RLIMIT_AS is "),
         ("libx.so: failed to map segment from shared object: Operation not permitted", None),
         ("libx.so: undefined symbol: f", None),
     ],
