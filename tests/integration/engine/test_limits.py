@@ -134,7 +134,9 @@ class Runner:
     def __init__(self) -> None:
         paths = [str(pathlib.Path(__file__).parent), *filter(None, sys.path)]
         words = [sys.executable, "-c", PROGRAM, json.dumps(paths), json.dumps(MODULES)]
-        self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        # The locale C is the only one that needs no memory, and what is left of it differs between machines.
+        env = {**os.environ, "LC_ALL": "C"}
+        self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
     def run(
         self, module: str, kind: str, more: int, uid: int, place: pathlib.Path, args: dict[str, Any]
@@ -166,7 +168,8 @@ STEPS = {
     # Ansible itself needs one.
     "files": [*range(1, 24), 28, 32, 40, 64],
     "processes": [*range(0, 10), 16],
-    "memory": [1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 512, 1024],
+    # With less it is chance whether Ansible's part or ours is the first to have none.
+    "memory": [8, 16, 32, 48, 64, 96, 128, 192, 256, 512, 1024],
 }
 VERBS: dict[str, tuple[str, dict[str, Any]]] = {
     "make": ("composefs_repository", {"verity": "disabled"}),
@@ -188,6 +191,8 @@ ROOTS = ("mount", "deployment", "mounts", "deployments")
 
 def fault(out: str, err: str, kind: str) -> str:
     """What is wrong with what a module that met a limit said, else nothing; "done" if it did its work."""
+    if kind == "memory" and "module = AnsibleModule(" in err:
+        return ""  # Ansible's own part had not enough to begin with
     if err:
         return f"complains: {err[-1500:]}"
     try:
