@@ -145,16 +145,9 @@ from ansible_collections.composefs.oci.plugins.module_utils.operations import ma
 
 def wish_of(params: dict[str, Any]) -> maintenance.Wish:
     """What the timer shall do."""
-    for option in ("keep_last", "timeout", "spread"):
-        if params[option] < 0:
-            raise InvalidOption(f"The option {option} is {params[option]}.", "It must be at least 0.")
-    wish = prune.Wish(
-        keep=params["keep"],
-        remove=params["remove"],
-        keep_last=params["keep_last"],
-        older_than=prune.seconds(params["older_than"]),
-        timeout=params["timeout"],
-    )
+    wish = prune.wish_of(params)
+    if params["spread"] < 0:
+        raise InvalidOption(f"The option spread is {params['spread']}.", "It must be at least 0.")
     return maintenance.Wish(params["level"], wish if params["prune"] else None, params["unsafe_repository"])
 
 

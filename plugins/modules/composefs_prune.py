@@ -209,7 +209,6 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.composefs.oci.plugins.module_utils.errors import InvalidOption
 from ansible_collections.composefs.oci.plugins.module_utils.host import watch
 from ansible_collections.composefs.oci.plugins.module_utils.module import (
     opened_repository,
@@ -220,20 +219,6 @@ from ansible_collections.composefs.oci.plugins.module_utils.module import (
 )
 from ansible_collections.composefs.oci.plugins.module_utils.operations import foreseen, prune
 from ansible_collections.composefs.oci.plugins.module_utils.progress import Progress
-
-
-def wish_of(params: dict[str, Any]) -> prune.Wish:
-    """What the task wants."""
-    for option in ("keep_last", "timeout"):
-        if params[option] < 0:
-            raise InvalidOption(f"The option {option} is {params[option]}.", "It must be at least 0.")
-    return prune.Wish(
-        keep=params["keep"],
-        remove=params["remove"],
-        keep_last=params["keep_last"],
-        older_than=prune.seconds(params["older_than"]),
-        timeout=params["timeout"],
-    )
 
 
 def values(pruned: prune.Pruned) -> dict[str, Any]:
@@ -260,7 +245,7 @@ def ahead_of(module: AnsibleModule, path: str) -> foreseen.Ahead | None:
 
 def run(module: AnsibleModule, base: dict[str, Any], life: watch.Life) -> dict[str, Any]:
     """Do what the task says; ``base`` gets what a failure should still tell."""
-    wish = wish_of(module.params)
+    wish = prune.wish_of(module.params)
     path = base["repository"] = repository_path(module)
     progress = Progress(*progress_files(module.params["progress_file"], life.progress_file))
     try:

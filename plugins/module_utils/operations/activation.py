@@ -84,10 +84,9 @@ def _activate(repository: Repository, wanted: Deployment, path: str, host: Host,
     manifest, asked = _manifest(repository, name, wanted.digest)
     trial = before.pending if before else None
     if before is not None and trial is not None:
-        same = trial.rollout == wanted.rollout and trial.digest == manifest
-        if same and not deployment.overdue(trial):
-            return lastingmount.Result(False, deployment.shown(path), None, before, mounted=True)
         if not deployment.overdue(trial):
+            if trial.rollout == wanted.rollout and trial.digest == manifest:
+                return lastingmount.Result(False, deployment.shown(path), None, before, mounted=True)
             raise Busy(f"At {path} {deployment.described(trial)}.", "Wait for its end, or confirm or revert it.")
         if not check:
             before = deployment.take_back(before, host, deployment.REVERTED, deployment.TIMEOUT)

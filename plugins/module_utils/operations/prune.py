@@ -23,7 +23,7 @@ import re
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..formats.digests import ObjectDigest
 from . import keepers
@@ -93,6 +93,22 @@ def seconds(text: str | None) -> float:
             f"The option older_than is {text!r}.", "Write a number with s, m, h, d or w behind it, for example 30d."
         )
     return float(match[1]) * _UNITS[match[2]]
+
+
+def wish_of(params: Mapping[str, Any]) -> Wish:
+    """The wish that the options ``keep``, ``remove``, ``keep_last``, ``older_than`` and ``timeout`` of a task mean.
+    InvalidOption.
+    """
+    for option in ("keep_last", "timeout"):
+        if params[option] < 0:
+            raise InvalidOption(f"The option {option} is {params[option]}.", "It must be at least 0.")
+    return Wish(
+        keep=params["keep"],
+        remove=params["remove"],
+        keep_last=params["keep_last"],
+        older_than=seconds(params["older_than"]),
+        timeout=params["timeout"],
+    )
 
 
 @dataclasses.dataclass

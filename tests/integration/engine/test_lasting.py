@@ -180,6 +180,20 @@ class Refusing:
         self.refused = -1
 
 
+def refusals(kernel: Refusing, app: App, activates: bool) -> Iterator[str]:
+    """Mount, with one call of the kernel refused after the other, until none is; the name of each that was."""
+    for number in range(100):
+        try:
+            with kernel.refusing(number):
+                app.activate(confirm_within=0) if activates else app.mount()
+        except EngineError as error:
+            assert len(kernel.steps) > number, f"nothing was refused, and still: {error}"
+            yield kernel.steps[number]
+        else:
+            break
+    assert number == len(kernel.steps) > 8
+
+
 def left(app: App) -> tuple[Any, ...]:
     """All that a mount leaves anywhere: names in the repository, files of the host, directories, mounts."""
     files = {
@@ -201,16 +215,9 @@ def test_a_mount_that_the_kernel_refuses_leaves_nothing_behind(
     digest = app.pull("v2")
     before = left(app)
     kernel = Refusing(monkeypatch)
-    for number in range(100):
-        try:
-            with kernel.refusing(number):
-                app.activate(confirm_within=0) if activates else app.mount()
-        except EngineError as error:
-            assert len(kernel.steps) > number, f"nothing was refused, and still: {error}"
-            assert left(app) == before, f"after refusing {kernel.steps[number]}"
-        else:
-            break
-    assert number == len(kernel.steps) > 8 and kernel.steps[-1].startswith("attaching")
+    for step in refusals(kernel, app, activates):
+        assert left(app) == before, f"after refusing {step}"
+    assert kernel.steps[-1].startswith("attaching")
     assert app.data() == content("v2") and f"app@{digest}" in app.tags()
 
 
@@ -222,22 +229,13 @@ def test_a_mount_in_the_place_of_another_that_the_kernel_refuses_changes_nothing
     app.mount()
     app.pull("v2")
     before = left(app)
-    kernel = Refusing(monkeypatch)
-    for number in range(100):
-        try:
-            with kernel.refusing(number):
-                app.activate(confirm_within=0) if activates else app.mount()
-        except EngineError as error:
-            assert len(kernel.steps) > number, f"nothing was refused, and still: {error}"
-            after = left(app)
-            if activates:
-                # The history tells that it was tried.
-                assert app.journal().pending is None and app.journal().history[-1].result == "failed"
-                before, after = (*before[:2], *before[3:]), (*after[:2], *after[3:])
-            assert after == before, f"after refusing {kernel.steps[number]}"
-            before = left(app)
-            assert app.data() == content("v1")
-        else:
-            break
-    assert number == len(kernel.steps) > 8
+    for step in refusals(Refusing(monkeypatch), app, activates):
+        after = left(app)
+        if activates:
+            # The history tells that it was tried.
+            assert app.journal().pending is None and app.journal().history[-1].result == "failed"
+            before, after = (*before[:2], *before[3:]), (*after[:2], *after[3:])
+        assert after == before, f"after refusing {step}"
+        before = left(app)
+        assert app.data() == content("v1")
     assert app.data() == content("v2") and len(left(app)[-1]) == 1
