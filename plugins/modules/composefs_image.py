@@ -223,6 +223,7 @@ options:
       - What the layers that the task fetches may unpack to, all together, in bytes or as a text such as V(10 GB), which
         is 10 times 1024 to the third bytes. More fails with V(too_large) while it is unpacked, before it has a name.
       - Without it, what has to be written anew may take the space that is free on the file system of the repository.
+        More fails with V(no_space).
       - In any case the layers may have no more than 20 million members.
     type: str
     version_added: 0.2.0

@@ -17,7 +17,7 @@ import struct
 import time
 from collections.abc import Callable
 
-from ..errors import Stalled, TooLarge
+from ..errors import NoSpace, Stalled, TooLarge
 from ..progress import human
 
 MAX_ENTRIES = 20_000_000
@@ -83,7 +83,8 @@ class Budget:
         self._next_look = 0
 
     def count(self, size: int, entries: int, spared: Callable[[], int]) -> None:
-        """The layer had ``size`` bytes and ``entries`` members so far. Raises TooLarge.
+        """The layer had ``size`` bytes and ``entries`` members so far. Raises TooLarge where the task allows less, and
+        NoSpace where the disk does: the same error as if the disk had been full a moment earlier.
 
         ``spared`` tells how many of the bytes need no room: what is in the repository already, and what is not stored
         as an object. It is asked only where the free space alone would not do, for it waits for what is being stored.
@@ -108,7 +109,7 @@ class Budget:
             self._put(size, entries, spared())
             total, _members, saved = self._tally.sums()
             if total - saved > limits.free:
-                raise TooLarge(
+                raise NoSpace(
                     f"The layers that are fetched unpack to more than the {limits.free} bytes ({human(limits.free)}) "
                     "that were free for them.",
                     "Free space there, or set 'max_size' if that is wrong.",

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ansible_collections.composefs.oci.plugins.module_utils.errors import Stalled, TooLarge
+from ansible_collections.composefs.oci.plugins.module_utils.errors import NoSpace, Stalled, TooLarge
 from ansible_collections.composefs.oci.plugins.module_utils.pull import layer, limits
 from ansible_collections.composefs.oci.plugins.module_utils.pull.layer import PipeSource
 from ansible_collections.composefs.oci.plugins.module_utils.pull.limits import Budget, Limits, Tally
@@ -71,10 +71,10 @@ def test_without_a_size_only_what_needs_room_counts_against_the_free_space() -> 
     for size in range(0, 1000 << 20, 1 << 20):
         budget.count(size, 1, spared)
     assert 1 <= len(asked) <= 60, "it is asked for seldom"
-    with pytest.raises(TooLarge, match="free"):
+    with pytest.raises(NoSpace, match="free"):
         for size in range(1000 << 20, 1200 << 20, 1 << 20):
             budget.count(size, 1, spared)
-    with pytest.raises(TooLarge, match="free"):
+    with pytest.raises(NoSpace, match="free"):
         Budget(Limits(free=1000), Tally(1)).count(1001, 1, nothing)
 
 

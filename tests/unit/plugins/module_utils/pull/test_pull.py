@@ -38,7 +38,6 @@ from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     ReadOnly,
     RegistryUnreachable,
     Stalled,
-    TooLarge,
 )
 from ansible_collections.composefs.oci.plugins.module_utils.progress import SKIPPED, Progress
 from ansible_collections.composefs.oci.plugins.module_utils.pull.results import ImageResult
@@ -311,7 +310,7 @@ def test_too_little_space_is_seen_before_anything_is_fetched(
     assert world.fetched() == []
     # As they are compressed they fit, and what they unpack to does not.
     monkeypatch.setattr(Repository, "free_space", lambda repository: (needs, None))
-    with pytest.raises(TooLarge, match="were free"):
+    with pytest.raises(NoSpace, match="were free"):
         pull_all(path, app())
     monkeypatch.setattr(Repository, "free_space", lambda repository: (1 << 30, None))
     assert pull_all(path, app())[0]["changed"]
