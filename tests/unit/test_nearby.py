@@ -46,7 +46,7 @@ def test_what_changed_itself_comes_without_its_importers(nearby: ModuleType) -> 
 @pytest.mark.parametrize(("whole", "outcome"), [(True, "passed"), (False, "skipped")])
 def test_when_the_time_is_over_only_tests_of_what_changed_are_begun(whole: bool, outcome: str) -> None:
     path = TESTS + "module_utils/test_text.py"
-    words = ["--within=0", f"--whole={path if whole else 'tests/unit/roles'}", path]
+    words = ["--until=0", f"--whole={path if whole else 'tests/unit/roles'}", path]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *words]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     told = done.stdout.splitlines()[-1]
