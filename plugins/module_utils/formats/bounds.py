@@ -2,19 +2,19 @@
 # Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
 # SPDX-License-Identifier: BSD-2-Clause
 
-"""What archives, splitstreams, file trees and EROFS images agree on, so that what one of them takes the next can hold.
+"""Bounds that archives, splitstreams, file trees and EROFS images share: what one of them accepts, the next can hold.
 
-Bounds that belong to one room only, such as how deep directories may lie, stand there.
+A bound of one module only, such as the depth of directories, stands in that module.
 """
 
 from __future__ import annotations
 
 THRESHOLD = 64
-"""Bytes: the content of a regular file that is longer lies in an object of its own, all else within the stream
+"""Bytes: a regular file with more content than this has an object of its own; everything else lies within the stream
 (splitstream, tar split rule).
 """
 MAX_NAME = 255
-"""Bytes of one component of a path: EROFS, the kernel and every other file system agree on this one."""
+"""Bytes of one component of a path, in EROFS and in the kernel (NAME_MAX)."""
 MAX_SYMLINK = 4095
 """Bytes of the target of a symbolic link: one block less its terminator. EROFS cuts what is longer."""
 MAX_XATTR = 65535

@@ -51,8 +51,12 @@ _FIRST_SLICE = (
     16 * 1024
 )  # what a new member is offered first: the libraries copy what they do not use, and a member may be tiny
 _MAX_WINDOW = 1 << 27  # the largest window that zstd decoders accept unless told otherwise
-_MAX_HEADER = 1 << 18  # of a gzip member: an extra field of 64 KiB, and names that no one will ever give
-_FETCH_AGAIN = "It was damaged on the way or built wrongly: pull it again, then have the image rebuilt."
+_MAX_HEADER = (
+    1 << 18
+)  # bytes of a gzip header: room for an extra field of 64 KiB and for names longer than any real one
+_FETCH_AGAIN = (
+    "It was damaged on the way or built wrongly: pull it again, and if that does not help, have the image rebuilt."
+)
 
 GZIP_BACKENDS = {"isal": "isal.isal_zlib", "zlib-ng": "zlib_ng.zlib_ng", "zlib": "zlib"}
 """Names of the gzip libraries and the Python modules that bind them, fastest first."""
@@ -91,7 +95,7 @@ class Compressor(Protocol):
 
 @functools.cache
 def _module(name: str) -> Any:
-    """The module, or None where it is not installed. LimitReached, OutOfMemory."""
+    """The module, or None where it is not installed or does not load. Raises LimitReached and OutOfMemory."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError:
@@ -309,7 +313,7 @@ class _Gzip(_Members):
     def _piece(self, n: int) -> bytes:
         given = self._input
         member = self._member
-        # Offered again until it gives nothing: a library may hold decoded bytes back when n is reached.
+        # A library may hold decoded bytes back once it has returned n, so it is asked again until it returns nothing.
         offer = memoryview(given.data)[given.pos : given.pos + self._slice]
         try:
             piece: bytes = member.decompress(offer, n)
@@ -329,8 +333,8 @@ class _Gzip(_Members):
 
 
 def _require_memory(error: Exception) -> None:
-    """Raise MemoryError if that is what a library says: the data may be all right."""
-    if "not enough memory" in str(error) or str(error).startswith("Error -4 "):  # that of zlib
+    """Raise MemoryError if a library says that memory ran out: the data may be all right."""
+    if "not enough memory" in str(error) or str(error).startswith("Error -4 "):  # zlib's words for it
         raise MemoryError from error
 
 
@@ -578,7 +582,7 @@ _LONG_DISTANCE = 16 << 20
 
 
 class PatchMaker:
-    """Makes frames that may refer to every byte of ``base`` (``zstd --patch-from``). MissingLibrary."""
+    """Makes frames that may refer to every byte of ``base`` (``zstd --patch-from``). Raises MissingLibrary."""
 
     def __init__(self, base: Buffer, level: int = 12, *, backend: str | None = None) -> None:
         self._level = level
@@ -590,8 +594,8 @@ class PatchMaker:
             self._dict = self._module.ZstdDict(base, is_raw=True)
 
     def make(self, data: Buffer) -> bytes:
-        """``data`` as one frame. Who reads it needs the same base, and a window of the size of ``data`` rounded up to
-        a power of two: the window need not hold the base.
+        """``data`` as one frame. A reader needs the same base, and a window of the size of ``data`` rounded up to
+        a power of two. The window need not hold the base.
         """
         module = self._module
         window = max((len(data) - 1).bit_length(), 10)
@@ -622,7 +626,7 @@ class PatchMaker:
 
 
 class Patches:
-    """Decodes any number of frames that have the raw prefix ``base``; holds one copy of it. MissingLibrary."""
+    """Decodes any number of frames that have the raw prefix ``base``; holds one copy of it. Raises MissingLibrary."""
 
     def __init__(self, base: Buffer, *, backend: str | None = None) -> None:
         self._name, self._module = _zstd_module(backend)
@@ -632,7 +636,7 @@ class Patches:
             self._dict = self._module.ZstdDict(base, is_raw=True)
 
     def open(self, source: Source) -> Decoder:
-        """A decoder of the one frame that ``source`` begins with; InvalidLayer from its reads if it is damaged."""
+        """A decoder of the one frame that ``source`` begins with; its reads raise InvalidLayer for damaged data."""
         module = self._module
         frames = _Frames(source, InvalidLayer, padded=True)
         if self._name == "zstandard":

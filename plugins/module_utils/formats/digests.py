@@ -14,8 +14,8 @@ from typing import NewType
 ObjectDigest = NewType("ObjectDigest", bytes)
 """The fs-verity digest that names an object of a repository, in raw bytes. It is never the SHA-256 of the content."""
 StreamDigest = NewType("StreamDigest", ObjectDigest)
-"""The digest of an object that holds a splitstream. So it serves wherever an object is asked for, and not the other way
-round.
+"""The digest of an object that holds a splitstream. It is accepted wherever an ObjectDigest is asked for, but not the
+other way round.
 """
 
 # The digest of the two bytes ``{}``, the configuration that artifacts share (OCI image spec, "Guidance for an empty
@@ -30,8 +30,8 @@ _OCI_DIGEST = re.compile("sha256:[0-9a-f]{64}|sha384:[0-9a-f]{96}|sha512:[0-9a-f
 
 
 def object_digest(text: str) -> ObjectDigest:
-    """The digest that is written as ``text``, which the engine wrote itself in hex; see ``fsverity.parse_hex`` for
-    others' texts.
+    """The digest in ``text``, hex that the engine wrote itself. For text from elsewhere use
+    ``fsverity.parse_hex``, which checks it.
     """
     return ObjectDigest(bytes.fromhex(text))
 

@@ -114,8 +114,8 @@ def _hash_blocks(data: Bytes, new: Callable[..., Any]) -> bytes:
 
 
 class Buffer:
-    """Room for very many files, one after the other, each of which is read into ``room`` and digested there: no copies,
-    and no slicing but once. ``size`` is a multiple of BLOCK.
+    """Digests very many files, one after the other: each is read into ``room`` and digested there without a copy. The
+    room is cut into blocks only once. ``size`` is a multiple of BLOCK.
     """
 
     __slots__ = ("_algorithm", "_blocks", "room")
@@ -144,8 +144,8 @@ class Buffer:
 
 
 class Hasher:
-    """The fs-verity digest of a file that arrives in pieces, cut anywhere; memory is one tree block a level, whatever
-    the length.
+    """The fs-verity digest of a file that arrives in pieces, cut anywhere. It needs memory for one block per level
+    of the tree, whatever the length.
     """
 
     __slots__ = ("_levels", "_tail", "algorithm", "length")
@@ -234,7 +234,7 @@ def _push_equal(levels: list[bytearray], one: bytes, count: int, algorithm: Algo
     while count:
         if at == len(levels):
             levels.append(bytearray())
-        # Enough for the block that is begun, and one that follows it.
+        # Enough hashes to fill the block that is begun, and one hash that follows it.
         few = min(count, many - len(levels[at]) // algorithm.size + 1)
         _push(levels, at, one * few, algorithm)
         # From here on all hashes of this level are alike, and so are those of its blocks in the level above.
@@ -262,8 +262,8 @@ def parse_hex(text: str, algorithm: Algorithm) -> ObjectDigest:
 
 
 def parse_object_path(text: str, algorithm: Algorithm) -> ObjectDigest:
-    """The digest in an object's path name or link text, of which only the end (``ab/cdef…``) is looked at; FormatError
-    if that is none.
+    """The digest in an object's path name or link text, of which only the end (``ab/cdef…``) is looked at. FormatError
+    if the end holds no digest.
 
     So ``../objects/ab/cdef…`` and ``objects/ab/cdef…`` mean the same (composefs repository format).
     """
@@ -292,12 +292,12 @@ _ENABLE = _request(False, True, 133, 128)
 _MEASURE = _request(True, True, 134, 4)  # the size is that of the header alone, whatever room for the digest follows it
 
 # ETXTBSY mostly means that another thread forked while the file was open for writing and its child has not reached exec
-# yet: soon over.
+# yet. That is soon over.
 _BUSY_PAUSES = (0.001, 0.002, 0.004, 0.008, 0.016)
 
 
 def enable(fd: int, algorithm: Algorithm) -> bool:
-    """Seal the file behind ``fd`` (open read-only; no writable descriptor of it may be left anywhere) with fs-verity.
+    """Seal the file behind ``fd`` (open read-only; nothing may have the file open for writing any more) with fs-verity.
     True when it is sealed.
 
     A file that is sealed already is left as it is, whatever its algorithm: measure it to know. VerityUnsupported if the

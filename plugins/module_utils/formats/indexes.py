@@ -18,7 +18,8 @@ from ..errors import DigestMismatch, InvalidDocument, PlatformNotFound
 from .digests import digest_of
 from .ocidocuments import DOCKER_LIST, Descriptor, OCI_INDEX, Platform, parse_index
 
-# How deep indexes may list indexes, and how many of them are read for one image: real ones need 2 and a handful.
+# How deep indexes may list indexes, and how many of them are read for one image. Real images need two
+# levels and a handful of indexes.
 MAX_DEPTH = 4
 MAX_INDEXES = 32
 

@@ -5,7 +5,7 @@
 """``meta.json``: what a composefs repository says about itself (composefs repository format, version 1).
 
 Bytes in, values out and back; byte-identical to what ``cfsctl init`` writes. Whether the repository is protected by
-fs-verity is not written in the file: it is so if the file itself has fs-verity (see ``repository``).
+fs-verity is not written in the file: it is so if the file itself has fs-verity (see ``store/repository``).
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Metadata:
 
     @classmethod
     def parse(cls, raw: bytes) -> Metadata:
-        """Read ``meta.json``. FormatError if it is malformed, IncompatibleRepository if its version or algorithm is not
-        known.
+        """Read ``meta.json``. FormatError if it is malformed, IncompatibleRepository if its version, algorithm or EROFS
+        format is not known.
 
         Unknown fields are ignored, as the format asks for. Features are only listed: ask ``check_readable`` and
         ``check_writable``.
@@ -127,14 +127,14 @@ class Metadata:
         return (default, *(version for version in self.erofs_extra if version != default))
 
     def check_readable(self) -> None:
-        """Raise IncompatibleRepository if a feature is listed without which nothing here may be read."""
+        """Raise IncompatibleRepository if the file lists an incompatible feature: then not even reading is safe."""
         if self.incompatible:
             raise IncompatibleRepository(
                 f"The repository uses features that are not known: {_listed(self.incompatible)}.", _NEWER
             )
 
     def check_writable(self) -> None:
-        """Raise IncompatibleRepository if a feature is listed that a writer has to know."""
+        """Raise IncompatibleRepository if the file lists a feature that a writer has to know and this one does not."""
         self.check_readable()
         unknown = [name for name in self.read_only_compatible if name not in KNOWN_READ_ONLY_COMPATIBLE]
         if unknown:

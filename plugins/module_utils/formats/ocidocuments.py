@@ -214,7 +214,7 @@ def check_platform(config: Config, wanted: Platform) -> None:
     """
     if not wanted.accepts(config.platform):
         raise PlatformNotFound(
-            f"The image is for {config.platform or 'no platform'}, not for {wanted}.",
+            f"The image is for {str(config.platform) or 'no platform'}, not for {wanted}.",
             "Choose an image or a platform that fit each other.",
         )
 

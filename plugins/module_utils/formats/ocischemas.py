@@ -5,9 +5,9 @@
 """JSON schemas (draft 7) of manifests, indexes and configurations, and their check with ``jsonschema`` where the host
 has it.
 
-The typed readers in ``oci`` check what safety needs; the schemas also hold the parts of a document that the engine
-keeps but never reads against the OCI image specification. They ask for no more than what real images from every common
-builder satisfy.
+The typed readers in ``ocidocuments`` check what safety needs. The schemas also check those parts of a document that the
+engine keeps but never reads, by the OCI image specification. They ask for no more than what real images from every
+common builder satisfy.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def available() -> bool:
 
 
 def validate(kind: str, document: Any) -> bool:
-    """Hold a document against the schema ``kind``: ``manifest``, ``index`` or ``config``.
+    """Check a document against the schema ``kind``: ``manifest``, ``index`` or ``config``.
 
     ``document`` is the bytes of the JSON text or its value. Returns False if the host lacks ``jsonschema``, True if the
     document was checked and fits; raises InvalidDocument, naming the place, if it does not.

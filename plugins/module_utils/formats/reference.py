@@ -36,9 +36,9 @@ class Reference:
     the text as written.
 
     For ``docker``, ``registry`` is the host (with its port), ``repository`` the path on it, and ``tag`` and ``digest``
-    what the text names; if it names both the digest wins and ``name`` has no tag, since skopeo refuses both at once.
-    For ``composefs``, ``repository`` is the path of one on this host, and either ``tag`` a name in it or ``digest``
-    that of a manifest. Else these are empty.
+    what the text names; if it names both, the digest wins and ``name`` has no tag, since skopeo refuses both at once.
+    For ``composefs``, ``repository`` is the path of a repository on this host, and the text names either ``tag``, a
+    name in it, or ``digest``, that of a manifest. For the other transports these are empty.
     """
 
     transport: str
@@ -58,7 +58,7 @@ class Reference:
 
     @property
     def is_remote(self) -> bool:
-        """Whether a registry is asked."""
+        """Whether the image comes from a registry."""
         return self.transport == "docker"
 
     @property
@@ -73,8 +73,8 @@ class Reference:
         return file_name(self.name.split(":", 1)[0]) if self.transport in _LOCAL else ""
 
     def pinned(self, digest: str) -> Reference:
-        """The reference to the same repository by ``sha256:<hex>``: what a tag meant a moment ago. Only registries can
-        be asked so.
+        """The reference to the same repository by ``sha256:<hex>``: what a tag meant a moment ago. A reference that
+        cannot name a digest, such as that of a local layout, comes back as it is.
         """
         if self.transport == "composefs" and is_digest(digest):
             return replace(self, name=f"{self.repository}#{digest}", tag="", digest=digest)
@@ -124,7 +124,7 @@ def parse_reference(text: str) -> Reference:
             )
         raise InvalidReference(
             f"The image reference {_safe(text)} has an unknown transport.",
-            f"Known are docker://, registry:, {', '.join(name + ':' for name in TRANSPORTS[1:])}.",
+            f"Known are docker://, registry:, {', '.join(name + ':' for name in TRANSPORTS[1:])}, composefs:.",
         )
     return _in_registry(text, text, short=False)
 
@@ -189,7 +189,7 @@ def _in_repository(text: str, rest: str) -> Reference:
 
 def _elsewhere(text: str, transport: str, rest: str) -> Reference:
     if transport == "containers-storage" and rest.startswith("sha256:"):
-        rest = rest[len("sha256:") :]  # skopeo knows image ids without it only
+        rest = rest[len("sha256:") :]  # skopeo knows image ids only without this prefix
     if not rest.partition(":")[0] and transport in _LOCAL or not rest:
         raise InvalidReference(
             f"The image reference {_safe(text)} names nothing after the transport.",
@@ -199,9 +199,9 @@ def _elsewhere(text: str, transport: str, rest: str) -> Reference:
 
 
 def default_name(text: str) -> str:
-    """The name that an image gets that is pulled by the reference ``text``: the reference as it is written, with its
-    transport in front, which is what ``cfsctl`` gives it; that of an image in another repository is what it is called
-    there. Raises InvalidReference.
+    """The name that an image gets when it is pulled by the reference ``text`` and the user gives no name: the reference
+    as it is written, with its transport in front, as ``cfsctl`` names it. An image of another repository keeps the name
+    that it has there, or its digest. Raises InvalidReference.
     """
     reference = parse_reference(text)
     if reference.transport == "composefs":

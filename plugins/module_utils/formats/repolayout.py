@@ -61,14 +61,14 @@ def _escape(name: str) -> str:
 
 
 def decode_tag(text: str) -> str:
-    """The tag that a file name stands for. One pass from the left, so ``%252F`` is ``%2F``; any other ``%``, also
-    before ``2f``, is itself.
+    """The tag that a file name stands for. It is decoded in one pass from the left, so ``%252F`` becomes ``%2F``.
+    Any other ``%``, also the one in ``%2f``, stays.
     """
     return _ESCAPED.sub(lambda match: "/" if match[0] == "%2F" else "%", from_file_name(text))
 
 
 def check_tag_name(name: str) -> None:
-    """Raise InvalidReference unless an image can be given this name. To be asked before any work is done for it."""
+    """Raise InvalidReference unless an image can be given this name. Call it before any work is done for the image."""
     check_file_name(name, _escape(name), "image name")
     if name.startswith("@"):
         raise InvalidReference(

@@ -304,8 +304,8 @@ class Writer:
 
 
 class _LongRun:
-    """Inline bytes in a temporary file, compressed: what an archive has gigabytes of outside its files is
-    mostly zeros.
+    """Inline bytes in a temporary file. They are compressed, because an archive that has gigabytes outside of its files
+    has mostly zeros there.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -425,7 +425,7 @@ class Splitstream:
             raise _damaged(f"its info section has {info_end - info_start} bytes instead of {_INFO.size}")
         info = _read(
             file, info_start, info_start + _INFO.size, length, "info"
-        )  # a longer one is the future's: what follows is not for us
+        )  # a later format may write a longer section: what follows is not for us
         *numbers, content_type, size = _INFO.unpack(info)
         ranges = {
             "stream table": (numbers[0], numbers[1]),
@@ -493,7 +493,7 @@ class Splitstream:
             if total > size:
                 raise _damaged(f"its chunks are longer than the {size} bytes they should have together")
             if left <= _PIECE and left <= have - at:
-                # Nearly every run.
+                # Nearly every run ends here.
                 start = at
                 at += left
                 yield buffer[start:at]
@@ -558,7 +558,7 @@ def _check_ranges(ranges: dict[str, tuple[int, int]], length: int) -> None:
         if end < start:
             raise _damaged(f"its {name} section ends before it starts")
         if start == end:
-            if name in ("chunks", "names"):  # even nothing is a frame
+            if name in ("chunks", "names"):  # a frame has bytes even if it holds nothing
                 raise _damaged(f"its {name} section is empty")
             continue
         if end > length:

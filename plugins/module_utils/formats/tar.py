@@ -54,7 +54,8 @@ class Splitter:
     """Cut an archive into inline bytes and external contents (composefs repository format, tar layers).
 
     ``feed`` takes the archive in pieces of any size and calls the sink at once: a content that lies within one piece is
-    handed over whole, without a copy, and so are those up to 64 KiB that do not; larger ones come in pieces. Nothing is
+    handed over whole, without a copy. One that does not is put together if it has at most 64 KiB, and comes in pieces
+    if it is larger. Nothing is
     held back but the beginning of a header, of an extension's data or of such a small content. With ``entries``, it is
     called with each entry before its content is.
 
@@ -107,8 +108,8 @@ class Splitter:
             self._sink.inline(view[run:])
 
     def _split(self, data: bytes, view: memoryview, run: int, pos: int, before: int) -> tuple[int, int]:
-        """Walk the headers of ``data`` from ``pos``; inline bytes wait since ``run``. Returns both, where they are
-        then.
+        """Walk the headers of ``data`` from ``pos``; inline bytes that are still to be handed over begin at
+        ``run``. Returns the new ``run`` and ``pos``.
 
         This is the loop that every entry of every layer passes, so it is written for speed: a usual header costs one
         match, two sums and a look into a dictionary. Nothing is decoded that the split does not need.
@@ -282,7 +283,7 @@ class EntryReader:
         parse = parser.parse
         zero = False
         while True:
-            # What nearly every entry is, a header in the bytes at hand, here and below without a call.
+            # Nearly every header lies in the bytes at hand; here and below no function is called for such a one.
             pos = stored.pos
             stop = pos + BLOCK
             if stop <= len(stored.buffer):

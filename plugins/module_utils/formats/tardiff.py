@@ -15,7 +15,7 @@ DATA, ADD and DICT are followed by as many bytes:
 | 4 SEEK | go to that position of the file |
 | 5 DICT | the bytes are a zstd frame whose raw prefix is the whole file: write what it decodes to (``tardf2`` only) |
 
-A program may come from anybody. Its output counts for nothing until its hash is known; what it may cost is bounded
+A program may come from anybody. Nobody may trust its output before its hash is proved. What it may cost is bounded
 here: output and bases of patches together, and the number of operations in proportion to the output.
 """
 
@@ -129,7 +129,7 @@ def apply(
 
 def _open(program: _Program, number: int, open_file: Callable[[bytes], File | None]) -> File:
     if number > MAX_PATH:
-        raise _malformed(f"a path of {number} bytes")
+        raise _malformed(f"it has a path of {number} bytes")
     path = b"".join(program.pieces(number, MAX_PATH))
     file = open_file(path)
     if file is None:

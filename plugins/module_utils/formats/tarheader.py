@@ -40,7 +40,7 @@ HINT = "The archive is damaged or holds what no composefs image can hold: have t
 PLAIN_FILES = frozenset((b"0", b"7"))
 """Types whose header says all there is to say, unless an extension header precedes it."""
 PLAIN_EMPTY = frozenset((b"1", b"2", b"5", b"6"))
-"""… and those of which that is true as long as they claim no content."""
+"""Types of which that is true as long as they claim no content."""
 NO_SIZE = b"0" * 11
 """How an empty member states its size."""
 _LINKS = frozenset((b"1", b"2"))
@@ -284,7 +284,7 @@ def _check_name(path: bytes) -> None:
 
 
 def _goes_up(path: bytes) -> bool:
-    """Whether ``..`` is more than the last component, where it means the root."""
+    """Whether ``..`` stands before the last component. As the last one it means the root and is no harm."""
     parts = [part for part in path.split(b"/") if part and part != b"."]
     return b".." in parts[:-1]
 
@@ -427,8 +427,8 @@ class Parser:
             raise self._located(error) from None
 
     def payload(self, data: bytes) -> None:
-        """The data of the extension header just parsed. It is judged with the entry it is for: if a global header drops
-        it, it does not matter.
+        """The data of the extension header just parsed. It is checked together with the entry that it is for: if a
+        global header drops it, its errors do not matter.
         """
         if self._kind == b"x":
             self._pax = data

@@ -11,10 +11,10 @@ root would write, replace or remove below it happens wherever the link leads. He
    before and with O_NOFOLLOW. (openat2(2) with RESOLVE_NO_SYMLINKS would do two or three components in one call, but
    each of them has to be looked at anyway, and there is one way for every kernel and every seccomp filter.)
 2. Every directory belongs to the caller or to root, and nobody else can write to it. Otherwise what is read may change
-   between two looks. Who wants to work there nevertheless accepts that by an option; rule 1 stays.
+   between two looks. A user who wants to work there all the same accepts that by an option; rule 1 stays in force.
 3. Files are opened without following and without waiting, and must be regular: a FIFO would hang the reader for ever.
 
-On the way *to* the directory links are followed if root or the caller made them: administrators do that.
+On the way *to* the directory links are followed if root or the caller made them: administrators make such links.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ _LINK_HINT = "Find out who put it there. Links below a repository are never foll
 class Root:
     """An open directory and the rules for what lies below it. Paths are relative to it, without ``.`` and ``..``.
 
-    ``fd`` is open for reading and becomes this object's: ``close`` it. ``path`` stands in messages. With ``accept``
-    owners and modes do not matter. ``fault`` says in words why the directory itself is unsafe, empty if it is not.
+    ``fd`` is open for reading and becomes this object's: ``close`` it. ``path`` is its name in messages. With
+    ``accept`` owners and modes do not matter. ``fault`` says in words why the directory itself is unsafe, empty if it
+    is not.
     """
 
     def __init__(self, fd: int, path: str, accept: bool = False) -> None:
@@ -60,7 +61,7 @@ class Root:
         self._forbidden = (0o020 if mode & 0o010 else 0) | (0o002 if mode & 0o001 else 0)
 
     def close(self) -> None:
-        """Close the descriptor, once."""
+        """Close the fd, once."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -79,8 +80,8 @@ class Root:
         strict: bool = False,
         under: tuple[int, str] | None = None,
     ) -> int:
-        """A descriptor of the directory ``path`` (``access`` may be O_PATH), the caller's to close; with ``make``
-        missing ones are made, mode 0755.
+        """An fd of the directory ``path`` (``access`` may be O_PATH), the caller's to close; with ``make`` missing
+        directories are made, mode 0755.
 
         UnsafeRepository for a link, and for owners and modes unless they are accepted (``strict``: in any case).
         FormatError if something else is there. OSError passes, so FileNotFoundError if there is nothing. ``under``:
@@ -136,7 +137,7 @@ class Root:
             yield fd, name
 
     def open_file(self, path: str, access: int = os.O_RDONLY) -> int:
-        """A descriptor of the regular file ``path``, the caller's to close; see ``files.open_regular``."""
+        """An fd of the regular file ``path``, the caller's to close; see ``files.open_regular``."""
         with self.parent(path) as (fd, name):
             return files.open_regular(fd, name, access)
 
@@ -195,7 +196,7 @@ def opened_path(path: str) -> Iterator[int]:
 
 
 def open_path(path: str, *, links: bool = True, make: bool = False) -> int:
-    """A descriptor (O_PATH) of the directory at ``path`` (absolute), reached by links of root and the caller only, or
+    """An fd (O_PATH) of the directory at ``path`` (absolute), reached by links of root and the caller only, or
     without ``links`` by none; with ``make`` missing directories are made, mode 0755.
 
     UnsafeRepository for a link of somebody else; OSError passes.
@@ -218,11 +219,12 @@ def open_path(path: str, *, links: bool = True, make: bool = False) -> int:
 
 
 def walk(path: str, look: Callable[[str, os.stat_result, bool], None], *, make: bool = False) -> int:
-    """A descriptor (O_PATH) of what lies at ``path`` (absolute), reached component by component, so that each is looked
+    """An fd (O_PATH) of what lies at ``path`` (absolute), reached component by component, so that each is looked
     at and none can be exchanged between the look and the step; with ``make`` missing directories are made, mode 0755.
 
     ``look`` gets the path of every directory and link on the way and of what lies at its end, what the system says of
-    it, and whether more follows. It raises what it does not like. OSError passes, with the component's path in it.
+    it, and whether more follows. It raises an error for what it refuses. OSError passes, with the component's path in
+    it.
     """
     left = [name for name in path.split("/") if name not in ("", ".")]
     followed = 0
@@ -266,7 +268,7 @@ def walk(path: str, look: Callable[[str, os.stat_result, bool], None], *, make: 
 
 
 def _step(dir_fd: int, name: str) -> int:
-    # Asked for as a directory first: that makes the kernel mount what it mounts on demand.
+    # It is opened as a directory first: that makes the kernel mount what it mounts on demand.
     try:
         return os.open(name, os.O_PATH | _DIRECTORY, dir_fd=dir_fd)
     except OSError as error:
@@ -303,7 +305,7 @@ def _fault(found: os.stat_result, trusted: frozenset[int], forbidden: int) -> st
 
 
 def _judged(uid: int, mode: int, trusted: frozenset[int], forbidden: int) -> str:
-    """Why what has this owner and mode cannot be relied on, in words that continue its name; empty if it can."""
+    """Why a file with this owner and mode cannot be relied on, in words that continue its name; empty if it can."""
     if uid not in trusted:
         return f"belongs to {user(uid)}, who is neither root nor the user that runs this"
     if mode & forbidden:

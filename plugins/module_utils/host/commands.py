@@ -22,16 +22,17 @@ Run = Callable[[list[str]], tuple[int, str, str]]
 
 TIMEOUT = 300.0
 _LIMIT = 1 << 20
-# How often it is looked whether a command has ended that says nothing.
+# Seconds between two looks whether a silent command has ended.
 _PATIENCE = 0.02
-# What a shell says: not found, not executable, timed out (timeout(1)).
+# Exit statuses as a shell has them: command not found, not executable, timed out (timeout(1)).
 NOT_FOUND, _NOT_EXECUTABLE, _TIMED_OUT = 127, 126, 124
 
 
 def run(words: list[str], timeout: float = TIMEOUT) -> tuple[int, str, str]:
-    """Exit status, output and error output of a command that reads nothing, of each output the last ``_LIMIT`` bytes;
-    statuses as a shell has them where it could not run or took longer than ``timeout`` seconds. Then it is killed, with
-    all that belongs to its session. LimitReached if this process may have no more processes or descriptors.
+    """Run a command that reads nothing; return its exit status, output and error output (the last ``_LIMIT`` bytes of
+    each). If it cannot run or takes longer than ``timeout`` seconds, the status is the one that a shell would give. A
+    command that takes too long is killed, with all that belongs to its session. Raises LimitReached if this process may
+    have no more processes or open files.
     """
     with doing(f"Starting {words[0]!r}"):
         try:
@@ -57,7 +58,7 @@ def run(words: list[str], timeout: float = TIMEOUT) -> tuple[int, str, str]:
             if process.returncode is None:
                 with contextlib.suppress(OSError):
                     os.killpg(process.pid, signal.SIGKILL)
-                # One that the kernel does not let go is left to it.
+                # A process that the kernel does not let go of is left to the kernel.
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(5.0)
     if told is None:

@@ -2,10 +2,11 @@
 # Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
 # SPDX-License-Identifier: BSD-2-Clause
 
-"""A dead man's switch: a command that this host runs after some seconds, whatever becomes of whoever asked for it.
+"""A dead man's switch: a command that this host runs after some seconds, even if the process that asked for it is gone.
 
-Where systemd is in charge a timer of it; elsewhere a detached shell, which outlives the end of the connection. Neither
-survives a reboot, and neither has to: what is on trial does not survive it either. Both count on the monotonic clock.
+Where systemd is in charge it is a timer of systemd; elsewhere it is a detached shell, which outlives the end of the
+connection. Neither survives a reboot, and neither has to: what is on trial does not survive one either. Both count by
+the monotonic clock.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 def arm(name: str, seconds: int, command: Sequence[str], run: Run, systemd: bool) -> None:
     """Run ``command`` in ``seconds`` seconds. ``name`` is that of the timer's unit, without an ending; a timer of this
-    name that waits already is replaced. IOFailed if that cannot be had.
+    name that waits already is replaced. IOFailed if no timer can be set.
     """
     if not systemd:
         _detach(name, seconds, command)
@@ -42,8 +43,8 @@ def arm(name: str, seconds: int, command: Sequence[str], run: Run, systemd: bool
 
 
 def disarm(name: str, run: Run, systemd: bool) -> None:
-    """Let the command of this name not be run any more. One that runs already is left alone, and so is a failure: the
-    command has to find out by itself that it is not wanted.
+    """Cancel the command of this name. One that runs already is left alone, and failures are ignored: the command has
+    to find out by itself that it is not wanted any more.
     """
     if systemd:
         run(["systemctl", "--no-ask-password", "stop", f"{name}.timer"])
@@ -57,7 +58,7 @@ def disarm(name: str, run: Run, systemd: bool) -> None:
 def waiting(name: str) -> set[int]:
     """The process groups of detached shells that wait to run the command of this name.
 
-    A group is told once although two of its processes may match: between its fork and the start of sleep, the shell's
+    A group is listed once although two of its processes may match: between its fork and the start of sleep, the shell's
     child has the command line of the shell.
     """
     found = set()
@@ -82,13 +83,13 @@ def _detach(name: str, seconds: int, command: Sequence[str]) -> None:
                 null = os.open(os.devnull, os.O_RDWR)
                 for fd in (0, 1, 2):
                     os.dup2(null, fd)
-                # Whoever started this process may wait for the end of any of its descriptors.
+                # Whoever started this process may wait until all that it has open is closed.
                 for fd in [int(entry) for entry in os.listdir("/proc/self/fd")]:
                     if fd > 2 and fd != writer:
                         with contextlib.suppress(OSError):
                             os.close(fd)
                 words = ["sh", "-c", _SCRIPT, name, str(seconds), *command]
-                # The pipe is closed when the shell starts: its end is the good news.
+                # The start of the shell closes the pipe. If nothing was written into it by then, all is well.
                 os.execve("/bin/sh", words, {"PATH": _PATH})
         except OSError as error:
             os.write(writer, str(error.errno or 0).encode())

@@ -7,7 +7,7 @@ file system can do without names.
 
 Everything is relative to an open directory, so nobody who can rename or link above it can lead a write elsewhere. A new
 file is a *draft* first: without a name where the file system has ``O_TMPFILE``, else with a random one that must not
-exist (``O_EXCL`` follows no link). Modes are set, not requested: what the process's umask is does not matter.
+exist (``O_EXCL`` follows no link). Modes are set, not requested, so the umask of the process does not matter.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PIECE = 1 << 20
 
 
 class Draft:
-    """A file that has no final name yet: its descriptor, and its temporary name where the file system knows no unnamed
+    """A file that has no final name yet: its fd, and its temporary name where the file system knows no unnamed
     files.
     """
 
@@ -75,13 +75,13 @@ class Draft:
 
         OSError passes.
         """
-        # The new descriptor first, because the last one of an unnamed file takes the file along.
+        # The new fd is opened first: a file without a name is gone when its last fd is closed.
         readable = os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
         os.close(self.fd)
         self.fd = readable
 
     def close(self) -> None:
-        """Close the descriptor and drop the temporary name, once."""
+        """Close the fd and drop the temporary name, once."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -193,7 +193,7 @@ def make_directory(dir_fd: int, name: str, mode: int = 0o755) -> bool:
 
 @contextlib.contextmanager
 def opened_directory(path: str, dir_fd: int | None = None) -> Iterator[int]:
-    """A descriptor of the directory at ``path``, for the duration of a ``with``. Links on the way are followed, for the
+    """An fd of the directory at ``path``, for the duration of a ``with``. Links on the way are followed, for the
     path is the user's own; OSError passes.
     """
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=dir_fd)
@@ -204,7 +204,7 @@ def opened_directory(path: str, dir_fd: int | None = None) -> Iterator[int]:
 
 
 def open_regular(dir_fd: int, name: str, access: int = os.O_RDONLY) -> int:
-    """A descriptor of the regular file ``name`` (a single component) in the open directory; never follows a link, never
+    """An fd of the regular file ``name`` (a single component) in the open directory; never follows a link, never
     waits for a FIFO.
 
     FormatError if something else has the name; OSError passes.

@@ -46,8 +46,8 @@ def _mounted(fd: int) -> tuple[str, str]:
 
 
 def mount_id(fd: int) -> str:
-    """What tells the mount that the open file was reached through from any other mount of this boot; empty where the
-    kernel cannot tell (before 6.8). See statx(2), STATX_MNT_ID_UNIQUE.
+    """The id of the mount through which the open file was reached, which no other mount of this boot has; empty where
+    the kernel has no such id (before 6.8). See statx(2), STATX_MNT_ID_UNIQUE.
     """
     try:
         import ctypes
@@ -175,7 +175,7 @@ def _reason(fd: int, algorithm: fsverity.Algorithm) -> VerityUnsupported | None:
             f"Put the repository on ext4, f2fs, btrfs or xfs with fs-verity, {instead}.",
         )
     command, feature = _WITH_VERITY[kind]
-    # The kernel names what it knows, whatever one device has; xfs names nothing.
+    # The file says what the kernel knows, not what this device has; xfs has no such file.
     if os.path.isdir("/sys/fs") and kind != "xfs" and not os.path.exists(feature):
         return VerityUnsupported(
             f"The kernel ({os.uname().release}) has no fs-verity for {kind}.",

@@ -2,7 +2,7 @@
 # Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
 # SPDX-License-Identifier: BSD-2-Clause
 
-"""Locks (flock(2)) that are waited for with an end, and whose holders can be named.
+"""Locks (flock(2)): waiting for one has an end, and its holders can be named.
 
 A lock lives as long as some process has the file open that took it, so a holder that dies frees it.
 """
@@ -111,11 +111,11 @@ class Holder(NamedTuple):
 
 
 def holders(fd: int, others: bool = True) -> list[Holder]:
-    """Those that hold a lock on the open file ``fd``, with ``others`` without this process; empty where it cannot be
-    told. See proc_locks(5).
+    """Those that hold a lock on the open file ``fd``; with ``others`` this process is left out. Empty where it cannot
+    be told. See proc_locks(5).
 
-    The kernel names who took the lock. Should that process be gone and a child of it hold the lock on, it is named
-    all the same.
+    The kernel names who took the lock. If that process is gone while a child of it still holds the lock, the kernel
+    goes on naming the process.
     """
     found = os.fstat(fd)
     holders = {}
@@ -129,7 +129,7 @@ def holders(fd: int, others: bool = True) -> list[Holder]:
         # 1: FLOCK  ADVISORY  READ 4711 fe:00:1234 0 EOF; who waits for a lock has an arrow behind the number.
         if len(words) < 6 or words[1] != "FLOCK":
             continue
-        # Some file systems show another device in stat() than here, so only the inode is held against it.
+        # Some file systems show another device in stat() than here, so only the inode is compared.
         if words[5].rpartition(":")[2] != str(found.st_ino) or not words[4].isdigit():
             continue
         pid = int(words[4])
@@ -158,7 +158,7 @@ def command(pid: int) -> str:
 
 
 def _has_open(pid: int, wanted: os.stat_result) -> bool:
-    """Whether a process has the file open; also True where one may not look."""
+    """Whether a process has the file open; True also where this cannot be looked up."""
     directory = f"/proc/{pid}/fd"
     try:
         names = os.listdir(directory)

@@ -28,7 +28,7 @@ _MACHINES = {
     "mips64": ("mips64le" if sys.byteorder == "little" else "mips64", ""),
     "mips": ("mipsle" if sys.byteorder == "little" else "mips", ""),
 }
-# A 32-bit system may run on a 64-bit kernel, which uname tells about.
+# A 32-bit system may run on a 64-bit kernel, and uname names the kernel's architecture.
 _NARROW = {"amd64": ("386", ""), "arm64": ("arm", "v8")}
 
 

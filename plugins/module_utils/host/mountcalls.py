@@ -6,13 +6,13 @@
 instead.
 
 A composefs mount is an overlay with one lower layer, the EROFS image, and one data-only layer, the repository's
-``objects/``. The image is given as an open descriptor that the caller measured: the bytes that were measured are the
-bytes that are mounted.
+``objects/``. The image is given as an fd whose file the caller measured: the bytes that were measured are the bytes
+that are mounted.
 
 What kernels take: overlay with data-only layers since 6.5 (before, the objects are an ordinary layer under an image
 that hides their directories, and nothing can insist on fs-verity), ``verity=`` since 6.6, ``lowerdir+`` since 6.7,
-EROFS on a plain file since 6.12 (a loop device before), descriptors as upper and work directory since 6.13 (paths
-before), descriptors of detached mounts as layers since 6.15 (an attached helper mount before). Each attempt gets a new
+EROFS on a plain file since 6.12 (a loop device before), fds as upper and work directory since 6.13 (paths before), fds
+of detached mounts as layers since 6.15 (an attached helper mount before). Each attempt gets a new
 context, for a failed option may leave traces in the old one.
 """
 
@@ -83,8 +83,8 @@ _MS_FLAGS = {
 }
 _MS_STRICTATIME = 1 << 24
 
-# How kernels say that they do not take a layer in this form. Before 6.5 overlay's options are strings only, and a
-# descriptor is "not supported".
+# How kernels say that they do not take a layer in this form. Before 6.5 overlay's options are strings only, and an
+# fd is "not supported".
 _NOT_THIS_WAY = (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP)
 
 _LOOP_CTL_GET_FREE = 0x4C82
@@ -93,8 +93,8 @@ _LOOP_READ_ONLY, _LOOP_AUTOCLEAR, _LOOP_DIRECT_IO = 1, 4, 16
 
 
 class Request(NamedTuple):
-    """What to mount. ``image_id`` is hex; ``image`` and ``objects`` are open descriptors; ``options`` as an operator
-    writes them.
+    """What to mount. ``image_id`` is hex; ``image`` and ``objects`` are fds; ``options`` are as an operator writes
+    them.
     """
 
     image_id: str
@@ -189,7 +189,7 @@ class _Context:
         self._config(f"option {key}", _SET_FD, key.encode(), None, fd)
 
     def create(self, attributes: int) -> int:
-        """The detached mount, as a descriptor."""
+        """An fd of the new mount, which is attached nowhere yet."""
         self._config(f"creating the {self.kind}", _CMD_CREATE, None, None, 0)
         return self._kernel.call(f"mounting the {self.kind}", _FSMOUNT, self.fd, _CLOEXEC, attributes, context=self.fd)
 
@@ -198,8 +198,8 @@ def mount(request: Request, path: str, beneath: bool = False) -> None:
     """Mount at the existing directory ``path``, which is absolute and without links: it was resolved when all was
     decided, and a link that has appeared in it since is not followed (UnsafeRepository).
 
-    With ``beneath`` the new mount goes under the one that is there, to be uncovered when that is detached: at no moment
-    does ``path`` show neither. Raises MountFailed with the kernel's words, PermissionDenied, and Busy.
+    With ``beneath`` the new mount goes under the one that is there, to be uncovered when that is detached: at every
+    moment ``path`` shows one of the two. Raises MountFailed with the kernel's words, PermissionDenied, and Busy.
     """
     with _opened(path) as place:
         _mount(request, path, place, beneath)
@@ -207,7 +207,7 @@ def mount(request: Request, path: str, beneath: bool = False) -> None:
 
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[int]:
-    """A descriptor of the mount point: whatever its name comes to mean, what follows happens there."""
+    """An fd of the mount point: all later steps happen there, wherever its name leads by then."""
     try:
         fd = paths.open_path(path, links=False)
     except OSError as error:
@@ -244,13 +244,14 @@ def _mount(request: Request, target: str, place: int, beneath: bool) -> None:
 
 
 def replace(request: Request, path: str) -> None:
-    """Put a new mount in the place of the topmost one at ``path``, without a moment of neither, and detach the old one.
+    """Put a new mount in the place of the topmost one at ``path`` and detach the old one. At every moment ``path``
+    shows one of the two.
 
     Files that are open on the old mount stay readable until they are closed.
     """
     with _opened(path) as place:
         _mount(request, path, place, True)
-        # The descriptor is of the old mount, which lies on top. The dot makes the link in /proc an inner component.
+        # The fd belongs to the old mount, which lies on top. The dot makes the link in /proc an inner component.
         _umount(f"/proc/self/fd/{place}/.", _MNT_DETACH, path)
 
 
@@ -283,7 +284,8 @@ def tighten(there: Mounted, options: Sequence[str]) -> None:
         except _KernelRefused as refusal:
             if refusal.errno not in (errno.ENOSYS, errno.EPERM):
                 raise
-            # A sandbox may refuse a call that it does not know; if mounting is not allowed at all, so is this.
+            # EPERM may come from a sandbox that does not know the call. Without the right to mount the remount fails,
+            # too.
             wanted = there.options.union(options)
             old = sum(number for name, number in _MS_FLAGS.items() if name in wanted)
             if not {"noatime", "relatime"} & wanted:
@@ -313,7 +315,7 @@ def _unmount(path: str, flags: int) -> None:
     if not name:
         _umount(path, flags, path)
         return
-    # Of the mount point itself no descriptor may be open, it would be in use then; of the directory it lies in one may.
+    # An fd of the mount point itself would keep the mount in use; one of the directory that it lies in does not.
     with _opened(directory) as fd:
         _umount(f"/proc/self/fd/{fd}/{name}", flags, path)
 
@@ -357,8 +359,8 @@ def _erofs_from(kernel: _Kernel, source: str) -> int:
 
 
 def _loop_device(image: int) -> int:
-    """A read-only loop device over the image, as a descriptor. Another process may take the free device first: then the
-    next one.
+    """An fd of a read-only loop device over the image. If another process takes the free device first, the next one is
+    tried.
     """
     try:
         control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
@@ -391,7 +393,7 @@ def _loop_device(image: int) -> int:
 
 def check_changes(upperdir: str | None, workdir: str | None) -> None:
     """UnsafeRepository if somebody else than root and the caller owns one of the directories that take the changes, can
-    write to it, or can put another in its place: what is mounted would show his files.
+    write to it, or can put another in its place: the mount would show that user's files.
     """
     for key, path in (("upperdir", upperdir), ("workdir", workdir)):
         fault = safety.fault(path) if path else ""
@@ -403,7 +405,7 @@ def check_changes(upperdir: str | None, workdir: str | None) -> None:
 
 
 def _open_changes(request: Request, stack: contextlib.ExitStack) -> dict[str, int]:
-    """Descriptors of the directories that take the changes, ``upperdir`` and ``workdir``, which ``stack`` closes; see
+    """The fds of the directories that take the changes, ``upperdir`` and ``workdir``, which ``stack`` closes; see
     check_changes().
     """
     check_changes(request.upperdir, request.workdir)
@@ -412,7 +414,7 @@ def _open_changes(request: Request, stack: contextlib.ExitStack) -> dict[str, in
         if path:
             above = paths.open_path(path, links=False)
             try:
-                # Kernels before 6.15 take no descriptors of mere paths.
+                # Kernels before 6.15 take no fds that were opened with O_PATH.
                 found[key] = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=above)
             finally:
                 os.close(above)
@@ -481,8 +483,8 @@ def _still_there(request: Request, changes: dict[str, int]) -> None:
 
 
 def _overlay(kernel: _Kernel, request: Request, changes: Mapping[str, int] | None = None) -> _Context:
-    """The context of the overlay with all but its layers; the directories for changes by descriptor (``changes``) or,
-    without, by path.
+    """The context of the overlay with all but its layers; the directories for changes are given by fd (``changes``) or,
+    without that, by path.
     """
     context = _Context(kernel, "overlay")
     try:

@@ -78,7 +78,7 @@ def parse(line: str) -> Mounted:
 def mounts() -> list[Mounted]:
     """All mounts that this process can see, in the order of the kernel: parents before children, lower before upper."""
     try:
-        # As every other name of a file comes to Python, so that they can be compared.
+        # Decoded as Python decodes every other file name, so that paths can be compared.
         with open(_PATH, encoding=sys.getfilesystemencoding(), errors="surrogateescape") as file:
             return [parse(line) for line in file.read().split("\n") if line]
     except OSError as error:

@@ -4,7 +4,7 @@
 
 """Work in a process of its own: it uses another processor, and all its memory is gone when it ends.
 
-``fork`` and nothing else: a module runs from a temporary archive that no new interpreter could import from. A child
+Only ``fork`` will do: a module runs from a temporary archive that no new interpreter could import from. A child
 never returns into its parent's stack, says nothing on the module's output, and dies with its parent.
 """
 
@@ -32,11 +32,11 @@ _PR_SET_PDEATHSIG = 1
 
 
 def death_signal() -> Callable[[], None] | None:
-    """What a process calls between fork and whatever follows, to have the kernel kill it when the thread that forked it
-    ends; None for a Python without ctypes.
+    """A function that a process calls right after it was forked, to have the kernel kill it when the thread that forked
+    it ends; None for a Python without ctypes.
 
     All that the call needs is looked up here, before the fork: what is left is one call of a C function through a bound
-    pointer, which takes no lock and imports nothing. Whether the parent died before is for the caller to ask.
+    pointer, which takes no lock and imports nothing. The caller has to check whether the parent died before.
     """
     try:
         import ctypes
@@ -55,7 +55,7 @@ def death_signal() -> Callable[[], None] | None:
 def _settle(parent: int) -> None:
     """Make a freshly forked process a quiet one that dies with its parent, whose process id is ``parent``."""
     tie = death_signal()
-    if tie is not None:  # else what the child reads from ends with its parent all the same
+    if tie is not None:  # without it the child still ends when its connection does
         tie()
     if os.getppid() != parent:
         os._exit(1)  # the parent died before the kernel was told to tell
@@ -70,7 +70,7 @@ def _settle(parent: int) -> None:
 
 def limit_memory(extra: int) -> None:
     """Let this process have ``extra`` bytes more than it has now, so that what comes from outside cannot take the
-    host's memory. Then memory ends with a MemoryError, which explain() tells from that of a host without memory.
+    host's memory. Beyond that it gets a MemoryError, which explain() can tell from that of a host without memory.
 
     RLIMIT_DATA counts what is private and can be written (since Linux 4.7); the limit on addresses would count
     libraries and the stacks of threads that nobody uses, too. See setrlimit(2).
@@ -93,9 +93,9 @@ def explain(error: BaseException, what: str) -> EngineError:
     if not isinstance(error, MemoryError):
         return from_exception(error, what)
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    # Telling takes memory, too, and what held it may still be referred to.
+    # The message takes memory, too, and what the work allocated may still be alive.
     resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
-    # What the work holds is still there, for the error refers to it: little of it means that the host has no more.
+    # The error still refers to what the work allocated. If that is little, it is the host that ran out of memory.
     with contextlib.suppress(OSError, ValueError, StopIteration):
         if soft == resource.RLIM_INFINITY or _data() < soft // 2:
             return from_exception(error, what)
@@ -144,7 +144,7 @@ class Child:
                     self.connection.close()
                     leave()
                 except OSError as error:
-                    # A process that may open no files cannot begin, and still can say so.
+                    # A process that may open no more files cannot begin, but it can still say so.
                     found = explain(error, f"The process that {what}")
                     tell(theirs, {"kind": "error", "error": to_values(found)})
                 else:
@@ -154,7 +154,7 @@ class Child:
         theirs.close()
 
     def send(self, value: Any, fd: int = -1) -> None:
-        """Send ``value``, and a copy of the descriptor ``fd``. IOFailed if the child is gone."""
+        """Send ``value``, and with it the file behind ``fd`` unless that is -1. IOFailed if the child is gone."""
         message = json.dumps(value).encode()
         try:
             if fd < 0:
@@ -179,13 +179,13 @@ class Child:
         return json.loads(message)
 
     def close(self, grace: float = 0.0) -> None:
-        """End the child and reap it; nothing if that was done. The end of the connection asks it to go, and it is
+        """End the child and reap it; does nothing if that was done. The end of the connection asks it to go, and it is
         killed if it does not within ``grace`` seconds.
         """
         if not self.pid:
             return
         pid, self.pid = self.pid, 0
-        # Also for whoever else holds this end open, such as children that were forked later.
+        # Shut down, because others may hold this end open, such as children that were forked later.
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
         self.connection.close()
@@ -233,7 +233,7 @@ class Task:
         self._child = Child(what, work, leave)
 
     def tell(self, value: Any) -> None:
-        """Send ``value`` to the child. That it has ended already is told by `result`."""
+        """Send ``value`` to the child. If the child has ended already, ``result`` says so."""
         with contextlib.suppress(IOFailed):
             self._child.send(value)
 
@@ -248,7 +248,7 @@ class Task:
         return answer["value"]
 
     def close(self) -> None:
-        """End the child and reap it; nothing if that was done."""
+        """End the child and reap it; does nothing if that was done."""
         self._child.close()
 
 

@@ -43,8 +43,8 @@ def _cgroup_quotas() -> list[float]:
 
 
 def _quota_of(group: str, unified: bool) -> list[float]:
-    """The processors that a control group's own quota allows, as a list of one, or none if it has no quota. OSError,
-    ValueError.
+    """The processors that a control group's own quota allows, as a list of one, or none if it has no quota. Raises
+    OSError and ValueError.
     """
     names = ("cpu.max",) if unified else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
     words: list[str] = []

@@ -21,8 +21,8 @@ def fault(path: str) -> str:
     """Why others than root and this user can change what ``path`` (absolute) leads to, in words; empty if they cannot.
 
     A component may belong to root or to this user and be writable for nobody else. A directory where everybody may make
-    files but not touch those of others (sticky) may contain one that is safe. What is not there yet cannot be changed
-    by whoever may not change where it will be.
+    files but not touch those of others (sticky) may contain one that is safe. What does not exist yet is safe if the
+    directory that it will lie in is.
     """
     try:
         os.close(beneath.walk(path, _look))

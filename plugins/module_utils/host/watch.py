@@ -47,8 +47,8 @@ LOOK = 0.5
 # longer than PATIENCE seconds is gone, and the job ends.
 FRESH = 15.0
 PATIENCE = 120.0
-# How long a task may run within the command that started it: one that finds nothing to do ends there, and so costs
-# what it costs unwatched. Fetching a small image is over in SHORT seconds, looking a reference up in LONG ones.
+# How long a task may run within the command that started it. One that finds nothing to do ends within that time, and
+# being watched costs it nothing. Fetching a small image is over in SHORT seconds, looking a reference up in LONG ones.
 SHORT, LONG = 1.0, 10.0
 # How long an interrupted job may take to clean up before it is ended in the middle of that.
 GRACE = 10.0
@@ -73,7 +73,7 @@ def directory_of(token: str) -> str:
 
 
 class Life:
-    """Whether anybody still waits for this task. This one stands for a task that nobody watches from afar.
+    """Whether anybody still waits for this task. This class is for a task that nobody watches from afar.
 
     Such a task is over when nobody reads its output any more: an interrupted playbook closes the pipe, while the module
     itself gets no signal.
@@ -85,14 +85,14 @@ class Life:
         self.ended = False
 
     def busy(self) -> None:
-        """There is something to fetch."""
+        """Called when there is something to fetch."""
 
     def permit(self) -> None:
         """Called before anything gets a name: returns if it may, waits while that is not known, raises Interrupted."""
         self.look()
 
     def look(self) -> None:
-        """Raises Interrupted, once, when the task is over for whoever waited for it."""
+        """Raise Interrupted, once, if the task shall end."""
         if not self.ended and self.over():
             self.ended = True
             raise Interrupted
@@ -233,7 +233,7 @@ def _stay(pid: int, job: socket.socket, directory: str) -> NoReturn:
             _write(json.dumps({"changed": False, "composefs_job": directory}).encode() + b"\n")
             code = 0
         else:
-            # The job died without a word, and so does this.
+            # The job died without a word, so this process has nothing to say either.
             os.waitpid(pid, 0)
             shutil.rmtree(directory, ignore_errors=True)
     finally:
@@ -275,8 +275,8 @@ def _work(directory: str, parent: socket.socket, main: Callable[[Life], None]) -
         # A session of its own: neither the end of a terminal nor that of a command of sudo reaches it.
         os.setsid()
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        # No draft of host/files: it is the standard output of the task, which prints into it as it likes, and it is
-        # whole when the task ends. Nobody else can write to the directory, and nothing in it survives a crash.
+        # This is no draft of host/files: it is the standard output of the task, which prints into it as it likes, and
+        # it is whole when the task ends. Nobody else can write to the directory, and nothing in it survives a crash.
         aside = os.path.join(directory, "result.new")
         _redirect(aside)
         try:

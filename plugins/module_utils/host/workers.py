@@ -2,7 +2,7 @@
 # Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
 # SPDX-License-Identifier: BSD-2-Clause
 
-"""Many tasks of one kind, spread over several processes: who is done with one takes the next.
+"""Many tasks of one kind, spread over several processes: a process that is done with one takes the next.
 
 Also how a process makes itself less important than others.
 """
@@ -19,7 +19,7 @@ from typing import Any
 from . import processes
 from ..errors import from_values, to_values
 
-# The call has no wrapper in the C library, and a number of its own on every machine.
+# ioprio_set(2) has no wrapper in the C library, and another number on every kind of machine.
 _IOPRIO_SET = {
     "x86_64": 251,
     "i686": 289,
@@ -36,7 +36,7 @@ IO_CLASSES = {"best-effort": (2, 7), "idle": (3, 0)}
 
 def yield_to_others(nice: int | None, io_class: str | None) -> None:
     """Lower the priority of this process for good: by ``nice`` (0 to 19), and for input and output to a class of
-    IO_CLASSES. Where the kernel does not know the latter nothing happens.
+    IO_CLASSES. Where the number of the kernel's call is not known here, the class stays.
     """
     if nice:
         os.nice(nice)
@@ -61,7 +61,7 @@ def spread(
 
     What a worker passes to ``tell`` (small values that JSON knows) arrives in ``take`` in this process, in no order.
     The first error of a worker ends all of them and is raised here; ``what`` is what they do, such as ``checks
-    objects``. One process or less: it is done here.
+    objects``. With one process, or one task, the work is done in this process.
     """
     if min(count, tasks) <= 1:
         for number in range(tasks):

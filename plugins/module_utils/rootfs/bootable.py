@@ -37,13 +37,14 @@ def transform_for_boot(filesystem: FileSystem, read_object: ReadObject) -> None:
     NotBootable when /boot or /sysroot is no directory.
     """
     root = filesystem.root
-    # Asked for first: what is to be booted from may be looked for only where these are directories.
+    # This comes first: boot files can be looked for only where these are directories.
     directories = [_required(root, name) for name in (b"boot", b"sysroot")]
     check_boot_resources(root, read_object)
     usr = find_directory(root, b"/usr")
     for directory in directories:
         empty(directory, usr.stat if usr is not None else root.stat)
-    # Links from /boot into the rest are gone: one name less each, which hardlink labelling and the writer look at.
+    # A file outside of /boot that also had a name in it has one name less now. Hardlink labelling and the writer depend
+    # on these counts.
     count_links(root)
     policy = read_policy(root, read_object)
     if policy is None:
@@ -85,7 +86,7 @@ def _is_file(node: Node | None) -> bool:
 
 
 def _loader_entries(root: Directory, read_object: ReadObject) -> int:
-    """Type 1 entries (UAPI boot loader specification): every file that one names must be there."""
+    """Type 1 entries (UAPI boot loader specification): every file that an entry names must be there."""
     folder = b"/boot/loader/entries"
     directory = find_directory(root, folder)
     count = 0

@@ -116,7 +116,7 @@ def entry_bytes(entry: Entry) -> bytes:
 
 
 def epoch1_key(entry: Entry) -> tuple[bytes, int, bytes]:
-    """What the shared table of epoch 1 is ordered by, from the last to the first: full name, then length of the value,
+    """The sort key of the shared table of epoch 1, whose largest key comes first: full name, then length of the value,
     then value.
     """
     return PREFIXES[entry[0]] + entry[1], len(entry[2]), entry[2]

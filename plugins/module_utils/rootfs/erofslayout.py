@@ -2,8 +2,8 @@
 # Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
 # SPDX-License-Identifier: BSD-2-Clause
 
-"""Collect the inodes of an EROFS image from a tree: their order, their names and their xattrs; erofs.py then gives them
-places.
+"""Collect the inodes of an EROFS image from a tree: their order, their names and their xattrs; ``erofswriter`` then
+gives them places.
 
 Order, escaping of whiteouts and sharing of xattrs all show in the bytes and so in the name of the image: they are part
 of the format.
@@ -157,7 +157,7 @@ class Inodes:
     """The inodes of one image, collected from a tree. ``nodes``, ``set_numbers`` (of ``sets``), ``forms`` and ``types``
     are indexed by inode, in the order of the image.
 
-    What there is for each inode is small and stands in arrays: images have hundreds of thousands.
+    Per inode only small values are kept, in arrays: an image has hundreds of thousands of inodes.
     """
 
     def __init__(self, root: Directory, version: int, algorithm: Algorithm) -> None:
@@ -198,7 +198,7 @@ class Inodes:
         else:
             self._collect_depth_first(root)
         self._sets_by_id.clear()
-        # Sorted, what occurs twice stands side by side: a set of them all would take four times the memory.
+        # After sorting, equal digests stand side by side. A set of them all would take four times the memory.
         digests = sorted(node.digest for node in self.nodes if node.__class__ is Leaf and node.digest is not None)
         for digest, following in zip(digests, islice(digests, 1, None)):
             if digest == following:
@@ -291,7 +291,7 @@ class Inodes:
 
     @staticmethod
     def _looks_like_stub(leaf: Leaf, folder: Folder, name: bytes) -> bool:
-        # By looks, so that a user's whiteout that cannot be told from a stub is left alone, as composefs-rs does.
+        # Only the looks decide: a user's whiteout that looks like a stub is left alone, as in composefs-rs.
         if folder.index or len(name) != 2 or name.strip(b"0123456789abcdef"):
             return False
         has, root = leaf.stat, folder.stat

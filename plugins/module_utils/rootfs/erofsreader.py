@@ -4,10 +4,10 @@
 
 """Read composefs EROFS images: which objects one needs, and the file tree it was written from.
 
-An image may come from anybody, so nothing in it is believed. In an image that a composefs tool wrote no byte belongs to
-two inodes, directory blocks or shared xattrs; a walk therefore pays for every byte it looks at out of a purse that
-holds as many as the image has, and ends with FormatError when it is empty. That bounds time and memory whatever the
-bytes say: loops, overlaps, absurd sizes and depths.
+An image may come from anybody, so nothing in it is believed. In an image that a composefs tool wrote, no byte belongs
+to two inodes, directory blocks or shared xattrs. So a walk pays for every byte that it looks at out of a purse that
+holds as many as the image has, and ends with FormatError when the purse is empty. That bounds time and memory whatever
+the bytes say: loops, overlaps, absurd sizes and depths.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class ErofsImage:
 
     @classmethod
     def open(cls, file: BinaryIO | int, algorithm: Algorithm | None = None) -> ErofsImage:
-        """Map the image in an open file (or descriptor), which may be closed afterwards; its bytes are read as they are
+        """Map the image in an open file (or fd), which may be closed afterwards; its bytes are read as they are
         needed.
         """
         try:
@@ -257,7 +257,7 @@ class ErofsImage:
         return self._inode(nid)
 
     def _search(self, directory: _Inode, name: bytes) -> int | None:
-        """The inode number of an entry. A directory that is not sorted may hide some; nothing else can come of it."""
+        """The inode number of an entry. In an unsorted directory some are not found, which is the only harm."""
         if name in (b"", b".", b".."):
             return None
         # The last block whose first name is not behind the one that is looked for, and then the same within the block.
@@ -481,7 +481,7 @@ class ErofsImage:
         return Stat(inode.mode & 0o7777, inode.uid, inode.gid, inode.mtime, inode.mtime_nsec, shared)
 
     def _is_stub(self, name: bytes, child: _Inode, parent: _Inode) -> bool:
-        """Is it one of the whiteouts that formats 0 and 1 put into the root?"""
+        """Whether it is one of the whiteouts that formats 0 and 1 put into the root."""
         if self.version == 2 or parent.nid != self.root_nid or len(name) != 2 or name.strip(b"0123456789abcdef"):
             return False
         return st.S_ISCHR(child.mode) and not child.field

@@ -7,7 +7,7 @@
 The image holds metadata and small files only; a larger file is an empty chunk-based inode whose
 ``trusted.overlay.metacopy`` and ``trusted.overlay.redirect`` xattrs name the object that overlayfs reads instead. The
 name of an image is the fs-verity digest of these bytes, so every choice below (header, gap, place) is part of the
-format (erofsformat.py), not a matter of taste.
+format and not a matter of taste.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # Copyright (c) composefs.oci contributors
 # Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
 # SPDX-License-Identifier: BSD-2-Clause
-"""Which is the last of thousands of regular expressions that matches a whole path?
+"""Find the last of thousands of regular expressions that matches a whole path.
 
 An SELinux policy has some 6,000 of them and an image 100,000 paths: one after the other would take hours. Here all
 become one automaton whose states are made when a path first needs them. A path then costs one look-up per byte, a
@@ -14,8 +14,8 @@ takes and the positions that may follow. Expressions share the positions of thei
 The dialect is that of file_contexts as composefs-rs 0.9 reads it (Rust regex on bytes, dot takes a newline too, PCRE2
 where Rust cannot): literals, classes, groups, alternation, greedy and lazy repetition; two quantifiers in a row repeat
 the repetition. What needs more (look-around, word boundaries, back references, atomic groups) goes to Python's ``re``,
-one by one. That engine tries one way after the other, and some expressions have more ways than anybody lives to see
-tried; so a timer of the process interrupts it, which works in the main thread alone.
+one by one. That engine backtracks, and some expressions would keep it busy for years. So a timer of the process
+interrupts it; this works in the main thread only.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class _Unsupported(Exception):
 
 
 class _Malformed(Exception):
-    """No engine can."""
+    """No engine can express this."""
 
 
 class _TooLong(Exception):
@@ -247,7 +247,7 @@ class LastMatch:
         try:
             fragment = self._parse(pattern.regex, offset)
         except _Unsupported:
-            # Nothing leads there yet.
+            # No edge leads to the new positions yet, so they can be dropped.
             del self._takes[positions:]
             del self._follow[positions:]
             with self._bounded():
@@ -268,8 +268,8 @@ class LastMatch:
             raise InvalidLayer("The SELinux policy of the image has too many or too large expressions.")
 
     def _prefix(self, regex: bytes) -> tuple[int, int]:
-        """Follow the literal beginning along positions shared with other patterns: the last one, and where the rest of
-        the expression begins.
+        """Follow the literal beginning along positions shared with other patterns. Returns the last of these positions,
+        and where the rest of the expression begins.
         """
         found = _PLAIN.match(regex)
         end = found.end() if found else 0
@@ -585,7 +585,7 @@ def _parse_class(regex: bytes, at: int) -> tuple[frozenset[int], int]:
         if byte == 0x5B:
             posix = _POSIX_CLASS.match(regex, at)
             if not posix or posix.group(2) not in _POSIX:
-                # A nested class for one engine, a bracket for the other.
+                # One engine reads this as a nested class, the other as a bracket.
                 raise _Malformed("a bracket within a character class must be escaped")
             named = _POSIX[posix.group(2)]
             members |= _ALL - named if posix.group(1) else named

@@ -5,8 +5,8 @@
 gets.
 
 The tree is the only input of the EROFS writer, so each rule here decides the image digest. The rules are those of
-composefs-rs 0.9 (OCI image spec, layer section, "Applying Changesets", read literally), and where that refuses an image
-or writes a broken one:
+composefs-rs 0.9 (OCI image spec, layer section, "Applying Changesets", read literally). Where composefs-rs refuses an
+image or writes a broken one, these hold:
 
 * parent directories that no layer sent are made: 0755, root, mtime 0, no xattrs, whatever kind of entry needs them;
 * a path that meets a symbolic link on its way goes where the link leads, within the image's root, as umoci and podman
@@ -32,8 +32,8 @@ from .filetree import Directory, FileSystem, Leaf, Node, Stat, count_links, dire
 from ..formats.bounds import MAX_MAJOR, MAX_MINOR, MAX_NAME, MAX_SYMLINK, MAX_XATTR, THRESHOLD
 from ..formats.tarheader import Entry, show
 
-# : What a larger image is refused for: some 400 bytes of memory each here and more in the image writer. The largest
-# public images have 1.5 million.
+#: Names that an image may have: each takes some 400 bytes of memory here and more in the image writer. The largest
+#: public images have 1.5 million.
 MAX_INODES = 1 << 21
 #: Bytes of names, link targets, inline contents and (twice) extended attributes that an image may have together. A few
 #: hundred kilobytes of a blob can unpack to gigabytes of them; the largest public images have some 40 MB.
@@ -46,7 +46,7 @@ MAX_LINKS = 40
 #: Components of link targets that all paths of an image may be led through: a target of 4 KB is 2,000 of them, and
 #: each entry could ask for 40 such targets.
 MAX_LINK_STEPS = 1 << 24
-#: Extended attributes of one inode and their bytes: the size of all is counted in 16 bits of 4 bytes.
+#: Extended attributes of one inode, and their bytes: EROFS counts their size in units of 4 bytes, with 16 bits.
 MAX_XATTRS = 128
 MAX_XATTR_BYTES = 1 << 17
 
@@ -96,12 +96,12 @@ class TreeBuilder:
         # Names that may still be added before the live ones are counted anew.
         self._names_left = max_inodes
         # Directories by the spelling that layers used for them, so that most entries find their parent with one
-        # look-up. Wrong as soon as a directory goes away: then it is emptied.
+        # look-up. The map is wrong as soon as a directory goes away; then it is emptied.
         self._known: dict[bytes, Directory] = {}
         self._known_bytes = 0
-        # Some known directory was found through a symbolic link, so a link that goes away empties them, too.
+        # Some known directory was found through a symbolic link: now a link that goes away empties the map, too.
         self._linked = False
-        # … and on the way something was missing that ".." of the link undid: when it comes, the way may be another.
+        # On the way to one, ".." of a link undid a component that is missing so far. When it comes, the way may change.
         self._skipped = False
         self._link_steps_left = max_link_steps
         self._stats: dict[tuple[int, int, int, int, int], Stat] = {}
@@ -213,10 +213,9 @@ class TreeBuilder:
         """The tree as composefs writes it, with link counts. Ends the building: the builder must not be used
         afterwards.
 
-        ``xattrs``: ``allowlist-only`` (as if nothing is said here or before) keeps security.capability alone,
-        ``keep-user-xattrs`` also ``user.*``. Root gets
-        the metadata of /usr, /run is emptied: what a container engine puts there at run time must not change the
-        digest. Raises InvalidLayer when /usr or /run is there but is no directory.
+        ``xattrs``: ``allowlist-only`` (the default) keeps security.capability alone, ``keep-user-xattrs`` also
+        ``user.*``. The root gets the metadata of /usr, and /run is emptied: what a container engine puts there at run
+        time must not change the digest. Raises InvalidLayer when /usr or /run is there but is no directory.
         """
         xattrs = xattrs or self._decided_xattrs or XATTR_MODES[0]
         if xattrs not in XATTR_MODES or self._decided_xattrs not in (None, xattrs):
@@ -285,7 +284,7 @@ class TreeBuilder:
             return
         hidden = name[len(_WHITEOUT) :]
         if hidden in _NOT_WHITEOUTS:
-            # Others take this for the directory itself, or the one above it.
+            # Other programs take this for the directory itself, or for the one above it.
             raise InvalidLayer(f"The whiteout {show(path)} names no file that it could hide.")
         if self._leads_on(entries.pop(hidden, None)):
             self._forget()
@@ -309,7 +308,7 @@ class TreeBuilder:
         return stat
 
     def _kept(self, path: bytes, xattrs: dict[bytes, bytes]) -> dict[bytes, bytes] | None:
-        """Those that any filter keeps: the rest need not use memory until finish() decides."""
+        """The attributes that some filter of finish() keeps; the rest takes no memory."""
         kept: list[tuple[bytes, bytes]] = []
         room = MAX_XATTR_BYTES
         for name in sorted(xattrs):
@@ -407,8 +406,8 @@ class TreeBuilder:
         """Follow ``head`` from the root: the directories on the way, the root first, and the names that are missing
         after the last.
 
-        What a symbolic link leads to stands for it, and never leaves the root. ``..`` of a link's target undoes the
-        component before it, be that there or missing.
+        A symbolic link is replaced by what it leads to, which is never outside of the root. ``..`` of a link's
+        target undoes the component before it, be that there or missing.
         """
         todo = self._components(head, path)
         todo.reverse()

@@ -3,7 +3,7 @@
 # SPDX-License-Identifier: BSD-2-Clause
 """SELinux labels for a bootable image, from the policy that the image itself brings.
 
-What a booted system needs of labels must be part of the measured image: nothing can label a read-only file system
+The labels that a booted system needs must be part of the measured image: nothing can label a read-only file system
 later. The rules are those of composefs-rs 0.9, which decide the digest: the last matching line of file_contexts, .local
 and .homedirs wins (no sorting by specificity), aliases of .subs and .subs_dist replace a whole path, labels are stored
 without a final NUL.
@@ -104,7 +104,7 @@ def read_policy(root: Directory, read_object: ReadObject) -> Policy | None:
 
 def policy_type(config: bytes) -> bytes | None:
     """What SELINUXTYPE is in /etc/selinux/config, None when it is not there. The first one counts; whether SELinux is
-    enabled does not.
+    enabled does not matter.
     """
     for number, line in enumerate(config.split(b"\n"), 1):
         _check_text(line, "config", number)
@@ -202,8 +202,9 @@ def remove_labels(root: Directory) -> None:
 def apply_policy(root: Directory, policy: Policy) -> None:
     """Label every inode in place; link counts must be right before and are after.
 
-    Directories first, then children in the order of their names, at once with all below. That matters for hardlinks:
-    the first name decides the label, and a name that must have another one becomes an inode of its own.
+    A directory is labelled first, then its children in the order of their names, each with all that is below it before
+    the next. The order matters for hardlinks: the first name decides the label, and a name that must have another one
+    becomes an inode of its own.
     """
     labels = [rule.label for rule in policy.rules]
     automaton = LastMatch([rule.pattern for rule in policy.rules])
@@ -212,8 +213,8 @@ def apply_policy(root: Directory, policy: Policy) -> None:
     relabel = _Relabeller()
     linked: dict[int, bytes | None] = {}
     split = False
-    # Whole paths are needed for aliases, none of which is longer, and for look-around. Kept beyond that they would need
-    # memory in proportion to the square of the depth.
+    # Whole paths are needed to find aliases, so up to the length of the longest one, and for look-around. Longer paths
+    # are not kept: they would need memory in proportion to the square of the depth.
     longest = _MAX_PATH if automaton.needs_path else max(map(len, aliases), default=0)
 
     def label_of(state: State, kind: bytes, path: bytes) -> bytes | None:

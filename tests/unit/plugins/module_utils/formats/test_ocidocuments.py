@@ -118,6 +118,12 @@ def test_a_single_manifest_of_another_platform_is_noticed():
             ocidocuments.check_platform(image, ocidocuments.parse_platform(text))
 
 
+def test_an_image_that_names_no_platform_is_said_to_be_for_none():
+    image = ocidocuments.parse_config(raw(config(architecture="", os="", variant="")))
+    with pytest.raises(PlatformNotFound, match="is for no platform, not for linux/amd64"):
+        ocidocuments.check_platform(image, ocidocuments.parse_platform("linux/amd64"))
+
+
 # -- documents
 
 
