@@ -24,6 +24,8 @@ REGISTERED = (
     "rollout_failure",
     "rollout_site",
     "rollout_seed",
+    "rollout_mirror",
+    "rollout_deltas",
     "rollout_mounted",
     "rollout_repository_info",
     "rollout_refused",
@@ -128,6 +130,11 @@ def rollout_report(
         # The gate has no memory: asked again with what the hosts registered it gives the same answer.
         wave = max((order["wave_of"][name] for name in tried), default=0) + 1
         halted = rollout_gate(order["ready"], hostvars, wave=wave, **(gate or {"canaries": []}))
+    for host in hosts.values():
+        # What a seed made lies nowhere else, and its hosts are told of it by its digest.
+        seed = host.get("rollout_seed")
+        if host.get("rollout_deltas") == "auto" and seed and seed in hostvars:
+            host["rollout_made_deltas"] = hostvars[seed].get("rollout_made_deltas")
     return rollout.report(hosts, about, order["wave_of"], halted, phase)
 
 

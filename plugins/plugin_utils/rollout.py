@@ -397,12 +397,42 @@ def _seconds(value: Any) -> float | None:
 
 
 def _sources(fetched: Mapping[str, Any]) -> dict[str, int]:
-    """How many bytes came from where: ``registry`` (the origin or a seed), ``delta``, ``peer``."""
+    """How many bytes of layers came by which way: ``registry`` (the origin or a seed), ``delta``, ``peer``, or the
+    transport of a local reference.
+    """
     sources: dict[str, int] = {}
     for layer in fetched.get("layers") or ():
         if layer.get("status") == "new" and layer.get("source"):
             sources[layer["source"]] = sources.get(layer["source"], 0) + int(layer.get("bytes_to_fetch") or 0)
     return sources
+
+
+ORIGIN, SEED, PEER, LOCAL, MIRROR_OR_ORIGIN = "origin", "seed", "peer", "local", "mirror_or_origin"
+PLACES = (ORIGIN, SEED, PEER, LOCAL, MIRROR_OR_ORIGIN)
+"""The places that bytes of layers come from, as far as they are known."""
+
+
+def _places(host: Host, sources: Mapping[str, int]) -> dict[str, int]:
+    """The bytes of ``sources`` by the place that they came from, each where it is known for certain.
+
+    skopeo does not say whether a mirror answered or, since that did not have it, the origin. So on a host that was
+    given a mirror it is one of both, but for the deltas that its seed made, which lie nowhere else.
+    """
+    mirror, made = host.get("rollout_mirror"), host.get("rollout_made_deltas")
+    places: dict[str, int] = {}
+    for source, number in sources.items():
+        if source in ("registry", "delta"):
+            place = ORIGIN if not mirror else SEED if source == "delta" and made else MIRROR_OR_ORIGIN
+        else:
+            place = PEER if source == "peer" else LOCAL
+        places[place] = places.get(place, 0) + number
+    return places
+
+
+def _sum(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, int]:
+    """The sums of the numbers under ``key``, by their names."""
+    names = sorted({name for row in rows for name in row[key]})
+    return {name: sum(row[key].get(name, 0) for row in rows) for name in names}
 
 
 def host_row(name: str, host: Host, path: str, digest: str, wave: int | None, looked: bool = True) -> dict[str, Any]:
@@ -417,6 +447,7 @@ def host_row(name: str, host: Host, path: str, digest: str, wave: int | None, lo
     reason = ""
     if error and state not in GOOD:
         reason = error["message"].splitlines()[0][:200] if error["message"] else error["code"]
+    sources = _sources(fetched) if succeeded(fetched) else {}
     return {
         "host": name,
         "site": str(host.get("rollout_site") or host.get("rollout_seed") or ""),
@@ -426,7 +457,9 @@ def host_row(name: str, host: Host, path: str, digest: str, wave: int | None, lo
         "before": current.get("digest"),
         "after": after,
         "bytes": int((fetched.get("stats") or {}).get("bytes_fetched") or 0) if succeeded(fetched) else 0,
-        "bytes_by_source": _sources(fetched) if succeeded(fetched) else {},
+        "bytes_by_source": sources,
+        "bytes_by_place": _places(host, sources),
+        "mirror": str(host.get("rollout_mirror") or "") or None,
         "seconds": {
             "fetch": _seconds(((fetched.get("stats") or {}).get("seconds") or {}).get("total")),
             "activate": _seconds(result(host, "rollout_activated").get("took")),
@@ -482,10 +515,8 @@ def report(
             "hosts": len(rows),
             "states": {state: number for state, number in by_state.items() if number},
             "bytes": sum(row["bytes"] for row in rows),
-            "bytes_by_source": {
-                source: sum(row["bytes_by_source"].get(source, 0) for row in rows)
-                for source in sorted({source for row in rows for source in row["bytes_by_source"]})
-            },
+            "bytes_by_source": _sum(rows, "bytes_by_source"),
+            "bytes_by_place": _sum(rows, "bytes_by_place"),
             "seconds": _between(about.get("started"), about.get("finished")),
         },
         "hosts": rows,
@@ -524,6 +555,7 @@ def plan(hosts: Mapping[str, Host], path: str, digest: str) -> dict[str, Any]:
                 "version": planned.get("version"),
                 "bytes": (planned.get("stats") or {}).get("bytes_fetched") if known else None,
                 "free_bytes": planned.get("free_bytes"),
+                "mirror": str(host.get("rollout_mirror") or "") or None,
                 "verity": planned.get("verity"),
                 "skopeo": planned.get("skopeo_version"),
                 "refused": ", ".join(host.get("rollout_refused") or ()) or None,
@@ -707,7 +739,8 @@ def table(made: Mapping[str, Any], most: int = 30) -> list[str]:
     lines = [
         f"{made['name']} {_short(made['digest'])}: {made['result']}"
         + (f" before wave {made['halted']['wave']}: {made['halted']['why']}" if made.get("halted") else ""),
-        ", ".join(f"{number} {state.replace('_', ' ')}" for state, number in states.items()) or "no hosts",
+        (", ".join(f"{number} {state.replace('_', ' ')}" for state, number in states.items()) or "no hosts")
+        + _fetched(made["totals"]),
     ]
     rows = [row for row in made["hosts"] if row["state"] not in (*GOOD, UNTOUCHED, STAGED)]
     rows.sort(key=lambda row: (STATES.index(row["state"]), row["host"]))
@@ -717,6 +750,34 @@ def table(made: Mapping[str, Any], most: int = 30) -> list[str]:
     if len(rows) > most:
         lines.append(f"and {len(rows) - most} more hosts; the report has all of them")
     return lines
+
+
+def _fetched(totals: Mapping[str, Any]) -> str:
+    """How many bytes were fetched, and from where, for a terminal; nothing if none were."""
+    places = totals["bytes_by_place"]
+    told = [f"{size_words(places[place])} from {place_words(place)}" for place in PLACES if places.get(place)]
+    return f"; fetched {', '.join(told)}" if told else ""
+
+
+def place_words(place: str) -> str:
+    """What a place is called where people read of it."""
+    return {
+        ORIGIN: "the origin",
+        SEED: "seeds",
+        PEER: "peers",
+        LOCAL: "where the reference says",
+        MIRROR_OR_ORIGIN: "a mirror or, where that lacked them, the origin",
+    }[place]
+
+
+def size_words(number: int) -> str:
+    """Bytes for people, in units of 1024."""
+    size, units = float(number), ["KB", "MB", "GB", "TB"]
+    if size < 1024:
+        return f"{number} bytes"
+    while size >= 1024 and units:
+        size, unit = size / 1024, units.pop(0)
+    return f"{size:.1f} {unit}"
 
 
 def _short(digest: Any) -> str:

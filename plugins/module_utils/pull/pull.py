@@ -98,6 +98,8 @@ class Outcome:
     changed: bool
     # Layer stream -> what delivered it in the end, where that is not what the plan says.
     delivered: dict[StreamName, str] = dataclasses.field(default_factory=dict)
+    # Layer stream -> the bytes that it took in the end: what is planned is wrong where another way had to serve.
+    fetched: dict[StreamName, int] = dataclasses.field(default_factory=dict)
     bytes_exact: bool = True
 
 
@@ -399,7 +401,9 @@ def _register(
         stats.peers = brought.peers
         streams = mine + [stream for stream in documents_changed if stream not in claimed]
         claimed.update(streams)
-        outcomes.append(Outcome(plan, streams, stats, bool(streams) or plan.renames, brought.delivered))
+        changed = bool(streams) or plan.renames
+        fetched = {stream: brought.layers[stream].fetched for stream in mine}
+        outcomes.append(Outcome(plan, streams, stats, changed, brought.delivered, fetched))
     return outcomes
 
 
@@ -586,7 +590,11 @@ def describe(repository: Repository, outcome: Outcome) -> Report:
     plan = outcome.plan
     facts = plan.source.facts() if plan.source else Facts()
     # A layer that occurs twice, or that another image of the same task lacks too, is fetched once and counted there.
-    to_fetch = {stream: layer.to_fetch for stream, layer in plan.missing().items() if stream in outcome.streams}
+    to_fetch = {
+        stream: outcome.fetched.get(stream, layer.to_fetch)
+        for stream, layer in plan.missing().items()
+        if stream in outcome.streams
+    }
     foreseen = repository.foreseen
     come = {layer.stream for layer in plan.layers if foreseen.short(layer.stream) in foreseen.streams}
     # What is fetched by then nobody can know, so whether it is this task that fetches these is not known either.

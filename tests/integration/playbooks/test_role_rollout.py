@@ -177,3 +177,18 @@ def test_a_tag_that_moves_between_plan_and_change_is_told_and_not_followed(site:
     told = " ".join(fleet.run("rollout", "--tags", "prefetch,activate", **by_tag).stdout.split())
     assert f"means {other} now" in told and f"goes on with {NEW}" in told, told
     assert fleet.report()["digest"] == NEW and fleet.states() == {"one": "confirmed", "two": "confirmed"}
+
+
+def test_the_report_its_page_and_its_table_say_from_where_bytes_came(site: Site) -> None:
+    fleet = Fleet(site, ["one", "two"])
+    layer = {"digest": OLD, "diff_id": OLD, "size": 5 << 20, "status": "new", "bytes_to_fetch": 5 << 20}
+    stats = {"bytes_fetched": 5 << 20}
+    for name, source in (("one", "registry"), ("two", "peer")):
+        image = {"digest": NEW, "registry_digest": NEW, "layers": [{**layer, "source": source}], "stats": stats}
+        fleet.answer(name, "image", changed=True, verity=True, free_bytes=10**10, **image)
+    done = fleet.run("rollout", "--tags", "prefetch")
+    assert done.returncode == 0, done.stdout
+    assert fleet.report()["totals"]["bytes_by_place"] == {"origin": 5 << 20, "peer": 5 << 20}
+    assert "fetched 5.0 MB from the origin, 5.0 MB from peers" in " ".join(done.stdout.split()), done.stdout
+    (page,) = fleet.reports.glob("app-*.html")
+    assert "<dt>From the origin</dt><dd>5.00 MB to 1 hosts</dd>" in page.read_text()

@@ -335,6 +335,49 @@ def test_the_report_tells_when_waves_were_and_where_bytes_came_from() -> None:
     assert made["hosts"][0]["seconds"] == {"fetch": 1.4, "activate": 0.3, "trial": 5.0, "confirm": 0.2}
 
 
+@pytest.mark.parametrize(
+    ("variables", "places"),
+    [
+        ({}, {"origin": 93, "peer": 20, "local": 4}),
+        ({"rollout_mirror": "seed:5000"}, {"mirror_or_origin": 93, "peer": 20, "local": 4}),
+        (
+            {"rollout_mirror": "seed:5000", "rollout_made_deltas": ["docker://a.example/app@sha256:1"]},
+            {"mirror_or_origin": 90, "seed": 3, "peer": 20, "local": 4},
+        ),
+    ],
+)
+def test_the_report_says_where_bytes_came_from_as_far_as_that_is_known(
+    variables: dict[str, Any], places: dict[str, int]
+) -> None:
+    """Of a host with a mirror nobody tells whether that or the origin answered; only what its seed made is the seed's."""
+    ways = {"registry": 90, "delta": 3, "peer": 20, "oci": 4}
+    layers = [{"status": "new", "source": way, "bytes_to_fetch": number} for way, number in ways.items()]
+    fetched = {**FETCHED, "layers": layers, "stats": {"bytes_fetched": 117}}
+    host = {"rollout_before": BEFORE, "rollout_fetched": fetched, **variables}
+    made = rollout.report({"a": host, "b": host}, ABOUT, {}, None, "prefetch")
+    check(made)
+    assert made["hosts"][0]["bytes_by_place"] == places and made["hosts"][0]["mirror"] == variables.get(
+        "rollout_mirror"
+    )
+    assert made["totals"]["bytes_by_place"] == {place: 2 * number for place, number in places.items()}
+    assert sum(made["totals"]["bytes_by_place"].values()) == made["totals"]["bytes"]
+    assert all(rollout.place_words(place) in rollout.table(made)[1] for place in places)
+
+
+def test_what_failed_fetched_nothing_that_is_counted() -> None:
+    made = rollout.report({"a": {**HOSTS["failed"], "rollout_mirror": "seed:5000"}}, ABOUT, {}, None, "prefetch")
+    check(made)
+    assert made["totals"]["bytes_by_place"] == {} and "fetched" not in rollout.table(made)[1]
+    assert made["hosts"][0]["mirror"] == "seed:5000"
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(0, "0 bytes"), (1023, "1023 bytes"), (1024, "1.0 KB"), (3 << 20, "3.0 MB"), (1 << 60, "TB")]
+)
+def test_sizes_are_told_in_units_that_people_read(number: int, words: str) -> None:
+    assert words in rollout.size_words(number)
+
+
 def test_where_going_back_failed_the_report_says_why_that_failed() -> None:
     host = {**HOSTS["revert_failed"], "rollout_failure": {"failed": True, "error": "health", "msg": "the URL"}}
     host["rollout_reverted"] = {"failed": True, "error": "busy", "msg": "in use"}

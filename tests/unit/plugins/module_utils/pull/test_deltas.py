@@ -338,6 +338,8 @@ def assert_whole(updated: Updated, result: dict[str, Any], complaint: str) -> No
     (warning,) = result["warnings"]
     assert complaint in warning and sha256(NEW) in warning
     assert [layer["source"] for layer in result["layers"]] == [None, "registry"]
+    told = [layer["bytes_to_fetch"] for layer in result["layers"]]
+    assert told == [0, result["stats"]["bytes_fetched"]] == [0, result["layers"][1]["size"]], "not those of the delta"
 
 
 HOSTILE = {

@@ -119,6 +119,7 @@ def test_layers_come_from_a_peer_and_the_registry_sends_documents_only(
     assert told["url"] == peer.url and told["layers"] == 2 and told["error"] is None
     assert told["objects"] == len(FILES) + 3
     assert told["bytes"] == result["stats"]["bytes_fetched"] > len(BIG)
+    assert sum(layer["bytes_to_fetch"] for layer in result["layers"]) == told["bytes"]
     assert all(headers["Accept-Encoding"] == "gzip" for headers in peer.headers)
 
 
