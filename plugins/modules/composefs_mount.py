@@ -475,8 +475,11 @@ def not_there_yet(
                 "The state 'remounted' puts the image asked for in its place without a gap; 'unmounted' removes it.",
             )
     if there is not None and (there.image_id is None or not request.wish.replace):
+        what = f"{there.kind} from {there.source}"
+        if there.image_id is not None:
+            what = mounting.called(there.image_id, there.path)
         raise Busy(
-            f"At {base['path']} something else is mounted, {there.image_id or f'{there.kind} from {there.source}'}.",
+            f"At {base['path']} something else is mounted: {what}.",
             "The state 'remounted' puts the image asked for in its place without a gap; 'unmounted' removes it.",
         )
     mounting.require_capability(f"Mounting at {base['path']}")

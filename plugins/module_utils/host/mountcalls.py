@@ -25,7 +25,7 @@ import os
 import stat
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from . import beneath as paths
@@ -94,7 +94,7 @@ _LOOP_READ_ONLY, _LOOP_AUTOCLEAR, _LOOP_DIRECT_IO = 1, 4, 16
 
 class Request(NamedTuple):
     """What to mount. ``image_id`` is hex; ``image`` and ``objects`` are fds; ``options`` are as an operator writes
-    them.
+    them; ``words`` says what messages call the image.
     """
 
     image_id: str
@@ -104,6 +104,11 @@ class Request(NamedTuple):
     upperdir: str | None = None
     workdir: str | None = None
     options: Sequence[str] = ()
+    words: Callable[[], str] | None = None
+
+    def mounting(self, target: str) -> str:
+        """What is being done, for a message."""
+        return f"Mounting {self.words() if self.words is not None else f'the image {self.image_id}'} at {target}"
 
 
 class _KernelRefused(Exception):
@@ -240,7 +245,7 @@ def _mount(request: Request, target: str, place: int, beneath: bool) -> None:
     except _KernelRefused as refusal:
         raise _explain(refusal, request, target) from refusal
     except OSError as error:
-        raise from_os_error(error, f"Mounting the image {request.image_id} at {target}") from error
+        raise from_os_error(error, request.mounting(target)) from error
 
 
 def replace(request: Request, path: str) -> None:
@@ -542,10 +547,7 @@ def _beneath(target: str) -> str:
 
 def _explain(refusal: _KernelRefused, request: Request, target: str) -> EngineError:
     words = f" The kernel says: {refusal.words}." if refusal.words else ""
-    text = (
-        f"Mounting the image {request.image_id} at {target} failed when {refusal.step}: "
-        f"{os.strerror(refusal.errno)}.{words}"
-    )
+    text = f"{request.mounting(target)} failed when {refusal.step}: {os.strerror(refusal.errno)}.{words}"
     if refusal.errno in (errno.EPERM, errno.EACCES):
         return PermissionDenied(
             text,
@@ -553,7 +555,7 @@ def _explain(refusal: _KernelRefused, request: Request, target: str) -> EngineEr
             "become.",
         )
     if refusal.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-        what = f"Mounting the image {request.image_id} at {target} ({refusal.step})"
+        what = f"{request.mounting(target)} ({refusal.step})"
         return from_os_error(OSError(refusal.errno, ""), what)
     if refusal.errno == errno.EBUSY:
         return Busy(text, "Loop devices, or the upper or work directory, may be in use by others.")

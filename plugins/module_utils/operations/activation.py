@@ -396,8 +396,8 @@ def _adopted(repository: Repository, found: Journal, origin: str, base: Settings
     """
     if not repository.image(object_digest(origin)):
         raise Busy(
-            f"At {found.path} the image {origin} is mounted, which the repository {repository.path} does not have, so "
-            f"there would be no way back.",
+            f"At {found.path} {mounting.called(origin, found.path)} is mounted, which the repository {repository.path} "
+            f"does not have, so there would be no way back.",
             "Unmount it first.",
         )
     keeper = lastingmount.Keeper(

@@ -17,6 +17,7 @@ from ..store.repository import Repository
 from ..pull.results import bounded
 
 
+VERSION_LABEL = "org.opencontainers.image.version"
 UNKNOWN: dict[str, Any] = dict.fromkeys(
     (
         *("ref", "records", "digest", "config_digest", "media_type", "kind", "artifact_type", "platform", "os"),

@@ -127,6 +127,7 @@ def ensure_mounted(
                 mountcalls.tighten(there, missing)
             return Outcome(True, there, target)
         if not wish.replace:
+            different = differences(there, target, repository)
             raise Busy(
                 f"At {target.path} something else is mounted: {'; '.join(different)}.",
                 "The state 'remounted' puts the image asked for in its place without a gap; 'unmounted' removes it.",
@@ -136,11 +137,15 @@ def ensure_mounted(
     require_capability(f"Mounting at {target.path}")
     # Before anything is made, names in the repository included.
     mountcalls.check_changes(target.upperdir, target.workdir)
-    with open_image(repository, object_digest(target.image_id)) as image:
+
+    def words() -> str:
+        return called(target.image_id, target.path, repository, wish.image)
+
+    with open_image(repository, object_digest(target.image_id), words) as image:
         if not check:
             objects = repository.objects.dirfd
             request = mountcalls.Request(
-                target.image_id, image, objects, target.verity, target.upperdir, target.workdir, target.options
+                target.image_id, image, objects, target.verity, target.upperdir, target.workdir, target.options, words
             )
             with contextlib.ExitStack() as made:
                 for directory in (target.upperdir, target.workdir):
@@ -170,7 +175,7 @@ def ensure_unmounted(path: str, check: bool = False) -> Outcome:
         if hidden:
             above = f"{there.kind} from {there.source}" if there else "another file system"
             raise Busy(
-                f"The image {hidden[-1].image_id} at {path} is hidden below another mount ({above}).",
+                f"At {path} {called(hidden[-1].image_id or '', path)} is hidden below another mount ({above}).",
                 "Unmount that first.",
             )
         return Outcome(False, None, None)
@@ -266,21 +271,27 @@ def manifest_of(repository: Repository, image: str) -> str | None:
 
 
 @contextlib.contextmanager
-def open_image(repository: Repository, digest: ObjectDigest) -> Iterator[int]:
+def open_image(repository: Repository, digest: ObjectDigest, words: Callable[[], str] | None = None) -> Iterator[int]:
     """A descriptor of the image whose content was just proven to have the digest: mount this one, for a name may come
-    to mean another file.
+    to mean another file. ``words``: what messages call it.
 
     A sealed file was measured by the kernel, which also checks every later read. Without a seal the content is hashed
     here, and the proof holds for this moment. FormatError if it is another one.
     """
-    fd = repository.objects.open(digest)
+    try:
+        fd = repository.objects.open(digest)
+    except EngineError as error:
+        if words is not None:
+            error.within(f"Opening {words()}")
+        raise
     try:
         if not repository.secure and not _is_sealed(fd, repository.algorithm):
             with doing(f"Reading the image {digest.hex()}"):
                 found = hash_file(fd, repository.algorithm)[0]
             if found != digest:
+                what = words() if words is not None else f"the image {digest.hex()}"
                 raise FormatError(
-                    f"The image {digest.hex()} is damaged: it has the fs-verity digest {found.hex()}.",
+                    f"{what[0].upper()}{what[1:]} is damaged: it has the fs-verity digest {found.hex()}.",
                     "Remove the object and pull the image again.",
                 )
         yield fd
@@ -288,23 +299,57 @@ def open_image(repository: Repository, digest: ObjectDigest) -> Iterator[int]:
         os.close(fd)
 
 
-def _called(there: Mounted) -> str:
-    """The image that is mounted: its id, and before it what people know, if the journal has it."""
-    try:
-        one = journal.read(there.path)
-    except EngineError:
-        one = None
-    for image in one.images() if one is not None else ():
-        if one is not None and one.name and image.image_id == there.image_id:
-            digest = f"{image.digest[:19]}, " if image.digest else ""
-            return f"the image {one.name} ({digest}id {there.image_id})"
-    return f"the image {there.image_id}"
+def called(image_id: str, path: str, repository: Repository | None = None, wished: str = "") -> str:
+    """An image in words for a message: what people know of it, which is its name, its version and the beginning of its
+    digest, and its id.
+
+    ``wished``: what a task calls it. What that leaves open is taken from the journal of ``path`` and from
+    ``repository``. Nothing is refused here: what cannot be found out is left out.
+    """
+    name = digest = None
+    with contextlib.suppress(EngineError):
+        one = journal.read(path)
+        if one is not None:
+            images = (*one.images(), *((one.pending,) if one.pending is not None else ()))
+            digest = next((image.digest for image in images if image.image_id == image_id), None)
+            name = one.name if digest is not None else None
+    version = None
+    if repository is not None:
+        try:
+            from . import listing  # late, and not in the program that mounts at boot
+        except ImportError:
+            return _in_words(image_id, name, digest, version)
+        with contextlib.suppress(EngineError):
+            if wished and not is_id(repository, wished):
+                digest = manifest_of(repository, wished)
+                name = name if is_oci_digest(wished.lstrip("@")) else wished
+            if digest is None:
+                for found in listing.list_images(repository)[0]:
+                    if image_id in (found["image_ids"] or {}).values():
+                        digest = found["digest"]
+                        break
+            if digest is not None and name is None:
+                name = min((tag for tag, manifest in repository.tags().items() if manifest == digest), default=None)
+            if digest is not None:
+                version = listing.describe_image(repository, digest)["labels"].get(listing.VERSION_LABEL)
+    return _in_words(image_id, name, digest, version)
 
 
-def differences(there: Mounted, target: Target) -> list[str]:
-    """In words, what is mounted otherwise than ``target`` says; empty if nothing is."""
-    if there.image_id != target.image_id:
-        return [_called(there)]
+def _in_words(image_id: str, name: str | None, digest: str | None, version: str | None) -> str:
+    facts = [f"version {version[:64]}"] if version else []
+    if digest and digest not in (name or ""):
+        facts.append(digest[:19])
+    if not name and not facts:
+        return f"the image {image_id}"
+    return f"the image{f' {name}' if name else ''} ({', '.join((*facts, f'id {image_id}'))})"
+
+
+def differences(there: Mounted, target: Target, repository: Repository | None = None) -> list[str]:
+    """In words, what is mounted otherwise than ``target`` says; empty if nothing is. ``repository``: where another
+    image may have a name.
+    """
+    if there.image_id is not None and there.image_id != target.image_id:
+        return [called(there.image_id, there.path, repository)]
     pairs: list[tuple[str, object, object]] = [
         ("verity", there.verity, target.verity),
         ("upperdir", there.directory("upperdir"), target.upperdir),

@@ -20,7 +20,6 @@ from .journal import Journal
 
 # Nobody who only looks waits long for a collection.
 _LOCK_WAIT = 10.0
-_VERSION_LABEL = "org.opencontainers.image.version"
 
 
 def mounts(host: Host, only: str | None = None) -> tuple[list[dict[str, Any]], list[str]]:
@@ -155,7 +154,7 @@ def _look_up(repository: Repository, told: dict[str, Any]) -> None:
     told["keeps"] = keeping.there(repository, told["path"], told["image_id"], told["name"], told["digest"])
     if told["digest"] is not None:
         labels = listing.describe_image(repository, told["digest"])["labels"]
-        told["version"] = labels.get(_VERSION_LABEL)
+        told["version"] = labels.get(listing.VERSION_LABEL)
 
 
 def _repository_of(there: Mounted | None) -> str | None:

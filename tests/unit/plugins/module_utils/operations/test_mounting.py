@@ -54,6 +54,7 @@ def put_image(
     versions: tuple[int, ...] = (1,),
     boot: bool = False,
     linked: bool = True,
+    labelled: str = "1.4",
 ) -> str:
     """A container without layers whose configuration has EROFS images; the hex of the first one."""
     refs = {}
@@ -65,7 +66,7 @@ def put_image(
     config = {
         "architecture": "amd64",
         "os": "linux",
-        "config": {"Labels": {"name": name}},
+        "config": {"Labels": {"name": name, "org.opencontainers.image.version": labelled}},
         "rootfs": {"type": "layers", "diff_ids": []},
     }
     raw = json.dumps(config).encode()
@@ -167,6 +168,38 @@ def test_an_id_is_an_id_even_if_an_image_has_such_a_name(repository: Repository)
     assert mounting.resolve(repository, put_image(repository, "ab" * 32)) == mounting.resolve(repository, "ab" * 32), (
         "a name that only looks like one"
     )
+
+
+def test_messages_call_an_image_what_people_call_it(
+    repository: Repository, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name, its version and the beginning of its digest, beside the id; however the task names it."""
+    image, other = put_image(repository, "app"), put_image(repository, "old", b"old", labelled="1.3")
+    digest, old = repository.tags()["app"], repository.tags()["old"]
+    host = Host(monkeypatch)
+    words = f"the image app (version 1.4, {digest[:19]}, id {image})"
+
+    def refuse(request: mountcalls.Request, path: str) -> None:
+        raise MountFailed(f"{request.mounting(path)} failed.")
+
+    monkeypatch.setattr(mountcalls, "mount", refuse)
+    for wished in ("app", digest, image):
+        with pytest.raises(MountFailed) as failed:
+            mounting.ensure_mounted(repository, Wish(wished, str(tmp_path / "m")))
+        assert f"Mounting {words} at " in str(failed.value), wished
+    host.shown = there(other)
+    with pytest.raises(Busy) as busy:
+        mounting.ensure_mounted(repository, Wish("app", str(tmp_path / "m")))
+    assert f"the image old (version 1.3, {old[:19]}, id {other})" in str(busy.value)
+    host.shown = None
+    pathlib.Path(repository.path, "objects", image[:2], image[2:]).write_bytes(b"damaged")
+    with pytest.raises(FormatError) as damaged:
+        mounting.ensure_mounted(repository, Wish("app", str(tmp_path / "m")))
+    assert f"{words} is damaged".replace("the image", "The image") in str(damaged.value)
+    pathlib.Path(repository.path, "objects", image[:2], image[2:]).unlink()
+    with pytest.raises(FormatError) as missing:
+        mounting.ensure_mounted(repository, Wish("app", str(tmp_path / "m")))
+    assert f"Opening {words}: " in str(missing.value)
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
