@@ -227,12 +227,16 @@ def _tell_nothing_of_files(module: Any) -> None:
 
 def guarded(
     kind: Any,
-    references: Sequence[str],
+    references: Sequence[str] = (),
     several: str = "",
     read: Callable[[object], object] = lambda value: value,
     complain: Callable[[object], str] = lambda value: "",
 ) -> Any:
-    """``kind``, which is AnsibleModule, so that it shows no secret although the task is written wrongly.
+    """``kind``, which is AnsibleModule, so that it shows no secret although the task is written wrongly, and takes an
+    option that is null for one that is not written.
+
+    A task has no other way to do without a default of its action group; and by itself AnsibleModule takes null for a
+    value, which contradicts other options and stands in the place of the option's own default.
 
     What is not understood is not known to be a secret either, and Ansible logs and returns the options of every task.
     So they are put right before it sees them: credentials in one of the options ``references`` become stars, which no
@@ -247,10 +251,13 @@ def guarded(
 
         def _load_params(self) -> None:
             super()._load_params()
+            self.params = _written(self.params)
             values: Any = None
             if several and self.params.get(several) is not None:
                 self.params[several] = values = read(self.params[several])
                 wrong = complain(values)
+                if isinstance(values, list):
+                    self.params[several] = values = [_written(one) if isinstance(one, dict) else one for one in values]
                 if wrong:
                     self.complaint = f"The option {several} is malformed. {wrong} Write it as documented."
                     self.params[several] = values = []
@@ -260,6 +267,11 @@ def guarded(
                         place[key] = without_credentials(place[key])
 
     return Guarded
+
+
+def _written(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that are not null; what Ansible itself says to the module stays as it is."""
+    return {key: value for key, value in options.items() if value is not None or key.startswith("_ansible_")}
 
 
 def without_credentials(reference: str) -> str:

@@ -213,6 +213,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.composefs.oci.plugins.module_utils.errors import FormatError, InvalidOption
 from ansible_collections.composefs.oci.plugins.module_utils.host import watch, workers
 from ansible_collections.composefs.oci.plugins.module_utils.module import (
+    guarded,
     opened_repository,
     progress_files,
     repository_path,
@@ -289,7 +290,7 @@ def run(module: AnsibleModule, base: dict[str, Any], life: watch.Life) -> dict[s
 
 def main() -> None:
     """Entry point of the module."""
-    module = AnsibleModule(
+    module = guarded(AnsibleModule)(
         argument_spec={
             "repository": {"type": "path"},
             "level": {"type": "str", "choices": list(check.LEVELS), "default": check.QUICK},

@@ -100,8 +100,8 @@ repository:
 ref:
   description:
     - The reference of the delta, for O(composefs.oci.composefs_image#module:deltas). For a registry it ends with the
-      digest. In check mode, for a delta that is not there yet, it is the place where it would be.
-  returned: success
+      digest. In check mode, for a delta that is not there yet, it is the place where it would be; on failure, too.
+  returned: success, and on failure as far as it is known
   type: str
   sample: docker://registry.example.com/app@sha256:7c1e9b3c6a0f5d1c2b4e8f9a0d3c5b7e1f2a4c6e8b0d2f4a6c8e0b2d4f6a8c0e
 digest:
@@ -137,6 +137,16 @@ layers:
       diff_id: sha256:c6e5b1e8f4b0a3a34e2e37a0f5ae6a4dbf1f9fa3a2a1eb4f7a56b3ef40e49f65
       size: 60512345
       bytes: 1478512
+attempts:
+  description: How often was tried what failed in the end.
+  returned: on failure
+  type: int
+  sample: 4
+seconds:
+  description: The seconds until the task failed.
+  returned: on failure
+  type: float
+  sample: 7.512
 error:
   description: What went wrong, as a stable code for conditions in playbooks. The collection's documentation lists all
     codes.
@@ -169,6 +179,7 @@ def run(module: AnsibleModule, base: dict) -> dict:
     if not 1 <= params["level"] <= 19:
         raise InvalidOption(f"The option level is {params['level']}.", "It must be between 1 and 19.")
     dest = parse_reference(params["dest"]) if params["dest"] != "auto" else None
+    base.update(ref=dest.text if dest is not None else None)
     with opened_repository(module, path, foreseen=True) as repository:
         if any(makedelta.comes(repository, params[image]) for image in ("source", "target")):
             # An earlier task of this run in check mode would fetch it.
@@ -178,6 +189,7 @@ def run(module: AnsibleModule, base: dict) -> dict:
         target = makedelta.find(repository, params["target"])
         if dest is None:
             dest = makedelta.beside(repository, (params["source"], params["target"]), source, target)
+            base.update(ref=dest.text)
         progress, retries = Progress(None), params["retries"]
         made = makedelta.there(options, dest, source, target, progress, retries)
         changed = made is None
@@ -218,8 +230,8 @@ def main() -> None:
         required_together=[("username", "password")],
         supports_check_mode=True,
     )
-    base = {"changed": False, "repository": None}
-    run_module(module, lambda module: run(module, base), base)
+    base = {"changed": False, "repository": None, "ref": None}
+    run_module(module, lambda module: run(module, base), base, effort=True)
 
 
 if __name__ == "__main__":

@@ -283,6 +283,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.operations import (
     mounting,
 )
 from ansible_collections.composefs.oci.plugins.module_utils.module import (
+    guarded,
     Foretold,
     opened_repository,
     operator,
@@ -523,7 +524,7 @@ def foretell(base: dict[str, Any], result: lastingmount.Result, state: str) -> N
 
 def main() -> None:
     """Entry point of the module."""
-    module = AnsibleModule(argument_spec=ARGUMENT_SPEC, supports_check_mode=True)
+    module = guarded(AnsibleModule)(argument_spec=ARGUMENT_SPEC, supports_check_mode=True)
     keys = ("path", "repository", "name", "digest", "image_id", "previous_digest", "previous_image_id", "state")
     more = ("deadline", "rollout", "reason", "seconds", "time", "took", "unit")
     base: dict[str, Any] = {"changed": False, "pins": [], **dict.fromkeys((*keys, *more))}

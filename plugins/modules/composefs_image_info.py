@@ -311,7 +311,12 @@ from ansible_collections.composefs.oci.plugins.module_utils.operations.diskuse i
 from ansible_collections.composefs.oci.plugins.module_utils.errors import ImageNotFound, InvalidOption
 from ansible_collections.composefs.oci.plugins.module_utils.operations.listing import list_images
 from ansible_collections.composefs.oci.plugins.module_utils.pull.results import TEXTS_LIMIT
-from ansible_collections.composefs.oci.plugins.module_utils.module import opened_repository, repository_path, run_module
+from ansible_collections.composefs.oci.plugins.module_utils.module import (
+    guarded,
+    opened_repository,
+    repository_path,
+    run_module,
+)
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 
 EMPTY: dict[str, Any] = {"changed": False, "repository": None, "images": [], "dumpfile": None}
@@ -395,7 +400,7 @@ def write_dumpfile(
 
 def main() -> None:
     """Entry point of the module."""
-    module = AnsibleModule(
+    module = guarded(AnsibleModule)(
         argument_spec={
             "name": {"type": "str"},
             "names": {"type": "list", "elements": "str"},

@@ -139,7 +139,7 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.composefs.oci.plugins.module_utils.errors import InvalidOption
-from ansible_collections.composefs.oci.plugins.module_utils.module import repository_path, run_module
+from ansible_collections.composefs.oci.plugins.module_utils.module import guarded, repository_path, run_module
 from ansible_collections.composefs.oci.plugins.module_utils.operations import maintenance, maintenancetimer, prune
 
 
@@ -165,7 +165,7 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Entry point of the module."""
-    module = AnsibleModule(
+    module = guarded(AnsibleModule)(
         argument_spec={
             "repository": {"type": "path"},
             "unsafe_repository": {"type": "str", "choices": ["refuse", "accept"], "default": "refuse"},

@@ -281,6 +281,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.operations import (
     mounting,
 )
 from ansible_collections.composefs.oci.plugins.module_utils.module import (
+    guarded,
     Foretold,
     opened_repository,
     operator,
@@ -504,7 +505,7 @@ def not_there_yet(
 
 def main() -> None:
     """Entry point of the module."""
-    module = AnsibleModule(
+    module = guarded(AnsibleModule)(
         argument_spec=ARGUMENT_SPEC,
         required_if=[("state", "mounted", ["image"]), ("state", "remounted", ["image"])],
         required_together=[("upperdir", "workdir")],

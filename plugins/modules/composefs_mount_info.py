@@ -116,7 +116,7 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.composefs.oci.plugins.module_utils.host import commands
 from ansible_collections.composefs.oci.plugins.module_utils.operations import bootmount, deployment, mountlisting
-from ansible_collections.composefs.oci.plugins.module_utils.module import run_module, told
+from ansible_collections.composefs.oci.plugins.module_utils.module import guarded, run_module, told
 
 ARGUMENT_SPEC = {"path": {"type": "path"}, "repository": {"type": "path"}}
 
@@ -133,7 +133,7 @@ def run(module: AnsibleModule) -> dict[str, Any]:
 
 def main() -> None:
     """Entry point of the module."""
-    module = AnsibleModule(argument_spec=ARGUMENT_SPEC, supports_check_mode=True)
+    module = guarded(AnsibleModule)(argument_spec=ARGUMENT_SPEC, supports_check_mode=True)
     run_module(module, run, {"changed": False})
 
 

@@ -211,6 +211,7 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.composefs.oci.plugins.module_utils.host import watch
 from ansible_collections.composefs.oci.plugins.module_utils.module import (
+    guarded,
     opened_repository,
     progress_files,
     repository_path,
@@ -264,7 +265,7 @@ def run(module: AnsibleModule, base: dict[str, Any], life: watch.Life) -> dict[s
 
 def main() -> None:
     """Entry point of the module."""
-    module = AnsibleModule(
+    module = guarded(AnsibleModule)(
         argument_spec={
             "repository": {"type": "path"},
             "unsafe_repository": {"type": "str", "choices": ["refuse", "accept"], "default": "refuse"},

@@ -60,7 +60,7 @@ EXAMPLES = r"""
 RETURN = r"""
 ref:
   description: The reference as it was asked for.
-  returned: always
+  returned: success, and on failure as far as it is known
   type: str
   sample: docker://registry.example.com/app:1.4
 pinned:
@@ -149,6 +149,16 @@ skopeo_version:
   returned: always
   type: str
   sample: 1.18.0
+attempts:
+  description: How often was tried what failed in the end.
+  returned: on failure
+  type: int
+  sample: 4
+seconds:
+  description: The seconds until the task failed.
+  returned: on failure
+  type: float
+  sample: 7.512
 error:
   description: What went wrong, as a stable code for conditions in playbooks.
   returned: on failure
@@ -161,6 +171,7 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.composefs.oci.plugins.module_utils.formats.ocidocuments import parse_platform
+from ansible_collections.composefs.oci.plugins.module_utils.formats.reference import parse_reference
 from ansible_collections.composefs.oci.plugins.module_utils.module import guarded, run_module
 from ansible_collections.composefs.oci.plugins.module_utils.operations.remote import look_up
 from ansible_collections.composefs.oci.plugins.module_utils.progress import Progress
@@ -183,11 +194,13 @@ ARGUMENT_SPEC = {
 }
 
 
-def run(module: AnsibleModule) -> dict[str, Any]:
-    """Look the reference up."""
+def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
+    """Look the reference up; ``base`` gets what a failure should still tell."""
     params = module.params
     platform = parse_platform(params["platform"]) if params["platform"] else None
-    return look_up(params["ref"], options_of(params, platform), params["retries"], Progress())
+    options = options_of(params, platform)
+    base["ref"] = parse_reference(params["ref"]).original  # which proves that it holds no password
+    return look_up(params["ref"], options, params["retries"], Progress())
 
 
 def main() -> None:
@@ -198,7 +211,8 @@ def main() -> None:
         required_together=[("username", "password")],
         supports_check_mode=True,
     )
-    run_module(module, run, {"changed": False})
+    base: dict[str, Any] = {"changed": False, "ref": None}
+    run_module(module, lambda module: run(module, base), base, effort=True)
 
 
 if __name__ == "__main__":

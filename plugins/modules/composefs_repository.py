@@ -221,7 +221,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.formats import fsver
 from ansible_collections.composefs.oci.plugins.module_utils.host import filesystem
 from ansible_collections.composefs.oci.plugins.module_utils.store import create
 from ansible_collections.composefs.oci.plugins.module_utils.errors import EngineError, IOFailed, doing
-from ansible_collections.composefs.oci.plugins.module_utils.module import repository_path, run_module, told
+from ansible_collections.composefs.oci.plugins.module_utils.module import guarded, repository_path, run_module, told
 
 ARGUMENT_SPEC = {
     "path": {"type": "path"},
@@ -371,7 +371,7 @@ def describe_place(place: create.Place, algorithm: fsverity.Algorithm) -> dict[s
 
 def main() -> None:
     """Entry point of the module."""
-    module = AnsibleModule(argument_spec=ARGUMENT_SPEC, supports_check_mode=True)
+    module = guarded(AnsibleModule)(argument_spec=ARGUMENT_SPEC, supports_check_mode=True)
     base: dict[str, Any] = {"changed": False, "path": None, **dict.fromkeys(FACTS)}
     run_module(module, lambda module: run(module, base), base)
 

@@ -219,6 +219,7 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.composefs.oci.plugins.module_utils.host import files, filesystem
 from ansible_collections.composefs.oci.plugins.module_utils.module import (
+    guarded,
     opened_repository,
     repository_path,
     run_module,
@@ -247,7 +248,7 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Entry point of the module."""
-    module = AnsibleModule(
+    module = guarded(AnsibleModule)(
         argument_spec={
             "repository": {"type": "path"},
             "unsafe_repository": {"type": "str", "choices": ["refuse", "accept"], "default": "refuse"},

@@ -23,6 +23,9 @@ from ansible_collections.composefs.oci.plugins.module_utils.progress import MESS
 from ansible_collections.composefs.oci.plugins.module_utils.store import create
 
 
+ROOT = pathlib.Path(__file__).resolve().parents[4]
+
+
 class Ended(BaseException):
     """Like SystemExit, which exit_json and fail_json raise."""
 
@@ -222,3 +225,8 @@ def test_where_no_progress_can_be_written_the_task_goes_on(tmp_path: pathlib.Pat
     emit.message("one")
     emit.close()
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "plugins/modules").glob("composefs_*.py")), ids=lambda path: path.stem)
+def test_every_module_takes_null_for_not_written(path: pathlib.Path) -> None:
+    assert "guarded(AnsibleModule" in path.read_text(encoding="utf-8")

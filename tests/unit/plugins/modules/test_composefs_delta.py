@@ -175,6 +175,8 @@ def test_a_passing_fault_of_the_registry_is_met_by_pushing_again(
     result = run(retries=retries)
     assert len(tries) == tried and len(waited) == tried - 1
     assert result.get("error") == (None if retries else "registry_unreachable")
+    if not retries:
+        assert result["ref"].startswith(REGISTRY) and result["attempts"] == 1 and result["seconds"] >= 0
 
 
 def test_credentials_reach_skopeo_and_nothing_else(run: Any, places: Places) -> None:

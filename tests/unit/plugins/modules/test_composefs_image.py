@@ -315,6 +315,14 @@ def test_examples_are_tasks_that_the_module_accepts(world: World) -> None:
         assert composefs_image.requests_of(params)
 
 
+def test_null_takes_away_what_the_action_group_has_as_default(run: Any, world: World) -> None:
+    """A task with credentials of its own could not say so otherwise."""
+    own = {"auth_file": None, "username": "u", "password": PASSWORD}
+    assert run(ref=REGISTRY + "app", retries=None, pull=None, deltas=None, **own)["changed"]
+    assert world.proxies[-1].options.username == "u"
+    assert run(images=[{"ref": REGISTRY + "base", "tags": None, **own}])["changed"]
+
+
 # --- what is asked for
 # --------------------------------------------------------------------------------------------------------------------
 

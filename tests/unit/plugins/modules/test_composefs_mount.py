@@ -129,6 +129,10 @@ def test_device_nodes_and_setuid_take_effect_only_where_asked_for(host: Host, ru
         run(state="unmounted")
 
 
+def test_an_option_that_is_null_is_not_written(host: Host, run: Any) -> None:
+    assert run(image=host.images[0], opts=None, state=None, bootable=None, dev=None, keep_previous=None)["changed"]
+
+
 def test_unmounting_needs_neither_image_nor_repository(host: Host, run: Any, tmp_path: Path) -> None:
     run(image=host.images[0])
     for check in (True, False):

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "support"))
 
 from aptroot import Unavailable
 from ociimage import Layout
-from registry import Registry
+from registry import Registry, free_port
 
 from ansible_collections.composefs.oci.plugins.modules import composefs_remote_info
 from ansible_collections.composefs.oci.tests.support.moduleargs import arguments
@@ -96,6 +96,17 @@ def test_an_index_in_a_registry_tells_all_platforms_and_the_one_asked_for(run: A
 def test_what_cannot_be_looked_up_is_told_by_a_code(run: Any, values: dict[str, Any], error: str) -> None:
     failed = run(**values)
     assert failed["failed"] and failed["error"] == error, failed["msg"]
+
+
+@pytest.mark.slow
+def test_a_registry_that_is_not_there_is_named_with_how_often_it_was_asked(run: Any) -> None:
+    if shutil.which("skopeo") is None:
+        pytest.skip("skopeo is not installed")
+    ref = f"docker://127.0.0.1:{free_port()}/x:1"
+    failed = run(ref=ref, retries=1)
+    facts = {key: failed[key] for key in ("error", "ref", "attempts")}
+    assert facts == {"error": "registry_unreachable", "ref": ref, "attempts": 2} and failed["seconds"] > 0
+    assert "It was tried 2 times in" in failed["msg"] and None not in failed.values()
 
 
 def test_credentials_in_a_reference_stand_nowhere(capsys: pytest.CaptureFixture[str]) -> None:
