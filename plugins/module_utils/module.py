@@ -248,6 +248,7 @@ def guarded(
 
     class Guarded(kind):  # type: ignore[misc]
         complaint = ""
+        params: dict[str, Any]
 
         def _load_params(self) -> None:
             super()._load_params()
