@@ -6,7 +6,7 @@
 
 An artifact holds, for layers of its *target* image, tar-diffs against the merged tree of its *source* image. It is an
 untrusted transport like any other: what it delivers becomes a layer only if the whole tar has the diff_id. So nothing
-here is a proof. It is checked that a delta can serve, in order not to fetch it in vain.
+here is a proof. The checks here only spare fetching a delta that cannot serve.
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ def choose(
 ) -> None:
     """Let missing layers of ``plan`` come from deltas, where usable ones are found in the order of ``wanted``.
 
-    Asks nobody unless a layer is missing. What ``auto`` does not find is no news; what is wrong with a delta that was
-    named is a warning of the plan.
+    Asks nobody unless a layer is missing. Nothing is said of a delta that ``auto`` does not find or cannot use; if one
+    that was named cannot be used, the plan gets a warning.
     """
     if plan.config is None or plan.source is None or not plan.missing():
         return
@@ -173,7 +173,7 @@ def _same_repository(text: str, reference: Reference) -> bool:
 
 
 def _take(repository: Repository, plan: Plan, source: Patient, reference: Reference) -> str:
-    """Use the delta at ``reference`` for the missing layers that it makes cheaper; what is wrong with it, or empty."""
+    """Use the delta at ``reference`` for the missing layers that it makes cheaper; return why not, empty if used."""
     resolved = source.resolve(reference)
     artifact = parse(ocidocuments.parse_manifest(resolved.raw))
     if artifact is None:

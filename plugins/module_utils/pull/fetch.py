@@ -4,7 +4,7 @@
 
 """Missing layers, several at once: who fetches what, when to try again, and when a layer gets its name.
 
-One worker process per layer under way: splitting a tar holds the interpreter's lock, so that layers in threads of one
+One worker process per layer under way: splitting a tar holds the interpreter's lock, so layers in threads of one
 process would take turns (benchmarks/README.md tells what was measured). A lane, a thread of the parent that mostly
 waits, stands behind each worker: it asks the source for a blob, hands what it gets to its worker, awaits both verdicts,
 and registers the layer.
@@ -137,7 +137,7 @@ def _serve(
     def tell(kind: str, **values: Any) -> None:
         processes.tell(control, {"kind": kind, **values})
 
-    # Forked before any thread of this process exists; it ends with this process.
+    # The storer forks its process before any thread of this one exists; that process ends with this one.
     storer: AnyStorer = Storer(objects, control) if processors.usable() > 1 else DirectStorer(objects)
     try:
         while True:
@@ -303,10 +303,10 @@ class Fetcher:
             for lane in lanes:
                 lane.join()
         finally:
-            # In this order: a lane whose worker is gone ends.
+            # Workers first: a lane ends when its worker is gone.
             for worker in workers:
-                # Asked first, so that it can reap its own storer: it may be in the middle of a layer that nobody wants
-                # any more.
+                # It is asked to end before it is killed, so that it can reap its own storer: it may be in the middle of
+                # a layer that nobody wants any more.
                 worker.close(GRACE)
             for lane in lanes:
                 if lane.ident is not None:
@@ -387,7 +387,7 @@ class Fetcher:
             self._repository.trust(job.spec.diff_id, digest)
 
     def _somehow(self, worker: Worker, job: Job) -> LayerResult:
-        """By the first way that serves. Only the failure of the last one is the layer's."""
+        """Bring the layer by the first way that serves. Only if the last way fails, the layer fails."""
         *before, last = _ways(job)
         for way in before:
             if way.source in self._left_out:
@@ -410,7 +410,7 @@ class Fetcher:
                 self.disappointments.append(Disappointment(way, error))
                 self._progress.message(f"{way.source.name} does not serve layer {way.spec.diff_id}: {error.text}")
                 if way.by == PEER and not isinstance(error, ImageNotFound):
-                    # It may lack a layer; whatever else is wrong with it is wrong with all it says.
+                    # A peer may lack a layer. After any other fault it is not asked for further layers.
                     self._left_out.add(way.source)
                 if not usable:
                     # The broken transfer is still in the way of the next one.
@@ -448,7 +448,7 @@ class Fetcher:
                 remote = job.by == PEER if transfer is None else transfer.remote
                 raise _judge(from_values(message["error"]), verdict, remote)
             elif transfer is None:
-                # Nobody but us judges objects.
+                # Objects come without a verdict: our own proofs have decided.
                 return LayerResult(**message["result"])
             else:
                 if verdict is None:
@@ -472,10 +472,10 @@ class Fetcher:
 
 
 def _refusal(error: EngineError | None, name: str) -> EngineError:
-    """The error for a blob in which we found nothing wrong, and the source did not approve."""
+    """The error for a blob in which we found nothing wrong, but which the source did not approve."""
     if error is None:
         return InternalError(f"{name} gave no verdict on the blob.")
-    # If the source died first there is no verdict: fetch again. If we could not even ask there is none either.
+    # If the source died first there is no verdict: fetch again. The same holds if we could not ask for one.
     if error.passing or isinstance(error, (InternalError, IOFailed, LimitReached, OutOfMemory)):
         return error
     return DigestMismatch(f"{name} refuses the blob: {error.message}", error.hint, said=error.said)

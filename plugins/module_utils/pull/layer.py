@@ -266,7 +266,7 @@ class _Decoder(threading.Thread):
             yield item
 
     def stop(self) -> None:
-        """End the thread although nobody wants the rest."""
+        """End the thread before it has decoded everything; the rest is dropped."""
         self._source.cancelled = True
         while self.is_alive():
             with contextlib.suppress(queue.Empty):
@@ -327,7 +327,7 @@ def import_layer(
     """Store the blob that arrives on ``fd`` (which is closed) and prove that it is what ``spec`` says.
 
     ``storer`` takes the small objects; without one they are stored in this thread. ``budget`` bounds what the blob may
-    unpack to, and how slowly it may come; without one anything goes.
+    unpack to, and how slowly it may come; without one there are no bounds.
 
     Blob size, blob digest and diff_id are all checked; DigestMismatch names every one that disagrees. Follows the OCI
     image specification, "Image Layer Filesystem Changeset", for the tar and the composefs splitstream format for the

@@ -4,8 +4,8 @@
 
 """Another composefs repository on this host as a source of images: ``composefs:/path#NAME`` or ``#sha256:<manifest>``.
 
-That repository may belong to anybody, so it is read as any source is: documents are held against their digests, layers
-come as objects that ``objectlayer`` proves. It stands here and not among the sources because it reads a store.
+That repository may belong to anybody, so it is read as any source is: documents are checked against their digests, and
+layers come as objects that ``objectlayer`` proves. It stands here and not among the sources because it reads a store.
 
 What it says of its own proofs (``.composefs-oci/trusted``) counts only if root or the caller wrote it, where nobody
 else can: then a layer's tar need not be hashed again. Every object is hashed all the same, in our own file.
@@ -122,7 +122,7 @@ class LocalSource(Source):
 
     def _stream(self, reference: Reference, diff_id: str) -> StreamDigest:
         repository = self._repository(reference)
-        # What the image was made of; its name may meanwhile lead to the same tar stored otherwise.
+        # The stream that the image was made of: the layer's name may by now lead to the same tar, stored otherwise.
         manifest = imagestreams.usable(repository, imagestreams.MANIFEST, reference.digest)
         stream = manifest.stream_of(diff_id) if manifest is not None else None
         stream = stream or repository.stream(repolayout.layer_stream(diff_id))

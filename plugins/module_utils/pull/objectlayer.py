@@ -42,7 +42,7 @@ def import_objects(
     be, FormatError if the splitstream is damaged, and whatever the deliverer raises.
     """
     before = counters(objects)
-    # A whole file, not a spooled one: before Python 3.11 those do not tell where they are sought to.
+    # A real file, not a spooled one: before Python 3.11, seek() of a spooled file returns nothing.
     place = f"/proc/self/fd/{objects.dirfd}"
     with contextlib.closing(offer), tempfile.TemporaryFile(dir=place) as received:
         with doing("receiving the splitstream"):
@@ -76,7 +76,7 @@ def import_objects(
 
 
 def _receive(offer: LayerObjects, out: BinaryIO) -> None:
-    """Copy the splitstream into a file of ours and hold it against the digest it was announced with."""
+    """Copy the splitstream into a file of ours and compare it with the digest it was announced with."""
     hasher = fsverity.Hasher(offer.algorithm)
     size = 0
     with offer.splitstream() as file:
@@ -148,7 +148,7 @@ class _Taker:
         expect = digest if self._same else None
         with self._offer.open_object(digest) as file:
             fd = _regular(file)
-            # What cannot be shared is found out once, not for every object.
+            # That the file systems cannot share is found out once, not for every object.
             if fd >= 0 and self._may_clone:
                 output = self._objects.writer()
                 try:
@@ -189,7 +189,7 @@ class _Taker:
 
 
 def _regular(file: BinaryIO) -> int:
-    """The descriptor behind ``file`` if it is a regular file, else -1."""
+    """The fd behind ``file`` if it is a regular file, else -1."""
     try:
         fd = file.fileno()
     except (OSError, AttributeError):

@@ -39,7 +39,7 @@ class Peers:
     ) -> None:
         sizes = {layer.diff_id: layer.source.size for _plan, layer in missing.values()}
         peers = [PeerSource(url, algorithm, sizes, options) for url in dict.fromkeys(urls)]
-        # Never asked twice: the next source is the better second try.
+        # No peer is asked twice for a layer: the next source is the better second try.
         self._sources = [Patient(peer, 0, progress) for peer in peers]
         self.stats: list[dict[str, Any]] = [
             {"url": peer.url, "layers": 0, "objects": 0, "bytes": 0, "error": None} for peer in peers

@@ -31,10 +31,10 @@ class Request:
     ``os/arch``). ``former`` are other names under which it may stand now, and which give way to ``name``. ``username``
     and ``password``, or ``auth_file``, are for the registry of this image.
 
-    ``tags`` are further names that it gets; ``gives_up`` is a name that goes when it has its own. ``local`` says that
-    ``ref`` is no reference but a digest, or a name, in the repository itself. ``erofs`` and ``bootable`` say which
-    EROFS images to make, None as the pull's options say. ``place`` is the reference of a copy that is read
-    instead, empty without one.
+    ``tags`` are further names that it gets; ``gives_up`` is a name that is removed once the image has ``name``.
+    ``local`` says that ``ref`` is no reference but a digest, or a name, in the repository itself. ``erofs`` and
+    ``bootable`` say which EROFS images to make, None as the pull's options say. ``place`` is the reference of a copy
+    that is read instead, empty without one.
     """
 
     ref: str
@@ -155,7 +155,7 @@ class Plan:
 
     @property
     def renames(self) -> bool:
-        """Whether the image gets a name, or a name another image, or one goes."""
+        """Whether a name is given, moved or removed."""
         moves = self.previous != self.digest or self.standing.name != self.request.name
         return moves or bool(self.further or self.leaving)
 
@@ -194,7 +194,7 @@ class Plan:
 
 
 def look_up(repository: Repository, request: Request, reference: Reference, source: Patient, record: bool) -> Plan:
-    """Ask the source what ``request`` means and hold it against the repository.
+    """Ask the source what ``request`` means and compare it with the repository.
 
     With ``record`` a layer stream of another tool that passed its proof is remembered, so that it is hashed only once.
     """
@@ -240,7 +240,7 @@ def recall(
     repository: Repository, request: Request, warnings: list[str], record: bool, *, same_reference: bool = True
 ) -> Plan | None:
     """What the repository holds under the request's name, without asking anybody; None unless it is whole and is what
-    was asked for. With ``same_reference`` a name that is known to come from another reference is not.
+    was asked for. With ``same_reference`` a name that is known to come from another reference does not count.
 
     Layers are proved, and proofs remembered with ``record``, as look_up() does.
     """
@@ -282,7 +282,7 @@ def recall(
         warnings=warnings,
     )
     for blob, diff_id in zip(manifest.layers, _diff_ids(manifest, config)):
-        # What is wrong with a layer is told by the look-up that follows then.
+        # If a layer is wrong, the look-up that follows says what is.
         layer = _stored_layer(repository, plan, blob, blob, diff_id, record, [])
         if layer.stored is None:
             return None
@@ -318,7 +318,7 @@ def _here(repository: Repository, request: Request, standing: Standing) -> tuple
 def _is_asked_for(request: Request, standing: Standing, same_reference: bool) -> bool:
     """Whether what stands under the name can be what the request means, as far as can be told without the source.
 
-    A digest, wherever it is written, is held against what the name leads to and what is remembered of it. A tag says
+    A digest, wherever it is written, is compared with what the name leads to and what is remembered of it. A tag says
     nothing of the image, so the name must come from the same reference; one without a record was given by an earlier
     version or another program, and nothing speaks against it.
     """
@@ -350,7 +350,7 @@ def _stored_layer(
 
 
 def _validate(kind: str, raw: bytes, warnings: list[str]) -> None:
-    """Hold a new document against its schema; without jsonschema the typed checks, which always run, stand alone."""
+    """Check a new document against its schema. Without jsonschema only the typed checks run, as they always do."""
     from ..formats import ocischemas  # late: only a document that is new needs it
 
     if not ocischemas.validate(kind, raw):
@@ -388,7 +388,7 @@ def _check_platform(
         if not member.accepts(config.platform) and not config.platform.accepts(member):
             warnings.append(
                 f"The index says that {request.ref} is for {member}, and the configuration says "
-                f"{config.platform or 'nothing'}. The index decides."
+                f"{str(config.platform) or 'nothing'}. The index decides."
             )
     elif request.platform:
         ocidocuments.check_platform(config, ocidocuments.parse_platform(request.platform))

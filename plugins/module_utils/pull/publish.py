@@ -35,8 +35,8 @@ _MAGIC = bytes.fromhex("e2e1f5e0")
 
 
 class Images(NamedTuple):
-    """Which EROFS images to make of a container: ``plain`` ones to mount, ``bootable`` ones to boot from. Those of the
-    ``distrusted`` ones that a configuration leads to are made anew, whatever is there.
+    """Which EROFS images to make of a container: ``plain`` ones to mount, ``bootable`` ones to boot from. If a
+    configuration leads to one of the ``distrusted`` images, that one is made anew.
     """
 
     plain: bool = True
@@ -154,7 +154,7 @@ def publish(
 
 @contextlib.contextmanager
 def alone(repository: Repository, progress: Progress | None = None) -> Iterator[None]:
-    """Publish, for the duration of a ``with``, while no other pull into this repository does."""
+    """Keep every other pull into this repository from publishing, for the duration of a ``with``."""
 
     def tell(holders: str) -> None:
         if progress is not None:
@@ -198,7 +198,7 @@ def _make_missing(
     progress: Progress,
     ahead: Ahead | None = None,
 ) -> None:
-    """Make the EROFS images that are wanted and neither stored nor ``made`` yet, where they are noted."""
+    """Make the EROFS images that are wanted and neither stored nor in ``made``, and note them there."""
     there = {**_true_images(repository, plan, images, layers), **made}
     missing = [
         format_
@@ -228,7 +228,7 @@ def _decide(
     based_on = _streams(repository, plan)
     before = plan.config_document
     kept = _true_images(repository, plan, images, layers)
-    # What was made for want of it, and is there meanwhile, is the same: making images is deterministic.
+    # An image that was made here because it was missing may be there by now. It is the same: making is deterministic.
     image_refs = {**kept, **{name: digest for name, digest in made.items() if kept.get(name) != digest}}
     config_refs = {**layers, **image_refs}
     if before is not None and (plan.config is None or before.refs == config_refs):
@@ -255,7 +255,7 @@ def _true_images(
     """The EROFS images that the stored configuration leads to and that stay: those made of the same layers.
 
     Two programs that fetch a layer at once give it two streams of the same tar. An image made of the other one is as
-    true as ours, if that is proved of its layers.
+    right as ours, if its layers are proved.
     """
     before = plan.config_document
     if before is None or plan.config is None:
@@ -273,7 +273,7 @@ def _true_images(
 
 
 def _is_whole(repository: Repository, image: ObjectDigest) -> bool:
-    """Whether an EROFS image is there and begins like one: a file system that went down may have left its name only."""
+    """Whether an EROFS image is there and begins like one: a file system that went down may have kept its name only."""
     if not repository.objects.contains(image):
         return False
     found = repository.objects.stat(image)
@@ -312,7 +312,7 @@ def _wanted(repository: Repository, plan: Plan, images: Images) -> dict[str, tup
     if plan.config is None:
         return {}
     formats = repository.metadata.erofs_formats
-    # A configuration has one place for formats 0 and 1: where both are wanted, 1 takes it, and 0 would be nobody's.
+    # A configuration has one place for formats 0 and 1: where both are wanted, 1 takes it, and none is left for 0.
     chosen = [
         (version, boot)
         for boot, yes in ((False, images.plain), (True, images.bootable))
@@ -335,7 +335,7 @@ def _expected(repository: Repository, plan: Plan, layer: Layer) -> StreamDigest 
     document = plan.config_document if plan.config is not None else plan.manifest_document
     known = document.stream_of(layer.diff_id) if document else None
     there = repository.stream(layer.stream)
-    # What is there and is to be replaced is not what the layer will be.
+    # A stream that is there although its layer counts as missing will be replaced by another one.
     return None if known == there and there is not None and repository.objects.contains(there) else known
 
 
@@ -348,8 +348,8 @@ def _coming_config(
 ) -> StreamDigest | None:
     """The stream that publish() will give to the configuration, if it is stored already.
 
-    It is where the name or the document is gone, and where a run died between moving the manifests, ``holders``, and
-    the configuration.
+    It is stored where its name or the document is gone, and where a run died between moving the manifests, ``holders``,
+    and the configuration.
     """
     config = plan.config_document
     keys = set(_wanted(repository, plan, images))

@@ -113,7 +113,8 @@ def pull_images(
     """Make every requested image present under its name; outcomes in the order of the requests.
 
     ``permit`` is called before the first name appears and may wait, or end the pull with an exception of its own.
-    Raises EngineError; then no name was created or moved, and layers that were already whole stay for the next run.
+    Raises EngineError. If that happens before the first name appears, no name is created or moved at all; layers that
+    were already whole stay for the next run.
     """
     _check_names(repository, requests)
     # Every stream in a repository is compressed with zstd, so nothing goes without it: better said now than after the
@@ -336,7 +337,7 @@ def _announced(plans: Sequence[Plan], progress: Progress) -> dict[StreamName, tu
         for stream, layer in plan.missing().items():
             missing.setdefault(stream, (plan, layer))
     for _plan, layer in missing.values():
-        # All of them before the first one starts, so that a share of the whole can be told from the beginning.
+        # All are announced before the first one starts, so that a share of the whole can be shown from the beginning.
         progress(Event(PLANNED, layer.diff_id, 0, layer.to_fetch))
     return missing
 
@@ -408,7 +409,7 @@ def _register(
 
 
 def _set_name(repository: Repository, plan: Plan) -> None:
-    """Let the name lead to the image, and take away the one that it had instead."""
+    """Let the names of the request lead to the image, and remove those that it gives up."""
     name = plan.request.name
     origin = plan.origin
     for each in (name, *plan.request.tags):
@@ -425,8 +426,8 @@ def _set_name(repository: Repository, plan: Plan) -> None:
 
 
 def _remember_origins(repository: Repository, plans: Sequence[Plan]) -> None:
-    """Where names are right already, their records may still lack the reference that was asked this time. It is no
-    change of the repository and no reason to fail.
+    """Bring the records of names up to date that are right already: they may lack the reference that was asked this
+    time. That counts as no change of the repository, and a failure is ignored.
     """
     for plan in plans:
         origin = plan.origin
@@ -510,7 +511,7 @@ def _require_space(repository: Repository, plans: Sequence[Plan], limits: Limits
     """
     layers = {stream: layer for plan in plans for stream, layer in plan.missing().items()}.values()
     needed = sum(layer.to_fetch for layer in layers)
-    # What cannot be compressed grows a little when it is.
+    # Data that cannot be compressed grows a little when it is compressed all the same.
     if limits.max_size is not None and needed - (needed >> 8) > limits.max_size:
         raise TooLarge(
             f"The missing layers have {needed} bytes ({human(needed)}) even as they are compressed, and the task "
@@ -545,7 +546,7 @@ def forget(repository: Repository, request: Request, check: bool) -> Report:
     try:
         known, previous_layers = _known(repository, previous)
     except MissingLibrary:
-        known, previous_layers = ImageResult(), []  # only shown; a name can go without it
+        known, previous_layers = ImageResult(), []  # these are only shown; a name can be removed without them
     if names and not check:
         with publish.alone(repository):
             for name in names:
@@ -597,7 +598,7 @@ def describe(repository: Repository, outcome: Outcome) -> Report:
     }
     foreseen = repository.foreseen
     come = {layer.stream for layer in plan.layers if foreseen.short(layer.stream) in foreseen.streams}
-    # What is fetched by then nobody can know, so whether it is this task that fetches these is not known either.
+    # What earlier tasks will have fetched cannot be known, so neither can whether this task fetches these layers.
     unsure = set() if foreseen.complete else set(plan.missing()).difference(come)
     if unsure:
         outcome.stats.bytes_fetched = outcome.stats.layers_already_present = None

@@ -86,7 +86,7 @@ class ImageResult:
     protocol_version: str | None = None
 
     def values(self) -> dict[str, Any]:
-        """In plain values, all on one level but ``layers`` and ``stats``."""
+        """As plain values, all on one level but ``layers`` and ``stats``."""
         found = dataclasses.asdict(self)
         found.update(found.pop("about"))
         return found

@@ -116,7 +116,7 @@ class Storer:
                 message = self._child.receive()
             except IOFailed:
                 if error is not None:
-                    return error  # it had told why, and ended
+                    return error  # the child told why before it ended
                 raise
             if "stats" in message:
                 self._objects.stats.add(ObjectStats(**message["stats"]))
@@ -126,7 +126,7 @@ class Storer:
     def _send(self) -> None:
         self._write([_HEAD.pack(len(self._contents), self._bytes), b"".join(self._table), *self._contents])
         self._table, self._contents, self._bytes = [], [], 0
-        # Whether it went wrong meanwhile: a full disk should not wait for the end of the layer to be told.
+        # See whether an earlier batch failed: a full disk should be reported now, not at the end of the layer.
         with contextlib.suppress(BlockingIOError):
             raise from_values(self._child.receive(socket.MSG_DONTWAIT)["error"])
 

@@ -69,7 +69,7 @@ class _Inline:
 
 
 class _Object:
-    """A file that is an object. The descriptor is taken over."""
+    """A file that is an object. ``close`` closes ``fd``."""
 
     def __init__(self, fd: int, digest: ObjectDigest, size: int) -> None:
         self._fd = fd

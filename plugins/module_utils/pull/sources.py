@@ -18,8 +18,8 @@ _LAYOUTS = ("oci", "oci-archive")
 def open_source(options: ProxyOptions, reference: Reference) -> Source:
     """The source for ``reference``; ``options.platform`` is the platform to choose.
 
-    What needs no other program is read without one, unless the policy for signatures asks for more than that: then
-    skopeo reads, which can tell. Raises PolicyRejected.
+    Layouts are read without skopeo, unless the policy for signatures asks for more than accepting anything: then skopeo
+    reads them and checks. Nothing can check the images of another repository: PolicyRejected in that case.
     """
     if reference.transport == "composefs":
         policy = judged_without_skopeo(options, "composefs")

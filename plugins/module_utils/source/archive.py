@@ -43,7 +43,7 @@ class Archive:
         self._places = self._walk()
 
     def find(self, name: str) -> Place | None:
-        """Where the file ``name`` lies; the last one if there are several, as for who unpacks them."""
+        """Where the file ``name`` lies; the last one if there are several, as when the archive is unpacked."""
         return self._places.get(os.fsencode(name))
 
     def read(self, name: str, limit: int) -> bytes:
@@ -64,7 +64,7 @@ class Archive:
         return data
 
     def open(self, name: str) -> tuple[int, int]:
-        """A descriptor that gives the file's bytes from its beginning (and perhaps more after its end), the caller's to
+        """An fd that gives the file's bytes from its beginning (and perhaps more after its end), the caller's to
         close, and its size. ImageNotFound if it is not there.
         """
         place = self.find(name)
@@ -74,7 +74,7 @@ class Archive:
             )
         if self.compression != "none":
             return self._pipe(place), place.size
-        # Opened anew, since descriptors that were copied would share their place.
+        # Opened anew, since duplicated fds would share one position.
         fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
         os.lseek(fd, place.offset, os.SEEK_SET)
         return fd, place.size
@@ -160,7 +160,7 @@ def _normal(name: bytes) -> bytes:
 
 
 class _File:
-    """Reads a file by its own position, whatever else uses the descriptor."""
+    """Reads a file by its own position, whatever else uses the fd."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd

@@ -61,9 +61,7 @@ from .skopeo import Child, Scratch, command, readable
 from .skopeowords import INSTALL, classify, scrub
 
 REQUEST = 32768  # the longest request that skopeo reads
-REPLY = (
-    262144  # it answers with up to 32 KiB too, but a list of layers may be longer than that and is not cut by skopeo
-)
+REPLY = 262144  # replies have up to 32 KiB, too, but a list of layers may be longer, and skopeo does not cut it
 OLDEST = (0, 2, 3)
 _POLICY_ENFORCED = (0, 2, 6)
 _LAYER_INFO = (0, 2, 5)
@@ -127,15 +125,15 @@ class ImageProxy:
             raise
 
     def launch(self) -> None:
-        """Start the program and do not wait for it: it gets ready while others are asked. Raises SkopeoMissing and what
-        is wrong with the options.
+        """Start the program and do not wait for it: it gets ready while something else is asked. Raises SkopeoMissing,
+        and errors for wrong options.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:
                 options, place = self.options, None
                 if not self.reference.is_remote:
-                    # Registries' blobs come as they are; whatever else there is may be unpacked first.
+                    # Blobs of a registry come as they are; skopeo may unpack those of other transports first.
                     self._scratch = Scratch(options.tmpdir)
                     place = self._scratch.path
                     options = dataclasses.replace(options, tmpdir=place)
@@ -165,7 +163,7 @@ class ImageProxy:
 
     @property
     def enforces_policy(self) -> bool:
-        """Whether this skopeo holds images against the signature policy."""
+        """Whether this skopeo checks images against the signature policy."""
         return self.version >= _POLICY_ENFORCED
 
     # -- images
@@ -173,8 +171,8 @@ class ImageProxy:
     def open_image(self, reference: Reference | None = None) -> int:
         """Contact the source and return the number of the opened image.
 
-        Without ``reference`` the one that the proxy was made for; another must be in the same registry, for which the
-        credentials are.
+        Without ``reference`` it is the one that the proxy was made for. Another one must be in the same registry,
+        because the credentials are for that.
         """
         chosen = reference or self.reference
         value = self._call("OpenImage", chosen.text, what=f"Opening {chosen.text}").value
@@ -291,7 +289,7 @@ class ImageProxy:
     # -- life and death
 
     def fileno(self) -> int:
-        """The descriptor of the connection; -1 if there is none."""
+        """The fd of the connection; -1 if there is none."""
         return -1 if self._socket is None else self._socket.fileno()
 
     @property
@@ -307,8 +305,8 @@ class ImageProxy:
         if self._child is not None:
             self._child.kill()
         if self._socket is not None:
-            # Whatever else still holds the other end, for example a wrapper's child: this wakes a thread that waits for
-            # a reply.
+            # This wakes a thread that waits for a reply, even if something else still holds the other end, such as a
+            # wrapper's child.
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
         self._clean_up()
@@ -387,7 +385,7 @@ class ImageProxy:
                 self._receive("FinishPipe", doing, silence)
             except EngineError:
                 if len(data) <= limit:
-                    raise  # else it only complains that we stopped reading
+                    raise  # otherwise it only complains that we stopped reading
         if len(data) > limit:
             raise InvalidDocument(
                 f"The {what} has more than {limit} bytes.",
@@ -399,7 +397,7 @@ class ImageProxy:
         """Read to the end of the pipe, but no more than one byte above ``limit``."""
         data = bytearray()
         silence = self.options.timeout
-        end = time.monotonic() + 10 * silence  # also for a source that sends a byte now and then
+        end = time.monotonic() + 10 * silence  # ends the wait for a source that sends a byte now and then, too
         while len(data) <= limit:
             if not readable(fd, min(end, time.monotonic() + silence)):
                 self._stalled(doing, silence)
@@ -435,7 +433,7 @@ class ImageProxy:
             if deadline <= time.monotonic():
                 self._stalled(what, silence)
         try:
-            # Room for more descriptors than ever come, so that unexpected ones are received, seen and closed.
+            # Room for more fds than ever come, so that unexpected ones are received, seen and closed.
             packet, ancillary, flags, _address = connection.recvmsg(
                 REPLY, socket.CMSG_SPACE(16 * 4), _MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
             )
@@ -449,7 +447,7 @@ class ImageProxy:
                 self._violated(method, "a reply that is too long")
             value, pipeid = self._reply(method, what, packet)
             if (len(fds), pipeid != 0) != (int(pipe), pipe):
-                self._violated(method, f"{len(fds)} descriptors and the pipe {pipeid}")
+                self._violated(method, f"{len(fds)} open files and the pipe {pipeid}")
             return _Reply(value, pipeid, fds.pop() if pipe else -1)
         finally:
             for fd in fds:

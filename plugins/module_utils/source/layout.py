@@ -4,9 +4,9 @@
 
 """OCI layouts on this host, as a directory (``oci:``) or in an archive (``oci-archive:``), read without any program.
 
-Follows the OCI image specification, "Image Layout". Blobs are read where they lie, so there is no pipe, no unpacked
-copy, and nobody hashes them but who imports them. Every proof holds as for a registry: documents are held against
-their digests here, layers against digest, size and diff_id where they are imported.
+Follows the OCI image specification, "Image Layout". Blobs are read where they lie, so there is no pipe and no
+unpacked copy, and only the importer hashes them. Every proof holds as for a registry: documents are checked against
+their digests here, and layers against digest, size and diff_id where they are imported.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _INDEXES = (ocidocuments.OCI_INDEX, ocidocuments.DOCKER_LIST)
 
 
 class LayoutTransfer(Transfer):
-    """A blob that lies in a file. Nobody but us judges it."""
+    """A blob that lies in a file. The source has no verdict on it: our own proofs decide."""
 
     def verdict(self) -> None:
         return
@@ -42,7 +42,7 @@ class _Files(Protocol):
         """The whole file."""
 
     def open(self, name: str) -> tuple[int, int]:
-        """A descriptor that gives the file from its beginning, and its size."""
+        """An fd that gives the file from its beginning, and the file's size."""
 
 
 class _Directory:
@@ -126,8 +126,8 @@ class LayoutSource(Source):
     # -- the source
 
     def resolve(self, reference: Reference) -> Resolved:
-        """See Source.resolve. ``index.json`` is the layout's table of contents and no index that has a digest; an
-        index that it lists has one.
+        """See Source.resolve. ``index.json`` is the layout's table of contents, so its digest is not returned as that
+        of an index; the digest of an index that it lists is.
         """
         raw = self._files(reference).read("index.json", MAX_MANIFEST)
         with doing(f"Opening {reference.text}"):

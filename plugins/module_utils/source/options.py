@@ -38,7 +38,7 @@ class ProxyOptions:
 
 
 def options_of(params: Mapping[str, Any], platform: Platform | None = None) -> ProxyOptions:
-    """What a task says by those options that its module has. InvalidOption for numbers that make no sense."""
+    """The options of a task, as far as its module has them. InvalidOption for numbers that make no sense."""
     at_least(params, timeout=1, retries=0)
     known = {
         "executable": (params["executable"],),
@@ -68,7 +68,7 @@ def registry_to_log_in(options: ProxyOptions, references: Iterable[Reference], h
 
 
 def at_least(params: Mapping[str, Any], **bounds: int) -> None:
-    """InvalidOption if one of these options was given and is smaller than that."""
+    """InvalidOption if one of these options was given and is smaller than its bound."""
     for option, least in bounds.items():
         if params.get(option) is not None and params[option] < least:
             raise InvalidOption(f"The option {option} is {params[option]}.", f"It must be at least {least}.")

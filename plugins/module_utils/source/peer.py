@@ -5,9 +5,9 @@
 """Layers from a peer: another repository behind any static web server, which nobody has to trust.
 
 Two kinds of requests are all there is: ``streams/oci-layer-sha256%3A<diff_id>`` and ``objects/<xx>/<rest>`` below the
-base URL. Whoever takes the layer (``pull.objectlayer``) holds every object against its digest and the whole tar against
-the diff_id, so a peer that lies can waste time and disk. Both are bounded here, where its answers come in: each has a
-length that is taken from a budget before it is read, or pieces that are taken from it as they are decoded.
+base URL. Whoever takes the layer (``pull.objectlayer``) checks every object against its digest and the whole tar
+against the diff_id, so a peer that lies can waste time and disk. Both are bounded here, where its answers come in: each
+has a length that is taken from a budget before it is read, or pieces that are taken from it as they are decoded.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ SLOW = 30.0
 STREAM_FACTOR, STREAM_EXTRA = 8, 1 << 20
 # The tar that a splitstream may stand for.
 TAR_FACTOR, TAR_LEAST = 40, 256 << 20
-# Larger objects are not held in memory: who takes them reads from the connection.
+# Bytes: larger objects are not held in memory, but read from the connection by whoever takes them.
 _LARGE = 1 << 20
 # Objects that may wait in memory to be taken.
 _AHEAD = 64
 _PIECE = 64 * 1024
-# What an answer costs beside its body.
+# Bytes that an answer counts for beside its body.
 _HEADERS = 256
 
 
@@ -204,7 +204,7 @@ class _Connection:
             request.putheader(name, value)
         request.endheaders()
         if self._closed:
-            # It was opened again by this request, when nobody could close it any more.
+            # This request opened it again after close(), and nobody else would end it.
             raise ConnectionAbortedError(errno.ECONNABORTED, os.strerror(errno.ECONNABORTED))
         return request.getresponse()
 
@@ -218,7 +218,7 @@ class _Connection:
         return RegistryUnreachable(f"{self._name.capitalize()} does not speak HTTP: {type(error).__name__}.")
 
     def close(self) -> None:
-        """From any thread: whoever reads from it fails soon, and it is not opened again."""
+        """May be called from any thread: a read that is under way fails soon, and no request opens it again."""
         self._closed = True
         sock = self._http.sock
         if sock is not None:
@@ -249,7 +249,7 @@ class _Body(io.RawIOBase):
                 raise AuthFailed(f"The peer answers {status} for {what}.", "Look at 'peer_headers'.")
             raise RegistryUnreachable(f"The peer answers {status} for {what}.")
         if answer.chunked and answer.getheader("Content-Length") is not None:
-            # Whoever reads one as the other believes something that was not said.
+            # HTTP leaves open which of the two counts, so readers would disagree about the body.
             raise _lie("it tells a length and sends pieces")
         encoding = (answer.getheader("Content-Encoding") or "identity").lower()
         length = answer.getheader("Content-Length")
@@ -351,8 +351,8 @@ class _Body(io.RawIOBase):
 
 
 class _Watch:
-    """Ends a connection over which less comes than the least rate, whoever waits for what: also for the end of an
-    answer, which a peer can put off for ever by words that are no part of its body.
+    """Ends a connection that is slower than the least rate, whatever is waited for. That may be the end of an answer,
+    which a peer can put off for ever with bytes that are no part of its body.
     """
 
     def __init__(self, connection: _Connection, options: PeerOptions) -> None:
@@ -409,7 +409,7 @@ class _PeerLayer(LayerObjects):
         connection = connect()
         try:
             limit = STREAM_FACTOR * layer_size + STREAM_EXTRA
-            # Who asks for an object watches the clock; the first answer has nobody else to wait for it.
+            # open_object() watches the clock for objects; this first answer needs somebody of its own to do that.
             with _Watch(connection, options) as watch:
                 path = f"streams/{quote(f'oci-layer-{diff_id}')}"
                 body = watch.body = connection.get(path, _Budget(limit, "a splitstream"), "the layer")
@@ -470,7 +470,7 @@ class _PeerLayer(LayerObjects):
             try:
                 self._one(connection, digest)
             except Exception as error:
-                # Whatever it is, who waits for the object must hear of it.
+                # Whatever it is, the reader that waits for the object must hear of it.
                 self._tell(digest, from_exception(error, "fetching from the peer"), 0)
                 return
 
@@ -478,7 +478,7 @@ class _PeerLayer(LayerObjects):
         body = connection.get(f"objects/{fsverity.object_path(digest)}", self._budget, f"object {digest.hex()}")
         with body:
             if body.length is not None and body.length > _LARGE:
-                # Whoever wants it reads it from the connection, which is free again when it was read.
+                # Its reader takes it from the connection, which is free again after that.
                 lent = _Lent(body, self)
                 self._tell(digest, lent, 0)
                 while not lent.returned.wait(1.0) and not self._closed:
@@ -520,7 +520,9 @@ class _PeerLayer(LayerObjects):
             what.close()
 
     def waited(self, seconds: float, came: int = 0) -> None:
-        """Count what came while somebody waited. Only such time counts: a peer is not slow because we are."""
+        """Count what came while somebody waited. Only such time counts, so that our own slowness is not held against
+        the peer.
+        """
         self._waited += seconds
         self._came += came
         if came:
@@ -551,7 +553,7 @@ class _PeerLayer(LayerObjects):
 
 
 class _Lent(io.RawIOBase):
-    """A large object that is read from the connection by who wants it."""
+    """A large object, whose reader takes it from the connection."""
 
     def __init__(self, body: _Body, layer: _PeerLayer) -> None:
         super().__init__()
@@ -576,5 +578,5 @@ class _Lent(io.RawIOBase):
 
 
 def is_lie(error: EngineError) -> bool:
-    """Whether a peer that failed so told something that is not true, rather than nothing."""
+    """Whether this error means that the peer sent something wrong, rather than nothing."""
     return isinstance(error, (DigestMismatch, FormatError))

@@ -2,9 +2,11 @@
 # Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
 # SPDX-License-Identifier: BSD-2-Clause
 
-"""The policy for signatures (containers-policy.json(5)): whether it asks for anything, and what that means for whom.
+"""The policy for signatures (containers-policy.json(5)): whether it asks for anything, and what follows for each way to
+read images.
 
-Nothing here verifies a signature. skopeo does, and where it cannot, or does not read, the policy must ask for nothing.
+Nothing here verifies a signature; skopeo does that. Where skopeo cannot, or where it does not read the image, the
+policy must ask for nothing.
 """
 
 from __future__ import annotations
@@ -48,8 +50,8 @@ def _asks_for_nothing(options: ProxyOptions, transport: str, strict: bool) -> bo
 
 
 def check_unenforced_policy(options: ProxyOptions, transport: str = "") -> None:
-    """Raise SkopeoTooOld if the policy asks for more, of images of ``transport`` if given, than an old skopeo, which
-    enforces none in its proxy, gives.
+    """Raise SkopeoTooOld if the policy asks for anything: the proxy of an old skopeo enforces no policy. With
+    ``transport`` only what the policy asks of its images counts.
     """
     if options.unenforced_policy == "ignore" or options.insecure_policy:
         return
@@ -85,7 +87,7 @@ def policy_demand(path: str | None = None, transport: str = "") -> str:
 
 
 def _read(name: str) -> dict[str, Any]:
-    # It may be anything that has the name: a FIFO must not be waited for. Links are the administrator's.
+    # Anything may have the name, and a FIFO must not make us wait. Links are followed: the administrator made them.
     with open(os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise ValueError("it is not a regular file")

@@ -2,7 +2,7 @@
 # Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
 # SPDX-License-Identifier: BSD-2-Clause
 
-"""Where a registry sends those who log in: known before skopeo, which goes there with the password.
+"""Where a registry sends those who log in: found out before skopeo goes there with the password.
 
 A registry that wants a token names a *realm*, any address, and its clients log in there. If that is plain HTTP the
 password would cross the network for everyone to read, although the registry itself was reached by TLS. So the question
@@ -59,7 +59,7 @@ def check_realm(options: ProxyOptions, registry: str) -> None:
 
 def _challenges(options: ProxyOptions, registry: str) -> list[str]:
     """What the registry answers to a visitor without credentials."""
-    # Late, both of them: most runs send no password, and a Python may lack ssl, so that nobody can be asked.
+    # Imported late: most runs send no password. Where ssl is missing, the registry cannot be asked.
     import http.client
     from urllib.request import getproxies, proxy_bypass
 
@@ -88,7 +88,7 @@ def _challenges(options: ProxyOptions, registry: str) -> list[str]:
         else:
             connection = http.client.HTTPSConnection(host, timeout=min(options.timeout, _LIMIT), context=context)
         connection.connect()
-        # Each byte may come in time, and the answer never end: after the limit somebody else ends it.
+        # Every byte may come in time and the answer still never end, so a timer cuts the connection at the limit.
         alarm = threading.Timer(min(options.timeout, _LIMIT), _cut, (connection.sock,))
         alarm.daemon = True
         alarm.start()

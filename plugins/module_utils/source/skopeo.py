@@ -2,7 +2,8 @@
 # Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
 # SPDX-License-Identifier: BSD-2-Clause
 
-"""Running skopeo: its command line, its credentials and its process. What its words mean, says skopeowords.
+"""Running skopeo: its command line, its credentials and its process. ``skopeowords`` knows what its
+words mean.
 
 Secrets go to skopeo in a file without a name, never in arguments or the environment, and are taken out of whatever it
 says. The process dies with us and is always reaped. There are no threads in here, so a caller may fork at any time.
@@ -46,7 +47,7 @@ from .skopeowords import INSTALL, classify, unwrap_log
 
 
 _MAX_LOG = 256 * 1024
-# Why a program that is there may not be started all the same.
+# Errors of a host without room for another process, although the program is there.
 _EXHAUSTION = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 
@@ -89,9 +90,9 @@ class Child:
             ) from error
 
     def kill(self) -> None:
-        """SIGKILL to the process and what it started, then reap it; from any thread, any number of times."""
+        """Kill the process and what it started, then reap it. May be called from any thread, any number of times."""
         with self._lock:
-            # Until it is reaped here its number cannot be given to another process or group.
+            # Its number cannot be given to another process or group before it is reaped here.
             if self.process.returncode is None:
                 with contextlib.suppress(OSError):
                     os.killpg(self.process.pid, signal.SIGKILL)
@@ -153,12 +154,12 @@ class Child:
 
 
 class Scratch:
-    """A directory for what skopeo unpacks, which goes with its content whatever dies.
+    """A directory for what skopeo unpacks. It is removed with its content, whichever process dies first.
 
     skopeo itself leaves its temporary files behind when it is killed, and versions before 1.14 also when it is not. So
     it gets a directory of its own, ``path``, below ``base`` (by default where TMPDIR says, or /var/tmp: it must have
-    room for the image). Beside it a shell waits for the end of a pipe: should this process be killed before it can
-    clean up, the shell does.
+    room for the image). Beside it a shell waits for the end of a pipe: if this process is killed before it can clean
+    up, the shell does that.
     """
 
     def __init__(self, base: str | None = None) -> None:
@@ -179,7 +180,7 @@ class Scratch:
             )
 
     def close(self) -> None:
-        """Remove it; once skopeo has ended."""
+        """Remove the directory. Call it when skopeo has ended."""
         shutil.rmtree(self.path, ignore_errors=True)
         self.abandon()
         shell, self._shell = self._shell, None
@@ -212,9 +213,7 @@ def _unnamed_file(name: str, flags: int = 0) -> int:
 
 
 def _log_file() -> int:
-    """A file for stderr: it needs no reader, so that no thread does, and cannot grow, so that no chatter fills the
-    memory.
-    """
+    """A file for stderr: no thread has to read from it, and it cannot grow, so no chatter fills the memory."""
     fd = _unnamed_file("skopeo-stderr", 2)  # MFD_ALLOW_SEALING
     with contextlib.suppress(OSError):
         os.truncate(fd, _MAX_LOG)
@@ -224,7 +223,7 @@ def _log_file() -> int:
 
 def _die_with_parent() -> Callable[[], None] | None:
     """A function to run between fork and exec that has the kernel kill the process when the thread that started it
-    ends; None where that cannot be, and then skopeo ends when its connections do.
+    ends; None where that is impossible: then skopeo ends when its connections do.
 
     Why this is sound although it runs in a fork of a process that may have threads: everything it needs is looked up
     before the fork. What remains is what death_signal() says and one call of getppid: no import, no lock of ours, and
@@ -343,8 +342,8 @@ def top_digest(options: ProxyOptions, reference: Reference) -> tuple[str, bytes]
     """``sha256:<hex>`` and the bytes of the topmost manifest or index that the reference means.
 
     The proxy tells the digest of the platform's manifest only, so this is another skopeo, ``inspect --raw``, with the
-    same credentials. It costs a process and one or two requests to the registry. Bytes that a reference by digest
-    leads to are proved against it: else DigestMismatch.
+    same credentials. It costs a process and one or two requests to the registry. If the reference has a digest, the
+    bytes are proved against it; DigestMismatch if they are others.
     """
     what = f"Opening {reference.text}"
     with command(options, reference, ("inspect", "--raw"), ("--", reference.text)) as (argv, fds):
@@ -353,7 +352,7 @@ def top_digest(options: ProxyOptions, reference: Reference) -> tuple[str, bytes]
         raw = child.output(MAX_MANIFEST, time.monotonic() + options.timeout, what)
         status = child.wait(options.timeout)
         if status != 0:
-            # It repeats the reference, which is named anyway.
+            # skopeo repeats the reference, which the message names anyway.
             raise classify(
                 options,
                 what,

@@ -33,8 +33,8 @@ from .source import ACCEPT_ANYTHING, ENFORCED, IGNORED, Facts, Resolved, Source,
 T = TypeVar("T")
 
 CLOSE_WAIT = 1.0
-# The verdict on a blob may take as long as the blob; who waits for it watches the bytes and ends the wait by renewing
-# the source.
+# Seconds: the verdict on a blob may take as long as the blob does. Whoever waits for it watches the bytes and ends the
+# wait by renewing the source.
 FOREVER = 1_000_000.0
 
 
@@ -125,7 +125,7 @@ class SkopeoSource(Source):
             return self._proxy, self._images[reference]
 
     def _launch(self, reference: Reference) -> None:
-        """Let a proxy get ready that will be needed soon."""
+        """Start a proxy that will be needed soon, and do not wait for it."""
         with self._lock:
             if self._proxy is None and self._launched is None:
                 proxy = ImageProxy(self.options, reference)
@@ -142,7 +142,7 @@ class SkopeoSource(Source):
         return self._starter.call(start)
 
     def _ask_version(self) -> None:
-        # Only shown: whatever goes wrong here, there is no version to show.
+        # The version is only shown: if anything goes wrong here, results have none.
         with contextlib.suppress(Exception):
             self._facts = self._facts._replace(skopeo_version=skopeo_version(self.options.executable))
 
@@ -181,8 +181,8 @@ class SkopeoSource(Source):
                 for image in images if proxy.alive else ():
                     proxy.close_image(image)
             proxy.close()
-        # After a failure the question may still be open. It ends by itself, and nobody waits long for an answer that
-        # is not wanted.
+        # After a failure the question for the version may still be open. It ends by itself, so this does not wait long
+        # for an answer that nobody needs.
         if self._asked is not None:
             self._asked.join(CLOSE_WAIT)
 
@@ -237,7 +237,7 @@ class SkopeoSource(Source):
     def _asks_for_signatures(self, reference: Reference) -> bool:
         if self.options.insecure_policy:
             return False
-        # Without any policy there is nothing to judge: newer ones refuse the image anyway, older ones take it.
+        # Without any policy there is nothing to judge: newer skopeos refuse the image anyway, older ones take it.
         path = policy_path(self.options.policy)
         return os.path.exists(path) and bool(policy_demand(path, reference.transport))
 

@@ -36,8 +36,8 @@ from .options import ProxyOptions
 INSTALL = "Install skopeo 1.6 or later (the role composefs.oci.skopeo does), or name it with the option executable."
 _MAX_WORDS = 2000
 
-# These patterns are compiled when skopeo has complained, which it does in few runs: together they would cost each run
-# a tenth of what it takes where there is nothing to do.
+# These patterns are compiled only when skopeo has complained, which it does in few runs. Compiling them always would
+# make a run with nothing to do a tenth slower.
 _LOG_LINE = r'^(?:time="[^"]*" )?level=(?P<level>[a-z]+) msg=(?P<msg>"(?:[^"\\]|\\.)*"|\S*)'
 
 
@@ -48,8 +48,8 @@ def _means(pattern: str, kind: type[EngineError], hint: str = "") -> tuple[str, 
     return pattern, kind, hint
 
 
-# The first that fits decides. Heard from skopeo 1.9.3 and 1.18 in front of a registry and of servers that fail on
-# purpose.
+# The first that fits decides. These words were heard from skopeo 1.9.3 and 1.18 in front of a registry and of servers
+# that fail on purpose.
 _MEANINGS = (
     _means(
         r"image rejected|rejected by policy|signature was required|signature policy|trust policy|policy\.json"
@@ -134,13 +134,13 @@ _MEANINGS = (
 )
 
 
-# The same words about what lies on this host: there is no network, no registry and nobody to log in to.
+# What the same words mean about an image on this host: there is no network, no registry and nobody to log in to.
 _MEANT_LOCALLY: dict[type[EngineError], tuple[type[EngineError], str]] = {
     RegistryUnreachable: (InvalidDocument, "What the reference names is damaged or incomplete: copy or make it again."),
     AuthFailed: (PermissionDenied, "Run as a user that may read it, for example with become."),
     TlsFailed: (ProxyFailed, ""),
 }
-# A limit that was reached is no fault of the source, whatever struck it.
+# Words about a limit of this host that skopeo reached: that is no fault of the source.
 _EXHAUSTED = (
     (r"failed to create new os thread|newosproc|pthread_create|resource temporarily unavailable", PROCESSES),
     (r"too many open files", FILES),
@@ -200,8 +200,8 @@ def scrub(options: ProxyOptions, text: str) -> str:
         for secret in sorted({token, password, quote(coded, safe=""), quote_plus(coded)}, key=len, reverse=True):
             text = text.replace(secret, "***")
     text = _shorten(text)
-    # Whatever else may carry some: user information and the query of an address (signed addresses), and authorization
-    # headers.
+    # Other places where secrets may be: user information and the query of an address (signed addresses), and
+    # authorization headers.
     text = re.sub(r"(?<=://)[^/\s\"'@]*@", "***@", text)
     text = re.sub(r"(://[^\s\"'?]*)\?[^\s\"']*", r"\1?***", text)
     text = re.sub(r"(?i)\b(bearer|basic) +[A-Za-z0-9+/=._~-]{8,}", r"\1 ***", text)
@@ -210,7 +210,7 @@ def scrub(options: ProxyOptions, text: str) -> str:
 
 
 def _once(text: str) -> str:
-    """Without what is said twice in a row: registries answer with a code and a text, which often are the same."""
+    """``text`` without what it says twice in a row: registries answer with a code and a text, often the same."""
     parts: list[str] = []
     for part in text.split(": "):
         if not parts or part.rstrip(".") != parts[-1]:
@@ -224,7 +224,7 @@ def classify(
     """The error for skopeo's ``words`` (and, since protocol 0.2.8, its error code) about ``what``, a phrase such as
     ``Opening docker://…``. What words mean depends on the ``transport``: only a registry is reached through a network.
     """
-    # Paths, addresses and names are none of skopeo's words: an image may well be called unauthorized.
+    # Paths, addresses and names are not skopeo's own words: an image may well be called unauthorized.
     said = re.sub(_NAMES, " ", _shorten(words).lower().replace("/policy.json: no such file", "/x no signature policy"))
     kind: type[EngineError] = ProxyFailed
     hint = ""

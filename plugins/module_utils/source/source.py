@@ -2,11 +2,11 @@
 # Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
 # SPDX-License-Identifier: BSD-2-Clause
 
-"""What a source of images is, whoever implements it, and patience with any of them.
+"""The interface that every source of images implements, and a wrapper that asks any source again after a passing fault.
 
 A source tells what a reference means (resolve), hands out the documents and delivers the layers: either as *blobs*,
 compressed tars that arrive on a file descriptor and on which it gives a verdict, or as *objects*, which are in a
-repository's form already. Nothing that a source says is believed without a proof: whoever asks it holds every byte
+repository's form already. Nothing that a source says is believed without a proof: the caller checks every byte
 against its digest.
 """
 
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 BACKOFF_LIMIT = 30.0
 
-# What a policy for signatures came to; stored with the image and returned by modules.
+# How a policy for signatures was applied; stored with the image and returned by modules.
 ENFORCED = "enforced"
 IGNORED = "ignored"
 ACCEPT_ANYTHING = "accept_anything"
@@ -72,7 +72,8 @@ class Transfer:
         """Return if the source stands by the blob, else raise what it says against it. Waits as long as it takes.
 
         It is asked for once, beside the reader: when the last byte was read, or when no bytes come and the source is
-        to say why. Only a return is a yes; whatever is raised, and no answer at all, is a no.
+        to say why. Only a return means that the blob is good; an error, or no answer at all, means that it must be
+        fetched again.
         """
         raise NotImplementedError
 
@@ -82,7 +83,7 @@ class LayerObjects:
 
     It is used within one process, one call at a time. ``pull.objectlayer`` stores and proves what it hands out.
     ``algorithm`` is that of the digests in the splitstream. ``trusted`` says that the splitstream's own fs-verity
-    digest, which is held against ``stream``, is proof enough of the tar: only a repository whose proofs root or the
+    digest, which is compared with ``stream``, is proof enough of the tar: only a repository whose proofs root or the
     caller made can say so. ``fetched`` counts the bytes that crossed a network, None if there is none.
     """
 
@@ -126,8 +127,8 @@ class Source:
     delivers_objects = False
 
     def resolve(self, reference: Reference) -> Resolved:
-        """What ``reference`` means now, of one answer: see Resolved. Raises ImageNotFound, PlatformNotFound and what
-        else may be wrong with a source and its documents.
+        """What ``reference`` means now, all of it from one answer: see Resolved. Raises ImageNotFound, PlatformNotFound
+        and what else may be wrong with a source and its documents.
         """
         raise NotImplementedError
 
@@ -201,7 +202,7 @@ def persist(attempt: Callable[[], T], retries: int, progress: Progress) -> T:
 
 class Patient(Source):
     """Any source, asked again after a passing fault, up to ``retries`` times with growing pauses. Before each attempt
-    ``permit`` is called, which raises an engine error if there may be none.
+    ``permit`` is called, which raises an engine error if there may be no further one.
     """
 
     def __init__(
@@ -230,7 +231,7 @@ class Patient(Source):
                 error, usable = failure.error, failure.usable
             except EngineError as failure:
                 error, usable = failure, False
-            # A source that was renewed on another's account took this attempt with it: that is not its own failure.
+            # If another attempt had the source renewed, this attempt failed along with it, and that does not count.
             if generation == self.source.generation:
                 if not error.passing or tries >= self._retries:
                     error.attempts, error.seconds = tries + 1, time.monotonic() - begin

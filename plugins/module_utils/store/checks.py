@@ -80,8 +80,8 @@ def set_aside(repository: Repository, path: str) -> bool:
 
 
 def keep_copy(repository: Repository, digest: ObjectDigest) -> None:
-    """Give an object a second name there before it is replaced. It is only for who wants to look at it later, so what
-    cannot be kept is not.
+    """Give an object a second name among the damaged things before it is replaced. The copy is only there to be looked
+    at later, so a failure is ignored.
     """
     root = repository.root
     target = f"{digest.hex()}.{os.urandom(4).hex()}"

@@ -56,7 +56,7 @@ class Preparation(NamedTuple):
 
 
 class Place:
-    """Where a repository is or shall be: everything is done through one descriptor of the directory, so that nobody who
+    """Where a repository is or shall be: everything is done through one fd of the directory, so that nobody who
     may rename above it leads us elsewhere. ``root`` is None as long as nothing is there. Use as a context manager.
     """
 
@@ -289,7 +289,7 @@ def _write_metadata(place: Place, metadata: Metadata, secure: bool) -> None:
 
 
 def _object_names(root: beneath.Root) -> list[str]:
-    """Up to a few names per directory would do, but an old repository is read once in its life."""
+    """The names of all objects. A few of each directory would do, but an old repository is read only once."""
     names: list[str] = []
     for first in range(256):
         names += [f"{first:02x}/{rest}" for rest in root.list(f"objects/{first:02x}")]

@@ -9,8 +9,8 @@ a unit of systemd, a journal). Streams are followed by object, not by name: a ma
 keeps it, whether or not a link under ``streams/`` leads there, too.
 
 The nodes of the graph (streams and images) are few and are kept; objects may be many millions. Of an object only the
-first eight bytes of its digest are remembered, with the number of the root that keeps it: 12 bytes. Should two digests
-ever begin alike, an object is taken for one that is kept. That is the harmless mistake.
+first eight bytes of its digest are remembered, with the number of the root that keeps it: 12 bytes. If two digests
+ever begin alike, an object that nobody keeps is taken for one that is kept, which does no harm.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Graph:
         return self
 
     def names(self) -> object:
-        """What two readings must have in common for the second to be needless."""
+        """What was read, in a form that is equal for two readings that found the same names."""
         return self.streams, self.images, sorted(self.roots)
 
     # --- questions
@@ -171,7 +171,7 @@ class Graph:
             while todo:
                 node = todo.pop()
                 owner = found.get(node)
-                # What several roots reach was walked twice, and all below it is shared for good.
+                # A node that several roots reach was walked twice by then, and all below it stays SHARED.
                 if owner in (number, SHARED):
                     continue
                 found[node] = number if owner is None else SHARED
@@ -179,7 +179,7 @@ class Graph:
         owners = Owners(self.repository.algorithm.size)
         for node, owner in found.items():
             owners.add(node, owner)
-            # An image's own table counts for those to whom the image is a root.
+            # The table of an image counts only for the roots that lead to the image itself.
             owner = walked.get(node, owner)
             owners.add(self._table(node, follow_image=node in walked, broken=broken), owner)
         return owners
@@ -327,7 +327,7 @@ class Owners:
 
 
 def key(digest: ObjectDigest) -> int:
-    """By which part() knows an object."""
+    """The number under which ``Owners.part`` lists an object."""
     return int.from_bytes(digest[:8], sys.byteorder)
 
 
@@ -387,7 +387,7 @@ def _links_in(
 
 
 def _ignore(_node: bytes, _error: EngineError) -> None:
-    """What cannot be read is told elsewhere."""
+    """For callers who need not know what cannot be read."""
 
 
 _REPAIR = "Find out more with the module composefs_check, which can repair it, too."

@@ -23,8 +23,8 @@ files in ``.composefs-oci/imports/``. Why they suffice:
    is read and hashed, and removed if it is not what its name says. A barrier makes the removals durable before the mark
    goes: they could be lost where the removal of the mark is not. Should the recovery itself be cut off, the mark is
    still there.
-5. Nobody imports while someone recovers: whoever finds marks takes a lock of its own for that, waiting for someone
-   else's recovery if need be.
+5. Nobody imports while someone recovers: whoever finds marks takes the lock for recoveries first, and waits for it
+   while someone else recovers.
 
 "Not older" is judged by the change time of the inode, which only the clock of the host sets and which linking sets
 anew. Clocks get adjusted, so a day of tolerance is allowed across boots, and as much as it was adjusted within one. A
@@ -33,8 +33,9 @@ mark from the future says that the clock cannot be relied on: then every object 
 A mount is told from the next by its unique number (statx(2), since Linux 6.8). Where there is none, every mark of a
 dead import counts as one of another mount, which costs reading what the import had stored.
 
-What is removed as a mark is one: by its name, a regular file of one link that root or the caller made, with a mark's
-content. Anything else in the directory is left alone, told as a warning, and blocks nobody.
+Only a real mark is removed as one: it has the name of a mark, it is a regular file with one link that root or the
+caller made, and it has a mark's content. Anything else in the directory is left alone, reported as a warning, and
+blocks nobody.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class _Mark(NamedTuple):
 
 
 def boot_id() -> str:
-    """What tells this boot of the kernel from any other; empty if that cannot be told. See random(4)."""
+    """The id of this boot of the kernel, which no other boot has; empty if there is none. See random(4)."""
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             return file.read().strip()
@@ -187,10 +188,10 @@ def recover(root: beneath.Root, objects: ObjectStore, wait: float = LOCK_WAIT) -
 
 
 def tidy(root: beneath.Root, before: float) -> int:
-    """Remove what killed processes left of files that were not whole yet: how many there were.
+    """Remove what killed processes left of files that were not whole yet; return how many there were.
 
     Only what has such a name, belongs to root or the caller, and is older than ``before`` (seconds since the epoch), so
-    that nobody who lives can be at work on it. What cannot be removed stays: it harms nobody.
+    that no living process can be at work on it. What cannot be removed stays: it harms nobody.
     """
     removed = 0
     for path, pattern in _LITTER.items():
@@ -239,8 +240,8 @@ def _recover(
                 removed += found[1]
                 filesystem.sync(root.fd)
                 if mark is None:
-                    # It may be torn itself, or may be something precious. It has been taken for the worst; under this
-                    # name it is not a mark any more.
+                    # The file may be torn, or may be something precious, so it is not removed. It was treated as a mark
+                    # of another boot; under its new name it does not count as a mark any more.
                     os.rename(name, f".damaged-{name}", src_dir_fd=directory, dst_dir_fd=directory)
                     warnings.append(_stray(root, f".damaged-{name}", "has a mark's name but not its content"))
                 else:
@@ -251,7 +252,7 @@ def _recover(
 
 
 def _open(root: beneath.Root, directory: int, name: str, warnings: list[str]) -> int:
-    """A descriptor of what seems to be a mark, -1 if it is gone or is none. OSError passes."""
+    """An fd of what seems to be a mark, -1 if it is gone or is none. OSError passes."""
     try:
         fd = files.open_regular(directory, name, os.O_RDWR)
     except FileNotFoundError:

@@ -59,8 +59,8 @@ def time_text(seconds: float) -> str:
 
 
 def spelled(repository: Repository, name: str) -> str:
-    """``name`` as the repository has it: itself, or where only that is there its other spelling, for ``docker://x`` and
-    ``x`` are one default name.
+    """``name`` as the repository has it: its other spelling if only that is there (``docker://x`` and ``x`` are one
+    default name), else ``name`` itself.
     """
     if repository.tag_digest(name) is not None:
         return name
@@ -108,7 +108,7 @@ def records(repository: Repository) -> dict[str, NameRecord]:
 
 
 def strays(repository: Repository) -> list[str]:
-    """The names whose tag is gone although a record, or what stands for one, is left; for who cleans up."""
+    """The names whose tag is gone although a record, or a file in its place, is left; for a clean-up."""
     try:
         found = repository.root.list(NAMES)
     except (OSError, EngineError):

@@ -7,9 +7,9 @@ repository format).
 
 An object comes into being whole: it is written to a file without a name, sealed where fs-verity is at hand, and only
 then linked. A reader or a writer in another process therefore sees it complete or not at all, and a full disk leaves
-nothing behind. What is *durable* is another matter: nothing here is synced, that is the repository's barrier.
+nothing behind. What is *durable* is another matter: nothing is synced here; the repository's barrier does that.
 
-Each process has its own store on a shared directory descriptor; stores need no coordination, because a link that is
+Each process has its own store on a shared fd of the directory; stores need no coordination, because a link that is
 already there is simply someone else's copy of the same bytes.
 """
 
@@ -84,7 +84,7 @@ class ObjectStore:
         self._root = root
         self._directories = [-1] * 256
         self._kept = 0
-        # A share only of the descriptors that this process may have, for there is more to open than directories.
+        # Only a share of the files that this process may have open, for there is more to open than directories.
         self._keep = max(8, min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
         self.algorithm = algorithm
         self.verity = verity
@@ -165,7 +165,7 @@ class ObjectStore:
 
     def link_in(self, fd: int, digest: ObjectDigest, size: int) -> bool:
         """Make the regular file ``fd``, whose content was proved to have ``digest``, an object by a hard link; False if
-        that cannot be. EngineError when the system refuses otherwise.
+        that is impossible. EngineError when the system refuses otherwise.
         """
         try:
             if self._seal and self._measured(fd) != digest and self.verity:
@@ -219,7 +219,7 @@ class ObjectStore:
             return False
 
     def open(self, digest: ObjectDigest) -> int:
-        """A read-only descriptor of the object, the caller's to close.
+        """A read-only fd of the object, the caller's to close.
 
         In a secure repository the kernel has vouched for the content, now and at every read. Elsewhere a seal is
         checked where there is one, but most objects have none: see ``verify``. FormatError if the object is missing or
@@ -332,7 +332,7 @@ class ObjectStore:
     # ----------------------------------------------------------------------------------------------------------------
 
     def _directory(self, first: int, make: bool = False) -> int:
-        """The descriptor (O_PATH) of one of the 256 directories, -1 if there is none; with ``make`` it is made.
+        """The fd (O_PATH) of one of the 256 directories, -1 if there is none; with ``make`` it is made.
 
         Kept open, so that no object pays for looking at its directory; UnsafeRepository and OSError the first time.
         """
@@ -351,7 +351,7 @@ class ObjectStore:
         return fd
 
     def _open(self, digest: ObjectDigest) -> int:
-        """A read-only descriptor of the object's file. FormatError if something else is there; OSError passes."""
+        """A read-only fd of the object's file. FormatError if something else is there; OSError passes."""
         directory = self._directory(digest[0])
         if directory < 0:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
@@ -447,9 +447,9 @@ class ObjectStore:
                 except OSError as error:
                     if error.errno != errno.ETXTBSY:
                         raise
-                    # Another process forked while the file was open for writing and keeps that descriptor, perhaps for
-                    # long. A copy is a file it knows nothing of. Should it fork in this very moment again, so do we,
-                    # but not for ever.
+                    # Another process forked while the file was open for writing and keeps that fd, perhaps for long. A
+                    # copy is a file that it knows nothing of. If it forks again in that very moment, another copy is
+                    # made, but not for ever.
                     if attempt == _COPY_TRIES:
                         raise Busy(
                             "An object cannot be protected by fs-verity, because other processes hold each new file "
@@ -556,7 +556,7 @@ class ObjectWriter:
         """Take over the content of the regular file ``fd`` without copying it; False if the file systems cannot do
         that. Nothing may have been written before.
 
-        What is hashed is our own file: whatever happens to the other one. ``seen`` is given the content, too.
+        Our own file is hashed, so it does not matter what happens to the other one. ``seen`` is given the content, too.
         """
         try:
             fcntl.ioctl(self._draft.fd, _FICLONE, fd)

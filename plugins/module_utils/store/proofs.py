@@ -2,7 +2,7 @@
 # Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
 # SPDX-License-Identifier: BSD-2-Clause
 
-"""Is a stored layer what it is named after?
+"""Whether a stored layer is what it is named after.
 
 The name of a layer stream is the digest of a tar (its diff_id), but nothing makes a program compare the two before it
 registers the stream. A stream that this engine imported was compared on its way in, and ``.composefs-oci/trusted/``

@@ -5,9 +5,9 @@
 """A composefs repository: its description, lock, streams, images and tags (composefs repository format, as written by
 cfsctl 0.9).
 
-Objects are the business of ``objects``; what streams contain, that of ``splitstream`` and ``documents``. The order in
-which things become durable is the caller's story, told with ``importing`` (the mark), ``sync`` (the barrier),
-``register`` and ``tag``: objects, the stream's own object, the barrier, ``streams/<id>``, and refs last.
+Objects are the business of ``objects``, and what streams contain that of ``splitstream`` and ``imagestreams``. The
+caller decides in which order things become durable, with ``importing`` (the mark), ``sync`` (the barrier), ``register``
+and ``tag``: objects, the stream's own object, the barrier, ``streams/<id>``, and refs last.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class Repository:
     """
 
     def __init__(self, root: beneath.Root, metadata: Metadata, secure: bool) -> None:
-        """For ``open``. ``root``: the repository's directory, locked; taken over. Whatever else lies below it is opened
-        through it.
+        """For ``open``. ``root`` is the repository's directory, locked; ``close`` closes it. Whatever lies below is
+        opened through it.
         """
         self.root = root
         self.path = root.path
@@ -161,7 +161,8 @@ class Repository:
         if self._objects_fd >= 0:
             os.close(self._objects_fd)
             self._objects_fd = -1
-        # Closing, not unlocking: workers that still run hold the same lock, and it must last as long as they.
+        # The directory is closed, not unlocked: workers that still run hold the same lock, which must last as long as
+        # they do.
         self.root.close()
 
     def __enter__(self) -> Repository:
@@ -205,9 +206,9 @@ class Repository:
     ) -> Iterator[bool]:
         """Hold the lock ``name`` of this repository for the duration of a ``with``: ``publish``, ``layer-<diff_id>``.
 
-        Among programs of this collection only. Busy, with the holders, after ``wait`` seconds; ``tell`` is called with
-        the holders when there is something to wait for, and the value tells whether there was. A holder that dies frees
-        it. ``keep``: the file stays for the next.
+        It binds programs of this collection only. Busy, with the holders, after ``wait`` seconds; ``tell`` is called
+        with the holders when there is something to wait for, and the value tells whether there was. A holder that dies
+        frees it. ``keep``: the file stays for the next.
         """
         self.require_writable()
         with doing(f"Locking {self.path}/{marks.LOCKS}/{name}"):
@@ -254,13 +255,13 @@ class Repository:
 
     def begin_import(self) -> marks.Recovery:
         """Before the first object is stored: repair what a power cut left, then mark this import as begun. See
-        ``imports``.
+        ``marks``.
         """
         self.require_writable()
         if self._mark is not None:
             return marks.Recovery()
         if self.secure:
-            # Without marks nobody knows who else is importing; nobody does so for days.
+            # Without marks nobody knows who else is importing, but no import takes as long as a day.
             return marks.Recovery(litter=marks.tidy(self.root, time.time() - marks.DAY))
         found = marks.recover(self.root, self.objects)
         self._mark = marks.ImportMark(self.root)
@@ -288,7 +289,7 @@ class Repository:
         try:
             yield found
         except BaseException:
-            # The failure is the news; a barrier that fails as well leaves the mark, which is right.
+            # The first failure is the one to report. If the barrier fails as well, the mark stays, which is right.
             with contextlib.suppress(EngineError):
                 self.end_import()
             raise
@@ -298,9 +299,7 @@ class Repository:
     # ------------------------------------------------------------------------------------------------------------------
 
     def stream(self, name: StreamName) -> StreamDigest | None:
-        """The digest of the object behind ``streams/<name>``, or None. It is not looked at whether the object
-        exists.
-        """
+        """The digest of the object behind ``streams/<name>``, or None. Whether the object exists is not checked."""
         digest = self._object_behind(f"streams/{name}")
         return None if digest is None else StreamDigest(digest)
 
@@ -459,7 +458,7 @@ class Repository:
             return None
 
     def trust(self, diff_id: str, digest: StreamDigest) -> None:
-        """Remember that proof. It only spares hashing again, so where this user may not write it is not kept."""
+        """Remember such a proof. It only spares hashing again, so where this user may not write it is not kept."""
         try:
             self.require_writable()
         except EngineError:
@@ -517,7 +516,7 @@ class Repository:
         except FileNotFoundError:
             return None
         try:
-            # One descriptor for both looks: between two, another link could take the name.
+            # One fd for both looks: between two opens, another link could take the name.
             found = os.fstat(fd)
             return os.readlink("", dir_fd=fd) if stat.S_ISLNK(found.st_mode) and self.root.is_ours(found) else None
         finally:
@@ -595,7 +594,7 @@ def default_path() -> str:
 
 
 def too_deep(path: str) -> FormatError:
-    """The error for directories that no tool makes so deep; each level costs a descriptor and a part of the stack."""
+    """The error for directories that no tool makes so deep; each level costs an open file and a part of the stack."""
     return FormatError(
         f"{path[:200]}... is deeper than the {MAX_DEPTH} directories that names may have.",
         "Find out who put it there, then remove it.",

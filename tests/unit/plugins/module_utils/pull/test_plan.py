@@ -30,7 +30,11 @@ from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     UnexpectedDigest,
     UnsupportedMediaType,
 )
-from ansible_collections.composefs.oci.plugins.module_utils.formats.ocidocuments import Descriptor
+from ansible_collections.composefs.oci.plugins.module_utils.formats.ocidocuments import (
+    Descriptor,
+    Platform,
+    parse_config,
+)
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ansible_collections.composefs.oci.tests.support.tarbytes import DIRECTORY, member, tar
 
@@ -287,6 +291,14 @@ def test_digests_that_are_accepted(path: pathlib.Path, world: World) -> None:
 def test_an_image_for_another_platform_is_refused(path: pathlib.Path, world: World) -> None:
     with pytest.raises(PlatformNotFound):
         pull_all(path, app(platform="linux/s390x"))
+
+
+def test_a_configuration_without_a_platform_is_said_to_name_nothing() -> None:
+    raw = json.dumps({"architecture": "", "os": "", "rootfs": {"type": "layers", "diff_ids": []}}).encode()
+    warnings: list[str] = []
+    request = plan.Request("example.org/a", "a")
+    plan._check_platform(request, parse_config(raw), Platform("linux", "amd64"), warnings)
+    assert "is for linux/amd64, and the configuration says nothing." in warnings[0]
 
 
 def test_documents_are_held_against_their_schemas_only_when_they_are_new(
