@@ -558,6 +558,8 @@ def forget(repository: Repository, request: Request, check: bool) -> Report:
         known,
         name=request.name,
         ref=request.ref or (standing.record.ref if standing.record else None),
+        registry_digest=standing.record.registry_digest if standing.record else None,
+        index_digest=standing.record.index_digest if standing.record else None,
         previous_digest=previous,
         tags=list(request.tags),
         policy=standing.record.policy if standing.record else None,

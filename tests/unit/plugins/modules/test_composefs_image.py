@@ -497,6 +497,17 @@ def test_check_mode_says_what_a_run_does_and_touches_nothing(run: Any, repositor
     assert run(name="x", state="absent", check=True)["changed"] and tree(repository) == after
 
 
+@pytest.mark.parametrize("check", [True, False])
+def test_a_name_that_is_removed_tells_what_is_known_of_its_image(run: Any, world: World, check: bool) -> None:
+    world.layout.image([FIRST], "told", labels={"org.opencontainers.image.version": "1.4"})
+    there = run(ref=REGISTRY + "told", name="x")
+    known = ("ref", "registry_digest", "config_digest", "image_id", "platform", "version", "labels", "created", "kind")
+    gone = run(name="x", state="absent", check=check)
+    assert gone["changed"] and gone["previous_digest"] == there["digest"] and gone["digest"] is None
+    assert {key: gone[key] for key in known} == {key: there[key] for key in known}
+    assert None not in [gone[key] for key in known] and gone["version"] == "1.4"
+
+
 def test_diff_shows_name_digest_and_layers_before_and_after(run: Any) -> None:
     old = run(ref=REGISTRY + "base", name="x", diff=True)
     assert old["diff"]["before"] == {} and old["diff"]["before_header"] == "x"
