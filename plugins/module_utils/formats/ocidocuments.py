@@ -231,7 +231,7 @@ def parse_manifest(raw: bytes) -> Manifest:
         ("schemaVersion", "mediaType", "config", "layers", "artifactType", "annotations", "subject"),
     )
     media_type = _kind(document, what, (OCI_MANIFEST, DOCKER_MANIFEST), OCI_MANIFEST)
-    if "manifests" in document:
+    if document.get("manifests") is not None:
         raise InvalidDocument(
             "The manifest has a list of manifests too, so that different programs would read different images."
         )
@@ -258,11 +258,13 @@ def parse_index(raw: bytes) -> Index:
         raw, MAX_MANIFEST, what, ("schemaVersion", "mediaType", "manifests", "artifactType", "annotations", "subject")
     )
     media_type = _kind(document, what, (OCI_INDEX, DOCKER_LIST), OCI_INDEX)
-    if "layers" in document or "config" in document:
+    if document.get("layers") is not None or document.get("config") is not None:
         raise InvalidDocument(
             "The index has layers or a configuration too, so that different programs would read different images."
         )
     manifests = _list(document.get("manifests"), MAX_INDEX, "manifests of the index")
+    if document.get("subject") is not None:
+        _descriptor(document["subject"], "subject of the index")
     return Index(
         raw=raw,
         digest=digest_of(raw),
@@ -276,7 +278,10 @@ def is_index(raw: bytes) -> bool:
     """Whether ``raw`` claims to be an index rather than a manifest; raises InvalidDocument if it is no JSON object."""
     document = _load(raw, MAX_MANIFEST, "document", ())
     kind = document.get("mediaType")
-    return kind in (OCI_INDEX, DOCKER_LIST) if isinstance(kind, str) and kind else "manifests" in document
+    if isinstance(kind, str) and kind:
+        return kind in (OCI_INDEX, DOCKER_LIST)
+    # A list that is null is none, unless nothing else tells what it is.
+    return document.get("manifests") is not None or ("manifests" in document and document.get("config") is None)
 
 
 def parse_config(raw: bytes) -> Config:

@@ -30,16 +30,15 @@ from .strictjson import load_json
 
 _DRAFT = "http://json-schema.org/draft-07/schema#"
 
-_TEXT: dict[str, Any] = {"type": "string", "maxLength": 4096}
-# Go writes an absent list or map as null.
+# Go writes an absent list or map as null, and reads null as nothing at all, whatever belongs there.
+_TEXT: dict[str, Any] = {"type": ["string", "null"], "maxLength": 4096}
 _TEXTS: dict[str, Any] = {"type": ["object", "null"], "additionalProperties": {"type": ["string", "null"]}}
-_LINES: dict[str, Any] = {"type": ["array", "null"], "items": {"type": "string"}}
+_LINES: dict[str, Any] = {"type": ["array", "null"], "items": {"type": ["string", "null"]}}
 _SET: dict[str, Any] = {"type": ["object", "null"], "additionalProperties": {"type": ["object", "null"]}}
 _DIGEST: dict[str, Any] = {"type": "string", "maxLength": 71, "pattern": "^sha256:[0-9a-f]{64}$"}
 _MEDIA_TYPE: dict[str, Any] = {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"}
 _PLATFORM: dict[str, Any] = {
     "type": "object",
-    "required": ["architecture", "os"],
     "properties": {
         "architecture": _TEXT,
         "os": _TEXT,
@@ -69,8 +68,8 @@ MANIFEST_SCHEMA: dict[str, Any] = {
     "title": "OCI image manifest or Docker manifest, schema 2",
     "type": "object",
     "required": ["schemaVersion", "config"],
-    "not": {"required": ["manifests"]},
     "properties": {
+        "manifests": {"type": "null"},
         "schemaVersion": {"const": 2},
         "mediaType": {"enum": [OCI_MANIFEST, DOCKER_MANIFEST, "", None]},
         "artifactType": {"type": ["string", "null"], "maxLength": 255},
@@ -86,8 +85,9 @@ INDEX_SCHEMA: dict[str, Any] = {
     "title": "OCI image index or Docker manifest list",
     "type": "object",
     "required": ["schemaVersion"],
-    "not": {"anyOf": [{"required": ["layers"]}, {"required": ["config"]}]},
     "properties": {
+        "layers": {"type": "null"},
+        "config": {"type": "null"},
         "schemaVersion": {"const": 2},
         "mediaType": {"enum": [OCI_INDEX, DOCKER_LIST, "", None]},
         "artifactType": {"type": ["string", "null"], "maxLength": 255},
@@ -135,7 +135,7 @@ CONFIG_SCHEMA: dict[str, Any] = {
         "history": {
             "type": ["array", "null"],
             "items": {
-                "type": "object",
+                "type": ["object", "null"],
                 "properties": {
                     "created": {"type": ["string", "null"]},
                     "created_by": {"type": ["string", "null"]},

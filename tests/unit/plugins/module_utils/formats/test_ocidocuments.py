@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import time
@@ -426,3 +427,78 @@ def test_a_list_that_is_null_or_absent_is_empty_as_for_go(nothing):
     assert ocidocuments.parse_index(raw(index)).manifests == ()
     ocischemas.validate("manifest", raw_manifest)
     ocischemas.validate("config", raw_config)
+
+
+def with_nulls(value, place=()):
+    """Every document that differs from ``value`` in one member, or item of a list, that is null or not there."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield {**value, key: None}, (*place, key)
+            yield {other: value[other] for other in value if other != key}, (*place, f"no {key}")
+            for one, where in with_nulls(item, (*place, key)):
+                yield {**value, key: one}, where
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            for one, where in ((None, (*place, number)), *with_nulls(item, (*place, number))):
+                yield [*value[:number], one, *value[number + 1 :]], where
+
+
+PLATFORM = {"os": "linux", "architecture": "arm64", "variant": "v8", "os.version": "1", "os.features": ["x"]}
+LAYER = {
+    "mediaType": "application/vnd.oci.image.layer.v1.tar",
+    "digest": "sha256:" + "a" * 64,
+    "size": 3,
+    **{"urls": ["u"], "annotations": {"a": "b"}, "data": "", "artifactType": "a/b", "platform": PLATFORM},
+}
+COMMON = {"schemaVersion": 2, "subject": LAYER, "annotations": {"a": "b"}, "artifactType": "a/b"}
+SETTINGS = {
+    **{"User": "u", "WorkingDir": "/", "StopSignal": "9", "Env": ["a"], "Entrypoint": ["x"], "Cmd": ["y"]},
+    **{"ExposedPorts": {"1/tcp": {}}, "Volumes": {"/v": {}}, "Labels": {"a": "b"}},
+}
+WHOLE = {
+    "manifest": {**COMMON, "config": LAYER, "layers": [LAYER], "manifests": None},
+    "index": {**COMMON, "manifests": [LAYER], "layers": None, "config": None},
+    "config": {
+        **{"architecture": "arm64", "os": "linux", "created": "x", "author": "a", "variant": "v8", "os.version": "1"},
+        "os.features": ["x"],
+        "config": SETTINGS,
+        "rootfs": {"type": "layers", "diff_ids": ["sha256:" + "a" * 64]},
+        "history": [{"created": "x", "created_by": "x", "author": "x", "comment": "", "empty_layer": True}],
+    },
+}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_what_is_null_or_absent_is_judged_alike_with_and_without_the_schema(kind):
+    """A library that a host may have or not must not decide whether an image can be pulled."""
+    from ansible_collections.composefs.oci.plugins.module_utils.formats import ocischemas
+
+    if not ocischemas.available():
+        pytest.skip("jsonschema is not installed")
+    parse = getattr(ocidocuments, f"parse_{kind}")
+    refused = set()
+    for document, place in ((WHOLE[kind], ()), *with_nulls(WHOLE[kind])):
+        verdicts = []
+        for judge in (parse, functools.partial(ocischemas.validate, kind)):
+            try:
+                judge(raw(document))
+                verdicts.append(True)
+            except InvalidDocument:
+                verdicts.append(False)
+        assert verdicts[0] == verdicts[1], place
+        if not verdicts[0]:
+            refused.add(place)
+    assert () not in refused and refused
+    for place in refused:
+        # What has to be there: which blob it is, and of what the image is made.
+        words = (None, "schemaVersion", "config", "rootfs", "type", "mediaType", "digest", "size")
+        assert isinstance(place[-1], int) or place[-1].split()[-1] in words, place
+
+
+def test_lists_of_the_other_kind_that_are_null_are_none():
+    """As for podman, which refuses a document that has two kinds of lists."""
+    parsed = ocidocuments.parse_manifest(raw(manifest(manifests=None)))
+    assert parsed.layers is not None and not ocidocuments.is_index(raw(manifest(manifests=None, mediaType=None)))
+    assert ocidocuments.is_index(raw({"schemaVersion": 2, "manifests": None}))
+    with pytest.raises(InvalidDocument):
+        ocidocuments.parse_manifest(raw(manifest(manifests=[])))

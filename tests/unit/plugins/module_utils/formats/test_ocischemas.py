@@ -108,15 +108,15 @@ def test_documents_of_common_builders_fit(kind, document):
         ("manifest", ["layers", 0, "digest"], D + "\n", "layers/0/digest"),
         ("manifest", ["layers", 0, "urls"], "x", "layers/0/urls"),
         ("manifest", ["layers", 0, "mediaType"], "", "layers/0/mediaType"),
-        ("manifest", ["manifests"], [], "top level"),
+        ("manifest", ["manifests"], [], "at .manifests."),
         ("manifest", ["mediaType"], ocidocuments.OCI_INDEX, "mediaType"),
         ("config", ["rootfs", "type"], "base", "rootfs/type"),
         ("config", ["rootfs", "diff_ids"], ["x"], "rootfs/diff_ids/0"),
         ("config", ["config"], {"Env": {"A": "b"}}, "config/Env"),
         ("config", ["config"], {"Cmd": "sh"}, "config/Cmd"),
         ("config", ["history"], [{"empty_layer": "yes"}], "history/0/empty_layer"),
-        ("index", ["manifests", 0, "platform"], {"os": "linux"}, "manifests/0/platform"),
-        ("index", ["layers"], [], "top level"),
+        ("index", ["manifests", 0, "platform"], {"os": 3}, "manifests/0/platform"),
+        ("index", ["layers"], [], "at .layers."),
     ],
 )
 def test_what_breaks_a_schema_is_named_with_its_place(kind, path, value, place):
