@@ -44,6 +44,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.source.options impor
 from ansible_collections.composefs.oci.plugins.module_utils.store import create
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from aptroot import AptRoot
+from ports import free_port
 from registry import Registry
 from tarbytes import DIRECTORY, END, member
 
@@ -147,9 +148,7 @@ ROWS: tuple[tuple[str, Callable[[pathlib.Path], ociimage.Layout], str], ...] = (
 @contextlib.contextmanager
 def nginx(root: pathlib.Path, work: pathlib.Path, gzip: bool) -> Iterator[str]:
     """Serve a repository; its URL."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     place = work / f"nginx-{port}"
     place.mkdir()
     compress = "gzip on; gzip_comp_level 1; gzip_types *; gzip_min_length 100;" if gzip else ""

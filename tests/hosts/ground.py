@@ -31,7 +31,7 @@ __all__ = ["Unavailable", "locked", "mirror"]
 
 SSH_OPTIONS = (
     *("-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR"),
-    *("-o", "ConnectTimeout=5", "-o", "IdentitiesOnly=yes", "-o", "BatchMode=yes"),
+    *("-o", "ConnectTimeout=30", "-o", "IdentitiesOnly=yes", "-o", "BatchMode=yes"),
 )
 SSHD_CONFIG = "PermitRootLogin prohibit-password\nUsePAM no\nUseDNS no\nMaxStartups 100\nMaxSessions 100\n"
 
@@ -99,18 +99,12 @@ def ssh_command(address: str, port: int, *command: str) -> list[str]:
     return ["ssh", *SSH_OPTIONS, "-i", str(key()), "-p", str(port), f"root@{address}", *command]
 
 
-def free_port(address: str = "127.0.0.1") -> int:
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        return int(probe.getsockname()[1])
-
-
 def answers(address: str, port: int, seconds: float) -> bool:
     """Whether an ssh server greets within ``seconds``. (A forwarded port accepts connections long before.)"""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         with contextlib.suppress(OSError), socket.create_connection((address, port), 1) as connection:
-            connection.settimeout(5)
+            connection.settimeout(20)
             if connection.recv(4) == b"SSH-":
                 return True
         time.sleep(0.05)
@@ -129,11 +123,13 @@ def process_of(directory: pathlib.Path) -> int | None:
 
 def started_at(pid: int) -> str:
     """The start time of a process in clock ticks since boot; "" if there is no such process (or it is dead and not
-    reaped).
+    reaped). The first thread may be dead while others still end, and with them the process holds its files and locks.
     """
     with contextlib.suppress(OSError):
         fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return "" if fields[0] in "ZX" else fields[19]
+        if fields[0] in "ZX" and len(os.listdir(f"/proc/{pid}/task")) < 2:
+            return ""
+        return fields[19]
     return ""
 
 

@@ -26,6 +26,7 @@ import time
 from typing import Any
 
 import ground
+import ports
 import roots
 from ground import Unavailable
 
@@ -407,7 +408,7 @@ def _launch(name: str, made: pathlib.Path, disks: pathlib.Path, frozen: pathlib.
     directory = ground.running(name)
     port_file = directory / "port"
     if not port_file.exists():
-        port_file.write_text(str(ground.free_port()))
+        port_file.write_text(str(ports.free_port()))
     kernel = "console=ttyS0 panic=-1 quiet mitigations=off no_timer_check random.trust_cpu=on systemd.show_status=no"
     command = ["qemu-system-x86_64", "-name", name, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
     cpu = "host" if accelerator() == "kvm" else ",".join(["max", *(f"{feature}=off" for feature in SLOW_WHEN_EMULATED)])

@@ -20,6 +20,7 @@ import subprocess
 from typing import Any
 
 import ground
+import ports
 import roots
 from ground import Unavailable
 
@@ -140,7 +141,7 @@ def start(name: str, suite: str, flavour: str = "ready", isolated: bool = False,
         prefix = ["ip", "netns", "exec", space]
     port_file = directory / "port"
     # A host that comes back is found where it was.
-    port = int(port_file.read_text()) if port_file.exists() else (22 if isolated else ground.free_port(address))
+    port = int(port_file.read_text()) if port_file.exists() else (22 if isolated else ports.free_port(address))
     port_file.write_text(str(port))
     (directory / "how").write_text(json.dumps([suite, flavour, isolated, python]))
     inside = ground.HERE / "inside"

@@ -29,7 +29,6 @@ import os
 import pathlib
 import shutil
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -42,14 +41,9 @@ if __name__ == "__main__":
 
 from aptroot import Unavailable
 from ociimage import skopeo_copy
+from ports import free_port
 
 START_SECONDS = 15.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def find_registry() -> str:

@@ -181,7 +181,14 @@ def pytest_sessionfinish() -> None:
     import lab
     import report
 
-    report.write(hosts=lab.describe(created()["instances"]))
+    made = created()
+    try:
+        hosts = lab.describe(made["instances"])
+    except (RuntimeError, ValueError) as error:
+        # What a test says of a host that is gone must not be lost for want of its description.
+        print(f"{error}\nThe hosts are described as they were in the beginning.")
+        hosts = list(made["hosts"].values())
+    report.write(hosts=hosts)
 
 
 def created() -> dict[str, Any]:

@@ -32,6 +32,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.store import create
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from conftest import SmallFileSystem, needed
 from ociimage import Layout
+from ports import free_port
 from pulling import options, pull_one
 from registry import Registry, make_certificates
 from tarbytes import END, member, small_tree
@@ -70,9 +71,7 @@ def outcome(process: subprocess.Popen[str]) -> dict[str, Any]:
 @contextlib.contextmanager
 def nginx(root: pathlib.Path, place: pathlib.Path, extra: str = "", tls: pathlib.Path | None = None) -> Iterator[str]:
     program = needed("nginx", "nginx-light")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     paths = " ".join(
         f"{name}_temp_path {place}/{name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from aptroot import Unavailable
 from ociimage import Layout
-from registry import Registry, bcrypt, find_registry, free_port, make_certificates
+from ports import free_port
+from registry import Registry, bcrypt, find_registry, make_certificates
 from tarbytes import DIRECTORY, member, tar
 from trixie_skopeo import trixie_skopeo
 
