@@ -101,10 +101,13 @@ class Countdown:
         total: int,
         share: bool = False,
         clock: Callable[[], float] = time.monotonic,
+        begun: float | None = None,
     ) -> None:
+        """``begun``: by that clock, if the work began earlier."""
         self._progress, self._text, self._total, self._share = progress, text, total, share
         self._clock = clock
-        self._begun = self._told = clock()
+        self._told = clock()
+        self._begun = self._told if begun is None else begun
 
     def reached(self, done: int) -> None:
         """``done`` parts are done now."""

@@ -9,11 +9,12 @@ Also how a process makes itself less important than others.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import selectors
 import socket
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from . import processes
@@ -63,20 +64,25 @@ def spread(
     The first error of a worker ends all of them and is raised here; ``what`` is what they do, such as ``checks
     objects``. With one process, or one task, the work is done in this process.
     """
-    if min(count, tasks) <= 1:
+    with begin(what, tasks, work, count) as finish:
+        finish(take)
+
+
+@contextlib.contextmanager
+def begin(
+    what: str, tasks: int, work: Callable[[int, Callable[[Any], None]], None], count: int
+) -> Iterator[Callable[[Callable[[Any], None]], None]]:
+    """The same while this process does something else, until it calls what the block is given with ``take``. Until
+    then workers wait once they have told a few hundred things. They end with the block.
+
+    With one process or less the work begins only then.
+    """
+
+    def alone(take: Callable[[Any], None]) -> None:
         for number in range(tasks):
             work(number, take)
-        return
-    workers: list[processes.Child] = []
 
-    def leave() -> None:
-        for worker in workers:
-            worker.connection.close()
-
-    left = iter(range(tasks))
-    try:
-        for _worker in range(min(count, tasks)):
-            workers.append(processes.Child(what, lambda connection: _serve(what, work, connection), leave))
+    def listen(take: Callable[[Any], None]) -> None:
         with selectors.DefaultSelector() as selector:
             for worker in workers:
                 selector.register(worker.connection, selectors.EVENT_READ, worker)
@@ -88,27 +94,55 @@ def spread(
                         raise from_values(message["error"])
                     if "value" in message:
                         take(message["value"])
-                        continue
-                    task = next(left, None)
-                    key.data.send(task)
-                    if task is None:
+                    else:
                         selector.unregister(key.fileobj)
                         running -= 1
+
+    if min(count, tasks) <= 1:
+        yield alone
+        return
+    workers: list[processes.Child] = []
+
+    def leave() -> None:
+        for worker in workers:
+            worker.connection.close()
+
+    # The pipe holds the number of the next task, and nothing else: who takes it out puts the one after it in.
+    numbers = os.pipe()
+    try:
+        os.write(numbers[1], _NUMBER.pack(0))
+        for _worker in range(min(count, tasks)):
+            workers.append(
+                processes.Child(what, lambda connection: _serve(what, work, tasks, numbers, connection), leave)
+            )
+        yield listen
     finally:
+        for fd in numbers:
+            os.close(fd)
         for worker in workers:
             worker.close()
 
 
-def _serve(what: str, work: Callable[[int, Callable[[Any], None]], None], connection: socket.socket) -> None:
+_NUMBER = struct.Struct("=Q")
+
+
+def _serve(
+    what: str,
+    work: Callable[[int, Callable[[Any], None]], None],
+    tasks: int,
+    numbers: tuple[int, int],
+    connection: socket.socket,
+) -> None:
     def tell(value: Any) -> None:
         processes.tell(connection, {"value": value})
 
     try:
         while True:
-            processes.tell(connection, {"next": True})
-            number = json.loads(connection.recv(processes.MAX_MESSAGE) or b"null")
-            if number is None:
+            (number,) = _NUMBER.unpack(os.read(numbers[0], _NUMBER.size))
+            os.write(numbers[1], _NUMBER.pack(min(number + 1, tasks)))
+            if number == tasks:
                 break
             work(number, tell)
+        processes.tell(connection, {"done": True})
     except BaseException as error:
         processes.tell(connection, {"error": to_values(processes.explain(error, f"The process that {what}"))})

@@ -136,6 +136,16 @@ class _Check:
             self.roots = [tags[name] for name in dict.fromkeys(wish.images)]
 
     def run(self) -> Report:
+        if self.wish.level == QUICK or self.wish.images:
+            return self._run(None)
+        # What stands in names, streams and images is looked at here while other processes read the objects.
+        with checkobjects.checking_objects(self.repository, self._parallel()) as objects:
+            return self._run(objects)
+
+    def _parallel(self) -> int:
+        return self.wish.parallel or processors.usable()
+
+    def _run(self, objects: Callable[[int, Progress], tuple[checkobjects.Counted, list[Finding]]] | None) -> Report:
         repository, wish = self.repository, self.wish
         checked: dict[str, Any] = {"level": wish.level, "names": len(self.roots)}
         self.progress.message("Checking names, streams and images")
@@ -152,11 +162,11 @@ class _Check:
             count, strays = checkobjects.list_names(repository, wish.level == QUICK)
             self.findings += strays
         if wish.level != QUICK:
-            parallel = wish.parallel or processors.usable()
-            if wish.images:
+            parallel = self._parallel()
+            if objects is None:
                 counted, found = checkobjects.check_some(repository, self._reached(), parallel, self.progress)
             else:
-                counted, found = checkobjects.check_objects(repository, parallel, count, self.progress)
+                counted, found = objects(count, self.progress)
             self.findings += found
             checked.update(objects=counted.objects, bytes=counted.bytes)
             if wish.level == FULL:
@@ -236,12 +246,14 @@ class _Check:
         try:
             with self.repository.open_object_stream(StreamDigest(node)) as stream:
                 lost: list[ObjectDigest] = []
+                look, is_file = self.repository.objects.stat, stat.S_ISREG
 
                 def size_of(digest: ObjectDigest) -> int:
-                    size = self._size(digest)
-                    if size is None:
+                    found = look(digest)
+                    if found is None or not is_file(found.st_mode):
                         lost.append(digest)
-                    return size or 0
+                        return 0
+                    return found.st_size
 
                 for digest in stream.named_refs.values():
                     self._absent(digest, f"the stream {node.hex()}")
@@ -252,8 +264,9 @@ class _Check:
                     if not lost:
                         self.unreadable.add(node)
                         self.add(STREAM_DAMAGED, node, path, f"The stream {node.hex()}: {error.text}")
-                for digest in (*lost, *(one for one in stream.object_refs if lost or node in self.unreadable)):
-                    self._absent(digest, f"the stream {node.hex()}")
+                if lost or node in self.unreadable:
+                    for digest in (*lost, *stream.object_refs):
+                        self._absent(digest, f"the stream {node.hex()}")
         except OF_THIS_PROCESS:
             raise
         except EngineError as error:

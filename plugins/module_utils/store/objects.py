@@ -32,6 +32,8 @@ TEMPORARY_PREFIX = files.OBJECT_PREFIX
 FILE_MODE = 0o644
 _COPY_TRIES = 3
 _PIECE = 1 << 20
+# What is only hashed is read into the same memory again and again, which stays in the processor's cache.
+_ROOM = 1 << 18
 
 # Not in fcntl. Where a file system, or two of them, cannot share blocks, one of these says so.
 _FICLONE = 0x40049409
@@ -625,15 +627,17 @@ class ObjectWriter:
         self._draft.close()
 
 
-def hash_file(fd: int, algorithm: fsverity.Algorithm) -> tuple[ObjectDigest, int]:
-    """The digest of the file behind ``fd``, computed here, and its bytes. OSError passes.
+def hash_file(fd: int, algorithm: fsverity.Algorithm, begun: fsverity.Hasher | None = None) -> tuple[ObjectDigest, int]:
+    """The digest of the file behind ``fd``, computed here, and its bytes. ``begun`` has had some of its first bytes
+    already. OSError passes.
 
     A hole is not read: it costs nothing to make one that takes years to read.
     """
-    hasher = fsverity.Hasher(algorithm)
+    hasher = begun or fsverity.Hasher(algorithm)
     found = os.fstat(fd)
     sparse = found.st_blocks * 512 < found.st_size
-    offset = 0
+    offset = hasher.length
+    room = memoryview(bytearray(max(1, min(_ROOM, found.st_size - offset))))
     while True:
         if sparse:
             try:
@@ -646,11 +650,11 @@ def hash_file(fd: int, algorithm: fsverity.Algorithm) -> tuple[ObjectDigest, int
                 sparse = error.errno == errno.ENXIO
             hasher.zeros(end - offset)
             offset = end
-        data = os.pread(fd, _PIECE, offset)
-        if not data:
+        length = os.preadv(fd, [room], offset)
+        if not length:
             return hasher.digest(), offset
-        hasher.update(data)
-        offset += len(data)
+        hasher.update(room[:length])
+        offset += length
 
 
 _REPAIR = "Remove it and pull the images that use it again."

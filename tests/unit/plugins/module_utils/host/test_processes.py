@@ -329,7 +329,7 @@ def test_a_child_that_may_open_no_files_says_so_instead_of_vanishing() -> None:
         os.close(first)
         for more, begin in (
             (2, lambda: processes.call("works", lambda: 1)),
-            (3, lambda: workers.spread("works", 2, lambda number, tell: None, print, 2)),
+            (5, lambda: workers.spread("works", 2, lambda number, tell: None, print, 2)),
         ):
             try:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (first + more, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))

@@ -86,3 +86,25 @@ def test_what_take_raises_ends_the_workers_too() -> None:
     with pytest.raises(KeyboardInterrupt):
         workers.spread("works", 4, lambda number, tell: tell(number), take, 2)
     assert children() == []
+
+
+def test_work_that_was_begun_goes_on_while_this_process_does_something_else(tmp_path: pathlib.Path) -> None:
+    heard: list[int] = []
+
+    def work(number: int, tell: Tell) -> None:
+        (tmp_path / str(number)).touch()
+        tell(number)
+
+    with workers.begin("works", 5, work, 2) as finish:
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.iterdir())) < 5 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(list(tmp_path.iterdir())) == 5 and not heard
+        finish(heard.append)
+    assert sorted(heard) == [0, 1, 2, 3, 4] and children() == []
+
+
+def test_work_that_nobody_waits_for_ends_with_the_block() -> None:
+    with pytest.raises(KeyError), workers.begin("works", 5, lambda _number, _tell: time.sleep(600), 2):
+        raise KeyError
+    assert children() == []

@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import re
+import select
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -43,7 +44,7 @@ from filled_repository import (
 
 from ansible_collections.composefs.oci.plugins.module_utils.errors import OF_THIS_PROCESS, ImageNotFound
 from ansible_collections.composefs.oci.plugins.module_utils.host import processes
-from ansible_collections.composefs.oci.plugins.module_utils.operations import check, keepers
+from ansible_collections.composefs.oci.plugins.module_utils.operations import check, checkobjects, keepers
 from ansible_collections.composefs.oci.plugins.module_utils.operations.check import FULL, OBJECTS, QUICK, Report, Wish
 from ansible_collections.composefs.oci.plugins.module_utils.operations import findings as all_findings
 from ansible_collections.composefs.oci.plugins.module_utils.operations.findings import Finding
@@ -139,6 +140,57 @@ def test_many_processes_find_the_same_as_one(repo: Repo) -> None:
     assert short(run(repo, OBJECTS, parallel=1).findings) == short(run(repo, OBJECTS, parallel=4).findings)
 
 
+def test_objects_of_every_length_are_read_to_their_end(repo: Repo) -> None:
+    """Also those that are longer than what is read at once, and those that end with it."""
+    piece = checkobjects._PIECE
+    lengths = [0, 1, 4095, 4096, 4097, piece - 1, piece, piece + 1, 2 * piece, 3 * piece + 4096, 3 * piece + 5000]
+    with Repository.open(str(repo.path), write=True) as repository:
+        digests = [repository.objects.put(os.urandom(length)) for length in lengths]
+        holes = b"x" * 5 + bytes(piece - 5) + bytes(5 * piece + 10) + b"y" * 4096
+        digests.append(repository.objects.put(holes))
+    sparse = repo.object(digests[-1])
+    sparse.unlink()
+    with sparse.open("wb") as file:
+        file.write(b"x" * 5)
+        file.seek(len(holes) - 4096)
+        file.write(b"y" * 4096)
+    assert sparse.stat().st_blocks * 512 < len(holes)
+    report = run(repo, OBJECTS)
+    assert report.findings == []
+    assert report.checked["bytes"] == sum(one.stat().st_size for one in (repo.path / "objects").glob("??/*"))
+    for digest in digests[1:]:
+        path = repo.object(digest)
+        with path.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            last = file.read(1)
+            file.seek(-1, os.SEEK_END)
+            file.write(bytes([last[0] ^ 1]))
+    assert sorted(short(run(repo, OBJECTS).findings)) == sorted(("object_damaged", one.hex()) for one in digests[1:])
+
+
+def test_objects_are_read_while_names_and_streams_are_looked_at(repo: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    real = checkobjects._check_directory
+
+    def reading(*arguments: Any) -> None:
+        os.write(writer, b"x")
+        real(*arguments)
+
+    def nodes(self: Any) -> Any:
+        assert select.select([reader], [], [], 60)[0], "nobody reads yet"
+        return listed(self)
+
+    listed = check._Check._nodes
+    monkeypatch.setattr(checkobjects, "_check_directory", reading)
+    monkeypatch.setattr(check._Check, "_nodes", nodes)
+    repo.flip(repo.file("a0"))
+    try:
+        assert short(run(repo, OBJECTS, parallel=2).findings) == [("object_damaged", repo.file("a0").hex())]
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
 def test_an_object_that_cannot_be_read_is_told_and_the_rest_is_checked(
     repo: Repo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,7 +204,7 @@ def test_an_object_that_cannot_be_read_is_told_and_the_rest_is_checked(
 
         return read
 
-    for call in ("readv", "pread"):
+    for call in ("readv", "preadv"):
         monkeypatch.setattr(os, call, failing(getattr(os, call)))
     repo.flip(repo.file("a0"))
     assert sorted(short(run(repo, OBJECTS).findings)) == [
