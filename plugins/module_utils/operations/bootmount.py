@@ -224,7 +224,7 @@ def ensure(target: mounting.Target, repository: str, run: Run, check: bool = Fal
             if os.path.lexists(link):
                 os.unlink(link)
             else:
-                os.makedirs(os.path.dirname(link), exist_ok=True)
+                unitfiles.make_directories(os.path.dirname(link))
                 os.symlink(f"{places.units}/{name}", link)
         with files.opened_directory(os.path.dirname(links[wanted])) as fd:
             files.sync_directory(fd)

@@ -82,7 +82,7 @@ def ensure(
         for path, content in stale.items():
             unitfiles.write(path, content)
         if not enabled:
-            os.makedirs(os.path.dirname(link), exist_ok=True)
+            unitfiles.make_directories(os.path.dirname(link))
             os.symlink(f"{places.units}/{name}.timer", link)
             with files.opened_directory(os.path.dirname(link)) as fd:
                 files.sync_directory(fd)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 
@@ -54,10 +55,24 @@ def read_text(path: str) -> str | None:
     return os.fsdecode(content)
 
 
+def make_directories(path: str) -> None:
+    """Make the directory ``path`` and those that it lies in, as far as they are missing, for everybody to read whatever
+    the umask is. OSError passes.
+    """
+    missing = []
+    while not os.path.isdir(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    for one in reversed(missing):
+        with contextlib.suppress(FileExistsError):  # somebody else made it meanwhile
+            os.mkdir(one, 0o755)
+            os.chmod(one, 0o755)
+
+
 def write(path: str, content: bytes) -> None:
     """Replace a file in one step and durably: a boot must find the old one or the new one, whole."""
     directory, name = os.path.split(path)
-    os.makedirs(directory, mode=0o755, exist_ok=True)
+    make_directories(directory)
     with files.opened_directory(directory) as fd:
         files.write_whole(fd, name, content)
 

@@ -202,6 +202,22 @@ def test_a_unit_is_written_enabled_and_made_known_once(places: Places) -> None:
 
 
 @pytest.mark.slow
+def test_everybody_may_read_units_and_what_they_lie_in_whatever_the_umask_is(
+    places: Places, tmp_path: pathlib.Path
+) -> None:
+    old = os.umask(0o077)
+    try:
+        bootmount.ensure(target(), "/srv/repo", Systemd(), places=places)
+    finally:
+        os.umask(old)
+    units, library = pathlib.Path(places.units), pathlib.Path(places.library)
+    made = [units, units / f"{LOCAL}.wants", library]
+    assert {path.stat().st_mode & 0o777 for path in made} == {0o755}
+    assert {path.stat().st_mode & 0o777 for path in units.glob("*.service")} == {0o644}
+    assert os.stat(places.application).st_mode & 0o777 == 0o644
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", ["unit", "link", "program", "directory"])
 def test_what_is_wrong_is_put_right(places: Places, broken: str) -> None:
     systemd = Systemd()

@@ -158,6 +158,17 @@ def test_the_command_line_means_the_wish(wish: Wish, monkeypatch: pytest.MonkeyP
     assert (meant.prune is None) == (wish.prune is None) and meant.unsafe == wish.unsafe
 
 
+def test_everybody_may_read_what_a_timer_lies_in_whatever_the_umask_is(places: Places) -> None:
+    """The journals of mounts lie there, too: a timer that comes first must not hide them from other users."""
+    old = os.umask(0o077)
+    try:
+        maintenancetimer.ensure("/srv/one", Wish(), Schedule(), Systemd(), places=places)
+    finally:
+        os.umask(old)
+    made = [places.units, places.library, f"{places.units}/timers.target.wants"]
+    assert {os.stat(path).st_mode & 0o777 for path in made} == {0o755}
+
+
 def test_the_program_goes_with_the_last_timer(places: Places) -> None:
     systemd = Systemd()
     for path in ("/srv/one", "/srv/two"):
