@@ -211,8 +211,13 @@ def _occupy_standard_descriptors() -> None:
 
 
 def _guard(module: Module) -> None:
-    """Have paths of the task named in UTF-8, and warnings go through the gate."""
+    """Have paths of the task named in UTF-8, and warnings and what is logged go through the gate: a task must not fail
+    after it is done because its log cannot hold a name.
+    """
     text.name_files(getattr(module, "params", {}))
+    log: Callable[[str], Any] | None = getattr(module, "log", None)
+    if log is not None:
+        module.log = lambda message: log(text.printable(message))  # type: ignore[attr-defined]
     warn = getattr(module, "warn", None)
     if warn is not None:
         module.warn = lambda warning: warn(text.printable(warning))  # type: ignore[method-assign]

@@ -23,6 +23,7 @@ from ..host.commands import Run
 from . import journal, mounting, program, unitfiles
 from .journal import HOST, Places
 from ..errors import MountFailed, UnsafeRepository, doing
+from ..text import from_file_name
 
 PREFIX = "composefs-oci-"
 LOCAL, REMOTE = "local-fs.target", "remote-fs.target"
@@ -80,10 +81,11 @@ def unit_text(target: mounting.Target, repository: str, places: Places = HOST, i
     interpreter = interpreter or interpreter_to_run()
     directories = [target.upperdir, target.workdir]
     needs = [repository, os.path.dirname(target.path), places.library, os.path.dirname(interpreter), *directories]
-    for text in (*needs, target.path):
-        if text and not text.isprintable():
+    for path in (*needs, target.path):
+        # What is text in UTF-8 need not be text in the locale of this process.
+        if path and not from_file_name(path).isprintable():
             raise MountFailed(
-                f"A unit of systemd cannot hold {text!r}.",
+                f"A unit of systemd cannot hold {from_file_name(path)!r}.",
                 "Choose names of printable characters, or set 'persistent' to false.",
             )
     when = REMOTE if any(is_remote(path) for path in needs if path) else LOCAL

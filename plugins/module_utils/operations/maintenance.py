@@ -23,6 +23,7 @@ from ..host import beneath
 from ..progress import Progress
 from ..store import checks
 from ..store.repository import LOCK_WAIT, Repository
+from ..text import file_name, from_file_name
 from . import check, prune
 
 LEVELS = (check.QUICK, check.OBJECTS)
@@ -71,13 +72,15 @@ def maintain(repository: Repository, wish: Wish, progress: Progress) -> dict[str
 
 
 def words(wish: Wish, repository: str) -> list[str]:
-    """The command line that means the same."""
+    """The command line that means the same, as the operating system spells it: the program may run in another locale
+    than the task that wrote it, and must keep the same names.
+    """
     found = ["--level", wish.level, *(["--accept-unsafe"] if wish.unsafe == beneath.ACCEPT else [])]
     if wish.prune is None:
         found.append("--no-prune")
     else:
         for option, patterns in (("--keep", wish.prune.keep), ("--remove", wish.prune.remove)):
-            found += [f"{option}={pattern}" for pattern in patterns]
+            found += [f"{option}={file_name(pattern)}" for pattern in patterns]
         found += ["--keep-last", str(wish.prune.keep_last), "--older-than", f"{wish.prune.older_than:g}"]
         found += ["--timeout", f"{wish.prune.timeout:g}"]
     return [*found, "--", repository]
@@ -98,7 +101,8 @@ def main(arguments: Sequence[str], opened: Callable[..., Repository] = Repositor
     parser.add_argument("--accept-unsafe", action="store_true", help="also a repository that others can change")
     parser.add_argument("repository")
     options = parser.parse_args(arguments)
-    pruning = prune.Wish(options.keep, options.remove, options.keep_last, options.older_than, options.timeout)
+    keep, remove = (list(map(from_file_name, patterns)) for patterns in (options.keep, options.remove))
+    pruning = prune.Wish(keep, remove, options.keep_last, options.older_than, options.timeout)
     unsafe = beneath.ACCEPT if options.accept_unsafe else beneath.REFUSE
     wish = Wish(options.level, None if options.no_prune else pruning, unsafe)
     try:

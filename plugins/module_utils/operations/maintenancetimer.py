@@ -19,6 +19,7 @@ from ..formats.bounds import MAX_NAME
 from ..host import commands, files, safety
 from ..host.commands import Run
 from ..rootfs import erofs, erofsreader
+from ..text import from_file_name
 from . import bootmount, journal, maintenance, program, unitfiles
 from .journal import HOST, Places
 
@@ -128,8 +129,8 @@ def _require_calendar(calendar: str, run: Run) -> None:
 def _service(repository: str, wish: maintenance.Wish, places: Places) -> str:
     words = [bootmount.interpreter_to_run(), "-I", places.maintenance, *maintenance.words(wish, repository)]
     for word in words:
-        if not word.isprintable():
-            raise InvalidOption(f"A unit of systemd cannot hold {word!r}.", "Use printable characters.")
+        if not from_file_name(word).isprintable():
+            raise InvalidOption(f"A unit of systemd cannot hold {from_file_name(word)!r}.", "Use printable characters.")
     return f"""\
 # Written by composefs.oci.composefs_maintenance, which replaces changes made here.
 [Unit]

@@ -17,7 +17,19 @@ from ansible_collections.composefs.oci.plugins.module_utils import errors
 
 COLLECTION = pathlib.Path(errors.__file__).resolve().parents[2]
 # What CPython's own build leaves out where a library is not there, and what an image or an installation lacks.
-OPTIONAL = ["_ctypes", "_bz2", "_lzma", "_ssl", "_uuid", "_sqlite3", "zstandard", "isal", "jsonschema", "compression"]
+OPTIONAL = [
+    "_ctypes",
+    "_hashlib",
+    "_bz2",
+    "_lzma",
+    "_ssl",
+    "_uuid",
+    "_sqlite3",
+    "zstandard",
+    "isal",
+    "jsonschema",
+    "compression",
+]
 
 SCRIPT = """
 import importlib, json, os, sys

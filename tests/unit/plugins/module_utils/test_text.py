@@ -205,3 +205,66 @@ def test_names_are_utf8_on_the_disk_and_the_same_text_in_every_locale(tmp_path: 
         answers[locale] = {**values, "repository": "", "unit": values["unit"].replace(locale.replace("-", r"\x2d"), "")}
     assert len({json.dumps(answer) for answer in answers.values()}) == 1
     assert answers["utf-8"]["tags"] == [NAME] and r"w\xc3\xb6rter" in answers["utf-8"]["unit"]
+
+
+SAY = """
+import contextlib, json, os, sys
+from ansible_collections.composefs.oci.plugins.module_utils import module, text
+from ansible_collections.composefs.oci.plugins.module_utils.operations import bootmount, maintenance, mounting, prune
+
+path = json.loads(sys.argv[1])
+answers = {}
+
+
+class Module:
+    check_mode = False
+    params = {"path": path}
+
+    def warn(self, text):
+        pass
+
+    def log(self, message):
+        answers["logged"] = message
+
+    def exit_json(self, **values):
+        pass
+
+
+def main(module_):
+    target = mounting.Target("0" * 64, module_.params["path"], False)
+    unit = bootmount.unit_text(target, module_.params["path"], interpreter="/usr/bin/python3")
+    answers["unit"] = os.fsencode(unit).decode()
+    module_.log(module_.params["path"] + " is mounted")
+    return {}
+
+
+def maintain(repository, wish, progress):
+    answers["keep"] = wish.prune.keep
+    return {"error": None, "findings": {}}
+
+
+module.run_module(Module(), main)
+words = maintenance.words(maintenance.Wish(prune=prune.Wish(keep=["b\\u00fcro*"])), "/srv")
+answers["words"] = os.fsencode(" ".join(words)).decode()
+maintenance.maintain = maintain
+with contextlib.redirect_stdout(sys.stderr):
+    maintenance.main(words, opened=lambda *_arguments, **_options: contextlib.nullcontext())
+print(json.dumps(answers))
+"""
+
+
+@pytest.mark.slow
+def test_units_programs_and_logs_hold_the_same_text_in_every_locale(tmp_path: pathlib.Path) -> None:
+    """A name that a timer shall keep must be kept whatever locale systemd runs it in, and no task may fail after it is
+    done because a log cannot hold a name.
+    """
+    answers = {}
+    for locale, environment in locales(tmp_path).items():
+        words = [sys.executable, "-c", SAY, json.dumps("/srv/büro/日本")]
+        done = subprocess.run(words, env=environment, capture_output=True, check=False)
+        assert done.returncode == 0, f"{locale}: {done.stderr.decode()}"
+        answers[locale] = json.loads(done.stdout)
+    expected = answers["utf-8"]
+    assert all(answer == expected for answer in answers.values()), answers
+    assert expected["logged"] == "/srv/büro/日本 is mounted" and expected["keep"] == ["büro*"]
+    assert "Path=/srv/büro/日本\n" in expected["unit"] and "--keep=büro*" in expected["words"]
