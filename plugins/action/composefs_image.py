@@ -94,7 +94,7 @@ def watched(wish: str) -> bool:
 
 
 def on_terminal() -> bool:
-    """Whether what is displayed as an error, as the line is, comes to a terminal."""
+    """Whether standard error, where the line is shown, is a terminal."""
     # Since ansible-core 2.19 a worker is cut off from the terminal; its parent is the process that prints.
     return any(_is_terminal(pid) for pid in (os.getpid(), os.getppid()))
 
@@ -229,7 +229,7 @@ class ActionModule(ActionBase):
                 result.update(self._run_watched(token, directory, task_vars))
         except _Interrupted as interrupt:
             self._stop(directory)
-            # What would have happened without this plugin: the worker and what it started end.
+            # As without this plugin, the worker and what it started end now.
             os.kill(os.getpid(), interrupt.number)
             raise
         return result
@@ -246,7 +246,7 @@ class ActionModule(ActionBase):
         return answer
 
     def _execute_with(self, variable: str, value: str, task_vars: dict[str, t.Any]) -> dict[str, t.Any]:
-        """Run the module with one more variable in its environment, which is no option, for it is nobody's but ours."""
+        """Run the module with one more variable in its environment. It is no option, because it is not for users."""
         before = self._task.environment
         self._task.environment = [*_listed(before), {variable: value}]
         try:

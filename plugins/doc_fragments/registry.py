@@ -17,8 +17,8 @@ options:
     type: path
   username:
     description:
-      - The user to log in to the registry with. Needs O(password), and excludes O(auth_file). Where that is a default
-        of the action group, V(null) takes it away.
+      - The user to log in to the registry with. Needs O(password), and excludes O(auth_file). If O(auth_file) is a
+        default of the action group, V(null) takes it away.
     type: str
   password:
     description:

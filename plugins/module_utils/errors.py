@@ -175,7 +175,7 @@ class InvalidLayer(EngineError):
 
 
 class NotBootable(EngineError):
-    """The image is no bootable one: it has no ``/sysroot``."""
+    """The image is no bootable one: it has no ``/boot`` or no ``/sysroot``."""
 
     code = "not_bootable"
 
@@ -217,7 +217,7 @@ class FormatError(EngineError):
 
 
 class VerityUnsupported(EngineError):
-    """The file system has no fs-verity."""
+    """The file system, the kernel or the repository has no fs-verity where it is asked for."""
 
     code = "verity_unsupported"
 
@@ -235,13 +235,13 @@ class TooLarge(EngineError):
 
 
 class LimitReached(EngineError):
-    """The process may have no more threads, processes, descriptors or memory."""
+    """The process may have no more threads, processes, open files or memory."""
 
     code = "limit_reached"
 
 
 class ReadOnly(EngineError):
-    """The repository cannot be written."""
+    """What has to be written lies on a file system that is mounted read-only."""
 
     code = "read_only"
 
@@ -265,7 +265,7 @@ class Busy(EngineError):
 
 
 class MountFailed(EngineError):
-    """The kernel refused a mount."""
+    """A mount, or the unit that brings it back at boot, cannot be made or changed."""
 
     code = "mount_failed"
 
@@ -288,7 +288,7 @@ class OutOfMemory(EngineError):
     code = "out_of_memory"
 
 
-# What says nothing of whatever was being looked at: this process cannot look.
+# Errors that say nothing about what was being looked at: this process could not look.
 OF_THIS_PROCESS = (LimitReached, OutOfMemory, MissingLibrary)
 
 
@@ -310,7 +310,7 @@ _BY_ERRNO: dict[int, tuple[type[EngineError], str]] = {
 
 FILES, PROCESSES, MEMORY = "files", "processes", "memory"
 # What cannot be had because a limit is reached, whatever was being done then. EAGAIN comes from making processes:
-# whoever asks without waiting for something else expects it.
+# code that reads without waiting handles its own EAGAIN.
 _EXHAUSTED = {
     errno.EMFILE: FILES,
     errno.ENFILE: FILES,
@@ -380,8 +380,8 @@ def _of_control_group(name: str) -> str:
 
 
 def lacks_room() -> bool:
-    """Whether RLIMIT_AS leaves less than the stack of a thread or a library needs. Neither says so itself: a thread is
-    refused in the same words where there are too many of them, and a library in many.
+    """Whether RLIMIT_AS leaves less than the stack of a thread or a library needs. Neither error says so itself: a
+    thread is refused in the same words where there are too many of them, and a library in various words.
     """
     import resource  # late, as above
 
@@ -417,7 +417,7 @@ def from_os_error(error: OSError, what: str) -> EngineError:
 
 
 def from_exception(error: BaseException, what: str) -> EngineError:
-    """The engine error for whatever went wrong while doing ``what``; an engine error is itself, as it is.
+    """The engine error for whatever went wrong while doing ``what``; an engine error is returned as it is.
 
     The words of an exception that nobody expected are left out: see describe_crash().
     """
@@ -461,7 +461,7 @@ def by_code(code: str) -> type[EngineError]:
 
 def to_values(error: EngineError) -> dict[str, Any]:
     """All that the error knows, as plain values for another process; from_values() makes the error of them again."""
-    # Bounded in bytes of the message, in which a character may take twelve.
+    # The bound is in bytes of the message between processes, in which a character may take twelve.
     texts = {key: printable(getattr(error, key), _MAX_TEXT) for key in ("message", "hint", "doing", "said")}
     counts = {"attempts": error.attempts, "seconds": error.seconds}
     return {"kind": type(error).__name__, "code": error.code, "passing": error.passing, **texts, **counts}
@@ -472,7 +472,7 @@ def from_values(values: Mapping[str, Any]) -> EngineError:
     here.
     """
     kind = next((kind for kind in classes() if kind.__name__ == values["kind"]), by_code(values["code"]))
-    # Around the constructors of subclasses, which may want something else than a message.
+    # Made without the constructor of the subclass, which may want something else than a message.
     error = kind.__new__(kind)
     EngineError.__init__(
         error,

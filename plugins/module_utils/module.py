@@ -49,7 +49,7 @@ def repository_path(module: Module, option: str = "repository") -> str:
 def opened_repository(module: Module, path: str, *, foreseen: bool = False) -> Iterator[Repository]:
     """The repository at ``path``, in check mode as earlier tasks of the run foretold that it would be: where there is
     nothing yet, an empty one that vanishes with the ``with``; an old one that would be upgraded, as upgraded; and one
-    that would be given to whom it is safe for, as safe.
+    whose owner or mode would be corrected, as safe.
 
     With ``foreseen`` names also mean what they will mean then, although their images may not be there yet.
     """
@@ -79,7 +79,7 @@ def opened_repository(module: Module, path: str, *, foreseen: bool = False) -> I
     from .formats import fsverity
     from .store import create
 
-    module.warn(f"There is no repository at {path} yet. In check mode it is taken for one that is empty.")
+    module.warn(f"There is no repository at {path} yet. Check mode treats it as empty.")
     algorithm = fsverity.ALGORITHMS.get(will_be["algorithm"] or "") if will_be is not None else None
     with (
         tempfile.TemporaryDirectory(prefix="composefs-") as base,
@@ -211,8 +211,8 @@ def _occupy_standard_descriptors() -> None:
 
 
 def _guard(module: Module) -> None:
-    """Have paths of the task named in UTF-8, and warnings and what is logged go through the gate: a task must not fail
-    after it is done because its log cannot hold a name.
+    """Name the paths of the task in UTF-8, and send warnings and what is logged through ``text.printable``: a task must
+    not fail after it is done because its log cannot hold a name.
     """
     text.name_files(getattr(module, "params", {}))
     log: Callable[[str], Any] | None = getattr(module, "log", None)
@@ -237,16 +237,17 @@ def guarded(
     read: Callable[[object], object] = lambda value: value,
     complain: Callable[[object], str] = lambda value: "",
 ) -> Any:
-    """``kind``, which is AnsibleModule, so that it shows no secret although the task is written wrongly, and takes an
-    option that is null for one that is not written.
+    """A subclass of ``kind``, which is AnsibleModule. It shows no secret even if the task is written wrongly, and it
+    treats an option that is null as one that is not written.
 
-    A task has no other way to do without a default of its action group; and by itself AnsibleModule takes null for a
-    value, which contradicts other options and stands in the place of the option's own default.
+    Null is the only way in which a task can do without a default of its action group. AnsibleModule by itself takes
+    null for a value, which contradicts other options and stands in the place of the option's own default.
 
-    What is not understood is not known to be a secret either, and Ansible logs and returns the options of every task.
-    So they are put right before it sees them: credentials in one of the options ``references`` become stars, which no
-    reference may have; and the list ``several`` of such options, as ``read`` puts it, goes if ``complain`` finds its
-    shape wrong. What it says is then the attribute ``complaint`` of the module.
+    Ansible logs and returns the options of every task, and of an option that is malformed it cannot know what is a
+    secret. So options are cleaned before Ansible sees them. In the options ``references`` credentials are replaced by
+    stars, which no reference may have. ``several`` is an option with a list of such options: ``read`` puts it into its
+    usual shape, and if ``complain`` finds that wrong, the list is dropped. What ``complain`` says is then the attribute
+    ``complaint`` of the module.
     """
     if not isinstance(kind, type):
         return kind  # a test's
@@ -304,8 +305,9 @@ def run_module(
 
     ``base`` holds the return values that exist in every case; ``main``'s own take precedence. It is read when the
     module ends, so ``main`` may fill in what it learns before it fails. Failures carry ``error``: the code of the
-    engine's error class; ``internal_error`` stands for a bug. They tell what is known: what nobody has filled in yet is
-    left out. With ``effort`` they also tell how often what failed was tried, and the seconds that the task took.
+    engine's error class; ``internal_error`` stands for a bug. They contain what is known: values that nobody has filled
+    in yet are left out. With ``effort`` they also tell how often what failed was tried, and the seconds that the task
+    took.
     """
     _occupy_standard_descriptors()
     _guard(module)

@@ -103,7 +103,7 @@ class Countdown:
         clock: Callable[[], float] = time.monotonic,
         begun: float | None = None,
     ) -> None:
-        """``begun``: by that clock, if the work began earlier."""
+        """``begun``: when the work began by ``clock``, if that was before now."""
         self._progress, self._text, self._total, self._share = progress, text, total, share
         self._clock = clock
         self._told = clock()
@@ -207,7 +207,9 @@ class FileSink:
     """
 
     def __init__(self, path: str, interval: float = 0.5, directory: int | None = None) -> None:
-        """``directory``: where the file lies, open (O_PATH will do) and taken over; without it the path is believed."""
+        """``directory``: an fd of where the file lies (O_PATH will do), which ``close`` closes. Without it links in the
+        directory of ``path`` are followed.
+        """
         self._path = path
         self._directory = directory
         self._interval = interval
@@ -252,9 +254,9 @@ class FileSink:
         }
 
     def _write(self, finished: bool) -> None:
-        # The wings have host/files for this, but this room stands below them. By a name that nobody can foresee, which
-        # must not exist: the directory may be one where everybody may write. A link that has the file's own name is
-        # replaced, not followed.
+        # The wings have host/files for this, but this room stands below them. The name is one that nobody can foresee
+        # and that must not exist: the directory may be one where everybody may write. A link that has the file's own
+        # name is replaced, not followed.
         where, name = os.path.split(self._path)
         if self._directory is None:
             self._directory = os.open(where or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -39,7 +39,7 @@ options:
       - How thoroughly to check.
       - V(quick) looks at names, links, documents, streams and EROFS images, and whether every object is there that they
         need.
-      - V(objects) also reads every object and holds it against its digest. Where fs-verity protects the repository, the
+      - V(objects) also reads every object and compares it with its digest. Where fs-verity protects the repository, the
         kernel does so, and everything is read from the disk again.
       - V(full) also computes the digest of the tar of every layer, and makes every EROFS image once more to compare it.
     type: str
@@ -65,7 +65,7 @@ options:
     description:
       - The path on the host of another composefs repository, of an OCI image layout, or of an archive of one, to repair
         from. Layouts and archives may also be written as references with C(oci:) and C(oci-archive:); what is taken
-        from them is what the digests say, whatever name it has there. What it gives is held against its digest.
+        from them is chosen by digest, whatever its name is there, and checked against that digest.
     type: path
   fail_on_findings:
     description:
@@ -268,13 +268,13 @@ def run(module: AnsibleModule, base: dict[str, Any], life: watch.Life) -> dict[s
     finally:
         progress.close()
     if known:
-        # There will be more to look at, and less.
+        # Earlier tasks of the run in check mode would change how much there is to look at.
         checked = {**checked, **{key: None for key in FIGURES if key in checked}}
     base["findings"] = [dataclasses.asdict(one) for one in findings]
     base["checked"] = checked
     for one in base["repaired"] if not module.check_mode else ():
         module.log(f"{path}: {one['message']}")
-    # A repair that would mend all findings is no failure in check mode, as it would be none without.
+    # In check mode, too, a repair that would mend all findings does not fail.
     foretold = {(one["code"], one["path"]) for one in base["repaired"]} if module.check_mode else set()
     left = [one for one in findings if (one.code, one.path) not in foretold]
     if left and params["fail_on_findings"]:
@@ -318,7 +318,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     base = dict(EMPTY)
-    # The action plugin says by the environment what is between it and this module.
+    # The action plugin passes through the environment what concerns only itself and this module.
     job, token = os.environ.pop(watch.COLLECT, ""), os.environ.pop(watch.WATCH, "")
     if job:
         run_module(module, lambda module: watch.collect(job))

@@ -138,7 +138,7 @@ layers:
       size: 60512345
       bytes: 1478512
 attempts:
-  description: How often was tried what failed in the end.
+  description: How often the step that failed was tried.
   returned: on failure
   type: int
   sample: 4

@@ -112,7 +112,7 @@ options:
     elements: str
   persistent:
     description:
-      - Whether the mount shall come back when the host boots, said with O(state=activated). The unit of systemd is
+      - Whether the mount shall come back when the host boots. Set it with O(state=activated). The unit of systemd is
         written when the image is confirmed. The default is to leave it as it is.
     type: bool
 notes:

@@ -32,7 +32,7 @@ attributes:
     details:
       - The registry is asked what the reference means, and the result is exactly what a real run would change, with the
         bytes it would fetch.
-      - A repository that does not exist yet is taken for an empty one, with a warning. Where C(skopeo) is not installed
+      - A repository that does not exist yet is treated as empty, with a warning. Where C(skopeo) is not installed
         yet, a new name is foretold as a change without details, with a warning.
   diff_mode:
     support: full
@@ -72,13 +72,14 @@ options:
     version_added: 0.2.0
   rename_from:
     description:
-      - A name that gives way to O(name). The image that has it gets O(name) without any network, unless O(ref) says
-        that another one does. Nothing happens where it is gone and O(name) is there.
+      - A name that gives way to O(name). The image that has it gets O(name) without any network, unless O(ref)
+        names another image. Nothing happens where this name is gone and O(name) is there.
     type: str
     version_added: 0.2.0
   images:
     description:
-      - Several images to pull in one task. Layers that they share are fetched once. An empty list is nothing to do.
+      - Several images to pull in one task. Layers that they share are fetched once. With an empty list there is
+        nothing to do.
       - An item may be a text, too, which is its O(images[].ref).
       - No name is created or moved unless all of them could be stored.
     type: list
@@ -139,7 +140,7 @@ options:
       - V(always) asks the registry what the reference means now, and fetches what is missing.
       - V(missing) is content with an image that has the name, was pulled by the same O(ref), and is what O(digest) and
         O(platform) ask for, without any network, and without asking the signature policy again. A name that version
-        0.1.0 or another program gave does for any O(ref) without a digest.
+        0.1.0 or another program gave is enough for any O(ref) without a digest.
       - V(newer) is like V(always), but leaves what is there, with a warning, if the registry cannot be reached or does
         not answer in time.
     type: str
@@ -163,8 +164,8 @@ options:
   username:
     description:
       - The user to log in to the registry with. Needs O(password).
-      - The images of one task that have no O(images[].username) of their own must all be of one registry, for whichever
-        asked would get the password.
+      - The images of one task that have no O(images[].username) of their own must all be of one registry, because
+        the password would go to every registry that asks.
     type: str
   unenforced_policy:
     description:
@@ -288,7 +289,8 @@ notes:
     C(async) or with C(no_log) have no line.
   - A pull ends when its playbook is interrupted, and gives nothing a name. A pull with a live line survives a lost
     connection for two minutes. It goes on fetching meanwhile, and the task goes on when the connection comes back. If
-    it does not, the pull ends without giving anything a name. A task with C(async) needs nobody who waits for it.
+    it does not, the pull ends without giving anything a name. A task with C(async) does not depend on anybody
+    who waits for it.
   - Whatever was fetched before the end stays, and the next run goes on from there.
 requirements:
   - skopeo 1.6 or later on the host (1.13 or later to enforce signature policies), except for OCI layouts, archives of
@@ -567,10 +569,10 @@ stats:
 policy:
   description:
     - How the policy for signatures was applied. V(enforced) if it asks for more than accepting anything and C(skopeo)
-      held the image against it; V(ignored) if it asks for more and nobody did, because O(unenforced_policy=ignore);
+      checked the image against it; V(ignored) if it asks for more and nobody checked, with O(unenforced_policy=ignore);
       V(accept_anything) if it asks for nothing.
-    - With O(pull=missing) an image that is there is not held against the policy again; this is what was remembered
-      when it was pulled. V(null) if nobody remembers.
+    - With O(pull=missing) an image that is there is not checked against the policy again; this is what was remembered
+      when it was pulled. V(null) if that is not known.
   returned: when O(images) is not used
   type: str
   sample: accept_anything
@@ -602,7 +604,7 @@ protocol_version:
   type: str
   sample: 0.2.3
 attempts:
-  description: How often was tried what failed in the end.
+  description: How often the step that failed was tried.
   returned: on failure
   type: int
   sample: 4
@@ -696,7 +698,7 @@ def requests_of(params: dict, places: dict[str, str] | None = None) -> list[pull
             place = place_of(parse_reference(ref), params, places or {})
         if not image["name"]:
             if local:
-                parse_reference(ref)  # what is none is refused; a digest alone names nothing
+                parse_reference(ref)  # what is no reference is refused; a digest alone names nothing
             name = default_name(ref)
             former = tuple(form for form in dict.fromkeys((ref, *other_names(name))) if form != name)
         username, password = image.get("username"), image.get("password")
@@ -779,7 +781,7 @@ def present(
     """Pull; one report for each image."""
     will_be = {request.name: comes(module, repository, request) for request in requests} if module.check_mode else {}
     if any(come is not None for come in will_be.values()):
-        # Their parts are not here yet. Those that can be asked about are asked about, as a task of their own.
+        # These images are not here yet. The others are looked up as in a task of their own.
         others = [request for request in requests if will_be[request.name] is None]
         if any(will_be[one.name] is not None and not one.local for one in requests):
             repository.foreseen = repository.foreseen._replace(complete=False)
@@ -794,8 +796,8 @@ def present(
     try:
         outcomes = pull.pull_images(repository, requests, options, progress, life.permit)
     except (SkopeoMissing, SkopeoTooOld, MissingLibrary) as error:
-        # A fresh host: the task that installs skopeo and libraries was only foretold, too. That names which are not
-        # there will come is certain all the same.
+        # A fresh host: the task that installs skopeo and libraries was only foretold, too. It is certain all the same
+        # that names which are not there will come.
         if not module.check_mode or any(repository.tag_digest(request.name) for request in requests):
             raise
         module.warn(f"{error} So check mode cannot tell what the images are, only that they would be pulled.")
@@ -868,7 +870,7 @@ def run(module: AnsibleModule, base: dict, life: watch.Life) -> dict:
             there = [dataclasses.replace(one, name=namerecords.spelled(repository, one.name)) for one in requests]
             reports = [pull.forget(repository, request, module.check_mode) for request in there]
             warn_of_mounts(module, repository, reports)
-        # What check mode makes up where there is no repository yet says nothing of the one to come.
+        # The empty repository that stands in for one to come says nothing about that one.
         verity = None if repository.place else repository.secure
         free, _inodes = repository.free_space()
     changed = any(report.changed for report in reports)
@@ -912,7 +914,7 @@ IMAGE = {
     "digest": {"type": "str"},
     "platform": {"type": "str"},
 }
-# What may differ from image to image, and else is as the task says.
+# Options that an image may have of its own; otherwise those of the task hold.
 OWN = {"erofs": {"type": "bool"}, "bootable": {"type": "bool"}, "auth_file": {"type": "path"}}
 LOGIN = {"username": {"type": "str"}, "password": {"type": "str", "no_log": True}}
 ARGUMENT_SPEC = {
@@ -1006,7 +1008,7 @@ def main() -> None:
     if module.complaint:
         module.fail_json(module.complaint, error=InvalidOption.code)
     base: dict = {"changed": False}
-    # The action plugin says by the environment what is between it and this module.
+    # The action plugin passes through the environment what concerns only itself and this module.
     job, token = os.environ.pop(watch.COLLECT, ""), os.environ.pop(watch.WATCH, "")
     if job:
         run_module(module, lambda module: watch.collect(job))

@@ -15,9 +15,9 @@ description:
   - Writes a timer of systemd that checks a composefs repository and frees what nothing keeps in it, without a
     controller. It does what M(composefs.oci.composefs_check) and M(composefs.oci.composefs_prune) do, at the lowest
     priority.
-  - What came of the last time is in C(last_maintenance) of M(composefs.oci.composefs_repository_info), and in the page
-    of the playbook C(composefs.oci.status). Where the check found something, or something went wrong, the unit has
-    failed, too.
+  - The result of the last run is in C(last_maintenance) of M(composefs.oci.composefs_repository_info), and in the page
+    of the playbook C(composefs.oci.status). Where the check found something, or something went wrong, the unit counts
+    as failed.
   - The program that is run, C(/var/lib/composefs-oci/maintain.pyz), is made of the sources of this collection and needs
     nothing but Python. Run the module again after an update of the collection.
 extends_documentation_fragment:

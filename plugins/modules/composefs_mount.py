@@ -56,8 +56,8 @@ options:
     description:
       - V(mounted) mounts the image unless exactly that is mounted. Where another image, the same one in another way, or
         another file system is mounted, it fails with RV(error=busy).
-      - V(remounted) is like V(mounted), but puts the image in the place of another one. At no moment is there neither.
-        Whoever has files of the old image open may read on.
+      - V(remounted) is like V(mounted), but puts the image in the place of another one. At every moment one of the two
+        is mounted. Whoever has files of the old image open may read on.
       - V(unmounted) removes all composefs images that are mounted at O(path), and fails with RV(error=busy) while they
         are in use. Other file systems are left alone.
     type: str
@@ -114,7 +114,7 @@ options:
       - Mount options. V(nodev), V(noexec), V(nosuid), V(nosymfollow), V(noatime), V(nodiratime), V(strictatime) and
         V(ro) as in C(mount(8)). V(nodev) and V(nosuid) are set without being asked for; see O(dev) and O(suid).
       - V(volatile) makes a writable mount that is faster and does not survive a crash.
-      - V(context=), V(fscontext=), V(defcontext=) and V(rootcontext=) with an SELinux context.
+      - V(context=), V(fscontext=), V(defcontext=) and V(rootcontext=) each with an SELinux context.
     type: list
     elements: str
     default: []

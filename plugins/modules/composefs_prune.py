@@ -279,7 +279,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     base: dict[str, Any] = {"repository": None, **values(prune.Pruned())}
-    # The action plugin says by the environment what is between it and this module.
+    # The action plugin passes through the environment what concerns only itself and this module.
     job, token = os.environ.pop(watch.COLLECT, ""), os.environ.pop(watch.WATCH, "")
     if job:
         run_module(module, lambda module: watch.collect(job))

@@ -150,7 +150,7 @@ skopeo_version:
   type: str
   sample: 1.18.0
 attempts:
-  description: How often was tried what failed in the end.
+  description: How often the step that failed was tried.
   returned: on failure
   type: int
   sample: 4

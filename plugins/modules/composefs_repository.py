@@ -258,7 +258,7 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
 
 
 def prepare(module: AnsibleModule, place: create.Place, base: dict[str, Any]) -> dict[str, Any]:
-    """The same for the directory as it was opened once: whatever its name comes to mean meanwhile, it is this one."""
+    """The same for the directory that was opened once: all steps act on it, wherever its name leads by then."""
     params, path = module.params, place.path
     algorithm = fsverity.ALGORITHMS[params["algorithm"]]
     before = {"path": path, "state": place.state}
@@ -346,7 +346,7 @@ def set_attributes(
         after.update({name: value for name, value in params.items() if value is not None})
         return changed
     diff: dict[str, Any] = {"before": before, "after": after}
-    # Ansible's functions take paths and do not follow links. This one leads through the descriptor to the directory.
+    # Ansible's functions take paths and do not follow links. This one leads through the fd to the directory.
     path = f"/proc/self/fd/{place.root.fd}/."
     changed = module.set_owner_if_different(path, params["owner"], changed, diff)
     changed = module.set_group_if_different(path, params["group"], changed, diff)

@@ -17,7 +17,7 @@ description:
     end, and what the last check said.
   - Reads no content, so it is quick. M(composefs.oci.composefs_check) finds out whether everything is as it should be.
   - In check mode the names are those that earlier tasks of the run foretold, and what nobody can know before they come
-    is V(null), all figures of a repository that is still to be made among it.
+    is V(null), including all figures of a repository that is still to be made.
 extends_documentation_fragment:
   - composefs.oci.attributes
   - composefs.oci.attributes.info
@@ -155,7 +155,7 @@ unfinished_imports:
       description: When it began.
       type: str
     alive:
-      description: Whether that process is still there. Else the next pull looks after what it left.
+      description: Whether that process is still there. If it is not, the next pull cleans up what it left.
       type: bool
 last_check:
   description: What the last M(composefs.oci.composefs_check) of the whole repository found; V(null) if there was none.

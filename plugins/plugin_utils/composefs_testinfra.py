@@ -78,7 +78,7 @@ def measured(path):
 out["protected"] = bool(measured("meta.json"))
 
 def object_of(link):
-    """The object behind a link of the repository, in hexadecimal; None if the link leads nowhere else or is none."""
+    """The object behind a link of the repository, in hexadecimal; None if it is no link, or does not lead to an object."""
     try:
         match = re.search("objects/([0-9a-f]{2})/([0-9a-f]+)$", os.readlink(link))
     except OSError:
@@ -203,8 +203,8 @@ class Image:
 
     @property
     def image_id(self) -> str | None:
-        """The id of its EROFS image; None if it has none. AssertionError if it has several, for then `image_ids` has to
-        be asked.
+        """The id of its EROFS image; None if it has none. AssertionError if it has several: look at `image_ids`
+        then.
         """
         if len(self.image_ids) > 1:
             raise AssertionError(f"{self.name} has several EROFS images: {self.image_ids}")
@@ -227,7 +227,7 @@ class Repository:
         """Everything there is to know for ``wanted``: an image's name, "check" for all there is, "" for what needs no
         reading of objects.
         """
-        # Who has looked at everything need not look again; neither must anybody for what every answer has.
+        # After a look at everything no other is needed, and what every answer has is taken from any of them.
         for known in ("check", wanted, *(self._known if not wanted else ())):
             if known in self._known:
                 return self._known[known]

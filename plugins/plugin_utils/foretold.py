@@ -23,9 +23,9 @@ PREFIX = "composefs_oci_foretold_"
 VARIABLE = "COMPOSEFS_OCI_FORETOLD"
 # More images before a mount than any path ever has.
 EVERYTHING = 1_000_000
-# What the kernel takes as one variable is twice as long.
+# Characters of the variable; the kernel takes twice as many.
 LONGEST = 64 * 1024
-# Of the digest at the end of a stream's name, what need not be told.
+# Characters of the digest at the end of a stream's name that are left out: the rest tells streams apart.
 _REST = 48
 
 
@@ -57,7 +57,7 @@ def facts_of(result: dict[str, t.Any], arguments: dict[str, t.Any]) -> dict[str,
         if not repository or not name:
             continue
         before, digest = image.get("previous_digest"), image.get("digest")
-        # Of an image that will be there, its parts are not fetched again; None if they are not known.
+        # The parts of an image that will be there are not fetched again; None if they are not known.
         parts = image.get("streams")
         streams = [] if absent else None if parts is None else [str(stream)[:-_REST] for stream in parts]
         changes = {} if before and digest == before else {name: absent}
@@ -147,8 +147,8 @@ def environment(task_vars: dict[str, t.Any]) -> dict[str, str]:
 
 
 def over(facts: dict[str, t.Any], task_vars: dict[str, t.Any] | None) -> dict[str, t.Any]:
-    """What takes back facts that an earlier play of this run, which was in check mode as a whole, left, and that are
-    done or past now.
+    """Empty facts in the place of those that an earlier play of this run left in check mode, and that this task has
+    made true or out of date.
     """
     known = (task_vars or {}).get("ansible_facts") or {}
     return {key: {} for key in facts if key in known}
@@ -160,8 +160,8 @@ def left(
     task: t.Any,
     task_vars: dict[str, t.Any] | None,
 ) -> dict[str, t.Any]:
-    """The facts to leave for the result of a task: what it foretells, or, for good, that this is not foretold any more.
-    ``facts`` makes them of a result.
+    """The facts to leave for the result of a task: in check mode what it foretells, otherwise what takes back such
+    facts of an earlier play. ``facts`` makes them of a result.
     """
     if not result.get("changed") or result.get("failed") or (task.check_mode and _asks(task)):
         return {}

@@ -7,7 +7,7 @@
 Modules let their own results through the same gate. But a host need not be honest, and what is shown in the end is what
 it sends. So every module of the collection has an action, and each of them ends here.
 
-In check mode they tell their modules what earlier tasks of the run foretold.
+In check mode the actions tell their modules what earlier tasks of the run foretold.
 """
 
 from __future__ import annotations

@@ -355,8 +355,8 @@ FORMAT = 1
 
 
 def _error_of(host: Host) -> dict[str, str] | None:
-    """The first thing that went wrong on a host, as code and message; None if nothing did. Where going back failed it
-    is that, for it is what a person has to mend.
+    """The first thing that went wrong on a host, as code and message; None if nothing did. If going back
+    failed, that is the error, for it is what a person has to mend.
     """
     back = result(host, "rollout_reverted")
     if back.get("failed") and not back.get("unreachable"):
@@ -416,7 +416,7 @@ def _places(host: Host, sources: Mapping[str, int]) -> dict[str, int]:
     """The bytes of ``sources`` by the place that they came from, each where it is known for certain.
 
     skopeo does not say whether a mirror answered or, since that did not have it, the origin. So on a host that was
-    given a mirror it is one of both, but for the deltas that its seed made, which lie nowhere else.
+    given a mirror it is one of the two, except for the deltas that its seed made, which lie nowhere else.
     """
     mirror, made = host.get("rollout_mirror"), host.get("rollout_made_deltas")
     places: dict[str, int] = {}
@@ -699,7 +699,7 @@ def comma_separated(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
-    """What a cell says: of an error its code."""
+    """The text of a cell; for an error it is the code."""
     if isinstance(value, Mapping):
         value = value.get("code")
     text = "" if value is None else str(value)

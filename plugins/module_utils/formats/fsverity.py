@@ -68,8 +68,8 @@ def algorithm_from_meta(text: str) -> Algorithm:
     """The algorithm that ``meta.json`` spells as ``text`` (``fsverity-<hash>-<log2 of the block size>``, composefs
     repository format).
 
-    FormatError if it is not of that form, IncompatibleRepository if hash or block size are none that composefs
-    repositories have.
+    FormatError if it is not of that form, IncompatibleRepository if composefs repositories do not have this
+    hash or block size.
     """
     match = re.fullmatch(r"fsverity-(.*)-\+?([0-9]+)", text, re.DOTALL)
     if match is None:

@@ -78,7 +78,7 @@ class Splitter:
         self.size = 0
         """Bytes fed so far."""
         self.entries_seen = 0
-        """Entries so far; extension headers and volume labels are none."""
+        """Entries so far; extension headers and volume labels do not count."""
         self.ended = False
         """The end marker was seen, or a lone zero block that ended the archive."""
         self.ended_with_zeros = False

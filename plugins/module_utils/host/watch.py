@@ -189,7 +189,7 @@ def run(token: str, main: Callable[[Life], None]) -> None:
     """Call ``main``, which ends in SystemExit: as a job that the owner of ``token`` watches, or, without one, plainly.
 
     Where the directory to meet in cannot be made the task runs plainly, too: that it can be watched is an extra. Raises
-    InvalidOption for a token that is none.
+    InvalidOption for a token that is malformed.
     """
     directory = _meeting_place(token) if token else ""
     if directory:

@@ -72,10 +72,10 @@ def spread(
 def begin(
     what: str, tasks: int, work: Callable[[int, Callable[[Any], None]], None], count: int
 ) -> Iterator[Callable[[Callable[[Any], None]], None]]:
-    """The same while this process does something else, until it calls what the block is given with ``take``. Until
-    then workers wait once they have told a few hundred things. They end with the block.
+    """The same while this process does something else. The block gets a function ``finish(take)``, which returns when
+    the work is done. Until it is called, a worker that has told a few hundred things waits. Workers end with the block.
 
-    With one process or less the work begins only then.
+    With one process, or one task, the work is done in this process, and only when ``finish`` is called.
     """
 
     def alone(take: Callable[[Any], None]) -> None:
@@ -107,7 +107,7 @@ def begin(
         for worker in workers:
             worker.connection.close()
 
-    # The pipe holds the number of the next task, and nothing else: who takes it out puts the one after it in.
+    # The pipe holds nothing but the number of the next task: the worker that takes it out puts the one after it in.
     numbers = os.pipe()
     try:
         os.write(numbers[1], _NUMBER.pack(0))

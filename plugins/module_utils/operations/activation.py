@@ -5,8 +5,8 @@
 """Have an image mounted for longer than a command: remembered, kept alive, brought back at boot, taken back in time.
 
 Every mount of ours has a journal, a link that keeps its image, and where it has a manifest a pin. A plain mount is a
-deployment that is confirmed at once. One that is activated first changes nothing that survives a reboot: the journal's
-``current`` moves only when it is confirmed, and until then a timer is set that takes it back.
+deployment that is confirmed at once. An activation first changes nothing that survives a reboot: the journal's
+``current`` moves only when it is confirmed, and until then a timer waits that takes the image back.
 
 Order: names that keep the image, then the journal (with the trial, if it is one), then the timer, then the mount. So
 whatever dies between two steps leaves the old mount, or the new one with a timer behind it.
@@ -38,7 +38,6 @@ from .journal import Image, Journal, Pending, Settings
 from .mounting import Target
 
 ACTIVATED, CONFIRMED, REVERTED, ABSENT = "activated", "confirmed", "reverted", "absent"
-_REVERT_PREFIX = "composefs-oci-revert-"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +104,8 @@ def _activate(repository: Repository, wanted: Deployment, path: str, host: Host,
 
 @dataclasses.dataclass(frozen=True)
 class _Choice:
-    """What shall be mounted and how, after all that can be refused was asked. ``shown`` is the image that is mounted
-    now, ``base`` how the mount is meant to be by now, ``settings`` how it will be meant to be; ``where`` is the
+    """What shall be mounted and how, after everything was checked that can be refused. ``shown`` is the image that is
+    mounted now, ``base`` how the mount is meant to be by now, ``settings`` how it will be meant to be; ``where`` is the
     repository.
     """
 
@@ -202,12 +201,12 @@ class _Attempt:
         self._keeper = lastingmount.Keeper(repository, self._names, image_id, manifest, host)
 
     def foretold(self) -> lastingmount.Result:
-        """What would become of it. Raises EngineError for what would be refused."""
+        """What the activation would do. Raises EngineError for what would be refused."""
         mounting.ensure_mounted(self._repository, self._choice.wish, check=True)
         return self._on_trial()
 
     def make(self) -> lastingmount.Result:
-        """Raises EngineError; then everything is as it was."""
+        """Activate the image. Raises EngineError; then everything is as it was."""
         wanted, choice, host = self._wanted, self._choice, self._host
         try:
             outcome = mounting.ensure_mounted(self._repository, choice.wish, False, self._prepare)
@@ -235,7 +234,7 @@ class _Attempt:
         )
 
     def _prepare(self, _target: Target, _there: Mounted | None) -> None:
-        """What must stand before the mount."""
+        """Write what must be on the disk before the mount is made, and set the timer."""
         wanted, host, path, names = self._wanted, self._host, self._path, self._names
         self._keeper.keep()
         if names.pin is not None and self._keeper.kept:
@@ -351,7 +350,7 @@ def _wish(repository: Repository, wanted: Deployment, base: Settings, manifest: 
     if wanted.verity is None and verity == mounting.REQUIRED and not repository.secure:
         verity = mounting.PREFERRED
     settings = dataclasses.replace(base, verity=verity, opts=base.opts if wanted.opts is None else wanted.opts)
-    # The words may stand among the options, too, as ever.
+    # The words nodev and nosuid may stand among the options, too, as in earlier versions.
     opts = tuple(option for option in settings.opts if option not in mounting.HARDENING)
     given = {option for option in settings.opts if option in mounting.HARDENING}
     settings = dataclasses.replace(
@@ -391,8 +390,8 @@ def _is_current(
 
 
 def _adopted(repository: Repository, found: Journal, origin: str, base: Settings, host: Host, check: bool) -> Journal:
-    """A journal for the mount that is there, so that there is a way back to it. Busy if it is none of this
-    repository's images, and none that the journal knows.
+    """A journal for the mount that is there, so that there is a way back to it. Busy if the repository does
+    not have its image.
     """
     if not repository.image(object_digest(origin)):
         raise Busy(
@@ -418,8 +417,8 @@ def _adopted(repository: Repository, found: Journal, origin: str, base: Settings
 
 
 def _undo(path: str, token: str, error: EngineError | OSError, host: Host) -> None:
-    """After an activation that failed: nothing is on trial, and the mount is as it was. The failure is the news; if
-    going back fails as well, the timer is still there.
+    """After an activation that failed: nothing is on trial, and the mount is as it was. The first failure is
+    the one to report; if going back fails as well, the timer is still there.
     """
     with contextlib.suppress(EngineError):
         found = journal.read(path, host.places)
@@ -445,7 +444,7 @@ def _confirmed_before(
     shown: Mounted | None,
     check: bool,
 ) -> lastingmount.Result:
-    """Nothing is on trial: all is well if the image is current, and bad news if it was taken back."""
+    """Confirm where nothing is on trial: fine if the image is current, Reverted if it was taken back."""
     current = found.current if found is not None else None
     last = found.history[-1] if found is not None and found.history else None
     gone = last is not None and last.result != deployment.CONFIRMED
@@ -504,7 +503,7 @@ def _move_name(repository: Repository, name: str, current: Image, pin: str | Non
     try:
         if current.digest is not None and repository.tag_digest(name) != current.digest:
             keeping.name_like(repository, name, pin or name, current.digest)
-            # Whoever is told that it is confirmed finds the name moved, also after the power went.
+            # Whoever is told of the confirmation must find the name moved, also after a power cut.
             repository.sync()
     except EngineError as error:
         host.warn(str(error))

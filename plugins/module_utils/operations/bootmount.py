@@ -139,8 +139,8 @@ def interpreter_to_run(run: Run = commands.run) -> str:
 
 
 def require_safe(repository: str, places: Places = HOST) -> None:
-    """UnsafeRepository, MountFailed unless only root can change what is mounted at boot, and the program that does
-    it.
+    """Raise UnsafeRepository or MountFailed unless only root can change what is mounted at boot, and the program that
+    does it.
     """
     fault = safety.fault(repository)
     if fault:
@@ -245,7 +245,7 @@ def require_systemd(places: Places = HOST) -> None:
 
 
 def install(places: Places = HOST) -> None:
-    """Have the program in its place, for a unit or a timer. ReadOnly, NoSpace, PermissionDenied."""
+    """Have the program in its place, for a unit or a timer. Raises ReadOnly, NoSpace and PermissionDenied."""
     with doing(f"Writing {places.application}"):
         content = application()
         if unitfiles.read_bytes(places.application) != content:

@@ -2,7 +2,7 @@
 # Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
 # SPDX-License-Identifier: BSD-2-Clause
 
-"""Is everything in a repository what it says it is?
+"""Check whether everything in a repository is what it says it is.
 
 ``quick`` looks at names, links, documents and tables: whether all that something leads to is there, in the right size.
 ``objects`` also reads every object. ``full`` also proves layers by their tars and makes every EROFS image once more.
@@ -123,7 +123,7 @@ class _Check:
         try:
             found = look(repository)
         except FormatError:
-            found = []  # journals are not the repository's
+            found = []  # a journal that cannot be read is no fault of the repository
         self.held = keepers.roots(self.graph, found)
         self.roots = [*self.graph.roots, *self.held]
         if wish.images:
@@ -272,7 +272,7 @@ class _Check:
         except EngineError as error:
             self.unreadable.add(node)
             if node in self.graph.images.values():
-                self.add(IMAGE_DAMAGED, node, path, f"What is listed as an EROFS image is none: {error.text}")
+                self.add(IMAGE_DAMAGED, node, path, f"What is listed as an EROFS image is not one: {error.text}")
             else:
                 self.add(STREAM_DAMAGED, node, path, f"The stream {node.hex()}: {error.text}")
 
@@ -282,7 +282,7 @@ class _Check:
         return found.st_size if found is not None and stat.S_ISREG(found.st_mode) else None
 
     def _absent(self, digest: ObjectDigest, needed_by: str) -> bool:
-        """Whether an object is missing; told once each."""
+        """Whether an object is missing; each one is reported once."""
         if digest in self.missing:
             return True
         if self._size(digest) is not None:
@@ -325,7 +325,7 @@ class _Check:
         if stream is None:
             self.add(DOCUMENT_DAMAGED, node, path, f"The manifest {name} does not lead to its configuration.")
             return
-        # A replacement that was cut off may have left the configuration the name that it had meanwhile.
+        # A replacement that was cut off may have left the configuration under its interim name only.
         names = (repolayout.config_stream(digest), repolayout.stream_name(imagestreams.PENDING, digest))
         if all(self.graph.streams.get(one) != stream for one in names) and self._still(
             lambda: self.repository.stream(name) == node and all(self.repository.stream(one) != stream for one in names)
@@ -385,8 +385,8 @@ class _Check:
         return self.repository.stream(name) is None
 
     def _still(self, wrong: Callable[[], bool]) -> bool:
-        """Whether something that the listing shows is so: names are not listed in one instant, and others may have
-        moved some of them meanwhile, or be about to.
+        """Whether something that the listing shows is really so: names are not listed in one instant, and others may
+        have moved some of them meanwhile, or be about to.
         """
         for _look in range(_LOOKS):
             if not wrong():
@@ -399,17 +399,17 @@ class _Check:
     def _unnamed(self, name: StreamName, stream: StreamDigest) -> None:
         path = f"streams/{name}"
         if not any(finding.code == STREAM_UNNAMED and finding.path == path for finding in self.findings):
-            self.add(STREAM_UNNAMED, stream, path, f"The stream {name} of an image has not its name.", LOCAL)
+            self.add(STREAM_UNNAMED, stream, path, f"The stream {name} of an image lacks its name.", LOCAL)
 
     def _read(self, kind: str, digest: str, node: StreamDigest, path: str) -> imagestreams.Document | None:
-        """The document, None if it is damaged; told once each."""
+        """The document, None if it is damaged; each one is reported once."""
         if node in self.unreadable:
             return None
         try:
             return imagestreams.read_object(self.repository, kind, digest, node)
         except (FormatError, InvalidDocument) as error:
             self.unreadable.add(node)
-            # An object that is missing was told of already.
+            # A missing object was reported already.
             with _found_elsewhere(f"Reading {path}"), self.repository.open_object_stream(node) as stream:
                 if self.missing.intersection(stream.object_refs):
                     return None
@@ -509,7 +509,7 @@ class _Check:
     # ----------------------------------------------------------------------------------------------------------------
 
     def _judge(self) -> None:
-        """Find out whom each finding concerns, and whether it can be mended here."""
+        """Find out which names each finding concerns, and whether it can be mended here."""
         bad = self.damaged()
         reached = self.graph.reached_by(bad, self.roots)
         local = _mendable(self.repository, self.graph, bad, self.configs)
@@ -561,7 +561,7 @@ def _wrong_images(repository: Repository, stream: StreamDigest, layers: Sequence
     if not wanted or any(layer not in refs for layer in layers):
         return []
     wrong: list[list[str]] = []
-    # Layers that make no tree are found as what they are.
+    # Layers of which no tree can be made are findings of their own.
     with _found_elsewhere("Making EROFS images anew"):
         system = makeimages.build_tree(repository, [StreamDigest(refs[layer]) for layer in layers])
         for boot in (False, True):
@@ -581,8 +581,8 @@ def _wrong_images(repository: Repository, stream: StreamDigest, layers: Sequence
 
 @contextlib.contextmanager
 def _found_elsewhere(what: str) -> Iterator[None]:
-    """For a block that reads what may be damaged, and what is damaged in it is a finding of its own. An error of this
-    process says nothing of what was read, and ends the check: it must not pass for a proof.
+    """Ignore errors of a block that reads what may be damaged: the damage is a finding of its own. An error of this
+    process says nothing about what was read, and ends the check: it must not pass for a proof.
     """
     try:
         with doing(what):

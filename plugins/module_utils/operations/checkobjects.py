@@ -2,7 +2,7 @@
 # Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
 # SPDX-License-Identifier: BSD-2-Clause
 
-"""Every object of a repository against the digest in its name, at the speed of the disk or of all processors."""
+"""Compare every object of a repository with the digest in its name, at the speed of the disk or of all processors."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from ..store.objects import hash_file
 from ..store.repository import Repository
 from .findings import OBJECT_DAMAGED, OBJECT_UNREADABLE, OBJECT_UNSEALED, STRAY_FILE, Finding
 
-# Read at once, into the same memory again and again, which so stays in the processor's cache. Most objects are smaller,
-# and larger ones are read in such pieces.
+# Bytes read at once, always into the same memory, which therefore stays in the processor's cache. Most objects are
+# smaller; larger ones are read in pieces of this size.
 _PIECE = 1 << 18
-# Seconds between two words of a worker about how far it is.
+# Seconds between two reports of a worker on how far it is.
 _TOLD = 0.25
 _LIST = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _OPEN = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
@@ -44,7 +44,7 @@ class Counted:
 
 def list_names(repository: Repository, strays: bool = True) -> tuple[int, list[Finding]]:
     """The number of objects by name alone, and what lies among them without being one. Without ``strays`` only what
-    lies beside their directories is told: who reads the objects sees the rest.
+    lies beside their directories is reported: reading the objects finds the rest.
     """
     count = 0
     findings: list[Finding] = []
@@ -74,17 +74,18 @@ def list_names(repository: Repository, strays: bool = True) -> tuple[int, list[F
 def checking_objects(
     repository: Repository, processors: int
 ) -> Iterator[Callable[[int, Progress], tuple[Counted, list[Finding]]]]:
-    """Read every object and hold it against its name; memory grows with what is damaged only.
+    """Read every object and compare it with its name; memory grows only with the number of damaged ones.
 
-    Other processes begin with it, so that this one can do something else before it calls what the block is given, with
-    the number of objects, and gets what they found.
+    Worker processes begin at once, so that this process can do something else meanwhile; with one processor the work is
+    done here, when the result is asked for. The block gets a function; called with the number of objects and where to
+    show progress, it waits for the end of the work and returns what was counted and found.
     """
     buffer = fsverity.Buffer(repository.algorithm, _PIECE)
 
     def work(number: int, tell: Callable[[Any], None]) -> None:
         _check_directory(repository, f"{number:02x}", buffer, tell)
 
-    # Whether there are any opens the directory, before the processes part.
+    # _exists() opens the directory, which must happen before processes are forked.
     tasks, begun = 256 if _exists(repository) else 0, time.monotonic()
     with workers.begin(_WORK, tasks, work, processors) as finish:
 
@@ -97,7 +98,7 @@ def checking_objects(
 def check_some(
     repository: Repository, digests: Iterable[ObjectDigest], processors: int, progress: Progress
 ) -> tuple[Counted, list[Finding]]:
-    """The same for these objects; that one is missing is told elsewhere."""
+    """The same for these objects; missing ones are reported elsewhere."""
     groups: list[list[ObjectDigest]] = [[] for _first in range(256)]
     for digest in digests:
         groups[digest[0]].append(digest)
@@ -184,7 +185,7 @@ def _stray(path: str) -> Finding:
 
 
 def _check_directory(repository: Repository, first: str, buffer: fsverity.Buffer, tell: Callable[[Any], None]) -> None:
-    """Check one of the 256 directories; tells findings as lists, and at times how many objects and bytes that were."""
+    """Check one of the 256 directories; ``tell`` gets findings as lists, and at times the objects and bytes since."""
     algorithm, secure = repository.algorithm, repository.secure
     is_name = _names_of(repository)
     rooms, digest_of = [buffer.room], buffer.digest
@@ -195,14 +196,14 @@ def _check_directory(repository: Repository, first: str, buffer: fsverity.Buffer
         try:
             fd = _open_directory(repository, first)
         except (FileNotFoundError, FormatError):
-            return  # it was told already
+            return  # it was reported already
         try:
             for entry in os.scandir(fd):
                 name = entry.name
                 found = None
                 if not secure and entry.is_file(follow_symlinks=False):
-                    # The way of nearly every object, in as few steps as there are; whatever is not as it should be is
-                    # looked at once more, and closely.
+                    # Nearly every object is read here, in as few steps as possible. If anything is not as it should be,
+                    # _fault() looks at the object closely.
                     try:
                         object_fd = open_file(name, _OPEN, dir_fd=fd)
                         try:
@@ -246,7 +247,7 @@ def _fault(
     except FormatError:
         return (OBJECT_DAMAGED, f"The object {digest.hex()} is not a regular file."), 0
     except OSError as error:
-        # What this user, or this process, may not do says nothing of the object.
+        # That this user or this process may not open it says nothing about the object.
         if error.errno in (errno.EACCES, errno.EPERM) or isinstance(from_os_error(error, ""), OF_THIS_PROCESS):
             raise
         return (OBJECT_UNREADABLE, f"The object {digest.hex()} cannot be opened: {os.strerror(error.errno or 0)}."), 0

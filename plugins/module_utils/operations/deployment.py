@@ -72,7 +72,7 @@ def wish_of(settings: Settings, image_id: str, path: str, replace: bool = False)
 
 
 def settled(found: Journal, boot: str, mounted: bool) -> Journal:
-    """The journal with what another boot left taken for what it is: a trial has ended with that boot, and a mount that
+    """The journal after what another boot left in it was settled: a trial has ended with that boot, and a mount that
     does not come back has gone with it. ``mounted``: an image is mounted there.
     """
     trial = found.pending
@@ -158,7 +158,7 @@ def boot(path: str, host: Host) -> None:
         there = mountinfo.at(path)
         trial = found.pending
         if trial is not None and trial.boot == now and there is not None and there.image_id == trial.image_id:
-            return  # systemd is told of a mount that is there; the trial goes on
+            return  # systemd only learns of a mount that is there already; the trial goes on
         if found.current is not None:
             with Repository.open(found.repository, wait=_LOCK_WAIT) as repository:
                 mounting.ensure_mounted(repository, wish_of(found.mount, found.current.image_id, path))
@@ -180,11 +180,12 @@ def revert(
     who: str = "",
     wait: float = journal.LOCK_WAIT,
 ) -> Event | None:
-    """Take back what is on trial at ``path``: the event that ends it; None if nothing is, or somebody else's.
+    """Take back what is on trial at ``path``; return the event that ends the trial, None if there is no trial or it is
+    somebody else's.
 
-    A timer names the ``token`` of its trial and a controller its ``rollout``; a late timer, or a rescue after ``busy``,
-    so does nothing. Raises the error of the last try if the old image cannot be brought back; the trial then stays
-    pending, and the journal says ``revert_failed``.
+    A timer names the ``token`` of its trial and a controller its ``rollout``, so a late timer, or a rescue after
+    ``busy``, does nothing. Raises the error of the last try if the old image cannot be brought back; the trial then
+    stays pending, and the journal says ``revert_failed``.
     """
     with journal.locked(path, host.places, wait):
         found = journal.read(path, host.places)
@@ -254,7 +255,7 @@ def _let_go(found: Journal, trial: Pending, host: Host) -> None:
 
 
 def reload(words: Sequence[str], host: Host) -> str:
-    """Run the command that tells services of another image; what went wrong, in words, else nothing."""
+    """Run the command that tells services of another image; return what went wrong, in words, or an empty text."""
     if not words:
         return ""
     try:

@@ -18,8 +18,8 @@ from ..store.repository import Repository
 
 
 class DiskUse(NamedTuple):
-    """Bytes of the objects that only this image refers to, and of those that others refer to as well; how many objects
-    that are.
+    """Bytes of the objects that only this image refers to, and of those that others refer to as well; and the
+    numbers of these objects.
     """
 
     own: int

@@ -32,15 +32,15 @@ def dump(repository: Repository, image_id: str) -> bytes:
 
 
 def write(content: bytes, path: str, check: bool = False) -> bool:
-    """Make the file at ``path`` hold exactly ``content``, in one step; whether it did not. With ``check`` only that is
-    found out. ``path`` is absolute; a link there is replaced, not followed.
+    """Make the file at ``path`` hold exactly ``content``, in one step; return whether it had to be changed. With
+    ``check`` only find that out. ``path`` is absolute; a link there is replaced, not followed.
     """
     directory, name = os.path.split(path)
     with doing(f"Writing {path}"):
         if not os.path.isdir(directory):
             raise IOFailed(f"The directory {directory} does not exist.", "Make it first.")
-        # Opened once, and by no link of somebody else: whoever may rename the directories above, or plant links there,
-        # cannot lead what follows elsewhere.
+        # The directory is opened once, and by no link of somebody else: whoever may rename the directories above, or
+        # plant links there, cannot lead what follows elsewhere.
         with beneath.opened_path(directory) as fd:
             mode = 0o644
             try:

@@ -47,7 +47,7 @@ class Ahead:
     places: Places = HOST
 
     def certain(self, graph: Graph) -> bool:
-        """Whether every image that is spoken of is in the repository already: only then its parts are known, and what
+        """Whether every image that was foretold is in the repository already: only then its parts are known, and what
         it shares with others.
         """
         wanted = [*self.names.values(), *(mount.digest for mount in self.mounts if not mount.absent)]
@@ -66,7 +66,7 @@ class Ahead:
         return {name: digest for name, digest in wanted.items() if _node(graph, digest) is None}
 
     def apply(self, graph: Graph, found: Sequence[Keeper]) -> list[Keeper]:
-        """Change the roots of ``graph`` to those of then; what the host will need then instead of ``found``."""
+        """Change the roots of ``graph`` to what they will be; return what the host will need instead of ``found``."""
         tags = {root.name: root.node for root in graph.roots if root.kind == graphs.TAG}
         for name, digest in self.names.items():
             node = _node(graph, digest) if digest is not None else None

@@ -5,10 +5,10 @@
 """What this host remembers of each mount point: which image is current, which came before, which is on trial.
 
 One journal a mount point, ``/var/lib/composefs-oci/deployments/<path escaped as for units>.json``. It does not lie in
-the repository, for that may be shared, read-only or on a network, while a deployment is a fact of this host. Its
-replacement by one rename is the only commit there is: whatever else follows from a journal (unit, links, pins, timer)
-is derived and repaired by the next verb. The journal that was replaced stays beside it as ``....json~``, so that a boot
-finds one even if the newest cannot be read.
+the repository, for that may be shared, read-only or on a network, while a deployment is a fact of this host. To
+replace the journal by one rename is the only commit there is: whatever else follows from a journal (unit, links, pins,
+timer) is derived from it, and the next verb repairs it. The journal that was replaced stays beside it as ``....json~``,
+so that a boot finds one even if the newest cannot be read.
 
 Whoever changes something holds the lock ``....json.lock``. Readers need none.
 """
@@ -60,7 +60,7 @@ class Places(NamedTuple):
 
     @property
     def words(self) -> list[str]:
-        """What the program has to be told to find the journals: nothing where they lie as ever."""
+        """The arguments by which the program finds the journals: none where they lie in the usual place."""
         return [] if self.library == Places().library else ["--library", self.library]
 
 
@@ -142,7 +142,7 @@ class Event:
 
 @dataclasses.dataclass(frozen=True)
 class Journal:
-    """The whole of it. ``pins`` are the names in the repository that exist for this mount; ``boot`` is the boot that a
+    """A whole journal. ``pins`` are the names in the repository that exist for this mount; ``boot`` is the boot that a
     mount without a unit belongs to, None if the mount comes back at boot.
     """
 
@@ -239,7 +239,7 @@ def _journal(values: dict[str, Any]) -> Journal:
 
 def _from(kind: type[_Value], values: Mapping[str, Any], **parsed: Any) -> _Value:
     """A value of the class ``kind``; what is not a field is kept as it is. TypeError for a value of another type than
-    its default or neighbours have.
+    its field has.
     """
     known: dict[str, Any] = {}
     fields = {_WORDS.get(field.name, field.name): field for field in dataclasses.fields(kind) if field.name != "extra"}
@@ -299,7 +299,7 @@ def file_of(path: str, places: Places = HOST) -> str:
 
 
 def read(path: str, places: Places = HOST, any_version: bool = False) -> Journal | None:
-    """The journal of ``path``, None if it has none. IncompatibleJournal, IOFailed, PermissionDenied."""
+    """The journal of ``path``, None if it has none. Raises IncompatibleJournal, IOFailed and PermissionDenied."""
     return _read_file(file_of(path, places), any_version)
 
 
@@ -383,7 +383,7 @@ def _read_file(file: str, any_version: bool = False) -> Journal | None:
 def write(value: Journal, places: Places = HOST) -> None:
     """Commit: when this returns, the journal is on the disk, and the one it replaces stays as ``....json~``.
 
-    The caller holds the lock. ReadOnly, NoSpace, PermissionDenied, IOFailed; then the old one still counts.
+    The caller holds the lock. Raises ReadOnly, NoSpace, PermissionDenied and IOFailed; then the old one still counts.
     """
     file = file_of(value.path, places)
     name = os.path.basename(file)
@@ -398,7 +398,7 @@ def write(value: Journal, places: Places = HOST) -> None:
 
 
 def remove(path: str, places: Places = HOST) -> None:
-    """Forget the mount point; the caller holds the lock, which goes along when it is let go."""
+    """Forget the mount point. The caller holds the lock, whose file is removed when it is let go."""
     file = file_of(path, places)
     with doing(f"Removing the journal {file}"):
         # The backup first: as long as the journal itself is there, it counts.
@@ -411,7 +411,7 @@ def remove(path: str, places: Places = HOST) -> None:
 
 @contextlib.contextmanager
 def locked(path: str, places: Places = HOST, wait: float = LOCK_WAIT) -> Iterator[None]:
-    """Hold the lock of the mount point ``path`` alone. Busy after ``wait`` seconds, ReadOnly, PermissionDenied.
+    """Hold the lock of the mount point ``path`` alone. Raises Busy after ``wait`` seconds, ReadOnly, PermissionDenied.
 
     Where no journal is left in the end, the lock file goes, too; whoever waited for it takes a new one.
     """
@@ -454,7 +454,7 @@ def _lock(file: str, places: Places, wait: float) -> int:
                 raise
             fd = os.open(file, os.O_RDONLY | _FLAGS)
         try:
-            # Nobody waits for what is not a file; whoever may lock it is named when that takes too long.
+            # Only a regular file is waited for. If its lock is held for too long, the error names the holder.
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise FormatError(f"{file} is not a regular file.", "Find out who put it there, then remove it.")
             left = max(deadline - time.monotonic(), 0.0)
@@ -474,7 +474,7 @@ def _lock(file: str, places: Places, wait: float) -> int:
 
 
 def boot_id() -> str:
-    """What tells this boot from every other one."""
+    """The id of this boot, which no other boot has."""
     with doing("Asking the kernel for the boot's id"), open(_BOOT_ID, encoding="ascii") as file:
         return file.read().strip()
 

@@ -24,7 +24,7 @@ from ..store.repository import Repository
 
 MOUNT, UNIT, JOURNAL = "mount", "unit", "journal"
 ENDED = "ended"
-"""Keeps nothing: what a mount or a trial of an earlier boot has left, and nobody needs any more."""
+"""A keeper of this kind keeps nothing: it names what a mount or trial of an earlier boot left and nobody needs."""
 _DIGEST = re.compile("(?<![0-9a-f])(?:[0-9a-f]{128}|[0-9a-f]{64})(?![0-9a-f])")
 _OBJECT = re.compile("(?<![0-9a-f])([0-9a-f]{2})/([0-9a-f]{126}|[0-9a-f]{62})(?![0-9a-f])")
 
@@ -143,9 +143,9 @@ def _journals(repository: Repository, places: Places) -> list[Keeper]:
 
 
 def settle(ended: list[Keeper], places: Places = HOST) -> None:
-    """Have the journals say what is so, after all is gone that a mount or trial of an earlier boot has left.
+    """Bring the journals up to date, after all is gone that a mount or trial of an earlier boot has left.
 
-    Whoever holds one of them is at work there, and settles it, too.
+    A journal whose lock is held is passed over: its holder settles it as well.
     """
     for keeper in ended:
         with contextlib.suppress(EngineError), journal.locked(keeper.place, places, wait=0.0):

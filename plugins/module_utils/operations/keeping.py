@@ -86,7 +86,7 @@ def foresee(
     try:
         repolayout.check_tag_name(pin)
     except InvalidReference:
-        return Names(link, None, False), missing  # too long; the link does without
+        return Names(link, None, False), missing  # the pin would be too long; the link alone must do
     return Names(link, pin, True), True
 
 
@@ -103,8 +103,8 @@ def keep(repository: Repository, names: Names, image_id: str, manifest: str | No
 
 
 def lacking(repository: Repository, names: Names) -> tuple[list[str], list[str]]:
-    """The links and the pins that keep() would make, as release() takes them. A pin that leads elsewhere is none of
-    them.
+    """The links and the pins that keep() would make, as release() takes them. A pin that leads elsewhere is not
+    among them.
     """
     links = [] if names.link.split("/", 1)[1] in repository.image_refs(DIRECTORY) else [names.link]
     pin = names.pin if names.own else None
@@ -144,8 +144,8 @@ def surplus(
 
 
 def release(repository: Repository, links: Iterable[str], pins: Iterable[str], used: Iterable[str] = ()) -> list[str]:
-    """Remove what ``surplus`` found, except pins that other journals list, too (``used``). What could not be removed
-    is told in words: it keeps bytes, and does no other harm.
+    """Remove what ``surplus`` found, except pins that other journals list, too (``used``). Returns
+    complaints about what could not be removed: it keeps bytes, but does no other harm.
     """
     complaints = []
     others = set(used)

@@ -33,7 +33,7 @@ _REVERT_PREFIX = "composefs-oci-revert-"
 @dataclasses.dataclass(frozen=True)
 class MountRequest:
     """A mount that is confirmed at once. ``persistent`` None leaves the unit as it is; ``verity_given``: the operator
-    wrote what shall be with fs-verity.
+    wrote the option ``verity``.
     """
 
     wish: mounting.Wish
@@ -185,7 +185,9 @@ def _have_unmounted(path: str, host: Host, rollout: str | None, check: bool) -> 
 
 
 def require_verity(repository: Repository, path: str) -> None:
-    """VerityUnsupported where nobody would notice what is mounted at every boot, and nobody said that this is known."""
+    """Raise VerityUnsupported if the repository has no fs-verity, so that nobody would notice a change of what is
+    mounted at every boot. Call this unless the operator wrote the option ``verity``.
+    """
     if not repository.secure:
         raise VerityUnsupported(
             f"The repository {repository.path} is not protected by fs-verity, so nobody would notice if what is "
@@ -246,8 +248,8 @@ class Keeper:
 
 @contextlib.contextmanager
 def lock(path: str, host: Host, strict: bool) -> Iterator[bool]:
-    """The lock of the mount point; whether its journal can be written. Unless ``strict``, that it cannot is a
-    warning.
+    """Hold the lock of the mount point; the value tells whether its journal can be written. If it cannot, that is an
+    error with ``strict``, and a warning without.
     """
     with contextlib.ExitStack() as held:
         try:
@@ -262,7 +264,7 @@ def lock(path: str, host: Host, strict: bool) -> Iterator[bool]:
 
 
 def can_remember(host: Host) -> bool:
-    """Whether journals can be written on this host, or at least seems so."""
+    """Whether journals can probably be written on this host."""
     return os.access(filesystem.nearest_directory(host.places.journals), os.W_OK)
 
 
@@ -279,7 +281,7 @@ def _of(identity: _Identity) -> tuple[str | None, str | None]:
 
 
 def settle(found: Journal | None, host: Host, check: bool) -> Journal | None:
-    """The journal without what another boot left; one that says nothing any more is gone, with all it kept."""
+    """The journal without what another boot left. One that says nothing any more is removed, with all that it kept."""
     if found is None:
         return None
     after = deployment.settled(found, journal.boot_id(), deployment.shown(found.path) is not None)
@@ -376,7 +378,9 @@ def _remember(before: Journal | None, after: Journal, persistent: bool, host: Ho
 
 
 def have_unit(target: Target, repository: str, persistent: bool, unit: str | None, host: Host, check: bool) -> bool:
-    """The unit as it shall be; whether anything changed. Units of 0.1.0 are rewritten, which interrupts nothing."""
+    """Write or remove the unit; return whether anything changed. Units of 0.1.0 are rewritten, which interrupts
+    nothing.
+    """
     if persistent:
         return bootmount.ensure(target, repository, host.run, check, host.places)
     if unit is not None:

@@ -42,11 +42,11 @@ class Wish:
 
 
 def maintain(repository: Repository, wish: Wish, progress: Progress) -> dict[str, Any]:
-    """Do it, and write down what came of it: ``time`` (when it began, since the epoch), ``seconds``, ``level``,
+    """Check and prune, and write down the result: ``time`` (when it began, since the epoch), ``seconds``, ``level``,
     ``findings`` (how many of each code), ``names`` (that were removed), ``objects`` and ``bytes`` (the same), and
     ``error`` (code and message, or None). Errors end up there, too.
 
-    A prune is not kept from its work by what the check finds, for it finds out by itself what it must not touch.
+    Findings of the check do not stop the prune, which finds out by itself what it must not touch.
     """
     begun = time.time()
     result: dict[str, Any] = {

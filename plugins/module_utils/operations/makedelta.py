@@ -51,11 +51,11 @@ if TYPE_CHECKING:
 # Files beyond this are not patched: whoever applies a patch holds its base in memory.
 MAX_PATCHED = 64 << 20
 MIN_PATCHED = 1 << 10
-# A large file is patched in pieces, so that who applies it needs a window of a piece only.
+# Bytes: a large file is patched in pieces, so that whoever applies the patch needs a window of one piece only.
 _PATCH = 16 << 20
 _PIECE = 256 * 1024
 _COMPARE_LEVEL = 3
-# What naming the base costs in the program: a path, which compresses well, and three numbers.
+# Bytes that naming the base costs in the program: a path, which compresses well, and three numbers.
 _NAMING = 64
 LAYOUT_TAG = "delta"
 
@@ -314,7 +314,7 @@ def _diff(
                 waiting.append(chunk)
                 yield chunk
 
-        # The reader takes a chunk only when it needs it, so what waits when it tells of an entry ends with the entry's
+        # The reader takes a chunk only when it needs it, so what waits when it yields an entry ends with the entry's
         # own content.
         for entry, content in tar.EntryReader.entries(passing()):
             if isinstance(content, splitstream.ExternalRef):
@@ -417,8 +417,8 @@ class _Layout:
             yield blob
         finally:
             blob.file.close()
-        # No draft of host/files: nobody looks into the directory before it is handed over, and its path is given away
-        # as a whole.
+        # This is no draft of host/files: nobody looks into the directory before it is handed over, and its path is
+        # given away as a whole.
         os.rename(blob.file.name, self.path(blob.digest))
 
     def put(self, data: bytes) -> str:

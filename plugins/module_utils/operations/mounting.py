@@ -5,7 +5,7 @@
 """Have an image of a repository mounted at a path, or not.
 
 What is there already is judged by the kernel's list of mounts alone: the image in the source of the overlay, fs-verity,
-the upper and work directory and the options. Nothing is remembered anywhere else.
+the upper and work directory and the options. What is remembered of a mount is the business of ``lastingmount``.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from ..store.repository import Repository
 from . import journal
 
 REQUIRED, PREFERRED, DISABLED = "required", "preferred", "disabled"
-# Options of the overlay file system itself. Only such as the kernel shows exactly as they were given, or it could not
-# be told what is mounted.
+# Options of the overlay file system itself: only those that the kernel shows exactly as they were given. With others
+# nobody could tell what is mounted.
 FLAGS = ("volatile",)
 # What every mount has unless it is asked for otherwise: an image comes from elsewhere, and a device node or a setuid
 # file in it would hand the host to any local user.
@@ -135,7 +135,7 @@ def ensure_mounted(
         _check_replaceable(there, target)
     _check_place(repository, target.path)
     require_capability(f"Mounting at {target.path}")
-    # Before anything is made, names in the repository included.
+    # This is checked before anything is made, names in the repository included.
     mountcalls.check_changes(target.upperdir, target.workdir)
 
     def words() -> str:
@@ -272,8 +272,8 @@ def manifest_of(repository: Repository, image: str) -> str | None:
 
 @contextlib.contextmanager
 def open_image(repository: Repository, digest: ObjectDigest, words: Callable[[], str] | None = None) -> Iterator[int]:
-    """A descriptor of the image whose content was just proven to have the digest: mount this one, for a name may come
-    to mean another file. ``words``: what messages call it.
+    """An fd of the image whose content was just proved to have the digest: mount this one, because a name may come to
+    mean another file. ``words``: what messages call it.
 
     A sealed file was measured by the kernel, which also checks every later read. Without a seal the content is hashed
     here, and the proof holds for this moment. FormatError if it is another one.
@@ -376,8 +376,8 @@ def differences(there: Mounted, target: Target, repository: Repository | None = 
 def _lacking(there: Mounted, target: Target) -> tuple[str, ...]:
     """The protections that the mount lacks, if that is all in which it differs from ``target``; else nothing.
 
-    Mounts of 0.1.0 and of ``cfsctl`` have none. They get them in place, for nobody who uses the mount loses anything
-    that an image should give.
+    Mounts of 0.1.0 and of ``cfsctl`` have none. They get the protections in place, since nobody who uses the
+    mount loses anything that an image should give.
     """
     missing = tuple(name for name in HARDENING if name in target.options and name not in there.options)
     return missing if not differences(there._replace(options=there.options.union(missing)), target) else ()
@@ -429,12 +429,12 @@ def _checked(options: Sequence[str], writable: bool, dev: bool, suid: bool) -> t
             "An image is read-only: the mount options rw and volatile need a place for changes.",
             "Set 'upperdir' and 'workdir'.",
         )
-    # What is so without being asked for is left out: the same mount may be asked for in either way.
+    # Options that hold anyway are left out: the same mount may be asked for with or without them.
     return tuple(option for option in chosen if option != "rw" and not (option == "ro" and not writable))
 
 
 def _check_replaceable(there: Mounted, target: Target) -> None:
-    """Busy if the old mount cannot be detached, or the new one not be made beneath it."""
+    """Raise Busy if the old mount cannot be detached, or the new one cannot be made beneath it."""
     inside = mountinfo.children(there)
     if inside:
         raise Busy(

@@ -36,7 +36,7 @@ def mounts(host: Host, only: str | None = None) -> tuple[list[dict[str, Any]], l
 
 
 def deployments(host: Host, only: str | None = None) -> tuple[list[dict[str, Any]], list[str]]:
-    """Every journal of this host, or that of the path ``only``, in its own words, with ``state``,
+    """Every journal of this host, or that of the path ``only``, with its own keys and ``state``,
     ``mounted_image_id`` and ``staged``; and complaints about what could not be read.
     """
     complaints: list[str] = []
@@ -171,7 +171,7 @@ def _deployment(found: Journal) -> dict[str, Any]:
     told["mounted_image_id"] = shown.image_id if shown is not None else None
     told["staged"] = []
     if found.pending is not None:
-        # Whoever may read this need not be able to end the trial.
+        # Whoever may read the result must not be able to end the trial with it.
         told["pending"].pop("token")
     where = found.repository or (found.pending.repository if found.pending is not None else "")
     name = found.name or (found.pending.name if found.pending is not None else None)

@@ -63,7 +63,7 @@ class Pruned:
     """What was removed, or would be: names, EROFS images (hex), names under ``streams/``, the number of objects, and
     bytes, of which ``bytes_by_kind`` is the sum.
 
-    ``certain``: whether all of it is known, for images that are still to come may share what others leave.
+    ``certain``: whether all of this is known; images that are still to come may share what would be removed.
     ``links``: references below ``images/refs`` that mounts of an earlier boot have left.
     ``by_name``: the bytes that removing each name alone would free. ``held``: names that ``remove`` asked for and that
     are in use. ``problems``: what is not understood and was left alone.
@@ -187,7 +187,7 @@ def _plan(
     everyone = _by_label([*graph.roots, *plan.roots])
     staying = {label: roots for label, roots in everyone.items() if label not in gone}
     live = graph.owners_of_groups(list(staying.values()))
-    # What only a name that goes needs may be damaged.
+    # What only removed names need may be damaged: that is no error here.
     owners = graph.owners_of_groups(list(everyone.values()), _pass_over) if gone else live
     freed = [0] * len(everyone)
     named = _named(repository, plan)
@@ -213,7 +213,7 @@ def _plan(
         left.reached(first + 1)
     result.objects = sum(map(len, plan.dead)) // size
     result.by_name = {name: freed[number] for number, (kind, name) in enumerate(everyone) if kind == graphs.TAG}
-    # From the top: what is cut off in between must not leave an image that lacks the name of a part.
+    # Removed from the top down: a run that is cut off must not leave an image of which a part has lost its name.
     plan.links.sort(key=_rank)
     result.streams = sorted(path[8:] for path in plan.links if path.startswith("streams/"))
     result.images = sorted(path[7:] for path in plan.links if path.startswith("images/"))
@@ -233,11 +233,11 @@ def _rank(path: str) -> tuple[int, str]:
 
 
 def _pass_over(_node: ObjectDigest, _error: EngineError) -> None:
-    """The other look at the graph complains."""
+    """Ignore what cannot be read: the other look at the graph complains of it."""
 
 
 def _named(repository: Repository, plan: _Plan) -> list[list[tuple[str, str, int]]]:
-    """The links that go when the object does to which they lead: kind, path and key, by the digest's first byte."""
+    """The links that are removed with the object that they lead to: kind, path and key, by the digest's first byte."""
     found: list[list[tuple[str, str, int]]] = [[] for _first in range(256)]
     for kind, links in ((STREAMS, plan.graph.streams), (IMAGES, plan.graph.images)):
         for name, digest in links.items():
@@ -255,7 +255,7 @@ def _ended(found: Sequence[keepers.Keeper]) -> list[keepers.Keeper]:
 
 
 def _by_label(roots: Sequence[Root]) -> dict[tuple[str, str], list[Root]]:
-    """Roots of one name together: what both of them keep, that name keeps alone."""
+    """Roots grouped by kind and name: what two of one name keep, that name keeps alone."""
     found: dict[tuple[str, str], list[Root]] = {}
     for root in roots:
         found.setdefault((root.kind, root.name), []).append(root)
@@ -330,7 +330,7 @@ def _objects(repository: Repository, problems: list[Problem]) -> Iterator[_Found
 
 
 def _objects_in(fd: int, place: str, size: int, problems: list[Problem]) -> _Found:
-    # Some hundred thousand objects are nothing unusual, so what can be done for many of them at once is.
+    # Some hundred thousand objects are nothing unusual, so as much as possible is done for many at once.
     digits = 2 * size - 2
     names = os.listdir(fd)
     if any(len(name) != digits for name in names) or re.search("[^0-9a-f]", "".join(names)):

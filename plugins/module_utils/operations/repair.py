@@ -150,7 +150,7 @@ def _require_one_registry(repository: Repository, wish: check.Wish, means: Means
 
 
 def _path_of(source: str) -> str:
-    """The path that a source names, also where it is written as a reference; what to take from it digests decide."""
+    """The path that a source names, also where it is written as a reference; only digests matter, not its tag."""
     if source.startswith(("oci:", "oci-archive:")):
         source = parse_reference(source).path
     return os.path.abspath(source)
@@ -455,7 +455,7 @@ class _Repair:
         return True
 
     def _find_document(self, digest: str, size: int | None = None) -> bytes | None:
-        """The document with the OCI digest ``digest`` among all objects; None if none is it."""
+        """The document with the OCI digest ``digest`` among all objects; None if it is not there."""
         repository = self.repository
         for kind in (imagestreams.MANIFEST, imagestreams.CONFIG):
             known = imagestreams.usable(repository, kind, digest)
@@ -477,8 +477,8 @@ class _Repair:
     # ----------------------------------------------------------------------------------------------------------------
 
     def _drop_what_is_left(self) -> None:
-        """Set aside damaged objects that could not be mended, so that nobody takes them for present, and whatever
-        damaged nobody needs. What is mounted keeps what it has.
+        """Set aside the damaged objects that could not be mended, so that nobody takes them for present; also those
+        that nobody needs. What is mounted keeps what it has.
         """
         repository = self.repository
         graph = graphs.Graph.read(repository)
@@ -498,7 +498,7 @@ class _Repair:
                 self.complaints.append(f"The damaged object {digest.hex()} was left in place, for it is mounted.")
 
     def told(self, still: Iterable[Finding]) -> list[Repaired]:
-        """What was done, by finding; what is found still was not mended."""
+        """What was done, by finding; what the new check still finds was not mended."""
         left = {(one.object or one.path) for one in still}
         done = []
         in_use = "A mount of this image may show the old content until it is made anew."

@@ -17,7 +17,7 @@ from .journal import Places
 
 
 def specifiers(text: str) -> str:
-    """``text`` with what systemd would replace in it."""
+    """``text`` with every ``%`` doubled, since systemd would replace it otherwise."""
     return text.replace("%", "%%")
 
 
@@ -42,7 +42,7 @@ def read_bytes(path: str) -> bytes | None:
 
 
 def read_text(path: str) -> str | None:
-    """The same as a text, spelled as paths are. FormatError if it is none; other EngineErrors if it cannot be read."""
+    """The same as a text, spelled as paths are. FormatError if it is not UTF-8; EngineError if it cannot be read."""
     with doing(f"Reading {path}"):
         content = read_bytes(path)
     if content is None:
@@ -51,7 +51,8 @@ def read_text(path: str) -> str | None:
         content.decode()
     except UnicodeDecodeError as error:
         raise FormatError(f"{path} is not a text.", "Remove it.") from error
-    # Like the paths that it is held against; in a locale without UTF-8 that is another str than decode() gives.
+    # Decoded like the paths that it is compared with; in a locale without UTF-8 that is another str than decode()
+    # gives.
     return os.fsdecode(content)
 
 

@@ -206,7 +206,7 @@ def _is_android(data: bytes, path: bytes) -> bool:
 
 
 def _pe_sections(data: bytes) -> set[bytes]:
-    """The names of a PE file's sections whose content is there; empty when it is none (Microsoft PE format, COFF file
+    """The names of a PE file's sections whose content is there; empty for other files (Microsoft PE format, COFF file
     header and section table).
     """
     if not data.startswith(b"MZ") or len(data) < 64:

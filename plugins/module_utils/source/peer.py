@@ -254,7 +254,7 @@ class _Body(io.RawIOBase):
         encoding = (answer.getheader("Content-Encoding") or "identity").lower()
         length = answer.getheader("Content-Length")
         if length is not None and not re.fullmatch("[0-9]{1,18}", length):
-            raise _lie("it announces a length that is none")
+            raise _lie("it announces a length that is no number")
         self.length = int(length) if length is not None else None
         self._gzip: Any = None
         self._pending = b""

@@ -252,7 +252,7 @@ def _recover(
 
 
 def _open(root: beneath.Root, directory: int, name: str, warnings: list[str]) -> int:
-    """An fd of what seems to be a mark, -1 if it is gone or is none. OSError passes."""
+    """An fd of what seems to be a mark, -1 if it is gone or is no mark. OSError passes."""
     try:
         fd = files.open_regular(directory, name, os.O_RDWR)
     except FileNotFoundError:

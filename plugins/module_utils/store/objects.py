@@ -303,7 +303,7 @@ class ObjectStore:
 
     def names(self) -> Iterator[tuple[str, ObjectDigest | None]]:
         """Every entry of the 256 directories as ``(ab/cdef…, digest)``, directory by directory; the digest is None if
-        the name is none.
+        the name is not that of an object.
         """
         for first in range(256):
             if self._directory(first) < 0:
@@ -628,8 +628,8 @@ class ObjectWriter:
 
 
 def hash_file(fd: int, algorithm: fsverity.Algorithm, begun: fsverity.Hasher | None = None) -> tuple[ObjectDigest, int]:
-    """The digest of the file behind ``fd``, computed here, and its bytes. ``begun`` has had some of its first bytes
-    already. OSError passes.
+    """The digest of the file behind ``fd``, computed here, and its bytes. If some of its first bytes were hashed
+    already, ``begun`` is the hasher that has them. OSError passes.
 
     A hole is not read: it costs nothing to make one that takes years to read.
     """

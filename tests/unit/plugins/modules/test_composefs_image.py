@@ -527,7 +527,7 @@ def test_on_a_fresh_host_check_mode_foretells(
     run: Any, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = run(ref=REGISTRY + "app", repository=str(tmp_path / "not yet"), check=True)
-    assert result["changed"] and result["digest"] and "taken for one that is empty" in result["warnings"][0]
+    assert result["changed"] and result["digest"] and "Check mode treats it as empty" in result["warnings"][0]
     world.starting = [SkopeoMissing("There is no skopeo.", "Install it.")]
     result = run(ref=REGISTRY + "app", check=True)
     assert result["changed"] and result["digest"] is None and "There is no skopeo" in result["warnings"][0]
