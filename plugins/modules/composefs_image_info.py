@@ -160,7 +160,7 @@ images:
       description: The type of an artifact, V(null) for a container image.
       type: str
     platform:
-      description: The platform of a container image, as V(os/architecture/variant).
+      description: The platform of a container image, as V(os/architecture/variant). V(null) if it names none.
       type: str
     os:
       description: The operating system of a container image.

@@ -104,7 +104,7 @@ artifact_type:
   type: str
   sample: application/vnd.example.config
 platform:
-  description: The platform of the manifest, by its index or its configuration.
+  description: The platform of the manifest, by its index or its configuration. V(null) if none is named.
   returned: always
   type: str
   sample: linux/amd64

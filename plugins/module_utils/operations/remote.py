@@ -49,7 +49,7 @@ def look_up(ref: str, options: ProxyOptions, retries: int, progress: Progress) -
         "media_type": manifest.media_type,
         "kind": "container" if config else "artifact",
         "artifact_type": manifest.artifact_type or (None if config else manifest.config.media_type),
-        "platform": str(platform) if platform else None,
+        "platform": (str(platform) or None) if platform else None,
         "created": (config.created or None) if config else None,
         "labels": dict(config.labels) if config else {},
         "annotations": dict(manifest.annotations),
@@ -70,7 +70,7 @@ def _listed(
 
     raw = source.again(lambda: top_digest(options, reference.pinned(index))[1])
     return [
-        {**_plain(entry), "platform": str(entry.platform) if entry.platform else None}
+        {**_plain(entry), "platform": (str(entry.platform) or None) if entry.platform else None}
         for entry in ocidocuments.parse_index(raw).manifests
     ]
 

@@ -47,6 +47,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Any:
 def layout(tmp_path_factory: pytest.TempPathFactory) -> Layout:
     layout = Layout(tmp_path_factory.mktemp("images") / "layout")
     layout.image([FILES], "app", labels={"version": "1.4"})
+    layout.image([FILES], "nowhere", os="", architecture="")
     layout.multi_platform({"linux/amd64": [FILES], "linux/arm64": [FILES]}, "both")
     return layout
 
@@ -71,6 +72,11 @@ def test_a_layout_is_described_without_a_repository(run: Any, layout: Layout) ->
 
 
 @pytest.mark.slow
+def test_an_image_that_names_no_platform_has_none(run: Any, layout: Layout) -> None:
+    found = run(ref=f"oci:{layout.path}:nowhere")
+    assert found["kind"] == "container" and found["platform"] is None
+
+
 def test_an_index_in_a_registry_tells_all_platforms_and_the_one_asked_for(run: Any, registry: Registry) -> None:
     ref = registry.reference("both:1")
     found = run(ref=ref, platform="linux/arm64", validate_certs=False)

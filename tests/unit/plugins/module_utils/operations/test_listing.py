@@ -89,6 +89,14 @@ def test_an_artifact_is_described(path: pathlib.Path) -> None:
     ] == {}
 
 
+def test_a_container_that_names_no_platform_has_none(path: pathlib.Path, world: World) -> None:
+    world.layout.image([FIRST], "nowhere", os="", architecture="")
+    pull_all(path, pull.Request(REGISTRY + "nowhere", "n"))
+    ((image,), _complaints) = listed(path, name="n")
+    assert image["kind"] == "container"
+    assert [image[key] for key in ("platform", "os", "architecture")] == [None] * 3
+
+
 def test_by_name_and_by_digest(path: pathlib.Path) -> None:
     ((image,), _complaints) = listed(path, name="z/app:1")
     assert listed(path, digest=image["digest"])[0] == [image] == listed(path, name="b")[0]
