@@ -199,7 +199,7 @@ def _upgraded(will_be: dict[str, Any]) -> Described | None:
     return Described(Metadata.new(algorithm), bool(will_be["secure"])) if algorithm is not None else None
 
 
-def _occupy_standard_descriptors() -> None:
+def _occupy_standard_fds() -> None:
     """Make sure that nothing else gets the numbers 0, 1 and 2: processes that are forked put /dev/null there, whatever
     it is.
     """
@@ -309,7 +309,7 @@ def run_module(
     in yet are left out. With ``effort`` they also tell how often what failed was tried, and the seconds that the task
     took.
     """
-    _occupy_standard_descriptors()
+    _occupy_standard_fds()
     _guard(module)
     _tell_nothing_of_files(module)
     at_first = dict(base or {})

@@ -190,7 +190,7 @@ class _Context:
     def string(self, key: str, value: str) -> None:
         self._config(f"option {key}", _SET_STRING, key.encode(), os.fsencode(value), 0)
 
-    def descriptor(self, key: str, fd: int) -> None:
+    def set_fd(self, key: str, fd: int) -> None:
         self._config(f"option {key}", _SET_FD, key.encode(), None, fd)
 
     def create(self, attributes: int) -> int:
@@ -431,8 +431,8 @@ def _mount_overlay(kernel: _Kernel, request: Request, erofs: int, changes: dict[
     refusal: _KernelRefused | None = None
     try:
         with _overlay(kernel, request, changes) as context:
-            context.descriptor("lowerdir+", erofs)
-            context.descriptor("datadir+", request.objects)
+            context.set_fd("lowerdir+", erofs)
+            context.set_fd("datadir+", request.objects)
             return context.create(_attributes(request))
     except _KernelRefused as error:
         if error.errno not in _NOT_THIS_WAY:
@@ -499,7 +499,7 @@ def _overlay(kernel: _Kernel, request: Request, changes: Mapping[str, int] | Non
         if request.verity:
             context.string("verity", "require")
         for key, fd in (changes or {}).items():
-            context.descriptor(key, fd)
+            context.set_fd(key, fd)
         if request.upperdir and not changes:
             # The kernel takes a backslash in these two for an escape.
             context.string("upperdir", request.upperdir.replace("\\", "\\\\"))
