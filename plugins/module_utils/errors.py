@@ -60,7 +60,11 @@ class EngineError(Exception):
         return f"{self.text} {self.hint}" if self.hint else self.text
 
     def within(self, what: str) -> None:
-        """Add that it happened while ``what`` was being done (a phrase such as ``importing layer sha256:…``)."""
+        """Add that it happened while ``what`` was being done (a phrase such as ``importing layer sha256:…``), unless
+        that is said already.
+        """
+        if self.doing == what or self.doing.startswith(f"{what}: "):
+            return
         self.doing = f"{what}: {self.doing}" if self.doing else what
 
 

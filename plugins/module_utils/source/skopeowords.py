@@ -114,7 +114,7 @@ _MEANINGS = (
         r"host|\beof\b|too ?many ?requests"
         r"|status ?(?:code)?(?: from registry)?:? (?:408|429|5\d\d)\b|temporary failure|server misbehaving|broken "
         r"pipe|proxyconnect|stream error|http2: "
-        r"|goaway|server closed|cannot connect",
+        r"|goaway|server closed|cannot connect|bad gateway|service unavailable|gateway time-?out",
         RegistryUnreachable,
         "Check the network and the registry, and try again later.",
     ),
@@ -140,6 +140,16 @@ _MEANT_LOCALLY: dict[type[EngineError], tuple[type[EngineError], str]] = {
     AuthFailed: (PermissionDenied, "Run as a user that may read it, for example with become."),
     TlsFailed: (ProxyFailed, ""),
 }
+# What only a local image can be, in the words of Go's readers of archives and JSON.
+_DAMAGED_LOCALLY = (
+    r"invalid tar header|loading tar component|unexpected end of json input|invalid character .* looking for|"
+    r"cannot unmarshal|invalid checksum digest|\bgzip: |\bzstd: "
+)
+_DAMAGED_HINT = (
+    "What the reference names is damaged, incomplete or of another kind: copy or make it again, or write the transport "
+    "that it is for (oci-archive: or docker-archive:)."
+)
+_PART = re.compile(r"(?:Reading|Fetching) the (?:blob|configuration|config) ")
 # Words about a limit of this host that skopeo reached: that is no fault of the source.
 _EXHAUSTED = (
     (r"failed to create new os thread|newosproc|pthread_create|resource temporarily unavailable", PROCESSES),
@@ -147,6 +157,11 @@ _EXHAUSTED = (
     (r"cannot allocate memory|runtime: out of memory|failed to reserve (page summary )?memory", MEMORY),
 )
 _PROXY = r"\b407\b|proxy authentication required"
+# Of an answer to CONNECT Go tells nothing but the reason; a registry's own answers come with their number.
+_PROXY_REFUSES = r"\b(?:get|head|post)[\s:]+(?:forbidden|not allowed)\.?$"
+_PROXY_REFUSES_HINT = (
+    "The HTTP proxy on the way does not let this registry through: ask its operator, or name the registry in NO_PROXY."
+)
 _PROXY_HINT = (
     "The HTTP proxy on the way wants credentials: put them into its address in the task's environment (HTTPS_PROXY), "
     "or name the registry in NO_PROXY."
@@ -238,9 +253,14 @@ def classify(
     passes: bool | None = None
     if transport != "docker":
         kind, hint = _MEANT_LOCALLY.get(kind, (kind, hint))
+        missing = kind is ImageNotFound and _PART.match(what)
+        if missing or (kind in (ProxyFailed, ImageNotFound) and re.search(_DAMAGED_LOCALLY, said)):
+            kind, hint = InvalidDocument, _DAMAGED_HINT
     elif kind in (AuthFailed, ProxyFailed) and re.search(_PROXY, said):
         # Credentials for the registry would not help, and neither would patience.
         kind, hint, passes = RegistryUnreachable, _PROXY_HINT, False
+    elif kind is ProxyFailed and re.search(_PROXY_REFUSES, said):
+        kind, hint, passes = RegistryUnreachable, _PROXY_REFUSES_HINT, False
     for pattern, what_of in _EXHAUSTED:
         if re.search(pattern, said):
             error = exhausted(what_of, what)

@@ -312,6 +312,45 @@ def test_a_proxy_that_wants_credentials_is_not_the_registry(words):
     assert "proxy" in error.hint.lower() and "auth_file" not in error.hint
 
 
+GET = 'pinging container registry r.example: Get "https://r.example/v2/": '
+
+
+@pytest.mark.parametrize("words", ["Bad Gateway", "Service Unavailable", "Gateway Timeout", "Gateway Time-out"])
+def test_a_proxy_that_cannot_reach_the_registry_is_asked_again(words):
+    error = skopeowords.classify(ProxyOptions(), "Opening docker://r.example/x", GET + words)
+    assert error.code == "registry_unreachable" and error.passing
+
+
+def test_a_proxy_that_refuses_is_not_the_registry():
+    error = skopeowords.classify(ProxyOptions(), "Opening docker://r.example/x", GET + "Forbidden")
+    assert error.code == "registry_unreachable" and not error.passing and "NO_PROXY" in error.hint
+    registry = "pinging container registry r.example: invalid status code from registry 403 (Forbidden)"
+    assert skopeowords.classify(ProxyOptions(), "Opening docker://r.example/x", registry).code == "auth_failed"
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("Opening docker-archive:x", "loading tar component manifest.json: archive/tar: invalid tar header"),
+        ("Opening docker-archive:x", "loading tar component manifest.json: file does not exist"),
+        ("Opening docker-archive:x", "loading tar component manifest.json: unexpected EOF"),
+        ("Reading the manifest of dir:x", "unexpected end of JSON input"),
+        ("Reading the manifest of dir:x", "invalid character 'x' looking for beginning of value"),
+        ("Reading the blob sha256:0 of dir:x", "open x/0: no such file or directory"),
+    ],
+)
+def test_a_local_image_of_which_a_part_is_damaged_or_missing_is_damaged(what, words):
+    transport = what.split()[-1].partition(":")[0]
+    error = skopeowords.classify(ProxyOptions(), what, words, transport=transport)
+    assert error.code == "invalid_document" and not error.passing and "make it again" in error.hint
+
+
+@pytest.mark.parametrize("what", ["Opening docker-archive:x", "Reading the manifest of dir:x"])
+def test_a_local_image_that_is_not_there_is_not_found(what):
+    error = skopeowords.classify(ProxyOptions(), what, "open x: no such file or directory", transport="dir")
+    assert error.code == "image_not_found"
+
+
 @pytest.mark.parametrize(
     ("options", "whose"),
     [
