@@ -253,9 +253,10 @@ def classify(
     passes: bool | None = None
     if transport != "docker":
         kind, hint = _MEANT_LOCALLY.get(kind, (kind, hint))
-        missing = kind is ImageNotFound and _PART.match(what)
-        if missing or (kind in (ProxyFailed, ImageNotFound) and re.search(_DAMAGED_LOCALLY, said)):
+        if kind in (ProxyFailed, ImageNotFound) and re.search(_DAMAGED_LOCALLY, said):
             kind, hint = InvalidDocument, _DAMAGED_HINT
+        elif kind is ImageNotFound and _PART.match(what):
+            hint = "What the reference names is incomplete: copy or make it again."
     elif kind in (AuthFailed, ProxyFailed) and re.search(_PROXY, said):
         # Credentials for the registry would not help, and neither would patience.
         kind, hint, passes = RegistryUnreachable, _PROXY_HINT, False

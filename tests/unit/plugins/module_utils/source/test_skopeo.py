@@ -336,13 +336,18 @@ def test_a_proxy_that_refuses_is_not_the_registry():
         ("Opening docker-archive:x", "loading tar component manifest.json: unexpected EOF"),
         ("Reading the manifest of dir:x", "unexpected end of JSON input"),
         ("Reading the manifest of dir:x", "invalid character 'x' looking for beginning of value"),
-        ("Reading the blob sha256:0 of dir:x", "open x/0: no such file or directory"),
     ],
 )
-def test_a_local_image_of_which_a_part_is_damaged_or_missing_is_damaged(what, words):
+def test_a_local_image_of_which_a_part_is_damaged_is_damaged(what, words):
     transport = what.split()[-1].partition(":")[0]
     error = skopeowords.classify(ProxyOptions(), what, words, transport=transport)
     assert error.code == "invalid_document" and not error.passing and "make it again" in error.hint
+
+
+def test_a_local_image_of_which_a_part_is_missing_is_incomplete():
+    words = "open x/0: no such file or directory"
+    error = skopeowords.classify(ProxyOptions(), "Reading the blob sha256:0 of dir:x", words, transport="dir")
+    assert error.code == "image_not_found" and "incomplete" in error.hint and "tag" not in error.hint
 
 
 @pytest.mark.parametrize("what", ["Opening docker-archive:x", "Reading the manifest of dir:x"])
