@@ -496,6 +496,10 @@ def _overlay(kernel: _Kernel, request: Request, changes: Mapping[str, int] | Non
         context.string("source", SOURCE + request.image_id)
         context.string("metacopy", "on")
         context.string("redirect_dir", "on")
+        if request.upperdir:
+            # Image and changes are two file systems. Without this files have other device numbers than the directories
+            # that they lie in, and what stays on one file system, such as du -x, leaves them out.
+            context.string("xino", "on")
         if request.verity:
             context.string("verity", "require")
         for key, fd in (changes or {}).items():

@@ -184,9 +184,15 @@ def test_every_file_is_as_in_the_archives(
     assert refused.value.errno == errno.EROFS
 
 
-def test_tools_that_stay_on_one_file_system_see_all_of_a_mount(mounted: Ensure, point: pathlib.Path) -> None:
+@pytest.mark.parametrize("writable", [False, True])
+def test_tools_that_stay_on_one_file_system_see_all_of_a_mount(
+    mounted: Ensure, point: pathlib.Path, place: pathlib.Path, writable: bool
+) -> None:
     """A directory and the files in it must not have different device numbers, for then these stop."""
-    mounted("one")
+    mounted("one", **({"upperdir": str(place / "upper"), "workdir": str(place / "work")} if writable else {}))
+    if writable:
+        (point / "new").mkdir()
+        (point / "new" / "file").write_text("new")
     expected = sorted(os.path.join(where, name) for where, folders, files in os.walk(point) for name in folders + files)
     command = ["find", str(point), "-xdev", "-mindepth", "1", "-print0"]
     found = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.decode()

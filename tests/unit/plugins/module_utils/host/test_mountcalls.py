@@ -341,6 +341,7 @@ def test_ro_makes_a_mount_with_an_upper_directory_read_only(
     mountcalls.mount(request(image, **changes, options=["ro"]), str(tmp_path))
     assert "fsmount overlay 0x1" in kernel.calls
     assert [call for call in kernel.calls if "upperdir" in call or "workdir" in call] == ["upperdir=fd", "workdir=fd"]
+    assert "xino=on" in kernel.calls, "or files have other device numbers than their directories"
 
 
 def test_another_directory_for_changes_than_the_one_that_was_looked_at_is_not_mounted(
