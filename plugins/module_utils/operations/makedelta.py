@@ -12,12 +12,12 @@ tar-diff is applied once and hashed before it is believed.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import mmap
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -41,6 +41,7 @@ from ..rootfs.erofsreader import ErofsImage
 from ..rootfs.filetree import Leaf, walk
 from ..source import push
 from ..source.options import ProxyOptions
+from ..source.skopeo import Scratch
 from ..source.source import persist
 from ..store import imagestreams, namerecords
 from ..store.repository import Repository
@@ -207,13 +208,16 @@ def publish(
     """Make the delta and push it to ``dest``; see make() and source.push. Passing faults of the registry are met by
     pushing again, up to ``retries`` times.
     """
-    with tempfile.TemporaryDirectory(prefix="composefs-delta-", dir=options.tmpdir) as directory:
+    # What skopeo leaves behind when it is killed lies there, too, and the directory goes whichever process dies first.
+    with contextlib.closing(Scratch(options.tmpdir)) as scratch:
+        directory = scratch.path
         with doing(f"Making the delta for {dest.text}"):
             made = make(repository, source, target, f"{directory}/layout", level, progress)
         progress.message(f"Pushing the delta to {dest.text}")
         layout = parse_reference(f"oci:{directory}/layout:{LAYOUT_TAG}")
         size = sum(layer["bytes"] for layer in made.layers)
-        persist(lambda: push.push(options, layout, dest, size), retries, progress)
+        within = dataclasses.replace(options, tmpdir=directory)
+        persist(lambda: push.push(within, layout, dest, size), retries, progress)
     raw = persist(lambda: push.manifest_at(options, dest), retries, progress)
     if raw is None or digests.digest_of(raw) != made.digest:
         raise DigestMismatch(

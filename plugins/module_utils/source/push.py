@@ -32,7 +32,8 @@ def manifest_at(options: ProxyOptions, reference: Reference) -> bytes | None:
 def push(options: ProxyOptions, layout: Reference, dest: Reference, size: int) -> None:
     """Copy one image of a local OCI layout, which has ``size`` bytes, to ``dest`` as it is.
 
-    What lies in the layout was made here, so no policy for signatures is asked. Raises AuthFailed, RegistryUnreachable
+    What lies in the layout was made here, so no policy for signatures is asked. skopeo has its temporary files in
+    ``options.tmpdir``, and leaves them there when it is killed. Raises AuthFailed, RegistryUnreachable
     and what else skopeo may say.
     """
     what = f"Pushing to {dest.text}"
@@ -44,7 +45,7 @@ def push(options: ProxyOptions, layout: Reference, dest: Reference, size: int) -
     ):
         null = os.open(os.devnull, os.O_RDWR)
         try:
-            child = Child(argv, null, null, fds)
+            child = Child(argv, null, null, fds, chosen.tmpdir)
         finally:
             os.close(null)
     try:

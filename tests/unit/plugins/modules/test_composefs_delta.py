@@ -33,6 +33,9 @@ from ansible_collections.composefs.oci.tests.support.tarbytes import member, tar
 OLD, NEW = tar(member("a", b"a" * 5000)), tar(member("b", b"a" * 5000))
 
 
+PUSH = push.push
+
+
 class Places:
     """Everything that skopeo could write to, as manifests by reference."""
 
@@ -177,6 +180,25 @@ def test_a_passing_fault_of_the_registry_is_met_by_pushing_again(
     assert result.get("error") == (None if retries else "registry_unreachable")
     if not retries:
         assert result["ref"].startswith(REGISTRY) and result["attempts"] == 1 and result["seconds"] >= 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["kill -9 $$", "exec sleep 60", "echo no space left on device >&2; exit 1"])
+def test_nothing_stays_of_a_push_whose_skopeo_dies(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    place, seen = tmp_path / "temporary", tmp_path / "seen"
+    place.mkdir()
+    skopeo = tmp_path / "skopeo"
+    skopeo.write_text(f'#!/bin/sh\necho half > "$TMPDIR/oci-half" && echo "$TMPDIR" > {seen}\n{end}\n')
+    skopeo.chmod(0o755)
+    monkeypatch.setenv("TMPDIR", str(place))
+    monkeypatch.setattr(push, "push", PUSH)
+    result = run(executable=str(skopeo), timeout=3, retries=0, dest=f"oci-archive:{tmp_path}/delta.tar")
+    assert result["failed"] and result["error"] in ("proxy_failed", "stalled", "no_space"), result["msg"]
+    assert list(place.iterdir()) == []
+    if "sleep" not in end or seen.exists():  # a machine may be too slow for it to begin in time
+        assert Path(seen.read_text().strip()).parent == place
 
 
 def test_credentials_reach_skopeo_and_nothing_else(run: Any, places: Places) -> None:
