@@ -29,6 +29,7 @@ from ..formats.digests import ObjectDigest
 from . import keepers
 from .foreseen import Ahead
 from ..formats import fsverity, reference, repolayout
+from ..host import processors, workers
 from ..errors import EngineError, FormatError, InvalidOption, doing, from_os_error
 from ..progress import Countdown, Progress
 from ..store import graph as graphs
@@ -40,6 +41,8 @@ NEVER = ("localhost/bootc-*",)
 """Names that belong to others, and that no pattern removes."""
 STREAMS, IMAGES, FILES, LEFTOVERS, DAMAGED = "streams", "images", "files", "leftovers", "damaged"
 KINDS = (STREAMS, IMAGES, FILES, LEFTOVERS, DAMAGED)
+# So many objects are removed by several processes.
+_MANY = 10_000
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _TRUSTED = f"{marks.DIRECTORY}/trusted"
 _SET_ASIDE = f"{marks.DIRECTORY}/damaged"
@@ -194,21 +197,27 @@ def _plan(
     size, shared, by_kind = repository.algorithm.size, graphs.SHARED, result.bytes_by_kind
     left = Countdown(progress, "Working out what is kept", 256, share=True)
     for first, objects in enumerate(_objects(repository, result.problems)):
-        owner_of, alive = owners.part(first), live.part(first)
+        alive = live.part(first)
+        owner_of = alive if owners is live else owners.part(first)
         kinds: dict[int, str] = {}
         for kind, path, key in named[first]:
             kinds.setdefault(key, kind)
             if key not in alive:
                 plan.links.append(path)
-        dead, digests, start = bytearray(), objects.digests, 0
+        dead, digests, start, lost = bytearray(), objects.digests, 0, 0
         for key, length in zip(objects.keys, objects.sizes):
-            owner = owner_of.get(key, shared)
-            if owner != shared:
-                freed[owner] += length
+            if key in owner_of:
+                owner = owner_of[key]
+                if owner != shared:
+                    freed[owner] += length
             if key not in alive:
                 dead += digests[start : start + size]
-                by_kind[kinds.get(key, FILES)] += length
+                if key in kinds:
+                    by_kind[kinds[key]] += length
+                else:
+                    lost += length
             start += size
+        by_kind[FILES] += lost
         plan.dead.append(bytes(dead))
         left.reached(first + 1)
     result.objects = sum(map(len, plan.dead)) // size
@@ -331,28 +340,41 @@ def _objects(repository: Repository, problems: list[Problem]) -> Iterator[_Found
 
 def _objects_in(fd: int, place: str, size: int, problems: list[Problem]) -> _Found:
     # Some hundred thousand objects are nothing unusual, so as much as possible is done for many at once.
-    digits = 2 * size - 2
-    names = os.listdir(fd)
-    if any(len(name) != digits for name in names) or re.search("[^0-9a-f]", "".join(names)):
-        is_name = re.compile(f"[0-9a-f]{{{digits}}}").fullmatch
+    names, head = os.listdir(fd), place[-2:]
+    if not _all_digests(names, size):
+        is_name = re.compile(f"[0-9a-f]{{{2 * size - 2}}}").fullmatch
         problems += [Problem("stray_file", f"{place}/{name}") for name in names if not is_name(name)]
         names = list(filter(is_name, names))
-    objects: list[str] = []
+    others: set[str] = set()
     sizes: list[int] = []
     look, is_file = os.stat, stat.S_ISREG
     for name in names:
         try:
             entry = look(name, dir_fd=fd, follow_symlinks=False)
         except FileNotFoundError:
+            others.add(name)
             continue
         if is_file(entry.st_mode):
-            objects.append(name)
             sizes.append(entry.st_size)
         else:
+            others.add(name)
             problems.append(Problem("stray_file", f"{place}/{name}"))
-    head = place[-2:]
-    digests = bytes.fromhex("".join([head + name for name in objects]))
+    if others:
+        names = [name for name in names if name not in others]
+    digests = bytes.fromhex("".join([head, head.join(names)]) if names else "")
     return _Found(digests, graphs.keys(digests, size), sizes)
+
+
+def _all_digests(names: list[str], size: int) -> bool:
+    """Whether all are names of objects with digests of ``size`` bytes: so many small hex digits each."""
+    if not set(map(len, names)) <= {2 * size - 2}:
+        return False
+    text = "".join(names)
+    try:
+        # What is read leniently is not what is written.
+        return bytes.fromhex(text).hex() == text
+    except ValueError:
+        return False
 
 
 def _leftovers(repository: Repository) -> list[tuple[str, str, int]]:
@@ -400,26 +422,39 @@ def _sweep(repository: Repository, plan: _Plan, progress: Progress) -> None:
             _unlink(fd, name, f"{repository.path}/{path}")
     # A link that comes back after a power cut must not lead to an object that did not.
     repository.sync()
-    done, size = 0, repository.algorithm.size
+    done = 0
     left = Countdown(progress, "Removing objects", plan.result.objects)
-    unlink = os.unlink
-    for first, digests in enumerate(plan.dead):
-        if not digests:
-            continue
-        names = [digests[start + 1 : start + size].hex() for start in range(0, len(digests), size)]
-        place = f"objects/{first:02x}"
-        with doing(f"Removing objects of {repository.path}/{place}"), repository.root.directory(place, os.O_PATH) as fd:
-            for name in names:
-                try:
-                    unlink(name, dir_fd=fd)
-                except FileNotFoundError:
-                    continue
-                except OSError as error:
-                    raise from_os_error(error, f"Removing {repository.path}/{place}/{name}") from error
-        done += len(names)
+
+    def work(first: int, tell: Callable[[Any], None]) -> None:
+        if plan.dead[first]:
+            tell(_remove_objects(repository, f"objects/{first:02x}", plan.dead[first]))
+
+    def take(count: int) -> None:
+        nonlocal done
+        done += count
         left.reached(done)
+
+    # Nobody else may use the repository meanwhile, so it should be over soon.
+    many = plan.result.objects >= _MANY
+    workers.spread("removes objects", 256, work, take, processors.usable() if many else 1)
     # What is reported as removed must not come back after a power cut.
     repository.sync()
+
+
+def _remove_objects(repository: Repository, place: str, digests: bytes) -> int:
+    """Remove the objects with these digests from their directory; how many they are."""
+    text, digits = digests.hex(), 2 * repository.algorithm.size
+    names = [text[start + 2 : start + digits] for start in range(0, len(text), digits)]
+    unlink = os.unlink
+    with doing(f"Removing objects of {repository.path}/{place}"), repository.root.directory(place, os.O_PATH) as fd:
+        for name in names:
+            try:
+                unlink(name, dir_fd=fd)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise from_os_error(error, f"Removing {repository.path}/{place}/{name}") from error
+    return len(names)
 
 
 def _unlink(fd: int, name: str, path: str) -> None:

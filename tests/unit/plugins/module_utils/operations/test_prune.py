@@ -25,7 +25,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from filled_repository import TAGS, copy_of, fill, make_layout
 
-from ansible_collections.composefs.oci.plugins.module_utils.errors import Busy, FormatError, IncompatibleJournal
+from ansible_collections.composefs.oci.plugins.module_utils.errors import (
+    Busy,
+    FormatError,
+    IncompatibleJournal,
+    IOFailed,
+)
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
 from ansible_collections.composefs.oci.plugins.module_utils.operations import check, keepers, prune
 from ansible_collections.composefs.oci.plugins.module_utils.operations.journal import Places, boot_id
@@ -314,6 +319,59 @@ def test_cut_off_at_any_removal_it_leaves_no_link_to_nothing_and_the_next_run_en
             assert all(repository.objects.verify(digest) for digest in found.reaches(root))
     run(path, Wish(remove=["a", "artifact"]))
     assert objects(path) == kept_objects(path)
+
+
+def test_many_objects_are_removed_by_several_processes_and_the_same_ones_are(
+    path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    alone = copy_of(path, tmp_path / "alone")
+    expected = run(alone, Wish(remove=["a"]))
+    told, real = os.pipe(), prune._remove_objects
+
+    def removing(*arguments: Any) -> int:
+        os.write(told[1], b"%d " % os.getpid())
+        return real(*arguments)
+
+    monkeypatch.setattr(prune, "_MANY", expected.objects)
+    monkeypatch.setattr(prune.processors, "usable", lambda: 2)
+    monkeypatch.setattr(prune, "_remove_objects", removing)
+    assert run(path, Wish(remove=["a"])) == expected
+    assert objects(path) == objects(alone) == kept_objects(path)
+    assert str(os.getpid()).encode() not in os.read(told[0], 1 << 16).split()
+    for fd in told:
+        os.close(fd)
+
+
+def test_what_one_of_several_processes_cannot_remove_is_told_and_the_next_run_removes_it(
+    path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent, real = os.getpid(), os.unlink
+
+    def unlink(*arguments: Any, **more: Any) -> None:
+        if os.getpid() != parent:
+            raise OSError(5, "Input/output error")
+        real(*arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prune, "_MANY", 1)
+        patch.setattr(prune.processors, "usable", lambda: 2)
+        patch.setattr(os, "unlink", unlink)
+        with pytest.raises(IOFailed, match=r"objects/[0-9a-f]{2}/[0-9a-f]+: Input/output error"):
+            run(path, Wish(remove=["a"]))
+    assert run(path).changed
+    assert objects(path) == kept_objects(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["A" * 62, " " * 62, "ab" * 30 + "a ", " " + "ab" * 30 + " ", "\u0660" * 62, "a" * 61, "a" * 63, "g" * 62]
+)
+def test_a_name_that_is_nearly_that_of_an_object_is_a_stray_file(path: pathlib.Path, name: str) -> None:
+    assert all(len(one) == 65 for one in objects(path))
+    stray = next((path / "objects").glob("??")) / name
+    stray.touch()
+    result = run(path, Wish(remove=["a"]))
+    assert [(one.code, one.path) for one in result.problems] == [("stray_file", str(stray.relative_to(path)))]
+    assert stray.exists() and objects(path) == kept_objects(path) | {f"{stray.parent.name}/{name}"}
 
 
 # --- what the host needs
