@@ -112,6 +112,18 @@ class Fleet:
             check=False,
         )
 
+    def earlier(self, *names: str) -> None:
+        """Give hosts an image that they had before."""
+        for name in names:
+            told = json.loads((self.site.directory / name / "info").read_text())
+            told["deployments"][0]["previous"] = [{"digest": NEW, "index_digest": None}]
+            self.answer(name, "info", **told)
+
+    def plan(self) -> dict[str, Any]:
+        """The only plan."""
+        (file,) = self.reports.glob("app-*.plan.json")
+        return dict(json.loads(file.read_text()))
+
     def report(self) -> dict[str, Any]:
         """The only report that is not a plan."""
         (file,) = [path for path in self.reports.glob("app-*.json") if not path.name.endswith(".plan.json")]
@@ -121,22 +133,61 @@ class Fleet:
         return {row["host"]: row["state"] for row in self.report()["hosts"]}
 
 
-@pytest.mark.parametrize("playbook", ["rollout", "rollback", "status", "retire"])
-def test_a_limit_that_leaves_the_controller_out_is_refused_before_anything_is_done(site: Site, playbook: str) -> None:
-    """Ansible drops the plays on localhost without a word, and what is left would fetch and end with success."""
-    fleet = Fleet(site, ["one", "two"])
-    done = fleet.run(playbook, "--limit", "one")
-    assert done.returncode == 2 and "--limit 'one,localhost'" in " ".join(done.stdout.split()), done.stdout
-    assert fleet.asked("one") == fleet.asked("two") == [] and not fleet.reports.exists()
-
-
-def test_a_limit_changes_its_hosts_and_no_others(site: Site) -> None:
+@pytest.mark.parametrize("limit", ["two", "two,localhost"])
+def test_a_limit_changes_its_hosts_and_no_others(site: Site, limit: str) -> None:
+    """Plans, waves and reports are put together on localhost, whether or not the limit names it."""
     fleet = Fleet(site, ["one", "two", "three"])
-    done = fleet.run("rollout", "--limit", "two,localhost", "--diff")
+    done = fleet.run("rollout", "--limit", limit, "--diff")
     assert done.returncode == 0 and fleet.states() == {"two": "confirmed"}, done.stdout
+    assert fleet.report()["result"] == "complete" and fleet.plan()["rollout_plan"]["totals"]["hosts"] == 1
     assert fleet.asked("one") == fleet.asked("three") == []
-    assert fleet.run("status", "--limit", "two,localhost").returncode == 0
+    # Everything that is put together was done on the controller and asked of no host.
+    assert set(fleet.asked("two")) <= {"deployment_info", "deployment", "image", "image_info", "mount_info", "prune"}
+
+
+def test_a_limit_holds_for_going_back_and_for_looking_and_for_retiring(site: Site) -> None:
+    fleet = Fleet(site, ["one", "two"])
+    fleet.earlier("one", "two")
+    assert fleet.run("status", "--limit", "two").returncode == 0
     assert [row["host"] for row in json.loads((fleet.reports / "status.json").read_text())["hosts"]] == ["two"]
+    for playbook in ("rollback", "retire"):
+        done = fleet.run(playbook, "--limit", "two", rollout_digest="", rollout_id=f"app-{playbook}")
+        assert done.returncode == 0, done.stdout
+        report = json.loads((fleet.reports / f"app-{playbook}.json").read_text())
+        assert [(row["host"], row["state"]) for row in report["hosts"]] == [("two", "confirmed")], done.stdout
+    assert fleet.asked("one") == []
+
+
+def test_a_limit_stops_at_its_gate_and_tells_it(site: Site) -> None:
+    """Waves under a limit: the first host is the canary, it fails, and the next one is not changed."""
+    fleet = Fleet(site, ["one", "two", "three"])
+    fleet.answer("two", "deployment", failed=True, error="image_not_found", msg="The image is not there.")
+    done = fleet.run("rollout", "--limit", "two,three")
+    assert done.returncode == 2 and "the canary two did not keep the image" in " ".join(done.stdout.split()), (
+        done.stdout
+    )
+    # The host that is stood in for refuses to go back, too.
+    assert fleet.states() == {"two": "revert_failed", "three": "staged"} and "deployment" not in fleet.asked("three")
+
+
+def test_a_limit_whose_first_host_is_away_goes_on_with_the_others(site: Site) -> None:
+    """The host that stands in for localhost is not asked for anything, so it need not be there."""
+    fleet = Fleet(site, ["one", "two", "three"])
+    with open(site.directory / "inventory", "a") as inventory:
+        inventory.write("away ansible_connection=ssh ansible_host=127.0.0.1 ansible_port=1\n")
+    done = fleet.run("rollout", "--limit", "away,two", rollout_hosts="away:edge", rollout_max_absent=1)
+    assert fleet.states() == {"away": "absent", "two": "confirmed"} and done.returncode != 0, done.stdout
+    assert fleet.asked("one") == fleet.asked("three") == []
+
+
+@pytest.mark.parametrize("playbook", ["rollout", "rollback", "status", "retire"])
+def test_hosts_that_are_none_are_refused(site: Site, playbook: str) -> None:
+    fleet = Fleet(site, ["one", "two"])
+    for hosts, words in (("one", ["--limit", "two"]), ("nobody", [])):
+        done = fleet.run(playbook, *words, rollout_hosts=hosts)
+        told = f"The pattern {hosts} matches no host of the inventory (or --limit leaves none)"
+        assert done.returncode == 2 and told in " ".join(done.stdout.split()), done.stdout
+    assert fleet.asked("one") == fleet.asked("two") == []
 
 
 def test_a_rollout_pauses_where_it_was_asked_to_and_the_same_command_goes_on(site: Site) -> None:
