@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ansible.errors import AnsibleFilterError
+from ansible.errors import AnsibleError, AnsibleFilterError
 
-from ansible_collections.composefs.oci.plugins.plugin_utils import rollout
+from ansible_collections.composefs.oci.plugins.plugin_utils import rollout, wishes
 
 REGISTERED = (
     "rollout_before",
@@ -42,10 +42,30 @@ def _hosts(hostvars: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[
 
 
 def rollout_complaints(
-    variables: Mapping[str, Any], known: Sequence[str], needs: Sequence[str] = rollout.NEEDS
+    variables: Mapping[str, Any], known: Sequence[str], needs: Sequence[str] = wishes.NEEDS
 ) -> list[str]:
     """What is wrong with the variables of a rollout, one sentence each."""
-    return rollout.complaints(variables, known, needs)
+    return wishes.complaints(variables, known, needs)
+
+
+def rollout_host_complaints(
+    names: Sequence[str], hostvars: Mapping[str, Any], known: Sequence[str], internals: Sequence[str]
+) -> list[str]:
+    """What is wrong with the variables that hosts have of their own, one sentence each."""
+    hosts: dict[str, dict[str, Any]] = {}
+    for name in names:
+        variables = hostvars[name]
+        hosts[name] = {}
+        for key in variables:
+            if str(key).startswith("rollout_") and key not in internals:
+                try:
+                    value = variables[key]
+                except AnsibleError:
+                    # It needs what is known in the tasks only that use it.
+                    continue
+                if value is None or isinstance(value, (str, int, float, list)):
+                    hosts[name][str(key)] = value
+    return wishes.of_hosts(hosts, known, internals, hostvars)
 
 
 def rollout_order(
@@ -58,8 +78,10 @@ def rollout_order(
     max_unavailable: int | str = 5,
     max_absent: int | str = "10%",
     choose: str = "ready",
+    image: str = "",
 ) -> dict[str, Any]:
-    """Which hosts are changed in which wave, and whether too many are away to begin.
+    """Which hosts are changed in which wave, whether too many are away to begin, and where the mount belongs to another
+    image than ``image``.
 
     ``choose`` takes the hosts that have the image and not yet mounted it (``ready``), that have one to go back to
     (``back``), or that have any at this mount point (``there``).
@@ -81,7 +103,7 @@ def rollout_order(
         ]
     serial = rollout.order(ready, first, waves, max_unavailable)
     absent = [name for name, state in states.items() if state == rollout.ABSENT]
-    allowed = rollout.number_of(max_absent, len(names))
+    allowed = wishes.number_of(max_absent, len(names))
     why = ""
     if len(absent) > allowed:
         why = f"{len(absent)} hosts are out of reach and {allowed} may be: {', '.join(absent[:5])}"
@@ -90,6 +112,7 @@ def rollout_order(
         "serial": serial or [1],
         "wave_of": rollout.wave_numbers(ready, serial),
         "absent": absent,
+        "others": [f"{name} ({other})" for name in ready if (other := rollout.other_image(hosts[name], path, image))],
         "stop": {"stop": bool(why), "kind": "halted", "why": why, "wave": 1, "failed": len(absent), "allowed": allowed},
     }
 
@@ -191,6 +214,7 @@ class FilterModule:
             "rollout_digest": rollout_digest,
             "rollout_done": rollout_done,
             "rollout_gate": rollout_gate,
+            "rollout_host_complaints": rollout_host_complaints,
             "rollout_order": rollout_order,
             "rollout_plan": rollout_plan,
             "rollout_refusal": rollout_refusal,

@@ -14,12 +14,10 @@ from __future__ import annotations
 import csv
 import datetime
 import io
-import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ansible_collections.composefs.oci.plugins.module_utils.formats.bounds import MAX_NAME
+from ansible_collections.composefs.oci.plugins.plugin_utils.wishes import DIGEST, moment, number_of
 
 Host = Mapping[str, Any]
 
@@ -29,8 +27,6 @@ STATES = (REVERT_FAILED, LOST, FAILED, REVERTED, DRIFTED, ABSENT, UNTOUCHED, STA
 """All states of a host; those that need a person first."""
 
 GOOD = frozenset((CURRENT, CONFIRMED))
-NEEDS = ("rollout_ref", "rollout_name", "rollout_path")
-DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z")
 
 
 def result(host: Host, name: str) -> Mapping[str, Any]:
@@ -45,105 +41,6 @@ def succeeded(found: Mapping[str, Any]) -> bool:
     return bool(found) and not found.get("failed") and not found.get("unreachable")
 
 
-def number_of(amount: int | str, total: int) -> int:
-    """A number of hosts from a number or a percentage, which is rounded up so that ``1%`` is at least one host.
-
-    Raises ValueError for anything else.
-    """
-    text = str(amount).strip()
-    if text.endswith("%"):
-        share = float(text[:-1])
-        if not 0 <= share <= 100:
-            raise ValueError(f"{text} is no percentage from 0% to 100%")
-        return math.ceil(total * share / 100 - 1e-9)
-    number = int(text)
-    if number < 0:
-        raise ValueError(f"{text} is less than nothing")
-    return number
-
-
-# ---- what was asked for ----------------------------------------------------------------------------------------------
-
-
-def complaints(asked: Mapping[str, Any], known: Iterable[str], needs: Sequence[str] = NEEDS) -> list[str]:
-    """What is wrong with the variables ``asked`` for, one sentence each; ``known`` are the names of all there are."""
-    wrong: list[str] = []
-    names = set(known)
-    for name in sorted(set(asked) - names):
-        near = sorted(names, key=lambda other: (-_common(name, other), other))[:1]
-        wrong.append(f"There is no variable {name}; the nearest one is {near[0] if near else 'none'}.")
-    wrong += [f"{name} has to be set." for name in needs if not asked.get(name)]
-    path = str(asked.get("rollout_path") or "/")
-    if not path.startswith("/") or path != "/" and (path.endswith("/") or "//" in path or "/../" in f"{path}/"):
-        wrong.append(
-            f"rollout_path has to be an absolute path without '..' and without a slash at its end, not {path!r}."
-        )
-    digest = str(asked.get("rollout_digest") or "")
-    if digest and not DIGEST.match(digest):
-        wrong.append(f"rollout_digest has to be sha256: and 64 hexadecimal digits, not {digest!r}.")
-    name = str(asked.get("rollout_name") or "")
-    if len(f"{name}@sha256:{'0' * 64}".encode()) > MAX_NAME:
-        wrong.append(f"rollout_name is too long: with the digest it may have {MAX_NAME} bytes.")
-    wrong += _wrong_numbers(asked)
-    url = str(asked.get("rollout_health_url") or "")
-    if url and not re.match(r"https?://[^/]", url):
-        wrong.append(f"rollout_health_url has to begin with http:// or https:// and name a host, not {url!r}.")
-    if asked.get("rollout_until"):
-        try:
-            moment(str(asked["rollout_until"]), datetime.datetime.now(datetime.timezone.utc))
-        except ValueError as error:
-            wrong.append(f"rollout_until cannot be read: {error}.")
-    return wrong
-
-
-def _common(one: str, other: str) -> int:
-    return next((at for at, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
-
-
-def _wrong_numbers(asked: Mapping[str, Any]) -> list[str]:
-    wrong = []
-    for name in ("rollout_waves", "rollout_max_failed", "rollout_max_absent", "rollout_max_unavailable"):
-        value = asked.get(name)
-        if value is None:
-            continue
-        for amount in value if isinstance(value, (list, tuple)) else [value]:
-            try:
-                number = number_of(amount, 100)
-                if not number and name in ("rollout_waves", "rollout_max_unavailable"):
-                    raise ValueError("it must be more than 0")
-            except (TypeError, ValueError) as error:
-                wrong.append(f"{name} holds {amount!r}, which is no number of hosts and no percentage: {error}.")
-    if isinstance(asked.get("rollout_waves"), (list, tuple)) and not asked["rollout_waves"]:
-        wrong.append("rollout_waves is empty; a rollout has at least one wave.")
-    soak = asked.get("rollout_soak")
-    try:
-        longest = max(
-            (float(seconds) for seconds in (soak if isinstance(soak, (list, tuple)) else [soak or 0])), default=0.0
-        )
-        within = float(asked.get("rollout_confirm_within", 300))
-    except (TypeError, ValueError):
-        return [*wrong, "rollout_soak and rollout_confirm_within have to be seconds."]
-    if within < 2 * longest + 60:
-        wrong.append(
-            f"rollout_confirm_within is {within:g} s, which is too short: with a soak of {longest:g} s it has to be "
-            f"at least {2 * longest + 60:g} s, or hosts go back while they are still being judged."
-        )
-    return wrong
-
-
-def moment(text: str, now: datetime.datetime) -> datetime.datetime:
-    """A point in time from ISO 8601, or from ``HH:MM`` in the time zone of ``now``: the next such moment.
-
-    Raises ValueError.
-    """
-    short = re.match(r"(\d\d?):(\d\d)\Z", text.strip())
-    if short:
-        at = now.replace(hour=int(short[1]), minute=int(short[2]), second=0, microsecond=0)
-        return at if at > now else at + datetime.timedelta(days=1)
-    found = datetime.datetime.fromisoformat(text.strip().replace("Z", "+00:00").replace(" ", "T", 1))
-    return found if found.tzinfo else found.replace(tzinfo=now.tzinfo)
-
-
 # ---- hosts -----------------------------------------------------------------------------------------------------------
 
 
@@ -153,6 +50,12 @@ def deployment(host: Host, path: str, register: str = "rollout_before") -> Mappi
         if found.get("path") == path:
             return found
     return {}
+
+
+def other_image(host: Host, path: str, name: str) -> str:
+    """The image that the mount at ``path`` belongs to, if that is another one than ``name``; else empty."""
+    found = str(deployment(host, path).get("name") or "")
+    return found if name and found != name else ""
 
 
 def digests_wanted(host: Host, digest: str) -> set[str]:

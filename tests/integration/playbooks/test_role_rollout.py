@@ -183,11 +183,100 @@ def test_a_limit_whose_first_host_is_away_goes_on_with_the_others(site: Site) ->
 @pytest.mark.parametrize("playbook", ["rollout", "rollback", "status", "retire"])
 def test_hosts_that_are_none_are_refused(site: Site, playbook: str) -> None:
     fleet = Fleet(site, ["one", "two"])
-    for hosts, words in (("one", ["--limit", "two"]), ("nobody", [])):
-        done = fleet.run(playbook, *words, rollout_hosts=hosts)
-        told = f"The pattern {hosts} matches no host of the inventory (or --limit leaves none)"
+    for variables, words, told in (
+        ({"rollout_hosts": "one"}, ["--limit", "two"], "The pattern one matches no host of the inventory (or --limit"),
+        ({"rollout_hosts": "nobody"}, [], "The pattern nobody of rollout_hosts matches no host of the inventory"),
+        ({"rollout_canaries": "canary"}, [], "The pattern canary of rollout_canaries matches no host of the inventory"),
+    ):
+        done = fleet.run(playbook, *words, **variables)
         assert done.returncode == 2 and told in " ".join(done.stdout.split()), done.stdout
     assert fleet.asked("one") == fleet.asked("two") == []
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"rollout_wave": ["10%"]}, "There is no variable rollout_wave; the nearest one is rollout_waves."),
+        ({"rollout_waves": ["some"]}, "rollout_waves holds 'some', which is no number of hosts and no percentage"),
+        ({"rollout_waves": "10%"}, "rollout_waves has to be a list, such as ['10%']"),
+        ({"rollout_health_url": "localhost/health"}, "rollout_health_url has to begin with http:// or https://"),
+        ({"rollout_health_command": []}, "rollout_health_command has to be a command"),
+        ({"rollout_soak": [10], "rollout_confirm_within": 79}, "with a soak of 10 s it has to be at least 80 s"),
+        ({"rollout_name": "n" * 200}, "with the digest it may have 255 bytes"),
+        ({"rollout_digest": "sha256:abc"}, "rollout_digest has to be sha256: and 64 hexadecimal digits"),
+        ({"rollout_path": "/"}, "rollout_path has to be the absolute path of something below /"),
+        ({"rollout_tasks_before": "drain.yml"}, "drain.yml is no file on the controller; give its whole path."),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_before_any_host_is_asked(
+    site: Site, variables: dict[str, Any], told: str
+) -> None:
+    fleet = Fleet(site, ["one"])
+    (site.directory / "drain.yml").write_text("[]\n")
+    done = fleet.run("rollout", **variables)
+    assert done.returncode == 2 and told in " ".join(done.stdout.split()), done.stdout
+    assert fleet.asked("one") == [] and not fleet.reports.exists()
+
+
+def test_what_cannot_be_meant_of_a_group_is_refused_before_anything_moves(site: Site) -> None:
+    fleet = Fleet(site, ["one", "two"])
+    with open(site.directory / "inventory", "a") as inventory:
+        inventory.write("[edge:vars]\nrollout_mirrors=seed:5000\nrollout_seed=nobody\n")
+    for playbook in ("rollout", "rollback", "retire"):
+        done = fleet.run(playbook)
+        told = " ".join(done.stdout.split())
+        assert (
+            done.returncode == 2 and "no variable rollout_mirrors; the nearest one is rollout_mirror (on one," in told
+        )
+        assert "rollout_seed is nobody, which is no host of the inventory (on one, two)." in told, done.stdout
+    assert set(fleet.asked("one")) <= {"deployment_info"}
+
+
+@pytest.mark.parametrize(
+    ("place", "image", "told"),
+    [
+        ({"name": "other"}, {}, "its mount at /srv/app belongs to other (rollout_adopt: true takes it over)"),
+        ({}, {"verity": False}, "its repository has no fs-verity (rollout_verity: disabled does without)"),
+        (
+            {},
+            {"failed": True, "error": "image_not_found", "msg": "There is no such manifest."},
+            f"no host can get docker://registry.example.com/app:1.4 with the digest {NEW}: There is no such manifest.",
+        ),
+    ],
+)
+def test_hosts_that_cannot_take_the_image_are_refused_before_anything_moves(
+    site: Site, place: dict[str, Any], image: dict[str, Any], told: str
+) -> None:
+    fleet = Fleet(site, ["one"])
+    info = json.loads((site.directory / "one" / "info").read_text())
+    info["deployments"][0].update(place)
+    fleet.answer("one", "info", **info)
+    fleet.answer("one", "image", **{**json.loads((site.directory / "one" / "image").read_text()), **image})
+    done = fleet.run("rollout")
+    assert done.returncode == 2 and told in " ".join(done.stdout.split()), done.stdout
+    assert set(fleet.asked("one")) <= {"deployment_info", "mount_info", "image"}, "the image in check mode, that is"
+    assert fleet.asked("one").count("image") == 1
+
+
+@pytest.mark.parametrize("words", [["rollout", "--tags", "prefetch,activate"], ["rollback"], ["retire"]])
+def test_a_mount_of_another_image_is_left_alone_also_without_a_plan(site: Site, words: list[str]) -> None:
+    fleet = Fleet(site, ["one", "two"])
+    fleet.earlier("one", "two")
+    info = json.loads((site.directory / "two" / "info").read_text())
+    info["deployments"][0]["name"] = "other"
+    fleet.answer("two", "info", **info)
+    done = fleet.run(*words)
+    told = "belong to other images than app (rollout_adopt: true takes them over): two (other)."
+    assert done.returncode == 2 and told in " ".join(done.stdout.split()), done.stdout
+    assert not any("deployment" in fleet.asked(name) for name in ("one", "two"))
+
+
+def test_a_name_with_a_slash_is_kept_by_hosts_and_no_directory_of_the_controller(site: Site) -> None:
+    fleet = Fleet(site, ["one"])
+    done = fleet.run("rollout", "--tags", "plan", rollout_name="team/app", rollout_id="", rollout_adopt=True)
+    assert done.returncode == 0, done.stdout
+    (plan,) = fleet.reports.glob("team-app-*.plan.json")
+    assert json.loads(plan.read_text())["rollout_name"] == "team/app"
 
 
 def test_a_rollout_pauses_where_it_was_asked_to_and_the_same_command_goes_on(site: Site) -> None:

@@ -13,13 +13,11 @@ from typing import Any
 
 import hypothesis
 import pytest
-from ansible_collections.composefs.oci.plugins.plugin_utils import rollout
+from ansible_collections.composefs.oci.plugins.plugin_utils import rollout, wishes
 from hypothesis import strategies as hs
 
 ROOT = pathlib.Path(__file__).resolve().parents[4]
 PATH, OLD, NEW = "/srv/app", "sha256:" + "a" * 64, "sha256:" + "b" * 64
-GOOD_ASKED = {"rollout_ref": "docker://a.example/app:1", "rollout_name": "app", "rollout_path": PATH}
-KNOWN = ["rollout_ref", "rollout_name", "rollout_path", "rollout_waves", "rollout_soak", "rollout_digest"]
 
 BEFORE = {"deployments": [{"path": PATH, "name": "app", "current": {"digest": OLD}, "pending": None}]}
 FETCHED = {"changed": True, "digest": NEW, "stats": {"bytes_fetched": 1000}}
@@ -103,48 +101,6 @@ def test_the_manifest_of_an_index_counts_as_the_index() -> None:
     assert rollout.state_of(host, PATH, NEW) == "current"
 
 
-# ---- what was asked for ----------------------------------------------------------------------------------------------
-
-
-def test_what_can_be_meant_is_accepted() -> None:
-    assert rollout.complaints(GOOD_ASKED, KNOWN) == []
-
-
-@pytest.mark.parametrize(
-    ("changed", "words"),
-    [
-        ({"rollout_wave": ["10%"]}, "no variable rollout_wave; the nearest one is rollout_waves"),
-        ({"rollout_name": ""}, "rollout_name has to be set"),
-        ({"rollout_path": "srv/app"}, "absolute path"),
-        ({"rollout_path": "/srv/../etc"}, "absolute path"),
-        ({"rollout_waves": ["ten"]}, "'ten', which is no number"),
-        ({"rollout_waves": []}, "at least one wave"),
-        ({"rollout_waves": ["0%"]}, "more than 0"),
-        ({"rollout_waves": ["150%"]}, "no percentage"),
-        ({"rollout_soak": [200]}, "at least 460 s"),
-        ({"rollout_soak": ["long"]}, "have to be seconds"),
-        ({"rollout_digest": "sha256:abc"}, "64 hexadecimal digits"),
-        ({"rollout_name": "n" * 200}, "255 bytes"),
-    ],
-)
-def test_what_cannot_be_meant_is_refused(changed: dict[str, Any], words: str) -> None:
-    wrong = rollout.complaints({**GOOD_ASKED, **changed}, KNOWN)
-    assert len(wrong) == 1 and words in wrong[0], wrong
-
-
-def test_a_url_without_a_scheme_and_a_time_that_is_none_are_refused() -> None:
-    names = [*KNOWN, "rollout_health_url", "rollout_until"]
-    wrong = rollout.complaints({**GOOD_ASKED, "rollout_health_url": "a.example/health", "rollout_until": "soon"}, names)
-    assert "http://" in wrong[0] and "rollout_until" in wrong[1] and len(wrong) == 2
-
-
-def test_a_time_of_the_day_is_the_next_one() -> None:
-    now = datetime.datetime(2026, 1, 2, 22, 0, tzinfo=datetime.timezone.utc)
-    assert rollout.moment("04:30", now) == datetime.datetime(2026, 1, 3, 4, 30, tzinfo=datetime.timezone.utc)
-    assert rollout.moment("23:00", now) == datetime.datetime(2026, 1, 2, 23, 0, tzinfo=datetime.timezone.utc)
-    assert rollout.moment("2026-01-02T23:00:00Z", now).hour == 23
-
-
 # ---- order -----------------------------------------------------------------------------------------------------------
 
 
@@ -170,7 +126,7 @@ def test_every_host_is_in_one_wave_the_canaries_first_and_none_is_too_large(
 
 @pytest.mark.parametrize(("amount", "hosts"), [("10%", 2), ("1%", 1), ("100%", 20), (3, 3), ("7", 7), (0, 0)])
 def test_percentages_are_rounded_up(amount: Any, hosts: int) -> None:
-    assert rollout.number_of(amount, 20) == hosts
+    assert wishes.number_of(amount, 20) == hosts
 
 
 # ---- gate ------------------------------------------------------------------------------------------------------------
