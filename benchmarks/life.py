@@ -12,14 +12,13 @@ on copies. ``life.py ours {check,prune} REPOSITORY`` is the engine's side alone.
 from __future__ import annotations
 
 import argparse
+import compileall
 import hashlib
 import json
 import os
 import pathlib
-import random
 import resource
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -38,12 +37,16 @@ for _name, _path in (
 
 from ansible_collections.composefs.oci.plugins.module_utils.formats import digests, fsverity, ocidocuments, splitstream
 from ansible_collections.composefs.oci.plugins.module_utils.progress import Progress
-from ansible_collections.composefs.oci.plugins.module_utils.store import create, imagestreams
+from ansible_collections.composefs.oci.plugins.module_utils.store import imagestreams
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 
 
 def make(options: argparse.Namespace) -> None:
     """A repository with the artifact ``app``, whose one layer has all the objects."""
+    import random
+
+    from ansible_collections.composefs.oci.plugins.module_utils.store import create
+
     chance = random.Random(1)
     create.prepare(options.repository, fsverity.ALGORITHMS[options.algorithm], create.DISABLED)
     weights = [chance.lognormvariate(8, 2) for _number in range(options.objects)]
@@ -110,6 +113,8 @@ def compare(name: str, commands: dict[str, list[str]], before: object, repeat: i
         for tool in sorted(commands, reverse=bool(turn % 2)):
             path = before()  # type: ignore[operator]
             results[tool].append(timed([word.replace("REPOSITORY", path) for word in commands[tool]]))
+    import statistics
+
     for tool, found in results.items():
         seconds, processor, memory = zip(*found)
         print(
@@ -139,6 +144,8 @@ def main() -> None:
         return
     mine = [sys.executable, __file__, "ours", options.what, "REPOSITORY", "--level", options.level]
     theirs = ["cfsctl", "--repo", "REPOSITORY", "gc" if options.what == "prune" else "fsck"]
+    # As any program that is installed, and as cfsctl, the engine does not have to be compiled first.
+    compileall.compile_dir(ROOT / "plugins" / "module_utils", quiet=1)
     commands = {"engine": mine, **({} if options.no_cfsctl else {"cfsctl": theirs})}
     if options.what == "check":
         compare(f"check {options.level}", commands, lambda: options.repository, options.repeat)
