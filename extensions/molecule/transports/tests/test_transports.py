@@ -39,44 +39,44 @@ def test_every_transport_brought_the_image(host: Any, repository: Repository, la
     assert repository.damage() == [] and repository.algorithm == "sha256"
 
 
-def test_the_air_gapped_host_has_no_skopeo_and_needs_none(host: Any, name: str, runs: list[Run]) -> None:
+def test_the_air_gapped_host_has_no_skopeo_and_needs_none(host: Any, name: str, played: list[Run]) -> None:
     assert host.exists("skopeo") == ("airgapped" not in name)
-    for run in runs:
+    for run in played:
         for task in WITHOUT_SKOPEO:
             result = run.of(name, TASKS[task])
             assert result["skopeo_version"] is None and result["policy"] == "accept_anything"
 
 
-def test_images_come_from_another_repository(name: str, runs: list[Run], lab: dict[str, Any]) -> None:
-    first, second = runs[0].of(name, COPY), runs[1].of(name, COPY)
+def test_images_come_from_another_repository(name: str, played: list[Run], lab: dict[str, Any]) -> None:
+    first, second = played[0].of(name, COPY), played[1].of(name, COPY)
     assert first["changed"] and not second["changed"] and first["skopeo_version"] is None
     assert [image["name"] for image in first["images"]] == ["oci", "other name"]
     for image, wanted in zip(first["images"], ("app-1", "zstd")):
         assert image["digest"] == lab["images"][wanted]["digest"] and image["image_id"]
-    source = runs[0].of(name, TASKS["oci"])
+    source = played[0].of(name, TASKS["oci"])
     assert first["images"][0]["image_id"] == source["image_id"]
 
 
-def test_another_algorithm_is_hashed_anew(name: str, runs: list[Run], lab: dict[str, Any]) -> None:
-    first, second = runs[0].of(name, REHASHED), runs[1].of(name, REHASHED)
+def test_another_algorithm_is_hashed_anew(name: str, played: list[Run], lab: dict[str, Any]) -> None:
+    first, second = played[0].of(name, REHASHED), played[1].of(name, REHASHED)
     assert first["changed"] and not second["changed"]
     assert first["digest"] == lab["images"]["app-1"]["digest"] and len(first["image_id"]) == 128
 
 
-def test_a_docker_archive_has_the_same_layers(host: Any, name: str, runs: list[Run], lab: dict[str, Any]) -> None:
+def test_a_docker_archive_has_the_same_layers(host: Any, name: str, played: list[Run], lab: dict[str, Any]) -> None:
     if not host.exists("skopeo"):
         pytest.skip("the host has no skopeo")
-    result = runs[0].of(name, TASKS["docker-archive"])
+    result = played[0].of(name, TASKS["docker-archive"])
     assert [layer["diff_id"] for layer in result["layers"]] == lab["images"]["app-1"]["diff_ids"]
     # They were all there already from the OCI layout, compressed in another way.
     assert {layer["status"] for layer in result["layers"]} == {"present"} and result["stats"]["bytes_fetched"] == 0
 
 
 @pytest.mark.parametrize("task", TASKS.values())
-def test_a_second_run_fetches_nothing(host: Any, name: str, runs: list[Run], task: str) -> None:
+def test_a_second_run_fetches_nothing(host: Any, name: str, played: list[Run], task: str) -> None:
     if task not in {TASKS[image] for image in names_on(host)}:
         pytest.skip("the host has no skopeo")
-    first, second = runs[0].of(name, task), runs[1].of(name, task)
+    first, second = played[0].of(name, task), played[1].of(name, task)
     assert (
         first["changed"]
         and not second["changed"]
@@ -89,8 +89,8 @@ def test_a_second_run_fetches_nothing(host: Any, name: str, runs: list[Run], tas
     ("task", "error"),
     [("Pull from the registry", "registry_unreachable"), ("Pull from an archive that is not there", "image_not_found")],
 )
-def test_what_cannot_be_reached_has_its_code(host: Any, name: str, runs: list[Run], task: str, error: str) -> None:
+def test_what_cannot_be_reached_has_its_code(host: Any, name: str, played: list[Run], task: str, error: str) -> None:
     if "registry" in task and not host.exists("skopeo"):
         error = "skopeo_missing"
-    for run in runs:
+    for run in played:
         assert run.of(name, task)["error"] == error
