@@ -79,6 +79,21 @@ def wait_for(what: str, condition: Callable[[], object], seconds: float = 60) ->
         time.sleep(0.05)
 
 
+def wait_for_the_end(site: Site, before: set[str], seconds: float = 15) -> None:
+    """Until nothing works for the pull any more, and what it had in temporary places is gone; ``before`` is what lay
+    there already. Who puts things away does so last, when the pull itself has ended.
+    """
+    wait_for(
+        "everything that pulled to end, and to leave nothing",
+        lambda: (
+            not pulling(site)
+            and jobs() <= before
+            and not any(files for _path, _dirs, files in os.walk(site.directory / "remote"))
+        ),
+        seconds,
+    )
+
+
 @pytest.fixture
 def ready(site: Site) -> Site:
     done = site.run(PREPARE)
@@ -103,7 +118,7 @@ def test_a_long_pull_shows_lines_that_count_from_the_plan_and_leaves_nothing(rea
     # Lines come on standard error, so that what a program reads stays as it was.
     assert re.search(r"^localhost: app: \d+% of \d\.\d\d MiB, .* of 2 layers", done.stderr, re.MULTILINE), done.stderr
     assert "%" not in done.stdout
-    assert jobs() == before and pulling(ready) == []
+    wait_for_the_end(ready, before)
 
 
 JSON_CALLBACK = """
@@ -166,9 +181,8 @@ def test_an_interrupt_ends_the_pull_at_once(ready: Site, slow: FaultProxy, numbe
     wait_for("the layer to be on its way", lambda: slow.sent("/blobs/") > 200_000)
     os.kill(process.pid, number)
     process.communicate(timeout=20)
-    wait_for("everything that pulled to end", lambda: not pulling(ready), 5)
+    wait_for_the_end(ready, before)
     assert process.returncode != 0 and not named(ready)
-    assert jobs() == before and not any(files for _path, _dirs, files in os.walk(ready.directory / "remote"))
 
 
 def test_an_interrupt_before_the_job_is_one_ends_it_too(ready: Site, slow: FaultProxy) -> None:
@@ -177,7 +191,7 @@ def test_an_interrupt_before_the_job_is_one_ends_it_too(ready: Site, slow: Fault
     wait_for("the job to begin", lambda: jobs() - before)
     os.kill(process.pid, signal.SIGINT)
     process.communicate(timeout=20)
-    wait_for("everything that pulled to end", lambda: not pulling(ready) and jobs() == before, 5)
+    wait_for_the_end(ready, before)
     assert not named(ready)
 
 
@@ -186,9 +200,9 @@ def test_a_playbook_that_was_killed_ends_the_pull_too(ready: Site, slow: FaultPr
     process = start(ready, slow.address, **ALWAYS)
     wait_for("the layer to be on its way", lambda: slow.sent("/blobs/") > 200_000)
     process.kill()
-    wait_for("everything that pulled to end", lambda: not pulling(ready), 15)
+    wait_for_the_end(ready, before, 30)
     process.communicate(timeout=20)
-    assert not named(ready) and jobs() == before
+    assert not named(ready)
 
 
 def test_the_next_run_after_an_interrupt_finishes(ready: Site, slow: FaultProxy) -> None:
