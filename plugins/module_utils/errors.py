@@ -337,7 +337,7 @@ def exhausted(what: str, doing: str = "") -> EngineError:
             ("RLIMIT_NOFILE", "RLIMIT_NOFILE", 1),
             "open no more files",
             "Raise the limit (ulimit -n of the user, LimitNOFILE= of the unit; fs.file-max for the whole host), or "
-            "lower 'parallel'.",
+            "lower 'parallel' if the task has it.",
         ),
         PROCESSES: (
             ("RLIMIT_NPROC", "RLIMIT_NPROC", 1),
@@ -348,7 +348,8 @@ def exhausted(what: str, doing: str = "") -> EngineError:
         MEMORY: (
             ("RLIMIT_AS", "RLIMIT_AS", 1 << 20),
             "have no more memory",
-            "Raise the limit (ulimit -v of the user, MemoryMax= of the unit or the container), or lower 'parallel'.",
+            "Raise the limit (ulimit -v of the user, MemoryMax= of the unit or the container), or lower 'parallel' if "
+            "the task has it.",
         ),
     }
     (name, key, unit), verb, hint = known[what]

@@ -111,7 +111,7 @@ def killed(what: str) -> IOFailed:
     """The error for a child that ended without a word."""
     return IOFailed(
         f"The process that {what} was killed.",
-        "The host may be out of memory; look at its kernel log, and lower 'parallel'.",
+        "The host may be out of memory; look at its kernel log, and lower 'parallel' if the task has it.",
     )
 
 
