@@ -556,10 +556,10 @@ def test_a_volatile_mount_is_recognised_and_its_remains_are_explained(
 
 
 def refuse_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
-    def descriptor(_context: Any, key: str, _fd: int) -> None:
+    def set_fd(_context: Any, key: str, _fd: int) -> None:
         raise mountcalls._KernelRefused(f"option {key}", errno.EBADF, "")
 
-    monkeypatch.setattr(mountcalls._Context, "descriptor", descriptor)
+    monkeypatch.setattr(mountcalls._Context, "set_fd", set_fd)
 
 
 def refuse_separate_layers(monkeypatch: pytest.MonkeyPatch) -> None:
