@@ -17,7 +17,6 @@ unwinds the stack.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import select
@@ -51,8 +50,6 @@ PATIENCE = 120.0
 # How long a task may run within the command that started it. One that finds nothing to do ends within that time, and
 # being watched costs it nothing. Fetching a small image is over in SHORT seconds, looking a reference up in LONG ones.
 SHORT, LONG = 1.0, 10.0
-# Bytes that a result may have: those of an image with as many labels and annotations as are returned.
-ROOM = 1 << 20
 # How long an interrupted job may take to clean up before it is ended in the middle of that.
 GRACE = 10.0
 # What a job says to the command that started it, and what that answers.
@@ -191,8 +188,8 @@ def interruptible(life: Life) -> Iterator[None]:
 def run(token: str, main: Callable[[Life], None]) -> None:
     """Call ``main``, which ends in SystemExit: as a job that the owner of ``token`` watches, or, without one, plainly.
 
-    Where the directory to meet in cannot be made, or has no room for a result, the task runs plainly, too: that it can
-    be watched is an extra. Raises InvalidOption for a token that is malformed.
+    Where the directory to meet in cannot be made the task runs plainly, too: that it can be watched is an extra. Raises
+    InvalidOption for a token that is malformed.
     """
     directory = _meeting_place(token) if token else ""
     if directory:
@@ -218,18 +215,6 @@ def _meeting_place(token: str) -> str:
         os.mkdir(directory, 0o700)
     except OSError:
         return ""
-    try:
-        # The result will lie there: a place without room for it must not lose what was done.
-        room = os.open(os.path.join(directory, "room"), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            os.posix_fallocate(room, 0, ROOM)
-        finally:
-            os.close(room)
-            os.unlink(os.path.join(directory, "room"))
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            shutil.rmtree(directory, ignore_errors=True)
-            return ""
     return directory
 
 

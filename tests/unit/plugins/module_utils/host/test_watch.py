@@ -6,14 +6,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pathlib
 import secrets
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -273,26 +271,6 @@ def test_a_directory_of_somebody_else_is_not_used(token: str, tmp_path: pathlib.
     os.mkdir(watch.directory_of(token))
     assert Command(lambda: watch.run(token, task(0))).end() == (0, "the result\n")
     assert os.listdir(watch.directory_of(token)) == []
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs a file system of its own, which only root can mount")
-def test_a_task_is_done_plainly_where_there_is_no_room_for_its_result(
-    token: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The line is an extra: what it needs must not lose what the task has done."""
-    place = tmp_path / "full"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "full", str(place)], check=False)
-    if mounted.returncode:
-        pytest.skip("nothing can be mounted here")
-    try:
-        monkeypatch.setattr(watch, "PLACE", str(place))
-        with contextlib.suppress(OSError), open(place / "filler", "wb") as filler:
-            filler.write(bytes(1 << 20))
-        assert Command(lambda: watch.run(token, task(0))).end() == (0, "the result\n")
-        assert os.listdir(place) == ["filler"]
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
 
 
 def test_a_job_that_left_no_result_is_an_error(token: str) -> None:
