@@ -54,7 +54,7 @@ SHORT, LONG = 1.0, 10.0
 GRACE = 10.0
 # What a job says to the command that started it, and what that answers.
 BUSY, READY, TAKEN = b"b", b"r", b"t"
-LASTING = b"l"
+LASTING, ALONE = b"l", b"a"
 
 Clock = Callable[[], float]
 
@@ -70,6 +70,13 @@ def directory_of(token: str) -> str:
             "The token of a watched task is malformed.", "The action plugin makes it; leave it to that."
         )
     return os.path.join(PLACE, PREFIX + token)
+
+
+def _unheard() -> bool:
+    """Whether nobody reads any more what this process says."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _fd, event in poll.poll(0))
 
 
 class Life:
@@ -99,9 +106,7 @@ class Life:
 
     def over(self) -> bool:
         """Whether nobody waits for this task any more."""
-        poll = select.poll()
-        poll.register(1, 0)
-        return any(event & (select.POLLERR | select.POLLHUP) for _fd, event in poll.poll(0))
+        return _unheard()
 
 
 class Job(Life):
@@ -229,9 +234,11 @@ def _stay(pid: int, job: socket.socket, directory: str) -> NoReturn:
             _copy(os.path.join(directory, "result"))
             job.close()
             code = _exit_code(os.waitpid(pid, 0)[1])
-        elif word == LASTING:
-            _write(json.dumps({"changed": False, "composefs_job": directory}).encode() + b"\n")
+        elif word == LASTING and _told(json.dumps({"changed": False, "composefs_job": directory}).encode() + b"\n"):
             code = 0
+        elif word:
+            with open(os.path.join(directory, "stop"), "xb"):
+                pass
         else:
             # The job died without a word, so this process has nothing to say either.
             os.waitpid(pid, 0)
@@ -241,13 +248,20 @@ def _stay(pid: int, job: socket.socket, directory: str) -> NoReturn:
 
 
 def _first_word(job: socket.socket) -> bytes:
-    """READY, LASTING when the time of a short task is up, or nothing if the job is gone."""
+    """READY, LASTING when the time of a short task is up, or nothing if the job is gone. ALONE if nobody reads what
+    this command says: a playbook that is interrupted before there was a directory could tell no job to stop.
+    """
     end = time.monotonic() + LONG
     while True:
-        job.settimeout(max(end - time.monotonic(), 0.001))
+        left = end - time.monotonic()
+        job.settimeout(max(min(left, LOOK), 0.001))
         try:
             word = job.recv(1)
         except socket.timeout:
+            if _unheard():
+                return ALONE
+            if left > LOOK:
+                continue
             return LASTING
         if word != BUSY:
             return word
@@ -256,6 +270,15 @@ def _first_word(job: socket.socket) -> bytes:
 
 def _exit_code(status: int) -> int:
     return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 1
+
+
+def _told(data: bytes) -> bool:
+    """Write ``data`` to standard output; False if nobody reads it."""
+    try:
+        _write(data)
+    except BrokenPipeError:
+        return False
+    return True
 
 
 def _write(data: bytes) -> None:

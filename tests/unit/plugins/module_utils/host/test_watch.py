@@ -139,6 +139,22 @@ def test_a_job_that_is_told_to_stop_ends_at_once_and_cleans_up(token: str, tmp_p
     wait_for(lambda: list(tmp_path.iterdir()) == [cleaned], 3)
 
 
+def test_a_job_ends_at_once_whose_command_nobody_listens_to(token: str, tmp_path: pathlib.Path) -> None:
+    """A playbook was interrupted before the job had a directory: there was nothing to tell it in."""
+    cleaned = tmp_path / "cleaned"
+
+    def main(life: Life) -> None:
+        try:
+            task(60)(life)
+        finally:
+            cleaned.touch()
+
+    begun = time.monotonic()
+    Command(lambda: watch.run(token, main)).leave()
+    wait_for(lambda: list(tmp_path.iterdir()) == [cleaned])
+    assert time.monotonic() - begun < watch.PATIENCE / 2
+
+
 def test_a_job_whose_directory_goes_ends(token: str, tmp_path: pathlib.Path) -> None:
     pid = tmp_path / "pid"
 
