@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Callable, NamedTuple, Protocol
 
 from . import text
-from .errors import NotARepository, from_exception
+from .errors import NotARepository, UnsafeRepository, from_exception
 from .formats.digests import is_digest
 from .host import beneath
 from .progress import FileSink
@@ -56,6 +56,11 @@ def opened_repository(module: Module, path: str, *, foreseen: bool = False) -> I
     known = told(module, path)
     will_be = known.repository
     unsafe = module.params.get("unsafe_repository", beneath.REFUSE)
+    if module.check_mode and will_be is not None and will_be["unsafe"] and unsafe != beneath.ACCEPT:
+        raise UnsafeRepository(
+            f"An earlier task would have somebody else own the repository {path}, or be able to write to it.",
+            "Give it an owner and a mode that keep others out.",
+        )
     try:
         upgraded = _upgraded(will_be) if will_be is not None and will_be["upgraded"] else None
         repository = Repository.open(

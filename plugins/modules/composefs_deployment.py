@@ -273,7 +273,7 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.composefs.oci.plugins.module_utils.errors import InvalidOption, doing
-from ansible_collections.composefs.oci.plugins.module_utils.host import beneath, commands
+from ansible_collections.composefs.oci.plugins.module_utils.host import beneath, commands, mountinfo
 from ansible_collections.composefs.oci.plugins.module_utils.operations import (
     activation,
     bootmount,
@@ -437,7 +437,10 @@ def activated(
     with opened_repository(module, base["repository"], foreseen=True) as repository:
         exists = repository.path == base["repository"]
         if check and will_be_there(repository, known, name, wanted.digest, exists):
-            mounting.require_capability(f"Mounting at {base['path']}")
+            real = os.path.realpath(base["path"])
+            mounting.require_place(base["repository"], real, None, None, mountinfo.at(real))
+            if wanted.persistent:
+                bootmount.require_systemd(bootmount.HOST)
             then = known.get(name or "")
             base.update(
                 changed=True,

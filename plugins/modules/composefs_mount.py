@@ -369,7 +369,11 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
                     base.update(changed=name != by_then["name"], name=name, digest=by_then["digest"])
                     base.update(image_id=by_then["image_id"], mounted=True, verity=None, keeps=None, unit=None)
                     return {}
-                return not_there_yet(module, base, request, known, there, before, by_then)
+                secure = repository.secure if repository.path == base["repository"] else None
+                made = told(module, base["repository"]).repository
+                if secure is None and made is not None and made["created"]:
+                    secure = bool(made["secure"])
+                return not_there_yet(module, base, request, known, there, before, by_then, secure)
             result = lastingmount.have_mounted(repository, settled, host, check)
     target = result.target
     tell(base, target)
@@ -460,9 +464,10 @@ def not_there_yet(
     there: mountinfo.Mounted | None,
     before: dict[str, Any],
     by_then: dict[str, Any] | None = None,
+    secure: bool | None = None,
 ) -> dict[str, Any]:
     """What the run will do once the image is there, and what earlier tasks would mount at the path (``by_then``). What
-    nobody can know yet is null.
+    nobody can know yet is null. ``secure``: whether the repository will be protected by fs-verity, if that is known.
     """
     image = request.wish.image
     change = known.get(image)
@@ -483,11 +488,16 @@ def not_there_yet(
             f"At {base['path']} something else is mounted: {what}.",
             "The state 'remounted' puts the image asked for in its place without a gap; 'unmounted' removes it.",
         )
-    mounting.require_capability(f"Mounting at {base['path']}")
     places = bootmount.HOST
     real = os.path.realpath(base["path"])
+    writable = [os.path.realpath(path) if path else None for path in (request.wish.upperdir, request.wish.workdir)]
+    mounting.require_place(base["repository"], real, writable[0], writable[1], there)
     persistent = base["unit"] is not None if request.persistent is None else request.persistent
+    if by_then is None:
+        lastingmount.untried(real, deployment.Host(places, commands.run, module.warn), True)
     if request.persistent:
+        if not request.verity_given and secure is not None:
+            lastingmount.require_verity(base["repository"], secure, real)
         bootmount.require_systemd(places)
     base.update(
         changed=True,

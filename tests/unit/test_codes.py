@@ -191,7 +191,7 @@ def no_verity(place: pathlib.Path) -> None:
 
 def impossible_mount(place: pathlib.Path) -> None:
     with repository(place) as opened:
-        engine("operations.mounting")._check_place(opened, f"{opened.path}/objects")
+        engine("operations.mounting")._check_place(opened.path, f"{opened.path}/objects")
 
 
 def taken_back(place: pathlib.Path) -> None:

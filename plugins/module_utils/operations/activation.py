@@ -142,7 +142,7 @@ def _choose(
     base = before.mount if before is not None and before.current else _settings_of(shown)
     wish = _wish(repository, wanted, base, manifest, path)
     if wanted.persistent and wanted.verity is None and not (before is not None and before.current):
-        lastingmount.require_verity(repository, path)
+        lastingmount.require_verity(repository.path, repository.secure, path)
     target = mounting.decide(repository, wish)
     unit = bootmount.current(path, host.places)
     persistent = wanted.persistent if wanted.persistent is not None else base.persistent or unit is not None

@@ -89,11 +89,9 @@ def have_mounted(repository: Repository, request: MountRequest, host: Host, chec
 def _have_mounted(
     repository: Repository, request: MountRequest, path: str, host: Host, check: bool, remembers: bool = True
 ) -> Result:
-    before = settle(journal.read(path, host.places), host, check)
-    if before is not None and before.pending is not None:
-        raise Busy(f"At {path} {deployment.described(before.pending)}.", "Confirm or revert it first.")
+    before = untried(path, host, check)
     if request.persistent and not request.verity_given:
-        require_verity(repository, path)
+        require_verity(repository.path, repository.secure, path)
     unit = bootmount.current(path, host.places)
     persistent = unit is not None if request.persistent is None else request.persistent
     target = mounting.decide(repository, request.wish)
@@ -184,13 +182,21 @@ def _have_unmounted(path: str, host: Host, rollout: str | None, check: bool) -> 
     return Result(changed, outcome.previous, None, None)
 
 
-def require_verity(repository: Repository, path: str) -> None:
-    """Raise VerityUnsupported if the repository has no fs-verity, so that nobody would notice a change of what is
-    mounted at every boot. Call this unless the operator wrote the option ``verity``.
+def untried(path: str, host: Host, check: bool) -> Journal | None:
+    """The journal of ``path`` (real), settled. Busy if an image is on trial there."""
+    before = settle(journal.read(path, host.places), host, check)
+    if before is not None and before.pending is not None:
+        raise Busy(f"At {path} {deployment.described(before.pending)}.", "Confirm or revert it first.")
+    return before
+
+
+def require_verity(where: str, secure: bool, path: str) -> None:
+    """Raise VerityUnsupported if the repository at ``where`` is not ``secure``, so that nobody would notice a change of
+    what is mounted at every boot. Call this unless the operator wrote the option ``verity``.
     """
-    if not repository.secure:
+    if not secure:
         raise VerityUnsupported(
-            f"The repository {repository.path} is not protected by fs-verity, so nobody would notice if what is "
+            f"The repository {where} is not protected by fs-verity, so nobody would notice if what is "
             f"mounted at {path} at every boot were changed.",
             "Use a repository that was made with fs-verity, or write 'verity: disabled' in the task.",
         )

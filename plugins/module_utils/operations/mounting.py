@@ -132,11 +132,8 @@ def ensure_mounted(
                 f"At {target.path} something else is mounted: {'; '.join(different)}.",
                 "The state 'remounted' puts the image asked for in its place without a gap; 'unmounted' removes it.",
             )
-        _check_replaceable(there, target)
-    _check_place(repository, target.path)
-    require_capability(f"Mounting at {target.path}")
     # This is checked before anything is made, names in the repository included.
-    mountcalls.check_changes(target.upperdir, target.workdir)
+    require_place(repository.path, target.path, target.upperdir, target.workdir, there)
 
     def words() -> str:
         return called(target.image_id, target.path, repository, wish.image)
@@ -160,6 +157,19 @@ def ensure_mounted(
                     mountcalls.replace(request, target.path)
                 made.pop_all()  # it is mounted, so they stay
     return Outcome(True, there, target)
+
+
+def require_place(where: str, path: str, upperdir: str | None, workdir: str | None, there: Mounted | None) -> None:
+    """Refuse what no image can be mounted over: ``path`` (real), with what is ``there``, for the repository at
+    ``where`` and with the directories that take changes. Busy, MountFailed, PermissionDenied, UnsafeRepository.
+    """
+    if there is not None:
+        _check_replaceable(there, path, {upperdir, workdir} - {None})
+    _check_place(where, path)
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise _no_directory(path)
+    require_capability(f"Mounting at {path}")
+    mountcalls.check_changes(upperdir, workdir)
 
 
 def ensure_unmounted(path: str, check: bool = False) -> Outcome:
@@ -433,26 +443,26 @@ def _checked(options: Sequence[str], writable: bool, dev: bool, suid: bool) -> t
     return tuple(option for option in chosen if option != "rw" and not (option == "ro" and not writable))
 
 
-def _check_replaceable(there: Mounted, target: Target) -> None:
+def _check_replaceable(there: Mounted, path: str, writable: set[str | None]) -> None:
     """Raise Busy if the old mount cannot be detached, or the new one cannot be made beneath it."""
     inside = mountinfo.children(there)
     if inside:
         raise Busy(
-            f"Within {target.path} other file systems are mounted: {_paths(inside)}.",
+            f"Within {path} other file systems are mounted: {_paths(inside)}.",
             "They would vanish with the old mount; unmount them first.",
         )
     used = {there.directory("upperdir"), there.directory("workdir")} - {None}
-    if used & {target.upperdir, target.workdir}:
+    if used & writable:
         raise Busy(
-            f"The upper or work directory of the new mount at {target.path} is in use by the old one, and two mounts "
+            f"The upper or work directory of the new mount at {path} is in use by the old one, and two mounts "
             f"must not write to one.",
             "Unmount it first, and mind that changes made on top of one image need not fit another; or choose other "
             "directories.",
         )
 
 
-def _check_place(repository: Repository, path: str) -> None:
-    own = os.path.realpath(repository.path)
+def _check_place(where: str, path: str) -> None:
+    own = os.path.realpath(where)
     if os.path.commonpath([own, path]) in (own, path):
         raise MountFailed(
             f"A mount at {path} would hide the repository {own}, or lie within it.", "Choose another path."
@@ -464,7 +474,7 @@ def _make_directory(path: str, made: contextlib.ExitStack) -> None:
     if os.path.isdir(path):
         return
     if os.path.lexists(path):
-        raise MountFailed(f"{path} is not a directory, so nothing can be mounted there.", "Choose another path.")
+        raise _no_directory(path)
     missing = [path]
     while not os.path.lexists(os.path.dirname(missing[-1])):
         missing.append(os.path.dirname(missing[-1]))
@@ -473,6 +483,10 @@ def _make_directory(path: str, made: contextlib.ExitStack) -> None:
         made.callback(_remove_directory, directory)
     with doing(f"Making the directory {path}"):
         os.close(beneath.open_path(path, links=False, make=True))
+
+
+def _no_directory(path: str) -> MountFailed:
+    return MountFailed(f"{path} is not a directory, so nothing can be mounted there.", "Choose another path.")
 
 
 def _remove_directory(path: str) -> None:

@@ -21,37 +21,37 @@ def test_planted_links_lead_root_nowhere(host: Any) -> None:
         assert host.file(f"/srv/victim/{name}").content_string == "precious\n"
 
 
-def test_a_repository_of_somebody_else_is_refused(name: str, runs: list[Run]) -> None:
-    for run in runs:
+def test_a_repository_of_somebody_else_is_refused(name: str, played: list[Run]) -> None:
+    for run in played:
         assert run.of(name, "Pull into the repository of the attacker")["error"] == "unsafe_repository"
         assert "attacker" in run.of(name, "Pull into the repository of the attacker")["msg"]
         assert run.of(name, "Make a repository and give it to the attacker")["unsafe"] is True
 
 
-def test_links_are_not_followed_where_the_repository_is_accepted(name: str, runs: list[Run]) -> None:
-    for run in runs:
+def test_links_are_not_followed_where_the_repository_is_accepted(name: str, played: list[Run]) -> None:
+    for run in played:
         result = run.of(name, "Pull into it all the same")
         assert result["error"] == "unsafe_repository" and "symbolic link" in result["msg"]
 
 
-def test_nothing_is_mounted_from_a_repository_of_somebody_else(host: Any, name: str, runs: list[Run]) -> None:
-    assert runs[0].of(name, "Mount from it")["error"] == "unsafe_repository"
+def test_nothing_is_mounted_from_a_repository_of_somebody_else(host: Any, name: str, played: list[Run]) -> None:
+    assert played[0].of(name, "Mount from it")["error"] == "unsafe_repository"
     assert not host.mount_point("/srv/mounted").exists
     # This one is whole, and may be pulled into: its owner would change what every user of the host then runs.
-    for run in runs:
+    for run in played:
         assert not run.of(name, "Pull into that one all the same").get("failed")
         assert run.of(name, "Mount what the attacker can change")["error"] == "unsafe_repository"
     assert not host.mount_point("/srv/given-mounted").exists
 
 
-def test_no_changes_are_mounted_that_somebody_else_can_make(host: Any, name: str, runs: list[Run]) -> None:
-    for run in runs:
+def test_no_changes_are_mounted_that_somebody_else_can_make(host: Any, name: str, played: list[Run]) -> None:
+    for run in played:
         assert run.of(name, "Mount with changes that the attacker could make, too")["error"] == "unsafe_repository"
     assert not host.mount_point("/srv/changes").exists
 
 
-def test_a_fifo_is_not_waited_for(name: str, runs: list[Run]) -> None:
-    result = runs[0].of(name, "List what the FIFO holds")
+def test_a_fifo_is_not_waited_for(name: str, played: list[Run]) -> None:
+    result = played[0].of(name, "List what the FIFO holds")
     assert result["error"] == "repository_damaged" and "not a regular file" in result["msg"]
 
 
@@ -68,8 +68,8 @@ def test_others_can_neither_read_nor_lock_the_repository_of_root(host: Any) -> N
 
 
 @pytest.mark.parametrize("image", ["app-1"])
-def test_root_works_on_undisturbed(host: Any, lab: dict[str, Any], name: str, runs: list[Run], image: str) -> None:
+def test_root_works_on_undisturbed(host: Any, lab: dict[str, Any], name: str, played: list[Run], image: str) -> None:
     own = Repository(host, "/srv/images")
     assert own.tags == {"app": lab["images"][image]["digest"]}
     assert own.damage() == []
-    assert runs[0].of(name, "Pull")["changed"] and not runs[1].of(name, "Pull")["changed"]
+    assert played[0].of(name, "Pull")["changed"] and not played[1].of(name, "Pull")["changed"]

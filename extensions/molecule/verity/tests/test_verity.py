@@ -85,8 +85,8 @@ if OLD_KERNEL:
         sums = host.run("cd /srv/from-open/data/201 && sha256sum 0 1 2 3").stdout.split()[::2]
         assert sums == [hashlib.sha256(content).hexdigest() for content in bulk()]
 
-    def test_where_the_kernel_is_too_old_the_mount_says_so(host: Any, disk: str, name: str, runs: list[Run]) -> None:
-        result = runs[0].of(name, f"Mount from {disk}")
+    def test_where_the_kernel_is_too_old_the_mount_says_so(host: Any, disk: str, name: str, played: list[Run]) -> None:
+        result = played[0].of(name, f"Mount from {disk}")
         assert result["error"] == "mount_failed" and "6.6" in result["msg"] and "verity" in result["msg"]
         # Nothing of the attempt is left: no mount, no helper mount, no unit that would try again at every boot, no loop
         # device.
@@ -104,14 +104,14 @@ def test_objects_cannot_be_written(host: Any, disk: str) -> None:
     assert host.run(f"echo x >> {path}").rc != 0
 
 
-def test_a_file_system_without_fs_verity_is_refused_at_preparation(host: Any, name: str, runs: list[Run]) -> None:
-    result = runs[0].of(name, "Make a protected repository where there is no fs-verity")
+def test_a_file_system_without_fs_verity_is_refused_at_preparation(host: Any, name: str, played: list[Run]) -> None:
+    result = played[0].of(name, "Make a protected repository where there is no fs-verity")
     assert result["error"] == "verity_unsupported" and "fs-verity" in result["msg"]
     assert not host.file("/srv/plain/images").exists
 
 
-def test_a_second_run_changes_nothing(name: str, runs: list[Run]) -> None:
-    assert [result["changed"] for _task, result in runs[1].modules(name)] == [False] * 3 * (
+def test_a_second_run_changes_nothing(name: str, played: list[Run]) -> None:
+    assert [result["changed"] for _task, result in played[1].modules(name)] == [False] * 3 * (
         len(REPOSITORIES) + OLD_KERNEL
     )
 

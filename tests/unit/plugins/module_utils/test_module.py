@@ -165,6 +165,24 @@ def test_check_mode_takes_the_root_of_a_new_file_system_for_the_repository_that_
         assert repository.place == str(tmp_path) and repository.algorithm.name == "sha512"
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_check_mode_refuses_a_repository_that_an_earlier_task_gives_away(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    path = tmp_path / "repository"
+    if there:
+        create.create(str(path), fsverity.SHA256, create.DISABLED).close()
+    foretell(monkeypatch, path, created=not there, unsafe=True)
+    module = Module()
+    module.check_mode = True
+    with pytest.raises(UnsafeRepository, match="earlier task"), threshold.opened_repository(module, str(path)):
+        pass
+    accepting = Module(unsafe_repository="accept")
+    accepting.check_mode = True
+    with threshold.opened_repository(accepting, str(path)) as repository:
+        assert repository.tags() == {}
+
+
 @pytest.mark.parametrize("check", [False, True])
 def test_a_directory_with_other_things_in_it_is_no_repository_in_either_mode(
     tmp_path: pathlib.Path, check: bool

@@ -222,13 +222,16 @@ def test_what_is_mounted_is_remembered_and_kept(host: Host, run: Any) -> None:
     assert not os.path.exists(base) and not os.path.exists(host.places.library)
 
 
+def on_trial(image: str, origin: str) -> journal.Pending:
+    times = "2026-11-27T14:40:07Z", "2026-11-27T14:45:07Z"
+    return journal.Pending(image, None, origin, "r-7", "anna@control", *times, journal.boot_id(), "t")
+
+
 def test_a_mount_is_busy_while_an_image_is_on_trial(host: Host, run: Any) -> None:
     one, two = host.images
     run(image=one)
     found = host.journal()
-    trial = journal.Pending(
-        two, None, one, "r-7", "anna@control", "2026-11-27T14:40:07Z", "2026-11-27T14:45:07Z", journal.boot_id(), "t"
-    )
+    trial = on_trial(two, one)
     journal.write(dataclasses.replace(found, pending=trial), host.places)
     for values in ({"image": one}, {"image": two, "state": "remounted"}, {"state": "unmounted"}):
         for check in (True, False):
@@ -332,6 +335,40 @@ def test_without_a_repository_a_run_fails_and_check_mode_takes_it_for_foretold(h
     assert told["unit"] == bootmount.unit_name(host.path) and any("no repository" in text for text in host.warnings)
     assert run(True, **values, opts=["bogus"])["error"] == "invalid_mount_option"
     assert host.there == {} and not os.path.exists("/nowhere")
+
+
+def test_check_mode_refuses_what_no_image_can_be_mounted_with(
+    host: Host, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The image will only be there when an earlier task has pulled it, but what is wrong with the rest is known."""
+    monkeypatch.setenv(
+        "COMPOSEFS_OCI_FORETOLD",
+        json.dumps(
+            [
+                {
+                    "repository": host.repository,
+                    "name": "later",
+                    "digest": "sha256:" + "5" * 64,
+                    "absent": False,
+                    "streams": [],
+                }
+            ]
+        ),
+    )
+    assert run(True, image="later")["changed"]
+    open_to_all = tmp_path / "theirs"
+    open_to_all.mkdir()
+    open_to_all.chmod(0o777)
+    writable = {"upperdir": str(open_to_all / "upper"), "workdir": str(open_to_all / "work")}
+    assert run(True, image="later", **writable)["error"] == "unsafe_repository"
+    assert run(True, image="later", path=f"{host.repository}/objects")["error"] == "mount_failed"
+    (tmp_path / "file").touch()
+    assert run(True, image="later", path=str(tmp_path / "file"))["error"] == "mount_failed"
+    assert run(True, image="later", persistent=True)["error"] == "verity_unsupported"
+    run(image=host.images[0])
+    trial = on_trial(host.images[1], host.images[0])
+    journal.write(dataclasses.replace(host.journal(), pending=trial), host.places)
+    assert run(True, image="later", state="remounted")["error"] == "busy"
 
 
 def test_verity_that_is_required_is_an_error_without_it(host: Host, run: Any) -> None:
