@@ -343,7 +343,7 @@ def exhausted(what: str, doing: str = "") -> EngineError:
             ("RLIMIT_NPROC", "RLIMIT_NPROC", 1),
             "start no more processes or threads",
             "Raise the limit (ulimit -u of the user, TasksMax= of the unit, pids.max of the container), or lower "
-            "'parallel'.",
+            "'parallel' if the task has it.",
         ),
         MEMORY: (
             ("RLIMIT_AS", "RLIMIT_AS", 1 << 20),

@@ -30,6 +30,7 @@ from ..formats.digests import StreamDigest, stream_digest
 from ..host import processes, processors
 from ..store import imagestreams, proofs
 from ..errors import (
+    FILES,
     Busy,
     DigestMismatch,
     EngineError,
@@ -45,6 +46,7 @@ from ..errors import (
     RegistryUnreachable,
     Stalled,
     doing,
+    exhausted,
     from_exception,
     from_values,
     to_values,
@@ -151,6 +153,9 @@ def _serve(
                 if "source" in order:
                     source, reference = sources[order.pop("source")], Reference(**order.pop("reference"))
                     _one_object_layer(source, reference, LayerSpec(**order), objects, tell, budget)
+                elif not ancillary:
+                    # One was sent, and this process could open no more.
+                    raise exhausted(FILES, "Taking a layer")
                 else:
                     fd = array.array("i", ancillary[0][2])[0]
                     _one_layer(fd, LayerSpec(**order), objects, storer, algorithm, timeout, tell, budget)

@@ -37,6 +37,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from ..errors import (
+    FILES,
     AuthFailed,
     DigestMismatch,
     EngineError,
@@ -50,6 +51,7 @@ from ..errors import (
     SkopeoTooOld,
     Stalled,
     UnsupportedMediaType,
+    exhausted,
 )
 from ..formats.digests import digest_of, is_digest
 from ..formats.ocidocuments import Descriptor, MAX_CONFIG, MAX_LAYERS, MAX_MANIFEST, MAX_SIZE
@@ -62,6 +64,7 @@ from .skopeowords import INSTALL, classify, scrub
 
 REQUEST = 32768  # the longest request that skopeo reads
 REPLY = 262144  # replies have up to 32 KiB, too, but a list of layers may be longer, and skopeo does not cut it
+_ROOM = 16  # fds
 OLDEST = (0, 2, 3)
 _POLICY_ENFORCED = (0, 2, 6)
 _LAYER_INFO = (0, 2, 5)
@@ -435,7 +438,7 @@ class ImageProxy:
         try:
             # Room for more fds than ever come, so that unexpected ones are received, seen and closed.
             packet, ancillary, flags, _address = connection.recvmsg(
-                REPLY, socket.CMSG_SPACE(16 * 4), _MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+                REPLY, socket.CMSG_SPACE(_ROOM * 4), _MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
             )
         except OSError:
             packet, ancillary, flags = b"", [], 0
@@ -443,6 +446,9 @@ class ImageProxy:
         try:
             if not packet:
                 self._died(method, what)
+            if flags & socket.MSG_CTRUNC and len(fds) < _ROOM:
+                # There was room for it in the message, so the kernel had none in this process.
+                raise exhausted(FILES, what)
             if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
                 self._violated(method, "a reply that is too long")
             value, pipeid = self._reply(method, what, packet)

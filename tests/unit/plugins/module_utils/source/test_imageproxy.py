@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import socket
@@ -28,6 +29,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     EngineError,
     InvalidDocument,
     PolicyRejected,
+    LimitReached,
     ProxyFailed,
     RegistryUnreachable,
     SkopeoMissing,
@@ -291,6 +293,22 @@ def test_a_nonsensical_manifest_digest_is_refused(value):
 def test_unexpected_descriptors_are_closed_and_end_the_proxy(method, fds, pipeid):
     with fake({method: {"fds": fds, "pipeid": pipeid, "value": 1}}) as proxy, pytest.raises(ProxyFailed, match=method):
         proxy.open_image() if method == "OpenImage" else proxy.get_blob(1, D, 1)
+
+
+def test_a_file_for_which_there_is_no_room_is_told_as_the_limit(request):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with fake({}) as proxy:
+        image = proxy.open_image()
+        held = [os.open(os.devnull, os.O_RDONLY)]
+        request.addfinalizer(lambda: [os.close(fd) for fd in held])
+        request.addfinalizer(lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard)))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, hard))
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        with pytest.raises(LimitReached, match="RLIMIT_NOFILE"):
+            proxy.get_manifest(image)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_reply_that_was_cut_is_refused(monkeypatch):
