@@ -69,7 +69,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("checks", "graph", "proofs"),
     ),
     "pull": (
-        ("limits", "local", "results", "smallobjects", "sourcefiles"),
+        ("feed", "limits", "local", "results", "smallobjects", "sourcefiles"),
         ("layer",),
         ("objectlayer", "sources"),
         ("fetch", "makeimages", "plan"),

@@ -20,7 +20,7 @@ import re
 import struct
 from array import array
 from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO, Callable, NamedTuple, Union, overload
+from typing import Any, BinaryIO, Callable, NamedTuple, Protocol, Union, overload
 
 from . import codecs
 from ..errors import FormatError
@@ -37,8 +37,9 @@ BLOB = b"oci_blob"
 
 _MAGIC = b"SplitStream"
 _INFO = struct.Struct("<8Q8sQ")
-_CHUNK = struct.Struct("<q")
-_PLACEHOLDER = bytes(_CHUNK.size)
+CHUNK = struct.Struct("<q")
+"""What every chunk begins with."""
+_PLACEHOLDER = bytes(CHUNK.size)
 
 _PIECE = 256 * 1024  # bytes compressed, decompressed, copied and handed out at a time
 _LONG_RUN = 1 << 20  # inline runs that grow beyond this leave memory
@@ -54,6 +55,9 @@ class ExternalRef(NamedTuple):
 
     index: int  # type: ignore[assignment]  # the field's name hides tuple.index, which nobody misses
     digest: ObjectDigest
+
+
+Chunk = Union[bytes, ExternalRef]
 
 
 # --- writing
@@ -118,13 +122,24 @@ def _temporary_file() -> BinaryIO:
     return tempfile.TemporaryFile()
 
 
+class Tap(Protocol):
+    """Hears what a stream consists of while it is written."""
+
+    def chunks(self, digests: bytes, chunks: bytes, /) -> None:
+        """Whole chunks, as they are before they are compressed, and the digests that they are the first to name."""
+
+    def stop(self) -> None:
+        """What follows cannot be told."""
+
+
 class Writer:
     """Builds one splitstream: chunks by ``inline`` and ``external`` in stream order, names by ``named_ref``, then
     ``finish`` or ``write_to``, once.
 
     The result is to the byte what cfsctl 0.9 writes for the same chunks, given the same version of libzstd. The
     compressed chunks go to ``spool`` (a file, written from where it stands and read back) if there is one, and are kept
-    in memory otherwise. ``scratch`` makes the temporary file that a very long inline run is set aside in.
+    in memory otherwise. ``scratch`` makes the temporary file that a very long inline run is set aside in. ``tap`` hears
+    the chunks as well.
     MissingLibrary if there is no zstd; errors of the two files pass.
     """
 
@@ -134,6 +149,7 @@ class Writer:
         content_type: bytes,
         spool: BinaryIO | None = None,
         scratch: Callable[[], BinaryIO] = _temporary_file,
+        tap: Tap | None = None,
     ) -> None:
         if len(content_type) != 8:
             raise FormatError(f"The content type of a splitstream has eight bytes, not {content_type!r}.")
@@ -149,6 +165,8 @@ class Writer:
         self._compressed: list[bytes] = []
         self._compressed_size = 0
         self._scratch_factory = scratch
+        self._tap = tap
+        self._tapped = 0  # bytes of digests that the tap has heard
         self._run: _LongRun | None = None
         # Chunks that have not been compressed yet. An inline run stays open (adjacent inline data must become one
         # chunk: readers of version 0.9 want a tar header within one) from its placeholder at _open until the next
@@ -179,9 +197,9 @@ class Writer:
             if self._run is not None:
                 self._end_run()
             else:
-                _CHUNK.pack_into(out, start, start + 8 - len(out))
+                CHUNK.pack_into(out, start, start + 8 - len(out))
             self._open = -1
-        out += _CHUNK.pack(index)
+        out += CHUNK.pack(index)
         self.size += size
         if len(out) > _PIECE:
             self._drain()
@@ -206,7 +224,7 @@ class Writer:
         if self._run is not None:
             self._end_run()
         elif self._open >= 0:
-            _CHUNK.pack_into(self._out, self._open, self._open + 8 - len(self._out))
+            CHUNK.pack_into(self._out, self._open, self._open + 8 - len(self._out))
         self._open = -1
         self._drain()
         self._store(self._compressor.flush())
@@ -266,22 +284,31 @@ class Writer:
             else:
                 self._spool.write(compressed)
 
+    def _compress(self, chunks: bytes) -> None:
+        if self._tap is not None and chunks:
+            digests = self._objects.digests
+            self._tap.chunks(bytes(digests[self._tapped :]), chunks)
+            self._tapped = len(digests)
+        self._store(self._compressor.compress(chunks))
+
     def _drain(self) -> None:
         """Compress what is complete, and see to it that an open inline run does not fill memory."""
         out = self._out
         start = self._open
         if start < 0:
-            self._store(self._compressor.compress(bytes(out)))
+            self._compress(bytes(out))
             out.clear()
             return
         if start:
-            self._store(self._compressor.compress(bytes(memoryview(out)[:start])))
+            self._compress(bytes(memoryview(out)[:start]))
             del out[:start]
             self._open = 0
         if len(out) > _LONG_RUN or (self._run is not None and len(out) > _PIECE):
             # The length stands before the bytes, and it is not known yet: set them aside.
             if self._run is None:
                 self._run = _LongRun(self._scratch_factory())
+                if self._tap is not None:
+                    self._tap.stop()
             self._run.write(bytes(memoryview(out)[8:]))
             del out[8:]
 
@@ -295,7 +322,7 @@ class Writer:
         self._out.clear()
         self._open = -1
         try:
-            self._store(self._compressor.compress(_CHUNK.pack(-(run.size + len(rest)))))
+            self._store(self._compressor.compress(CHUNK.pack(-(run.size + len(rest)))))
             for piece in run.read_back():
                 self._store(self._compressor.compress(piece))
             self._store(self._compressor.compress(rest))
@@ -450,7 +477,7 @@ class Splitstream:
         self.named_refs = _parse_names(_read_names(_Range(file, *ranges["names"])), self.stream_refs)
         return self
 
-    def chunks(self, object_size: Callable[[ObjectDigest], int] | None = None) -> Iterator[bytes | ExternalRef]:
+    def chunks(self, object_size: Callable[[ObjectDigest], int] | None = None) -> Iterator[Chunk]:
         """The stream in order: inline bytes in pieces of at most 256 KiB, and references to objects.
 
         ``object_size`` tells the size of an object by its digest; with it the sizes of all pieces are held against the
@@ -466,7 +493,7 @@ class Splitstream:
         # Each reference stands for at least a byte, save those to an empty object, of which there is one: no writer has
         # a reason to repeat it.
         references_left = size + 1
-        unpack, new = _CHUNK.unpack_from, tuple.__new__
+        unpack, new = CHUNK.unpack_from, tuple.__new__
         buffer = b""
         at = have = 0
         while True:

@@ -15,11 +15,12 @@ import contextlib
 import json
 import os
 import resource
+import select
 import signal
 import socket
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from ..errors import EngineError, IOFailed, LimitReached, from_exception, from_values, to_values
 
@@ -206,19 +207,31 @@ def tell(connection: socket.socket, value: Any) -> None:
     connection.send(json.dumps(value).encode())
 
 
+class Hear(Protocol):
+    """Returns the next value that a task was told. With the fd ``beside`` it returns None as soon as there is something
+    to be read from that, unless there is such a value.
+    """
+
+    def __call__(self, beside: int = -1) -> Any: ...
+
+
 class Task:
     """Work in a child while the parent does other things: ``tell`` it what it waits for, then take its ``result``.
 
-    ``function`` gets a function that returns the next value it was told, and returns a value that fits into a small
-    JSON document; ``what`` is what the child does, such as ``makes the EROFS image``. ``leave`` runs first in the
-    child, which lets go there of what it must not keep open. Call ``close`` whatever happens.
+    ``function`` gets a function of type Hear, and returns a value that fits into a small JSON document; ``what`` is
+    what the child does, such as ``makes the EROFS image``. ``leave`` runs first in the child, which lets go there of
+    what it must not keep open. Call ``close`` whatever happens.
     """
 
-    def __init__(
-        self, what: str, function: Callable[[Callable[[], Any]], Any], leave: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, what: str, function: Callable[[Hear], Any], leave: Callable[[], None] = lambda: None) -> None:
         def work(connection: socket.socket) -> None:
-            def hear() -> Any:
+            def hear(beside: int = -1) -> Any:
+                if beside >= 0:
+                    poll = select.poll()
+                    poll.register(connection, select.POLLIN)
+                    poll.register(beside, select.POLLIN)
+                    if connection.fileno() not in dict(poll.poll()):
+                        return None
                 message = connection.recv(MAX_MESSAGE)
                 if not message:
                     os._exit(0)  # nobody waits for the result any more
@@ -229,6 +242,9 @@ class Task:
             except BaseException as error:
                 answer = {"error": to_values(explain(error, f"The process that {what}"))}
             tell(connection, answer)
+            # What it was told and did not hear would make the kernel throw the answer away as soon as this end is gone.
+            while connection.recv(MAX_MESSAGE):
+                pass
 
         self._child = Child(what, work, leave)
 

@@ -22,7 +22,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..formats.repolayout import StreamName
@@ -52,6 +52,7 @@ from ..errors import (
     to_values,
 )
 from ..formats.fsverity import Algorithm
+from .feed import Feed
 from .layer import AnyStorer, LayerResult, LayerSpec, import_layer
 from ..store.objects import ObjectStore
 from ..formats.ocidocuments import Descriptor
@@ -264,8 +265,16 @@ class Fetcher:
         progress: Progress,
         arrived: Callable[[StreamName, StreamDigest], None] = lambda stream, digest: None,
         limits: Limits = Limits(),  # noqa: B008 -- it is frozen
+        feeds: Mapping[StreamName, Feed] | None = None,
+        lost: Callable[[StreamName], None] = lambda stream: None,
     ) -> None:
-        """``arrived`` is told the stream and the object digest of each layer that was named, by any thread."""
+        """``arrived`` is told the stream and the object digest of each layer that was named, by any thread.
+
+        The first attempt at a layer that has one of ``feeds`` tells there what the layer consists of; ``lost`` is told
+        the stream, by any thread, if that attempt failed, so that nothing is made of what was told.
+        """
+        self._feeds = dict(feeds or {})
+        self._lost = lost
         self._limits = limits
         self._arrived = arrived
         self._repository = repository
@@ -284,11 +293,12 @@ class Fetcher:
         self._left_out: set[Patient] = set()
 
     def run(self, jobs: Sequence[Job]) -> None:
-        """Fetch all ``jobs``, largest first. Raises the first error after the layers under way have ended; what was
-        imported stays named.
+        """Fetch all ``jobs``, given from the lowest layer up: the lowest first, because the file tree grows from there,
+        and then the largest first, so that the lanes end together. Raises the first error after the layers under way
+        have ended; what was imported stays named.
         """
         todo: queue.Queue[Job] = queue.Queue()
-        for job in sorted(jobs, key=lambda job: -job.spec.size):
+        for job in [*jobs[:1], *sorted(jobs[1:], key=lambda job: -job.spec.size)]:
             todo.put(job)
         every = [way for job in jobs for way in _ways(job)]
         self._sources = sources = list({id(job.source): job.source for job in every}.values())
@@ -427,6 +437,17 @@ class Fetcher:
         return last.source.again(functools.partial(self._attempt, worker, last))
 
     def _attempt(self, worker: Worker, job: Job) -> LayerResult:
+        # Another way, or another try, may bring other bytes: what was told before belongs to one attempt alone.
+        feed = None if job.source.delivers_objects else self._feeds.pop(job.stream, None)
+        if feed is None:
+            return self._tried(worker, job)
+        try:
+            return self._tried(worker, job._replace(spec=job.spec._replace(feed=feed.writer)))
+        except BaseException:
+            self._lost(job.stream)
+            raise
+
+    def _tried(self, worker: Worker, job: Job) -> LayerResult:
         transfer = None
         if job.source.delivers_objects:
             worker.send_objects(job.spec, self._sources.index(job.source), job.reference)

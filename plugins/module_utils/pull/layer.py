@@ -29,6 +29,7 @@ from ..formats import codecs, splitstream, tar
 from ..errors import DigestMismatch, EngineError, InvalidLayer, RegistryUnreachable, Stalled
 from ..formats.fsverity import Algorithm
 from ..store.objects import ObjectStore
+from .feed import Tap
 from .limits import RATE_WINDOW, Budget, Limits, Tally
 from .smallobjects import DirectStorer, Storer
 
@@ -58,7 +59,7 @@ TAR_DIFF = "tar-diff"
 class LayerSpec(NamedTuple):
     """What a blob was announced to be. ``digest`` and ``diff_id`` are ``sha256:<hex>``; ``compression`` is None for a
     raw blob, and TAR_DIFF for one that writes the tar, at most ``limit`` bytes, from files of the EROFS image ``image``
-    (object digest in hex).
+    (object digest in hex). ``feed`` is the importer's end of a feed of the layer, or -1.
     """
 
     digest: str
@@ -67,6 +68,7 @@ class LayerSpec(NamedTuple):
     compression: str | None
     image: str = ""
     limit: int = 0
+    feed: int = -1
 
 
 class LayerResult(NamedTuple):
@@ -365,7 +367,8 @@ def _import_tar(
         return splitter.size - (objects.stats.bytes_new - before.bytes_new) - sink.announced
 
     with contextlib.closing(spool(objects)) as chunks:
-        writer = splitstream.Writer(algorithm, splitstream.LAYER, chunks)
+        tap = Tap(spec.feed)
+        writer = splitstream.Writer(algorithm, splitstream.LAYER, chunks, tap=tap)
         sink = _Sink(objects, storer, writer)
         splitter = tar.Splitter(sink)
         decoder = _Decoder(source, spec, objects, algorithm)
@@ -395,7 +398,7 @@ def _import_tar(
                     f"the configuration says {spec.diff_id}.",
                     "The image is broken or hostile; nothing was registered.",
                 )
-        return layer_result(writer, objects, before, source.fetched, restored)
+        return layer_result(writer, objects, before, source.fetched, restored, tap)
 
 
 def _import_blob(
@@ -485,13 +488,23 @@ def counters(objects: ObjectStore) -> Counters:
 
 
 def layer_result(
-    writer: splitstream.Writer, objects: ObjectStore, before: Counters, fetched: int, restored: int
+    writer: splitstream.Writer,
+    objects: ObjectStore,
+    before: Counters,
+    fetched: int,
+    restored: int,
+    tap: Tap | None = None,
 ) -> LayerResult:
-    """Store the splitstream and tell what the layer brought since ``before``."""
+    """Store the splitstream and tell what the layer brought since ``before``; ``tap`` is the feed of a layer that is
+    proved.
+    """
     # Counted before the splitstream itself is stored: the figures are about what the layer brought.
     after = counters(objects)
     new, present, bytes_new, bytes_present = (b - a for a, b in zip(before, after))
-    stream = objects.put_pieces(writer.finish())
+    pieces = writer.finish()
+    if tap is not None:
+        tap.end()
+    stream = objects.put_pieces(pieces)
     return LayerResult(
         stream.hex(),
         fetched,

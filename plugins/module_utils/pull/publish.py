@@ -24,6 +24,7 @@ from ..progress import Progress
 from ..store.repository import Repository
 
 if TYPE_CHECKING:
+    from .feed import Feed
     from .makeimages import Ahead
 
 T = TypeVar("T")
@@ -88,9 +89,15 @@ def unfinished(repository: Repository, plan: Plan, images: Images) -> bool:
     )
 
 
-def begin(repository: Repository, plan: Plan, images: Images, leave: Callable[[], None]) -> Ahead | None:
+def begin(
+    repository: Repository,
+    plan: Plan,
+    images: Images,
+    leave: Callable[[], None],
+    feeds: Mapping[StreamName, Feed],
+) -> Ahead | None:
     """Begin to make the EROFS images of an image that is not stored yet while its layers are fetched; None where there
-    is nothing to begin with. ``leave`` as in `Ahead`.
+    is nothing to begin with. ``leave`` and ``feeds`` as in `Ahead`.
     """
     wanted = list(_wanted(repository, plan, images).values()) if plan.config_document is None else []
     if not wanted:
@@ -98,7 +105,7 @@ def begin(repository: Repository, plan: Plan, images: Images, leave: Callable[[]
     from .makeimages import Ahead  # late: most runs make none
 
     layers = [(layer.stream, layer.stored) for layer in plan.layers]
-    return Ahead(repository, layers, *_by_tree(wanted), leave)
+    return Ahead(repository, layers, *_by_tree(wanted), leave, feeds)
 
 
 def publish(

@@ -49,6 +49,7 @@ from ..source.options import ProxyOptions
 
 if TYPE_CHECKING:
     from .layer import LayerResult as StoredLayer
+    from .feed import Feed
     from .makeimages import Ahead
     from .peers import Peers
 
@@ -301,8 +302,11 @@ def _carry_out(
         brought = _Brought()
         if missing:
             seeds = _peers(options, repository, missing, progress)
-            begun = _begin(repository, plans, options, processors.usable(), stack)
-            brought = _fetch(repository, missing, seeds, begun, options, progress, limits)
+            from .feed import feeds  # late: most runs fetch nothing
+
+            told = stack.enter_context(feeds(sorted(missing, key=lambda stream: -missing[stream][1].to_fetch)))
+            begun = _begin(repository, plans, options, processors.usable(), stack, told)
+            brought = _fetch(repository, missing, seeds, begun, options, progress, limits, told if begun else {})
         clock.lap("fetch")
         outcomes = _register(repository, plans, options, progress, begun, brought)
         # Only now, when every document is in place, do the names appear: an image of this task that cannot be stored
@@ -350,6 +354,7 @@ def _fetch(
     options: Options,
     progress: Progress,
     limits: Limits,
+    told: Mapping[StreamName, Feed],
 ) -> _Brought:
     """Fetch what is missing, and tell what was ``begun`` beside it of every layer that is whole."""
     # Loaded here: a run that fetches nothing starts faster without the decoders and the tar splitter.
@@ -359,8 +364,12 @@ def _fetch(
         for ahead in begun.values():
             ahead.arrived(stream, digest)
 
+    def lost(stream: StreamName) -> None:
+        for ahead in begun.values():
+            ahead.lost(stream)
+
     jobs = [_job(stream, plan, layer, seeds) for stream, (plan, layer) in missing.items()]
-    fetcher = Fetcher(repository, options.parallel, options.timeout, progress, arrived, limits)
+    fetcher = Fetcher(repository, options.parallel, options.timeout, progress, arrived, limits, told, lost)
     fetcher.run(jobs)
     if seeds is not None:
         seeds.account(fetcher)
@@ -438,7 +447,12 @@ def _remember_origins(repository: Repository, plans: Sequence[Plan]) -> None:
 
 
 def _begin(
-    repository: Repository, plans: Sequence[Plan], options: Options, most: int, stack: contextlib.ExitStack
+    repository: Repository,
+    plans: Sequence[Plan],
+    options: Options,
+    most: int,
+    stack: contextlib.ExitStack,
+    told: Mapping[StreamName, Feed],
 ) -> dict[str, Ahead]:
     """Begin to make EROFS images beside the transfer, of at most ``most`` images of the task, by name. ``stack`` ends
     what nobody waited for.
@@ -460,7 +474,7 @@ def _begin(
     for plan in plans:
         if len(begun) < most and plan.config_digest not in seen and plan.missing():
             seen.add(plan.config_digest)
-            ahead = publish.begin(repository, plan, options.images_of(plan.request), leave)
+            ahead = publish.begin(repository, plan, options.images_of(plan.request), leave, told)
             if ahead is not None:
                 stack.callback(ahead.close)
                 begun[plan.request.name] = ahead

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import pathlib
+import select
 import resource
 import signal
 import socket
@@ -280,6 +281,37 @@ def test_a_child_gets_messages_and_descriptors_and_goes_when_it_is_asked(tmp_pat
     assert (tmp_path / "gone").exists() and children() == []
     os.close(source)
     os.close(pipe)
+
+
+def test_a_task_that_did_not_hear_everything_still_answers() -> None:
+    task = processes.Task("waits", lambda hear: hear())
+    for value in range(20):
+        task.tell(value)
+    assert task.result() == 0
+    assert children() == []
+
+
+def test_a_task_looks_up_from_something_else_when_it_is_told_something() -> None:
+    read, write = os.pipe()
+    try:
+
+        def work(hear: processes.Hear) -> list[object]:
+            found = [hear(read)]
+            os.read(read, 1)
+            return [*found, hear(read), hear(read), os.read(read, 1).decode()]
+
+        os.write(write, b"a")
+        task = processes.Task("waits", work)
+        # Told only when the first byte was seen, so that the order is certain.
+        while select.select([read], [], [], 0)[0]:
+            time.sleep(0.01)
+        task.tell("told")
+        time.sleep(0.1)
+        os.write(write, b"b")
+        assert task.result() == [None, "told", None, "b"]
+    finally:
+        os.close(read)
+        os.close(write)
 
 
 def test_a_child_that_is_gone_is_an_error_whoever_asks() -> None:

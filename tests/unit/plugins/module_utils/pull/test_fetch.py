@@ -94,10 +94,10 @@ class Fetch:
     def digest(self, number: int) -> str:
         return str(self.layers[number].descriptor["digest"])
 
-    def run(self) -> dict[str, Any]:
+    def run(self, upward: bool = True) -> dict[str, Any]:
         jobs = []
-        # Given in the wrong order on purpose.
-        for one in reversed(self.layers):
+        # The largest is the lowest one here; the others are given in the wrong order on purpose.
+        for one in [*self.layers[:1], *reversed(self.layers[1:])] if upward else reversed(self.layers):
             spec = LayerSpec(one.descriptor["digest"], one.descriptor["size"], one.diff_id, "gzip")
             jobs.append(Job(f"oci-layer-{one.diff_id}", spec, self.source, APP))
         try:
@@ -118,6 +118,12 @@ def children() -> list[str]:
 
 # --- what goes well
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_lowest_layer_is_fetched_first_and_then_the_largest(world: World, repo: Repository) -> None:
+    run = Fetch(world, repo)
+    run.run(upward=False)
+    assert world.fetched() == [run.digest(number) for number in (3, 0, 1, 2)]
 
 
 @pytest.mark.parametrize("parallel", [1, 2, 9])

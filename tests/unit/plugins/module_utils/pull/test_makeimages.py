@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -19,7 +19,9 @@ from fake_source import REGISTRY, Layout, World, pull_all
 
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
 from ansible_collections.composefs.oci.plugins.module_utils.host import processors
-from ansible_collections.composefs.oci.plugins.module_utils.pull import makeimages, pull
+from ansible_collections.composefs.oci.plugins.module_utils.errors import InvalidLayer
+from ansible_collections.composefs.oci.plugins.module_utils.formats import splitstream
+from ansible_collections.composefs.oci.plugins.module_utils.pull import feed, makeimages, pull
 from ansible_collections.composefs.oci.plugins.module_utils.store import create
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ansible_collections.composefs.oci.tests.support.tarbytes import DIRECTORY, member, tar
@@ -90,3 +92,97 @@ def test_a_pull_takes_what_was_begun(world: World, path: pathlib.Path, monkeypat
     monkeypatch.setattr(makeimages, "write_images", None)
     (done,) = pull_all(path, pull.Request(REGISTRY + "app", "app"))
     assert done["image_id"]
+
+
+def tell(repository: Repository, digest: bytes, tap: feed.Tap, count: int | None = None) -> None:
+    """Tell a stored layer once more, or only its first ``count`` chunks."""
+    writer = splitstream.Writer(repository.algorithm, splitstream.LAYER, tap=tap)
+    with repository.open_object_stream(digest, splitstream.LAYER) as stream:
+        for chunk in list(stream.chunks())[:count]:
+            if isinstance(chunk, bytes):
+                writer.inline(chunk)
+            else:
+                writer.external(chunk.digest, 100)
+    list(writer.finish())
+    if count is None:
+        tap.end()
+
+
+@pytest.mark.parametrize("count", [None, 0, 1, 2])
+def test_a_layer_that_is_told_is_the_layer_that_is_stored(
+    stored: tuple[Repository, list[tuple[str, bytes]]], count: int | None
+) -> None:
+    repository, layers = stored
+    digests = [digest for _name, digest in layers]
+    wanted = makeimages.write_images(repository, digests, [1], [])
+    names = [name for name, _digest in layers]
+    with feed.feeds(names) as feeds:
+        ahead = makeimages.Ahead(repository, [(name, None) for name in names], [1], [], lambda: None, feeds)
+        try:
+            for name, digest in layers:
+                tell(repository, digest, feed.Tap(feeds[name].writer), count)
+            for name, digest in reversed(layers):
+                ahead.arrived(name, digest)
+            assert ahead.images(digests, [1], []) == wanted
+        finally:
+            ahead.close()
+
+
+def test_nothing_is_made_of_a_layer_whose_attempt_failed(
+    stored: tuple[Repository, list[tuple[str, bytes]]],
+) -> None:
+    repository, layers = stored
+    digests = [digest for _name, digest in layers]
+    name = layers[0][0]
+    with feed.feeds([name]) as feeds:
+        ahead = makeimages.Ahead(repository, [(name, None), *layers[1:]], [1], [], lambda: None, feeds)
+        try:
+            tell(repository, digests[1], feed.Tap(feeds[name].writer))  # what the attempt told was another layer
+            ahead.lost("oci-layer-sha256:" + "0" * 64)  # another image's
+            ahead.lost(name)
+            ahead.arrived(name, digests[0])
+            assert ahead.images(digests, [1], []) is None
+        finally:
+            ahead.close()
+
+
+def test_a_second_attempt_after_other_bytes_gives_the_same_image(
+    world: World, path: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # More than one frame of a feed takes, so that some of it is told before the transfer breaks off.
+    def many(kind: bytes) -> bytes:
+        return tar(*(member(f"{n}", kind + os.urandom(8) + bytes(64)) for n in range(1500)))
+
+    true, other = many(b"true"), many(b"false")
+    descriptor = world.layout.layer(true).descriptor
+    world.layout.image([true, tar(member("top", b"x" * 100))], "app")
+    monkeypatch.setattr(processors, "usable", lambda: 1)  # nothing is made beside the transfer
+    (wanted,) = pull_all(path, pull.Request(REGISTRY + "app", "app"))
+    monkeypatch.setattr(processors, "usable", lambda: 2)
+    create.prepare(str(tmp_path / "other"), fsverity.SHA256, "disabled")
+    world.blobs[descriptor["digest"]] = [
+        world.layout.read(world.layout.layer(other).descriptor["digest"])[: descriptor["size"] - 2000]
+    ]
+    lost: list[str] = []
+    monkeypatch.setattr(makeimages.Ahead, "lost", record(lost, makeimages.Ahead.lost))
+    (found,) = pull_all(tmp_path / "other", pull.Request(REGISTRY + "app", "app"), retries=2)
+    assert lost == ["oci-layer-" + world.layout.layer(true).diff_id]
+    assert found["image_id"] == wanted["image_id"]
+
+
+def record(calls: list[str], method: Callable[[makeimages.Ahead, str], None]) -> Callable[..., None]:
+    """The method, which notes its argument."""
+
+    def noting(self: makeimages.Ahead, stream: str) -> None:
+        calls.append(stream)
+        method(self, stream)
+
+    return noting
+
+
+def test_what_is_wrong_with_a_layer_is_told_though_others_arrive_later(world: World, path: pathlib.Path) -> None:
+    layers = [tar(member("usr/", type=DIRECTORY), member("usr/x", type=b"1", linkname="usr/missing"))]
+    layers += [tar(member(f"usr/{n}", bytes([n]) * 90)) for n in range(1, 4)]
+    world.layout.image(layers, "app")
+    with pytest.raises(InvalidLayer, match="usr/missing"):
+        pull_all(path, pull.Request(REGISTRY + "app", "app"))
