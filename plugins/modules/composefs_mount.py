@@ -354,7 +354,8 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
         result = lastingmount.have_unmounted(real, host, check)
     else:
         request = requested(params, real)
-        known = told(module, base["repository"]).names
+        by_others = told(module, base["repository"])
+        known = by_others.names
         with opened_repository(module, base["repository"], foreseen=True) as repository:
             # "docker://x" and "x" are one default name; the journal has the one that is there.
             image = namerecords.spelled(repository, request.wish.image)
@@ -369,8 +370,10 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
                     base.update(changed=name != by_then["name"], name=name, digest=by_then["digest"])
                     base.update(image_id=by_then["image_id"], mounted=True, verity=None, keeps=None, unit=None)
                     return {}
+                if by_then is None:
+                    lastingmount.untried(real, host, check)
+                made = by_others.repository
                 secure = repository.secure if repository.path == base["repository"] else None
-                made = told(module, base["repository"]).repository
                 if secure is None and made is not None and made["created"]:
                     secure = bool(made["secure"])
                 return not_there_yet(module, base, request, known, there, before, by_then, secure)
@@ -493,8 +496,6 @@ def not_there_yet(
     writable = [os.path.realpath(path) if path else None for path in (request.wish.upperdir, request.wish.workdir)]
     mounting.require_place(base["repository"], real, writable[0], writable[1], there)
     persistent = base["unit"] is not None if request.persistent is None else request.persistent
-    if by_then is None:
-        lastingmount.untried(real, deployment.Host(places, commands.run, module.warn), True)
     if request.persistent:
         if not request.verity_given and secure is not None:
             lastingmount.require_verity(base["repository"], secure, real)

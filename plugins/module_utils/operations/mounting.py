@@ -164,7 +164,7 @@ def require_place(where: str, path: str, upperdir: str | None, workdir: str | No
     ``where`` and with the directories that take changes. Busy, MountFailed, PermissionDenied, UnsafeRepository.
     """
     if there is not None:
-        _check_replaceable(there, path, {upperdir, workdir} - {None})
+        _check_replaceable(there, path, {upperdir, workdir})
     _check_place(where, path)
     if os.path.lexists(path) and not os.path.isdir(path):
         raise _no_directory(path)

@@ -89,6 +89,18 @@ def task(seconds: float, text: str = "the result", code: int = 0) -> Callable[[L
     return main
 
 
+def long_task(cleaned: pathlib.Path) -> Callable[[Life], None]:
+    """A task that is not over before it is ended, and then makes the file ``cleaned``."""
+
+    def main(life: Life) -> None:
+        try:
+            task(60)(life)
+        finally:
+            cleaned.touch()
+
+    return main
+
+
 @pytest.mark.parametrize("code", [0, 1])
 def test_a_short_task_ends_in_its_own_command_and_leaves_nothing(token: str, tmp_path: pathlib.Path, code: int) -> None:
     assert Command(lambda: watch.run(token, task(0, code=code))).end() == (code, "the result\n")
@@ -127,14 +139,7 @@ def test_a_result_that_nobody_collects_goes_with_the_job(
 
 def test_a_job_that_is_told_to_stop_ends_at_once_and_cleans_up(token: str, tmp_path: pathlib.Path) -> None:
     cleaned = tmp_path / "cleaned"
-
-    def main(life: Life) -> None:
-        try:
-            task(60)(life)
-        finally:
-            cleaned.touch()
-
-    Command(lambda: watch.run(token, main)).end()
+    Command(lambda: watch.run(token, long_task(cleaned))).end()
     (pathlib.Path(watch.directory_of(token)) / "stop").touch()
     wait_for(lambda: list(tmp_path.iterdir()) == [cleaned], 3)
 
@@ -142,15 +147,8 @@ def test_a_job_that_is_told_to_stop_ends_at_once_and_cleans_up(token: str, tmp_p
 def test_a_job_ends_at_once_whose_command_nobody_listens_to(token: str, tmp_path: pathlib.Path) -> None:
     """A playbook was interrupted before the job had a directory: there was nothing to tell it in."""
     cleaned = tmp_path / "cleaned"
-
-    def main(life: Life) -> None:
-        try:
-            task(60)(life)
-        finally:
-            cleaned.touch()
-
     begun = time.monotonic()
-    Command(lambda: watch.run(token, main)).leave()
+    Command(lambda: watch.run(token, long_task(cleaned))).leave()
     wait_for(lambda: list(tmp_path.iterdir()) == [cleaned])
     assert time.monotonic() - begun < watch.PATIENCE / 2
 
