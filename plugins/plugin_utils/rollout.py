@@ -84,6 +84,11 @@ def is_on_trial(activated: Mapping[str, Any]) -> bool:
     return bool(activated.get("changed")) or activated.get("state") == "activated"
 
 
+def keeps_it(host: Host) -> bool:
+    """Whether the image was confirmed in this run, and not taken back."""
+    return succeeded(result(host, "rollout_confirmed")) and not result(host, "rollout_reverted")
+
+
 def is_ready(host: Host) -> bool:
     """Whether the image lies on the host under its pin."""
     staged = result(host, "rollout_staged")
@@ -104,7 +109,8 @@ def state_of(host: Host, path: str, digest: str, looked: bool = True) -> str:
     if confirmed:
         if confirmed.get("unreachable"):
             return LOST
-        return CONFIRMED if succeeded(confirmed) else FAILED
+        # What comes after the change may have failed, and then somebody has to see to the host.
+        return CONFIRMED if succeeded(confirmed) and not result(host, "rollout_failure") else FAILED
     if activated:
         if activated.get("unreachable"):
             return LOST
@@ -249,7 +255,7 @@ def _is_good(host: Host) -> bool:
     activated = result(host, "rollout_activated")
     if succeeded(activated) and not is_on_trial(activated):
         return True
-    return succeeded(result(host, "rollout_confirmed")) and not result(host, "rollout_reverted")
+    return keeps_it(host) and not result(host, "rollout_failure")
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
@@ -346,7 +352,7 @@ def host_row(name: str, host: Host, path: str, digest: str, wave: int | None, lo
     state = state_of(host, path, digest, looked)
     current = before.get("current") or {}
     error = _error_of(host)
-    after = digest if state in GOOD else current.get("digest")
+    after = digest if state in GOOD or keeps_it(host) else current.get("digest")
     reason = ""
     if error and state not in GOOD:
         reason = error["message"].splitlines()[0][:200] if error["message"] else error["code"]

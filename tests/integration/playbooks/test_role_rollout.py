@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 import subprocess
 import time
 from collections.abc import Sequence
@@ -45,7 +46,10 @@ cat > /dev/null
 echo "${{name##*composefs_}}" >> {place}/asked
 case $name in
 *_deployment_info) cat {place}/info ;;
-*_deployment) cp {place}/info-after {place}/info; cat {place}/deployment ;;
+*_deployment)
+    cp {place}/info-after {place}/info
+    cat {place}/deployment
+    if [ -e {place}/leaves ]; then mv {place}/leaves {place}/away; fi ;;
 *_image) cat {place}/image ;;
 *_mount_info) echo '{{"changed": false, "mounts": []}}' ;;
 *_image_info) echo '{{"changed": false, "images": []}}' ;;
@@ -53,12 +57,38 @@ case $name in
 esac
 """
 
+CONNECTION = """\
+# A connection to a host of this machine that can be out of reach, and that tells when it was closed.
+import os
+
+from ansible.errors import AnsibleConnectionFailure
+from ansible.plugins.connection.local import DOCUMENTATION as LOCAL
+from ansible.plugins.connection.local import Connection as Local
+
+DOCUMENTATION = LOCAL.replace("name: local", "name: stand_in")
+
+
+class Connection(Local):
+    transport = "stand_in"
+
+    def exec_command(self, *arguments, **words):
+        if os.path.exists(os.path.join({site!r}, self._play_context.remote_addr, "away")):
+            raise AnsibleConnectionFailure("It does not answer.")
+        return super().exec_command(*arguments, **words)
+
+    def reset(self):
+        with open(os.path.join({site!r}, self._play_context.remote_addr, "asked"), "a") as file:
+            file.write("reset_connection\\n")
+"""
+
 
 class Fleet:
     """Hosts that are stood in for by a shell script: what is tried is what the controller makes of their answers."""
 
-    def __init__(self, site: Site, names: Sequence[str]) -> None:
+    def __init__(self, site: Site, names: Sequence[str], connection: str = "local") -> None:
         self.site = site
+        (site.directory / "connections").mkdir()
+        (site.directory / "connections" / "stand_in.py").write_text(CONNECTION.format(site=str(site.directory)))
         self.reports = site.directory / "rollouts"
         lines = []
         for name in names:
@@ -74,7 +104,7 @@ class Fleet:
             script = place / "python"
             script.write_text(STAND_IN.format(place=place))
             script.chmod(0o755)
-            lines.append(f"{name} ansible_connection=local ansible_python_interpreter={script}")
+            lines.append(f"{name} ansible_connection={connection} ansible_python_interpreter={script}")
         (site.directory / "inventory").write_text("[edge]\n" + "\n".join(lines) + "\n")
 
     def answer(self, name: str, file: str, changed: bool = False, **told: Any) -> None:
@@ -85,7 +115,12 @@ class Fleet:
         file = self.site.directory / name / "asked"
         return file.read_text().split() if file.exists() else []
 
+    def leaves(self, name: str) -> None:
+        """Let a host, which has the connection ``stand_in``, be out of reach once its image was changed."""
+        (self.site.directory / name / "leaves").touch()
+
     def run(self, playbook: str, *words: str, **variables: Any) -> subprocess.CompletedProcess[str]:
+        """Run a playbook of the collection, or one of the site."""
         given = {
             "rollout_ref": "docker://registry.example.com/app:1.4",
             "rollout_digest": NEW,
@@ -101,10 +136,11 @@ class Fleet:
             "rollout_become": False,
             **variables,
         }
+        program = playbook if playbook.endswith(".yml") else f"composefs.oci.{playbook}"
         return subprocess.run(
-            [str(PLAYBOOK), "-i", "inventory", f"composefs.oci.{playbook}", "-e", json.dumps(given), *words],
+            [str(PLAYBOOK), "-i", "inventory", program, "-e", json.dumps(given), *words],
             cwd=self.site.directory,
-            env=self.site.environment(),
+            env=self.site.environment(ANSIBLE_CONNECTION_PLUGINS=str(self.site.directory / "connections")),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -332,3 +368,119 @@ def test_the_report_its_page_and_its_table_say_from_where_bytes_came(site: Site)
     assert "fetched 5.0 MB from the origin, 5.0 MB from peers" in " ".join(done.stdout.split()), done.stdout
     (page,) = fleet.reports.glob("app-*.html")
     assert "<dt>From the origin</dt><dd>5.00 MB to 1 hosts</dd>" in page.read_text()
+
+
+def test_waves_that_are_lost_as_a_whole_end_neither_the_gate_nor_the_report(site: Site) -> None:
+    """Ansible would begin the next wave after hosts that cannot be reached, and end the playbook after a lost one."""
+    fleet = Fleet(site, ["one", "two"], "stand_in")
+    fleet.leaves("one")
+    done = fleet.run("rollout")
+    assert done.returncode == 2 and "the canary one did not keep the image" in " ".join(done.stdout.split()), (
+        done.stdout
+    )
+    assert fleet.states() == {"one": "lost", "two": "staged"} and "deployment" not in fleet.asked("two")
+
+
+def test_an_image_is_confirmed_over_a_fresh_connection(site: Site) -> None:
+    fleet = Fleet(site, ["one"], "stand_in")
+    done = fleet.run("rollout")
+    assert done.returncode == 0, done.stdout
+    asked = fleet.asked("one")
+    assert asked[asked.index("deployment") :][:3] == ["deployment", "reset_connection", "deployment"], asked
+
+
+FAILING = "[{name: Undrain, ansible.builtin.fail: {msg: 'The balancer is away.'}}]\n"
+
+
+@pytest.mark.parametrize("limit", [[], ["--limit", "edge"]])
+def test_tasks_that_fail_after_a_host_went_back_keep_nobody_from_the_report(site: Site, limit: list[str]) -> None:
+    fleet = Fleet(site, ["one", "two"])
+    (site.directory / "after.yml").write_text(FAILING)
+    (site.directory / "judge.yml").write_text(FAILING.replace("Undrain", "Judge"))
+    done = fleet.run(
+        "rollout",
+        *limit,
+        rollout_health_tasks=str(site.directory / "judge.yml"),
+        rollout_tasks_after=str(site.directory / "after.yml"),
+    )
+    assert done.returncode == 2 and fleet.states() == {"one": "reverted", "two": "staged"}, done.stdout
+    (row,) = [row for row in fleet.report()["hosts"] if row["host"] == "one"]
+    assert "Undrain: The balancer is away." in row["error"]["message"], row
+
+
+def test_tasks_that_fail_after_a_host_was_confirmed_stop_the_rollout_and_are_told(site: Site) -> None:
+    """The host keeps the image, but somebody has to undrain it, and no other host may be drained like it."""
+    fleet = Fleet(site, ["one", "two"])
+    (site.directory / "after.yml").write_text(FAILING)
+    done = fleet.run("rollout", rollout_tasks_after=str(site.directory / "after.yml"))
+    assert done.returncode == 2 and fleet.states() == {"one": "failed", "two": "staged"}, done.stdout
+    (row,) = [row for row in fleet.report()["hosts"] if row["host"] == "one"]
+    assert row["after"] == NEW and "Undrain: The balancer is away." in row["error"]["message"], row
+
+
+@pytest.mark.parametrize("limit", [[], ["--limit", "one"]])
+def test_hosts_that_cannot_be_told_of_their_mirror_are_in_the_report(site: Site, limit: list[str]) -> None:
+    fleet = Fleet(site, ["one"])
+    done = fleet.run("rollout", *limit, rollout_mirror="seed:5000", rollout_site="no word")
+    assert done.returncode == 2 and fleet.states() == {"one": "failed"}, done.stdout
+    (row,) = fleet.report()["hosts"]
+    assert row["error"]["message"].startswith("Check the variables of the mirror: "), row
+
+
+IN_A_PLAY = """\
+- name: Roll out
+  hosts: edge
+  serial: 1
+  gather_facts: false
+  roles:
+    - role: composefs.oci.rollout
+  tasks:
+    - name: Go on
+      ansible.builtin.debug:
+        msg: "{{ inventory_hostname }} goes on with {{ rollout_run }} and {{ rollout_target }}"
+"""
+
+
+def test_the_role_in_a_play_resolves_once_whatever_the_batches(site: Site) -> None:
+    """What runs once runs once for each batch, and a tag may move between two of them."""
+    fleet = Fleet(site, ["one", "two"])
+    other = "sha256:" + "c" * 64
+    fleet.answer("two", "image", changed=True, verity=True, layers=[], stats={}, digest=other, registry_digest=other)
+    (site.directory / "own.yml").write_text(IN_A_PLAY)
+    done = fleet.run("own.yml", rollout_digest="", rollout_id="")
+    went = sorted(set(re.findall(r"(one|two) goes on with (\S+) and (sha256:[bc]+)", done.stdout)))
+    assert [host for host, _run, _digest in went] == ["one", "two"], done.stdout
+    assert {digest for _host, _run, digest in went} == {NEW} and len({run for _host, run, _digest in went}) == 1, went
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_the_role_in_a_play_fails_for_a_host_that_is_out_of_reach(site: Site, moment: str) -> None:
+    """Else the next batch would begin, for Ansible does not count what was told to be ignored."""
+    fleet = Fleet(site, ["one", "two"], "stand_in")
+    (site.directory / "own.yml").write_text(IN_A_PLAY)
+    if moment == "after":
+        fleet.leaves("one")
+    else:
+        (site.directory / "one" / "away").touch()
+    done = fleet.run("own.yml")
+    assert done.returncode == 2 and "one did not keep the image" in " ".join(done.stdout.split()), done.stdout
+    assert fleet.asked("two") == [] and "goes on" not in done.stdout
+
+
+def test_the_role_in_a_play_goes_on_with_the_play_where_a_host_has_the_image(site: Site) -> None:
+    fleet = Fleet(site, ["one"])
+    (site.directory / "own.yml").write_text(IN_A_PLAY)
+    fleet.answer("one", "deployment", changed=False, state="confirmed", path="/srv/app", digest=NEW)
+    done = fleet.run("own.yml")
+    assert done.returncode == 0 and "one goes on with" in done.stdout, done.stdout
+    assert fleet.asked("one").count("deployment") == 1
+
+
+@pytest.mark.parametrize("strategy", ["free", "host_pinned"])
+def test_waves_do_not_follow_another_strategy_of_the_configuration(site: Site, strategy: str) -> None:
+    """Hosts that run ahead of each other would be judged by a gate that sees others half done."""
+    fleet = Fleet(site, ["one", "two", "three"])
+    with open(site.directory / "ansible.cfg", "w") as file:
+        file.write(f"[defaults]\nstrategy = {strategy}\n")
+    done = fleet.run("rollout", rollout_waves=[2])
+    assert done.returncode == 0 and set(fleet.states().values()) == {"confirmed"}, done.stdout

@@ -88,6 +88,16 @@ def test_an_activation_that_failed_before_it_changed_anything_is_a_failure_and_n
     assert rollout.state_of(host, PATH, NEW) == "failed"
 
 
+def test_a_host_that_keeps_the_image_and_was_left_half_done_stops_the_rollout() -> None:
+    """It may still be drained, and a rescued failure alone would end with success."""
+    failure = {"failed": True, "error": "health", "msg": "Undrain: The balancer is away."}
+    host = {**HOSTS["confirmed"], "rollout_failure": failure}
+    assert rollout.state_of(host, PATH, NEW) == "failed"
+    row = rollout.host_row("one", host, PATH, NEW, 1)
+    assert row["after"] == NEW and row["error"]["message"] == failure["msg"]
+    assert rollout.gate({"one": host, "two": HOSTS["staged"]}, ["one"], 2)["stop"]
+
+
 def test_a_host_whose_current_image_waits_for_confirmation_is_not_current() -> None:
     waiting = {"deployments": [{"path": PATH, "current": {"digest": NEW}, "pending": {"digest": NEW}}]}
     assert rollout.state_of({"rollout_before": waiting}, PATH, NEW) == "untouched"
