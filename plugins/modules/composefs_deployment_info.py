@@ -27,7 +27,9 @@ options:
     type: path
   repository:
     description:
-      - It has no meaning here. The module takes it, so that a default for the whole action group does no harm.
+      - The repository that RV(place) is about. Nothing else depends on it, and it need not exist.
+      - The default is where C(cfsctl) has its own, V(/sysroot/composefs) for root and V(~/.var/lib/composefs) for any
+        other user.
     type: path
 seealso:
   - module: composefs.oci.composefs_deployment
@@ -114,6 +116,15 @@ deployments:
       type: list
       elements: dict
       sample: []
+place:
+  description:
+    - A word that is the same for two names of an inventory if both lead to the same repository on the same running
+      host, and differs otherwise, also between machines that were made as copies of one. It is another one after a
+      reboot.
+    - V(null) where the host does not tell which boot it runs.
+  returned: success
+  type: str
+  sample: 5f1c9f4b3c1f0b1e0a4d8a2f7c6e5d4b3a29181706f5e4d3c2b1a09f8e7d6c5b
 error:
   description: What went wrong, as a stable code for conditions in playbooks.
   returned: on failure
@@ -127,19 +138,21 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.composefs.oci.plugins.module_utils.operations import bootmount, deployment, mountlisting
-from ansible_collections.composefs.oci.plugins.module_utils.module import guarded, run_module, told
+from ansible_collections.composefs.oci.plugins.module_utils.module import guarded, repository_path, run_module, told
 
 ARGUMENT_SPEC = {"path": {"type": "path"}, "repository": {"type": "path"}}
 
 
 def run(module: AnsibleModule) -> dict[str, Any]:
     """Tell what the journals say and what is mounted."""
-    found, complaints = mountlisting.deployments(deployment.Host(bootmount.HOST), module.params["path"])
+    host = deployment.Host(bootmount.HOST)
+    found, complaints = mountlisting.deployments(host, module.params["path"])
     for complaint in complaints:
         module.warn(complaint)
     real = os.path.realpath(module.params["path"]) if module.params["path"] else None
     known = [one for one in told(module).mounts if real is None or one["path"] == real]
-    return {"deployments": mountlisting.foresee_deployments(found, known) if known else found}
+    found = mountlisting.foresee_deployments(found, known) if known else found
+    return {"deployments": found, "place": mountlisting.place(host, repository_path(module))}
 
 
 def main() -> None:

@@ -267,3 +267,20 @@ def _is_url(text: str) -> bool:
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         return False
+
+
+def doubles(places: Mapping[str, str]) -> list[str]:
+    """Which names of an inventory lead to one host, one sentence each. ``places`` are the hosts and what each says of
+    its place; a host without one is as good as any other.
+
+    Such a host would be judged as its own canary, and taken back under one name while the other is confirmed.
+    """
+    names: dict[str, list[str]] = {}
+    for name, place in places.items():
+        names.setdefault(place, []).append(name)
+    return [
+        f"{', '.join(same[:-1])} and {same[-1]} are one host: they lead to the same repository on the same running "
+        "machine. Leave all of these names but one out, in the inventory, in rollout_hosts or with --limit."
+        for place, same in names.items()
+        if place and len(same) > 1
+    ]

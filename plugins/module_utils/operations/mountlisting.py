@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -43,6 +45,35 @@ def deployments(host: Host, only: str | None = None) -> tuple[list[dict[str, Any
     journals = _journals(host, complaints)
     wanted = sorted(path for path in journals if only is None or path == os.path.realpath(only))
     return [_deployment(journals[path]) for path in wanted], complaints
+
+
+def place(host: Host, repository: str) -> str | None:
+    """A word (hex) that is the same wherever the journals of this host and the directory ``repository``, which need not
+    exist yet, are reached on this boot, and nowhere else. None where the kernel does not tell its boot.
+
+    The id of a machine would not do: machines that were made as copies of one share it. The id of a boot alone would
+    not either, for containers share that of their kernel; but they have journals of their own.
+    """
+    try:
+        boot = journal.boot_id()
+    except EngineError:
+        return None
+    parts = (boot, *_where(host.places.journals), *_where(repository))
+    return hashlib.sha256("\0".join(parts).encode(errors="surrogateescape")).hexdigest()
+
+
+def _where(path: str) -> tuple[str, ...]:
+    """The device and the inode of the deepest directory on the way to ``path`` that is there, and the rest of it."""
+    rest: list[str] = []
+    path = os.path.realpath(path)
+    while True:
+        with contextlib.suppress(OSError):
+            found = os.stat(path)
+            return (f"{found.st_dev}:{found.st_ino}", *rest)
+        path, name = os.path.split(path)
+        if not name:
+            return ("", *rest)
+        rest.insert(0, name)
 
 
 def foresee(found: list[dict[str, Any]], known: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

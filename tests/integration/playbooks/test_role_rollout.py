@@ -10,6 +10,7 @@ import datetime
 import json
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -484,3 +485,36 @@ def test_waves_do_not_follow_another_strategy_of_the_configuration(site: Site, s
         file.write(f"[defaults]\nstrategy = {strategy}\n")
     done = fleet.run("rollout", rollout_waves=[2])
     assert done.returncode == 0 and set(fleet.states().values()) == {"confirmed"}, done.stdout
+
+
+def test_two_names_of_one_host_are_refused_before_anything_moves(site: Site) -> None:
+    fleet = Fleet(site, ["one", "two", "three"])
+    for name, place in (("one", "a1"), ("two", "b2"), ("three", "a1")):
+        info = json.loads((site.directory / name / "info").read_text())
+        fleet.answer(name, "info", **info, place=place)
+    for playbook in ("rollout", "rollback", "retire"):
+        done = fleet.run(playbook)
+        assert done.returncode == 2 and "one and three are one host: they lead" in " ".join(done.stdout.split()), (
+            done.stdout
+        )
+    assert {module for name in ("one", "two", "three") for module in fleet.asked(name)} == {"deployment_info"}
+    done = fleet.run("rollout", "--limit", "one,two")
+    assert done.returncode == 0 and fleet.states() == {"one": "confirmed", "two": "confirmed"}, done.stdout
+
+
+def test_names_of_this_machine_are_one_host_where_their_repository_is_one(site: Site) -> None:
+    fleet = Fleet(site, ["one", "two"])
+    names = "".join(
+        f"{name} ansible_connection=local ansible_python_interpreter={sys.executable} rollout_repository={place}\n"
+        for name, place in (
+            ("one", site.directory / "a"),
+            ("two", site.directory / "a"),
+            ("three", site.directory / "b"),
+        )
+    )
+    (site.directory / "inventory").write_text(f"[edge]\n{names}")
+    done = fleet.run("rollout", "--tags", "plan")
+    told = " ".join(done.stdout.split())
+    assert done.returncode == 2 and "one and two are one host" in told, done.stdout
+    done = fleet.run("rollout", "--tags", "plan", "--limit", "one,three")
+    assert "one host" not in done.stdout and "no host can get" in " ".join(done.stdout.split()), done.stdout

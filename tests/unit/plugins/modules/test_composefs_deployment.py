@@ -20,7 +20,7 @@ pytest.importorskip("ansible.module_utils.basic", exc_type=ImportError)
 import yaml
 
 from ansible_collections.composefs.oci.plugins.module_utils.formats import digests, ocidocuments
-from ansible_collections.composefs.oci.plugins.module_utils.operations import journal
+from ansible_collections.composefs.oci.plugins.module_utils.operations import bootmount, deployment, journal
 from ansible_collections.composefs.oci.plugins.module_utils.store import imagestreams
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ansible_collections.composefs.oci.plugins.modules import composefs_deployment, composefs_deployment_info
@@ -115,6 +115,45 @@ def test_activate_and_confirm_with_a_timer_of_systemd(host: Host, run: Any) -> N
     info = run(composefs_deployment_info)["deployments"][0]
     assert (info["state"], info["current"]["digest"], info["previous"][0]["digest"]) == ("current", two, one)
     assert set(info) >= set(yaml.safe_load(composefs_deployment_info.RETURN)["deployments"]["contains"])
+
+
+def test_a_host_has_one_place_for_a_repository_on_a_boot(
+    host: Host, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies of a machine share its id, and containers share the boot of their kernel."""
+
+    def place(**given: Any) -> Any:
+        return run(composefs_deployment_info, **given)["place"]
+
+    one = place()
+    os.symlink(host.repository, tmp_path / "link")
+    assert one == place(repository=str(tmp_path / "link")) and len(one) == 64
+    assert place(repository=str(tmp_path / "none")) not in (one, place(repository=str(tmp_path / "other")))
+    copy, container = tmp_path / "boot_id", tmp_path / "container"
+    container.mkdir()
+    monkeypatch.setattr(bootmount, "HOST", host.places._replace(library=str(container)))
+    assert place() != one, "a container with journals of its own"
+    monkeypatch.setattr(bootmount, "HOST", host.places)
+    monkeypatch.setattr(journal, "_BOOT_ID", str(copy))
+    assert place() is None
+    copy.write_text("another boot\n")
+    assert place() not in (one, None)
+
+
+def test_a_boot_mounts_what_was_confirmed_and_not_what_is_on_trial(
+    host: Host, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = host.digests
+    run(name="app", digest=one, confirm_within=0)
+    run(digest=two, rollout="r1")
+    assert host.there[host.path].image_id == host.images[1]
+    host.there.clear()
+    (tmp_path / "boot_id").write_text("the next boot\n")
+    monkeypatch.setattr(journal, "_BOOT_ID", str(tmp_path / "boot_id"))
+    deployment.boot(host.path, deployment.Host(host.places))
+    assert host.there[host.path].image_id == host.images[0]
+    assert host.journal().pending is None
+    assert (host.journal().history[-1].result, host.journal().history[-1].reason) == ("reverted", "reboot")
 
 
 def test_reverted_and_absent(host: Host, run: Any) -> None:

@@ -163,3 +163,10 @@ def test_a_time_of_the_day_is_the_next_one() -> None:
     assert wishes.moment("04:30", now) == datetime.datetime(2026, 1, 3, 4, 30, tzinfo=datetime.timezone.utc)
     assert wishes.moment("23:00", now) == datetime.datetime(2026, 1, 2, 23, 0, tzinfo=datetime.timezone.utc)
     assert wishes.moment("2026-01-02T23:00:00Z", now).hour == 23
+
+
+def test_names_that_are_one_host_are_told_together() -> None:
+    assert wishes.doubles({"one": "", "two": "", "three": "a", "four": "b"}) == []
+    (told,) = wishes.doubles({"one": "a", "two": "b", "three": "a", "four": "a"})
+    assert told.startswith("one, three and four are one host: they lead to the same repository"), told
+    assert "--limit" in told
