@@ -518,3 +518,30 @@ def test_names_of_this_machine_are_one_host_where_their_repository_is_one(site: 
     assert done.returncode == 2 and "one and two are one host" in told, done.stdout
     done = fleet.run("rollout", "--tags", "plan", "--limit", "one,three")
     assert "one host" not in done.stdout and "no host can get" in " ".join(done.stdout.split()), done.stdout
+
+
+@pytest.mark.parametrize("limit", [[], ["--limit", "one,two"]])
+def test_a_rollout_whose_hosts_all_fail_before_it_begins_ends_with_a_report(site: Site, limit: list[str]) -> None:
+    fleet = Fleet(site, ["one", "two"], "stand_in")
+    (site.directory / "one" / "away").touch()
+    fleet.answer("two", "info", failed=True, error="io_error", msg="The disk does not answer.")
+    for words in ([], ["--tags", "plan"]):
+        done = fleet.run("rollout", *limit, *words, rollout_digest="")
+        told = " ".join(done.stdout.split())
+        assert done.returncode == 2 and "halted before wave 1: none of 2 hosts answers as it should" in told, (
+            done.stdout
+        )
+        assert fleet.states() == {"one": "absent", "two": "failed"} and fleet.report()["result"] == "halted"
+        for file in fleet.reports.glob("app-*"):
+            file.unlink()
+    assert fleet.asked("two") == ["deployment_info", "deployment_info"]
+
+
+@pytest.mark.parametrize("text", ["- name: [Judge\n", "- name: Judge\n  community.none.such:\n"])
+def test_a_file_of_tasks_that_cannot_be_read_is_refused_before_any_host_is_asked(site: Site, text: str) -> None:
+    """Ansible ends a playbook there, and no rescue and no report would follow."""
+    fleet = Fleet(site, ["one"])
+    (site.directory / "judge.yml").write_text(text)
+    done = fleet.run("rollout", rollout_health_tasks=str(site.directory / "judge.yml"))
+    assert done.returncode not in (0, 2) and str(site.directory / "judge.yml") in done.stdout, done.stdout
+    assert fleet.asked("one") == []
