@@ -61,6 +61,17 @@ def test_one_content_larger_than_a_batch(objects: ObjectStore, process: smallobj
     assert objects.read(digest, 1 << 24) == data
 
 
+@pytest.mark.parametrize("size", [65, smallobjects.BATCH_BYTES - 1, smallobjects.BATCH_BYTES, smallobjects.SLOT])
+def test_slots_are_used_again_and_nothing_is_lost(
+    objects: ObjectStore, process: smallobjects.Storer, size: int
+) -> None:
+    data = [bytes([number % 256]) + os.urandom(size - 1) for number in range(5 * smallobjects.SLOTS)]
+    mixed = [part for one in data for part in (one, one[:70])]
+    digests = [process.put(one) for one in mixed]
+    process.finish()
+    assert [objects.read(digest, 1 << 20) for digest in digests] == mixed
+
+
 def test_layers_one_after_the_other_are_counted_each(objects: ObjectStore, process: smallobjects.Storer) -> None:
     for number in (1, 2, 3):
         process.put(b"x" * 100 * number)

@@ -117,6 +117,33 @@ def test_a_right_object_is_never_written_again(place: Place) -> None:
     assert (store.stats.new, store.stats.present, store.stats.replaced) == (1, 2, 0)
 
 
+@pytest.mark.parametrize("seal", [False, True])
+def test_objects_are_not_looked_for_where_hardly_any_is_there(
+    place: Place, seal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = place.store()
+    store._seal = seal
+    monkeypatch.setattr(store, "_seal_draft", lambda draft, digest: None)
+    looked: list[bytes] = []
+    found = store._state
+    monkeypatch.setattr(store, "_state", lambda digest, size: looked.append(digest) or found(digest, size))
+    data = [os.urandom(70) for _each in range(400)]
+    for one in data:
+        store.put(one)
+    assert (len(looked) == 400) is seal, "sealing in vain would cost more than looking"
+    assert seal or len(looked) < 200
+    # What is there is found all the same, whatever it is, and after some of it all is looked for again.
+    store.put(data[0])
+    place.file(fsverity.digest(data[1], SHA256)).write_bytes(b"short")
+    store.put(data[1])
+    assert place.file(fsverity.digest(data[1], SHA256)).read_bytes() == data[1]
+    assert (store.stats.new, store.stats.present, store.stats.replaced) == (401, 1, 1)
+    looked.clear()
+    for one in data:
+        store.put(one)
+    assert len(looked) > 390 and store.stats.present == 401
+
+
 @pytest.mark.parametrize("streamed", [False, True], ids=["put", "writer"])
 def test_without_verity_an_object_of_the_wrong_size_is_replaced_in_one_step(place: Place, streamed: bool) -> None:
     data = b"x" * 100
