@@ -31,8 +31,9 @@ import environment
 import tested
 from environment import ROOT, VENV, Missing, say
 
-sys.path.insert(0, str(ROOT / "tests" / "hosts"))
+sys.path[:0] = [str(ROOT / "tests" / "hosts"), str(ROOT / "tests" / "support")]
 import broken
+from aptroot import cache_directory, locked
 
 SCENARIOS = ROOT / "extensions" / "molecule"
 EXAMPLE = ROOT / "examples" / "molecule-rollout"
@@ -257,8 +258,15 @@ def attempt(way: Way, name: str, actions: Sequence[str], new: bool, clean: bool)
     tests reported.
 
     ``new``: with an empty directory; ``clean``: no host is left in any case, where otherwise that is only so after an
-    interruption.
+    interruption. Hosts of a scenario have the same names in every checkout that shares the cache, so it waits until no
+    other runs it.
     """
+    with locked(cache_directory() / "scenarios" / name):
+        return alone(way, name, actions, new, clean)
+
+
+def alone(way: Way, name: str, actions: Sequence[str], new: bool, clean: bool) -> tuple[int, dict[str, Any]]:
+    """What `attempt` does once it is the only one."""
     ephemeral, report = way.directory / "run" / name, LOGS / f"molecule-{name}.json"
     if new:
         shutil.rmtree(ephemeral, ignore_errors=True)
