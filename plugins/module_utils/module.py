@@ -152,8 +152,11 @@ class Told(NamedTuple):
 
     @property
     def foreseen(self) -> Foreseen:
-        """What names will mean, as far as that is known."""
-        names = {name: one.digest for name, one in self.names.items() if one.absent or one.digest is not None}
+        """What names will mean."""
+        names = {
+            name: one.digest if one.absent or one.digest is not None else Foreseen.unknown(name)
+            for name, one in self.names.items()
+        }
         return Foreseen(names, self.streams, self.complete)
 
 

@@ -32,6 +32,9 @@ attributes:
     details:
       - In check mode O(dest) is looked at and nothing is made, so RV(digest) and RV(bytes) are V(null) for a delta that
         is not there yet.
+      - Of images that an earlier task of the run would pull nothing is known, so a change is foretold, RV(layers) is
+        V(null), too, and so is RV(ref) with V(auto) for O(dest). On a host that has no fitting C(skopeo) yet, O(dest)
+        cannot be looked at, so a change is foretold with a warning.
   diff_mode:
     support: none
   idempotent:
@@ -101,6 +104,7 @@ ref:
   description:
     - The reference of the delta, for O(composefs.oci.composefs_image#module:deltas). For a registry it ends with the
       digest. In check mode, for a delta that is not there yet, it is the place where it would be; on failure, too.
+      V(null) in check mode if that place depends on an image which an earlier task would pull.
   returned: success, and on failure as far as it is known
   type: str
   sample: docker://registry.example.com/app@sha256:7c1e9b3c6a0f5d1c2b4e8f9a0d3c5b7e1f2a4c6e8b0d2f4a6c8e0b2d4f6a8c0e
@@ -115,7 +119,8 @@ bytes:
   type: int
   sample: 1478512
 layers:
-  description: The layers of the target that the source has not.
+  description: The layers of the target that the source has not. V(null) in check mode if an earlier task of the run
+    would pull one of the images.
   returned: success
   type: list
   elements: dict
@@ -157,7 +162,7 @@ error:
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.composefs.oci.plugins.module_utils.errors import InvalidOption
+from ansible_collections.composefs.oci.plugins.module_utils.errors import InvalidOption, SkopeoMissing, SkopeoTooOld
 from ansible_collections.composefs.oci.plugins.module_utils.formats.reference import parse_reference
 from ansible_collections.composefs.oci.plugins.module_utils.module import (
     guarded,
@@ -181,8 +186,12 @@ def run(module: AnsibleModule, base: dict) -> dict:
     dest = parse_reference(params["dest"]) if params["dest"] != "auto" else None
     base.update(ref=dest.text if dest is not None else None)
     with opened_repository(module, path, foreseen=True) as repository:
-        if any(makedelta.comes(repository, params[image]) for image in ("source", "target")):
-            # An earlier task of this run in check mode would fetch it.
+        wanted = [params[image] for image in ("source", "target")]
+        here = [image for image in wanted if not makedelta.comes(repository, image)]
+        if here != wanted:
+            # Earlier tasks of this run in check mode would fetch them, but not what is neither here nor foretold.
+            for image in here:
+                makedelta.find(repository, image)
             unknown = dict.fromkeys(("digest", "bytes", "layers"))
             return {"changed": True, "ref": dest.text if dest is not None else None, **unknown}
         source = makedelta.find(repository, params["source"])
@@ -191,7 +200,14 @@ def run(module: AnsibleModule, base: dict) -> dict:
             dest = makedelta.beside(repository, (params["source"], params["target"]), source, target)
             base.update(ref=dest.text)
         progress, retries = Progress(None), params["retries"]
-        made = makedelta.there(options, dest, source, target, progress, retries)
+        try:
+            made = makedelta.there(options, dest, source, target, progress, retries)
+        except (SkopeoMissing, SkopeoTooOld) as error:
+            # A fresh host: the task that installs skopeo was only foretold, too.
+            if not module.check_mode:
+                raise
+            module.warn(f"{error} So check mode cannot tell whether the delta is there already.")
+            made = None
         changed = made is None
         if changed and not module.check_mode:
             made = makedelta.publish(repository, source, target, dest, options, params["level"], progress, retries)

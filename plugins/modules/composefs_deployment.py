@@ -506,7 +506,7 @@ def will_be_there(
     if repository.stream(f"oci-manifest-{pinned_manifest}") is not None:
         return False
     pinned = known.get(f"{name}@{digest}")
-    return (pinned is not None and not pinned.absent) or digest in {one.digest for one in known.values()}
+    return (pinned is not None and not pinned.absent) or repository.foreseen.brings(digest)
 
 
 def foretell(base: dict[str, Any], result: lastingmount.Result, state: str) -> None:

@@ -655,7 +655,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.pull.plan import Sta
 from ansible_collections.composefs.oci.plugins.module_utils.pull.publish import Images
 from ansible_collections.composefs.oci.plugins.module_utils.pull.results import Report
 from ansible_collections.composefs.oci.plugins.module_utils.store import namerecords
-from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
+from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Foreseen, Repository
 from ansible_collections.composefs.oci.plugins.module_utils.source.options import at_least
 from ansible_collections.composefs.oci.plugins.module_utils.source.options import options_of as proxy_options
 
@@ -798,7 +798,7 @@ def present(
     except (SkopeoMissing, SkopeoTooOld, MissingLibrary) as error:
         # A fresh host: the task that installs skopeo and libraries was only foretold, too. It is certain all the same
         # that names which are not there will come.
-        if not module.check_mode or any(repository.tag_digest(request.name) for request in requests):
+        if not module.check_mode or any(Foreseen.known(repository.tag_digest(request.name)) for request in requests):
             raise
         module.warn(f"{error} So check mode cannot tell what the images are, only that they would be pulled.")
         return [foretelling.foretell(repository, request) for request in requests]
@@ -843,7 +843,7 @@ def sides(report: Report) -> dict:
 def known_before(repository: Repository, request: pull.Request) -> dict:
     """What a failure still tells of an image."""
     standing = Standing.of(repository, request)
-    found = {"name": request.name, "ref": request.ref, "previous_digest": standing.digest}
+    found = {"name": request.name, "ref": request.ref, "previous_digest": Foreseen.known(standing.digest)}
     return {key: value for key, value in found.items() if value}
 
 

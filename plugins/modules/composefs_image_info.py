@@ -349,8 +349,8 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
                 module.warn(f"The {texts} of {called} are too long: only their first {TEXTS_LIMIT} bytes are returned.")
         changed = bool(params["dumpfile"]) and write_dumpfile(module, repository, images, base)
         figures = totals(images)
-        if repository.place and not repository.foreseen.names:
-            figures = dict.fromkeys(figures)  # nobody has said what will be in it
+        if (repository.place and not repository.foreseen.names) or any(image["digest"] is None for image in images):
+            figures = dict.fromkeys(figures)  # nobody has said what will be in it, or which names will be one image's
     return {"changed": changed, "images": images, "totals": figures}
 
 

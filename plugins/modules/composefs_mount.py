@@ -432,8 +432,8 @@ def foresee(
     if not exists:
         return None  # opened_repository() has warned already
     if image not in known:
-        by_digest = {one.digest for one in known.values() if not one.absent}
-        missing = image in by_digest and repository.stream(f"oci-manifest-{image}") is None
+        missing = digests.is_digest(image) and repository.foreseen.brings(image)
+        missing = missing and repository.stream(f"oci-manifest-{image}") is None
         return None if missing else request
     change = known[image]
     if change.absent:

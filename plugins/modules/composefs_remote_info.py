@@ -16,6 +16,8 @@ description:
     platforms and labels. It fetches documents, no layer, and needs no repository.
   - A tag can move between two hosts. Ask once, on the controller with C(delegate_to) and C(run_once), and pin every
     host to the answer.
+  - In check mode on a host that has no fitting C(skopeo) yet, which an earlier task may only foretell, everything but
+    RV(ref) is V(null), with a warning.
 extends_documentation_fragment:
   - composefs.oci.attributes
   - composefs.oci.attributes.actiongroup_registry
@@ -170,6 +172,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
+from ansible_collections.composefs.oci.plugins.module_utils.errors import SkopeoMissing, SkopeoTooOld
 from ansible_collections.composefs.oci.plugins.module_utils.formats.ocidocuments import parse_platform
 from ansible_collections.composefs.oci.plugins.module_utils.formats.reference import parse_reference
 from ansible_collections.composefs.oci.plugins.module_utils.module import guarded, run_module
@@ -192,6 +195,10 @@ ARGUMENT_SPEC = {
     "timeout": {"type": "int", "default": 60},
     "retries": {"type": "int", "default": 3},
 }
+ANSWERS = (
+    *("pinned", "digest", "registry_digest", "index_digest", "config_digest", "media_type", "kind", "artifact_type"),
+    *("platform", "created", "labels", "annotations", "layers", "size", "manifests", "policy", "skopeo_version"),
+)
 
 
 def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
@@ -200,7 +207,13 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
     platform = parse_platform(params["platform"]) if params["platform"] else None
     options = options_of(params, platform)
     base["ref"] = parse_reference(params["ref"]).original  # which proves that it holds no password
-    return look_up(params["ref"], options, params["retries"], Progress())
+    try:
+        return look_up(params["ref"], options, params["retries"], Progress())
+    except (SkopeoMissing, SkopeoTooOld) as error:
+        if not module.check_mode:
+            raise
+        module.warn(f"{error} So check mode cannot tell what the reference means.")
+        return dict.fromkeys(ANSWERS)
 
 
 def main() -> None:

@@ -33,6 +33,7 @@ UNTOLD = {
     "attempts",
     "seconds",
     "msg",
+    "place",  # where a repository lies that is still to come cannot be told
 }
 # Of the numbers of a pull, those that the registry and the repository settle.
 COUNTED = ("layers", "layers_already_present", "bytes_fetched")

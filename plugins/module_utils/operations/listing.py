@@ -13,7 +13,7 @@ from typing import Any
 from ..formats import ocidocuments, repolayout
 from ..store import imagestreams, namerecords
 from ..errors import OF_THIS_PROCESS, EngineError, FormatError, ImageNotFound
-from ..store.repository import Repository
+from ..store.repository import Foreseen, Repository
 from ..pull.results import bounded
 
 
@@ -33,7 +33,7 @@ def list_images(repository: Repository, name: str = "", digest: str = "") -> tup
 
     One entry a manifest, sorted by its first name, and a list of complaints about names whose images cannot be read. A
     name or digest that is asked for and not there gives an empty list. Of an image that is only foreseen nothing but
-    names and digest is known.
+    names and digest is known, and of some not even that.
     """
     names: dict[str, list[str]] = {}
     for tag, manifest in sorted(repository.tags().items()):
@@ -52,7 +52,7 @@ def list_images(repository: Repository, name: str = "", digest: str = "") -> tup
         try:
             tags = names.get(manifest, [])
             if manifest in foreseen:
-                found.append({"names": tags, **UNKNOWN, "digest": manifest})
+                found.append({"names": tags, **UNKNOWN, "digest": Foreseen.known(manifest)})
                 continue
             found.append({"names": tags, **_origins(repository, tags), **describe_image(repository, manifest)})
         except OF_THIS_PROCESS:

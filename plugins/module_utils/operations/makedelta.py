@@ -88,7 +88,7 @@ def comes(repository: Repository, text: str) -> bool:
     check mode would fetch.
     """
     digest = text if digests.is_digest(text) else repository.tag_digest(namerecords.spelled(repository, text))
-    if digest is None or digest not in repository.foreseen.names.values():
+    if digest is None or not repository.foreseen.brings(digest):
         return False
     return repository.stream(repolayout.manifest_stream(digest)) is None
 

@@ -90,6 +90,10 @@ def foresee(found: list[dict[str, Any]], known: Sequence[dict[str, Any]]) -> lis
     return [told[path] for path in sorted(told)]
 
 
+# What a journal says before anything was confirmed.
+NAMELESS = {"name": None, "repository": ""}
+
+
 def foresee_deployments(found: list[dict[str, Any]], known: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same for what ``deployments`` found; ``state`` is that which a deployment would be left in."""
     told = {one["path"]: one for one in found}
@@ -101,9 +105,11 @@ def foresee_deployments(found: list[dict[str, Any]], known: Sequence[dict[str, A
         on_trial = one["state"] == "activated"
         told[one["path"]] = {
             **dict.fromkeys(before or ()),
-            **{key: one[key] for key in ("path", "name", "repository")},
+            "path": one["path"],
+            # As in a journal, to which what is on trial gives its name and repository when it is confirmed.
+            **{key: (before or {}).get(key, empty) if on_trial else one[key] for key, empty in NAMELESS.items()},
             "current": (before or {}).get("current") if on_trial else image,
-            "pending": image if on_trial else None,
+            "pending": {**image, "name": one["name"], "repository": one["repository"]} if on_trial else None,
             "state": "activated" if on_trial else "current",
             "mounted_image_id": one["image_id"],
             "staged": None,

@@ -18,7 +18,7 @@ from ..errors import UnexpectedDigest
 from ..formats.digests import ObjectDigest, StreamDigest, is_digest
 from ..formats.reference import Reference, parse_reference
 from ..store.namerecords import NameRecord
-from ..store.repository import Repository
+from ..store.repository import Foreseen, Repository
 from ..source.source import Patient
 
 PRESENT = "present"
@@ -150,8 +150,8 @@ class Plan:
 
     @property
     def previous(self) -> str | None:
-        """The manifest digest that the name leads to now."""
-        return self.standing.digest
+        """The manifest digest that the name leads to now, None also where that is not known."""
+        return Foreseen.known(self.standing.digest)
 
     @property
     def renames(self) -> bool:

@@ -554,8 +554,8 @@ def forget(repository: Repository, request: Request, check: bool) -> Report:
     """Remove the name of an image; what it led to is told. The data stays until the repository is pruned."""
     repository.check_tag_name(request.name)
     standing = planning.Standing.of(repository, request)
-    previous = standing.digest
-    names = [standing.name] if previous is not None else []
+    previous = Foreseen.known(standing.digest)
+    names = [standing.name] if standing.digest is not None else []
     names += [tag for tag in request.tags if repository.tag_digest(tag) is not None]
     try:
         known, previous_layers = _known(repository, previous)

@@ -53,16 +53,39 @@ MAX_DEPTH = 64
 """Directories that may lie within each other below those of names."""
 _TEMPORARY_LINK = ".symlink-"
 
+_UNKNOWN = "unknown-"
+
 
 class Foreseen(NamedTuple):
     """What will be in a repository when earlier tasks of a run in check mode have done what they foretold: the manifest
-    that a name will mean, None if it will be gone; and streams, by ``short``, that will be fetched, ``complete`` if
-    those are all.
+    that a name will mean, ``unknown`` where that cannot be known yet, None if it will be gone; and streams, by
+    ``short``, that will be fetched, ``complete`` if those are all.
     """
 
     names: Mapping[str, str | None] = {}
     streams: frozenset[str] = frozenset()
     complete: bool = True
+
+    @staticmethod
+    def unknown(name: str) -> str:
+        """What stands for the manifest of ``name`` where nobody could be asked about it, and for no other's."""
+        import hashlib  # late: outside of check mode nothing needs it here
+
+        return _UNKNOWN + hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
+
+    @staticmethod
+    def known(digest: str | None) -> str | None:
+        """``digest`` as it can be told: None if it only stands for one that is not known."""
+        return None if digest is None or digest.startswith(_UNKNOWN) else digest
+
+    @property
+    def certain(self) -> bool:
+        """Whether every manifest that will be there is known."""
+        return all(digest is None or self.known(digest) is not None for digest in self.names.values())
+
+    def brings(self, digest: str) -> bool:
+        """Whether the manifest ``digest`` is, or may be, one that a name will mean."""
+        return digest in self.names.values() or not self.certain
 
     @staticmethod
     def short(stream: str) -> str:

@@ -24,6 +24,7 @@ sys.path[:0] = [str(ROOT / "tests/support"), str(ROOT / "plugins/plugin_utils")]
 
 import scenarios
 from ociimage import Layout
+from registry import Registry
 from tarbytes import DIRECTORY, member, tar
 
 PLAYBOOK = pathlib.Path(sys.executable).parent / "ansible-playbook"
@@ -172,6 +173,93 @@ CHAIN = """
     - name: Look at the repository again
       composefs.oci.composefs_repository_info:
 """
+# Nothing is there: no repository, and not even skopeo, so that no digest is known before the run.
+FRESH = """
+- name: A fresh host
+  hosts: all
+  gather_facts: false
+  module_defaults:
+    group/composefs.oci.composefs:
+      repository: "{{ place }}/repository"
+    group/composefs.oci.composefs_registry:
+      unenforced_policy: ignore
+      validate_certs: false
+      executable: "{{ place }}/bin/skopeo"
+  tasks:
+    - name: Install skopeo
+      ansible.builtin.file: {src: "{{ skopeo }}", dest: "{{ place }}/bin/skopeo", state: link, force: true}
+    - name: Make the repository
+      composefs.oci.composefs_repository: {verity: disabled}
+    - name: Pull
+      composefs.oci.composefs_image:
+        images:
+          - {ref: "docker://{{ registry }}/app:v1", name: old}
+          - {ref: "docker://{{ registry }}/app:v2", name: new, tags: [stage]}
+    - name: Pull what the controller has
+      composefs.oci.composefs_image:
+        {ref: "docker-archive:{{ place }}/v3.tar", name: carried, remote_src: false}
+    - name: Pull it again
+      composefs.oci.composefs_image: {ref: "docker://{{ registry }}/app:v1", name: old, pull: missing}
+    - name: Pull a digest
+      composefs.oci.composefs_image: {ref: "docker://{{ registry }}/app:v3", name: pinned, digest: "{{ digests.v3 }}"}
+    - name: Ask what is there
+      composefs.oci.composefs_remote_info: {ref: "docker://{{ registry }}/app:v1"}
+    - name: Make a delta
+      composefs.oci.composefs_delta: {source: old, target: new, dest: "oci-archive:{{ place }}/delta.tar"}
+    - name: Make a delta by digests
+      composefs.oci.composefs_delta:
+        source: "{{ digests.v2 }}"
+        target: "{{ digests.v3 }}"
+        dest: "oci-archive:{{ place }}/delta2.tar"
+    - name: Name it once more
+      composefs.oci.composefs_image: {ref: new, name: same}
+    - name: Rename
+      composefs.oci.composefs_image: {name: renamed, rename_from: same}
+    - name: Remove a name that has just come
+      composefs.oci.composefs_image: {name: carried, state: absent}
+    - name: Make another repository
+      composefs.oci.composefs_repository: {path: "{{ place }}/copies", repository: "{{ omit }}", verity: disabled}
+    - name: Pull from the first one
+      composefs.oci.composefs_image:
+        repository: "{{ place }}/copies"
+        images: [{ref: "composefs:{{ place }}/repository#new", name: copy}]
+    - name: List
+      composefs.oci.composefs_image_info: {disk_use: true}
+    - name: List one
+      composefs.oci.composefs_image_info: {name: stage}
+    - name: Write down one
+      composefs.oci.composefs_image_info: {name: stage, dumpfile: "{{ place }}/dump"}
+    - name: Look at the repository
+      composefs.oci.composefs_repository_info:
+    - name: Check
+      composefs.oci.composefs_check: {images: [new]}
+    - name: Check all
+      composefs.oci.composefs_check:
+    - name: Repair
+      composefs.oci.composefs_check: {images: [new], repair: true}
+    - name: Repair all
+      composefs.oci.composefs_check: {repair: true}
+    - name: Mount
+      composefs.oci.composefs_mount: {image: stage, path: "{{ place }}/app"}
+    - name: Mount another one
+      composefs.oci.composefs_mount: {image: old, path: "{{ place }}/app", state: remounted}
+    - name: See what is mounted
+      composefs.oci.composefs_mount_info: {path: "{{ place }}/app"}
+    - name: Deploy
+      composefs.oci.composefs_deployment: {path: "{{ place }}/service", name: new, confirm_within: 600}
+    - name: See what is deployed
+      composefs.oci.composefs_deployment_info: {path: "{{ place }}/service"}
+    - name: Confirm
+      composefs.oci.composefs_deployment: {path: "{{ place }}/service", state: confirmed}
+    - name: Retire
+      composefs.oci.composefs_deployment: {path: "{{ place }}/service", state: absent}
+    - name: Unmount
+      composefs.oci.composefs_mount: {path: "{{ place }}/app", state: unmounted}
+    - name: Prune
+      composefs.oci.composefs_prune: {remove: [old]}
+    - name: Prune all
+      composefs.oci.composefs_prune: {remove: ["*"]}
+"""
 BEFORE = """
 - name: A repository with one image
   hosts: all
@@ -203,6 +291,21 @@ UNCHANGED = [
     "See what is deployed",
     "Look at the repository again",
 ]
+UNCHANGED_FRESH = [
+    "Pull it again",
+    "Ask what is there",
+    "List",
+    "List one",
+    "Look at the repository",
+    "Check",
+    "Check all",
+    "Repair",
+    "Repair all",
+    "See what is mounted",
+    "See what is deployed",
+]
+# Whether names are given to one image, and whether that moves, is not known before anybody can be asked.
+UNSURE = ["Pull it again", "List", "List one", "Write down one"]
 CALLBACKS = ROOT / "extensions/molecule/shared/callback_plugins"
 
 pytestmark = [
@@ -274,6 +377,15 @@ def line(place: pathlib.Path, name: str, values: dict[str, Any], flags: str = ""
     )
 
 
+def runs_of(place: pathlib.Path, name: str) -> list[scenarios.Run]:
+    """What the runs of the playbook ``name``.yml returned, in their order."""
+    runs = []
+    for path in sorted((place / "results").glob(f"*-{name}-*.jsonl")):
+        entries = [json.loads(text) for text in path.read_text().splitlines()]
+        runs.append(scenarios.Run(name, path.stem.endswith("check"), entries))
+    return runs
+
+
 def make_images(place: pathlib.Path, versions: tuple[str, ...]) -> dict[str, str]:
     """Images that share their first layer; the manifest digest of each version."""
     layout, digests = Layout(place / "layout"), {}
@@ -322,14 +434,31 @@ def test_check_mode_knows_what_its_earlier_tasks_foretold(place: pathlib.Path) -
     values = {"digests": digests}
     old = [line(place, "before", values), f"rm {place}/repository/meta.json", f"chmod 0777 {place}/repository"]
     play(place, [*old, *(line(place, "chain", values, flags) for flags in ("--check", ""))])
-    runs = []
-    for path in sorted((place / "results").glob("*-chain-*.jsonl")):
-        entries = [json.loads(text) for text in path.read_text().splitlines()]
-        runs.append(scenarios.Run("chain", path.stem.endswith("check"), entries))
-    foretold, done = runs
+    foretold, done = runs_of(place, "chain")
     assert (foretold.check, done.check) == (True, False)
     assert scenarios.differences(foretold, done) == []
     # The real run is what it should be, and none of it was passed over.
     changes = {entry["task"]: entry["result"].get("changed") for entry in done.entries}
     assert [task for task, changed in changes.items() if not changed] == UNCHANGED
     assert done.of("localhost", "Upgrade")["upgraded"] is True
+
+
+def test_check_mode_on_a_host_without_skopeo_fails_nowhere(place: pathlib.Path) -> None:
+    digests = make_images(place, ("v1", "v2", "v3"))
+    (place / "bin").mkdir()
+    archive = ["skopeo", "copy", "-q", f"oci:{place}/layout:v3", f"docker-archive:{place}/v3.tar:app:v3"]
+    subprocess.run(archive, check=True)
+    (place / "fresh.yml").write_text(FRESH)
+    with Registry(place / "registry") as registry:
+        for version in digests:
+            registry.push(f"{place}/layout:{version}", f"app:{version}")
+        values = {"digests": digests, "skopeo": shutil.which("skopeo"), "registry": registry.address}
+        play(place, [line(place, "fresh", values, flags) for flags in ("--check", "")])
+    foretold, done = runs_of(place, "fresh")
+    assert (foretold.check, done.check) == (True, False)
+    assert scenarios.differences(foretold, done, UNSURE) == []
+    assert not [entry["task"] for entry in foretold.entries if entry["kind"] != "ok"]
+    assert [entry["task"] for entry in done.entries if not entry["result"].get("changed")] == UNCHANGED_FRESH
+    delta = foretold.of("localhost", "Make a delta")
+    assert delta["changed"] and [delta[key] for key in ("digest", "bytes", "layers")] == [None] * 3
+    assert delta["ref"] == f"oci-archive:{place}/delta.tar"

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "module_utils"))
 
 from fake_source import REGISTRY, Layout, World, pull_all
 
-from ansible_collections.composefs.oci.plugins.module_utils.errors import AuthFailed, RegistryUnreachable
+from ansible_collections.composefs.oci.plugins.module_utils.errors import AuthFailed, RegistryUnreachable, SkopeoMissing
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
 from ansible_collections.composefs.oci.plugins.module_utils.host import processes
 from ansible_collections.composefs.oci.plugins.module_utils.pull import deltas, pull
@@ -112,6 +112,42 @@ def test_check_mode_looks_and_makes_nothing(run: Any, places: Places) -> None:
     done = run()
     assert [layer["diff_id"] for layer in done["layers"]] == [layer["diff_id"] for layer in told["layers"]]
     assert not run(check=True)["changed"]
+
+
+@pytest.mark.parametrize("digest", ["sha256:" + "5" * 64, None], ids=["known", "unknown"])
+@pytest.mark.parametrize("place", ["repo", "nowhere"])
+def test_check_mode_foretells_a_delta_of_images_that_are_still_to_come(
+    run: Any, places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, digest: str | None
+) -> None:
+    repository = str(tmp_path / place)
+    told = [
+        {"repository": repository, "name": name, "digest": digest, "absent": False, "streams": None}
+        for name in ("old", "newer")
+    ]
+    monkeypatch.setenv("COMPOSEFS_OCI_FORETOLD", json.dumps(told))
+    nothing = dict.fromkeys(("digest", "bytes", "layers"))
+    for names in ({}, {"source": "newer", "target": "old"}, {"target": "newer"}):
+        found = run(check=True, repository=repository, dest="docker://registry.test/elsewhere:tag", **names)
+        if place == "nowhere" and not names:
+            assert found["error"] == "image_not_found"  # nobody foretold the target
+            continue
+        assert found["changed"] and {key: found[key] for key in nothing} == nothing
+        assert found["ref"] == "docker://registry.test/elsewhere:tag"
+    assert run(check=True, repository=repository, target="newer")["ref"] is None
+    found = run(check=True, repository=repository, target="sha256:" + "6" * 64, source="old")
+    assert found.get("ref") is None and places.pushed == []
+    assert found["error"] == "image_not_found" if digest else found["changed"]
+
+
+def test_check_mode_foretells_a_delta_before_there_is_skopeo(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(options: Any, reference: Any) -> None:
+        raise SkopeoMissing("There is no 'skopeo' on this host.", "Install it.")
+
+    monkeypatch.setattr(push, "manifest_at", missing)
+    told = run(check=True)
+    assert told["changed"] and told["digest"] is None and told["bytes"] is None and len(told["layers"]) == 1
+    assert "There is no 'skopeo'" in str(told["warnings"])
+    assert run()["error"] == "skopeo_missing"
 
 
 def test_what_lies_there_counts_only_with_this_source_and_target(

@@ -176,3 +176,10 @@ def test_a_repository_that_is_only_foretold_has_no_figures(
     assert {value for key, value in image.items() if key not in ("names", "digest")} == {None}
     assert task(name="app")["images"] == task(digest=digest)["images"] == found["images"]
     assert task(name="other")["images"] == task(labels={"a": "*"})["images"] == []
+    # Nobody could be asked about these, so they may be one image.
+    unknown = [{**name, "name": called, "digest": None} for called in ("app", "more")]
+    monkeypatch.setenv("COMPOSEFS_OCI_FORETOLD", json.dumps(unknown))
+    found = task(disk_use=True)
+    assert [image["names"] for image in found["images"]] == [["app"], ["more"]]
+    assert {image["digest"] for image in found["images"]} == {None} == set(found["totals"].values())
+    assert task(name="app", dumpfile=f"{place}.dump")["changed"]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 pytest.importorskip("ansible.module_utils.basic", exc_type=ImportError)
 
@@ -123,3 +124,13 @@ def test_credentials_in_a_reference_stand_nowhere(capsys: pytest.CaptureFixture[
         composefs_remote_info.main()
     output = capsys.readouterr().out
     assert "hunter2" not in output and '"failed": true' in output
+
+
+def test_check_mode_does_not_fail_before_there_is_skopeo(run: Any) -> None:
+    values = {"ref": "docker://registry.test/app:1", "executable": "/nowhere/skopeo"}
+    assert run(**values)["error"] == "skopeo_missing"
+    told = run(_ansible_check_mode=True, **values)
+    assert not told["changed"] and not told.get("failed") and told["ref"] == "docker://registry.test/app:1"
+    documented = yaml.safe_load(composefs_remote_info.RETURN)
+    nulls = set(documented) - {"ref", "error", "attempts", "seconds"}
+    assert {key: told[key] for key in nulls} == dict.fromkeys(nulls) and "/nowhere/skopeo" in str(told["warnings"])
