@@ -73,6 +73,8 @@ class Connection(Local):
     transport = "stand_in"
 
     def exec_command(self, *arguments, **words):
+        with open(os.path.join({site!r}, self._play_context.remote_addr, "sent"), "ab") as file:
+            file.write(words.get("in_data") or b"")
         if os.path.exists(os.path.join({site!r}, self._play_context.remote_addr, "away")):
             raise AnsibleConnectionFailure("It does not answer.")
         return super().exec_command(*arguments, **words)
@@ -380,6 +382,17 @@ def test_waves_that_are_lost_as_a_whole_end_neither_the_gate_nor_the_report(site
         done.stdout
     )
     assert fleet.states() == {"one": "lost", "two": "staged"} and "deployment" not in fleet.asked("two")
+
+
+def test_hosts_are_told_of_the_deltas_that_their_seed_made(site: Site) -> None:
+    fleet = Fleet(site, ["one"], "stand_in")
+    made = "docker://seed:5000/app@sha256:" + "d" * 64
+    with open(site.directory / "inventory", "a") as inventory:
+        inventory.write(f"[edge:vars]\nrollout_seed=seed\n[seeds]\nseed rollout_made_deltas='{json.dumps([made])}'\n")
+    for deltas in ("none", "auto"):
+        done = fleet.run("rollout", "--tags", "prefetch", rollout_deltas=deltas)
+        assert done.returncode == 0 and fleet.asked("one").count("image"), done.stdout
+        assert (made.encode() in (site.directory / "one" / "sent").read_bytes()) == (deltas == "auto")
 
 
 def test_an_image_is_confirmed_over_a_fresh_connection(site: Site) -> None:
