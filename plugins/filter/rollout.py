@@ -11,7 +11,7 @@ from typing import Any
 
 from ansible.errors import AnsibleError, AnsibleFilterError
 
-from ansible_collections.composefs.oci.plugins.plugin_utils import rollout, wishes
+from ansible_collections.composefs.oci.plugins.plugin_utils import refusals, rollout, wishes
 
 REGISTERED = (
     "rollout_before",
@@ -28,7 +28,7 @@ REGISTERED = (
     "rollout_deltas",
     "rollout_mounted",
     "rollout_repository_info",
-    "rollout_refused",
+    "rollout_systemd",
 )
 
 
@@ -187,9 +187,19 @@ def rollout_digest(answer: Mapping[str, Any], pin: str = "index") -> str:
     return rollout.digest_of(answer, pin)
 
 
-def rollout_refusal(host: Mapping[str, Any]) -> str:
-    """Why a host cannot take part, as one text."""
-    return f"{host['inventory_hostname']}: {', '.join(host['rollout_refused'])}"
+def rollout_refusals(
+    names: Sequence[str], hostvars: Mapping[str, Any], path: str, name: str, verity: str, persistent: Any, adopt: Any
+) -> list[str]:
+    """Which hosts cannot take part, and why, one text for each."""
+    found = []
+    for host, told in _hosts(hostvars, names).items():
+        own = {"verity": verity, "persistent": persistent, "adopt": adopt}
+        # Hosts and groups may have variables of their own.
+        own = {key: hostvars[host].get(f"rollout_{key}", value) for key, value in own.items()}
+        reasons = refusals.refusals(told, {"path": path, "name": name, **own})
+        if reasons:
+            found.append(f"{host}: {', '.join(reasons)}")
+    return found
 
 
 def rollout_status(names: Sequence[str], hostvars: Mapping[str, Any], name: str = "", path: str = "") -> dict[str, Any]:
@@ -219,7 +229,7 @@ class FilterModule:
             "rollout_host_complaints": rollout_host_complaints,
             "rollout_order": rollout_order,
             "rollout_plan": rollout_plan,
-            "rollout_refusal": rollout_refusal,
+            "rollout_refusals": rollout_refusals,
             "rollout_report": rollout_report,
             "rollout_seeds": rollout_seeds,
             "rollout_csv": rollout_csv,

@@ -467,7 +467,6 @@ def plan(hosts: Mapping[str, Host], path: str, digest: str) -> dict[str, Any]:
                 "mirror": str(host.get("rollout_mirror") or "") or None,
                 "verity": planned.get("verity"),
                 "skopeo": planned.get("skopeo_version"),
-                "refused": ", ".join(host.get("rollout_refused") or ()) or None,
                 "error": _error_of(host),
             }
         )
