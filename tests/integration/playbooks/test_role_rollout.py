@@ -373,11 +373,12 @@ def test_the_report_its_page_and_its_table_say_from_where_bytes_came(site: Site)
     assert "<dt>From the origin</dt><dd>5.00 MB to 1 hosts</dd>" in page.read_text()
 
 
-def test_waves_that_are_lost_as_a_whole_end_neither_the_gate_nor_the_report(site: Site) -> None:
+@pytest.mark.parametrize("judges", [{}, {"rollout_health_command": "true"}, {"rollout_health_url": "http://localhost"}])
+def test_waves_that_are_lost_as_a_whole_end_neither_the_gate_nor_the_report(site: Site, judges: dict[str, str]) -> None:
     """Ansible would begin the next wave after hosts that cannot be reached, and end the playbook after a lost one."""
     fleet = Fleet(site, ["one", "two"], "stand_in")
     fleet.leaves("one")
-    done = fleet.run("rollout")
+    done = fleet.run("rollout", **judges)
     assert done.returncode == 2 and "the canary one did not keep the image" in " ".join(done.stdout.split()), (
         done.stdout
     )
