@@ -51,7 +51,9 @@ def rollout_complaints(
 def rollout_host_complaints(
     names: Sequence[str], hostvars: Mapping[str, Any], known: Sequence[str], internals: Sequence[str]
 ) -> list[str]:
-    """What is wrong with the variables of hosts, and which names are one host, one sentence each."""
+    """What is wrong with the variables of hosts, which names are one host, and which are a group as well, one sentence
+    each.
+    """
     told = {name: rollout.result(found, "rollout_before") for name, found in _hosts(hostvars, names).items()}
     double = wishes.doubles({name: str(found.get("place") or "") for name, found in told.items()})
     hosts: dict[str, dict[str, Any]] = {}
@@ -67,7 +69,8 @@ def rollout_host_complaints(
                     continue
                 if value is None or isinstance(value, (str, int, float, list)):
                     hosts[name][str(key)] = value
-    return wishes.of_hosts(hosts, known, internals, hostvars) + double
+    groups = hostvars[names[0]]["groups"] if names else {}
+    return wishes.of_hosts(hosts, known, internals, hostvars) + double + wishes.ambiguous(names, groups)
 
 
 def rollout_order(

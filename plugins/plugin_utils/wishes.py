@@ -284,3 +284,15 @@ def doubles(places: Mapping[str, str]) -> list[str]:
         for place, same in names.items()
         if place and len(same) > 1
     ]
+
+
+def ambiguous(names: Iterable[str], groups: Mapping[str, Sequence[str]]) -> list[str]:
+    """Which names of hosts are names of groups with other hosts as well, one sentence each: where both are meant,
+    Ansible takes the hosts of the group, which would be changed in a wave that they are not in.
+    """
+    return [
+        f"{name} is a host of the inventory and a group with others, and where a wave names the host Ansible takes the "
+        "group. Rename one of them."
+        for name in names
+        if name in groups and list(groups[name]) != [name]
+    ]

@@ -516,6 +516,18 @@ def test_two_names_of_one_host_are_refused_before_anything_moves(site: Site) -> 
     assert done.returncode == 0 and fleet.states() == {"one": "confirmed", "two": "confirmed"}, done.stdout
 
 
+def test_a_host_with_the_name_of_a_group_is_refused_before_anything_moves(site: Site) -> None:
+    fleet = Fleet(site, ["one", "two", "three"])
+    with open(site.directory / "inventory", "a") as inventory:
+        inventory.write("[three]\none\ntwo\n")
+    for playbook in ("rollout", "rollback", "retire"):
+        done = fleet.run(playbook)
+        assert done.returncode == 2 and "three is a host of the inventory and a group" in " ".join(
+            done.stdout.split()
+        ), done.stdout
+    assert {module for name in ("one", "two", "three") for module in fleet.asked(name)} == {"deployment_info"}
+
+
 def test_names_of_this_machine_are_one_host_where_their_repository_is_one(site: Site) -> None:
     fleet = Fleet(site, ["one", "two"])
     names = "".join(

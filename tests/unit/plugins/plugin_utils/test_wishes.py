@@ -170,3 +170,11 @@ def test_names_that_are_one_host_are_told_together() -> None:
     (told,) = wishes.doubles({"one": "a", "two": "b", "three": "a", "four": "a"})
     assert told.startswith("one, three and four are one host: they lead to the same repository"), told
     assert "--limit" in told
+
+
+def test_a_host_with_the_name_of_a_group_is_refused_unless_both_are_the_same() -> None:
+    groups = {"all": ["web", "one", "two"], "web": ["one", "two"], "one": ["one"], "two": ["one", "two"], "empty": []}
+    assert wishes.ambiguous(["one", "three"], groups) == []
+    told = wishes.ambiguous(["web", "one", "two", "empty"], groups)
+    assert [sentence.partition(" ")[0] for sentence in told] == ["web", "two", "empty"]
+    assert "a group with others" in told[0] and "Rename" in told[0]
