@@ -66,6 +66,11 @@ while [ $n -lt {looks} ] && [ ! -e result ]; do sleep {pause} || sleep 1; n=$((n
 if [ -e result ]; then echo done; else echo busy; fi
 cat progress 2>/dev/null || :
 """
+# The way to a result where no module can be unpacked, because the place that modules are unpacked in is full.
+READ_SCRIPT = """\
+{enter}\
+cat result && cd / && rm -rf {directory}
+"""
 STOP_SCRIPT = """\
 {enter}\
 : > stop
@@ -267,7 +272,7 @@ class ActionModule(ActionBase):
                 if word.strip() in ("done", "gone"):
                     collected = self._execute_with(COLLECT, directory, task_vars)
                     if not collected.get("unreachable"):
-                        return collected
+                        return self._read(directory) or collected if "module_stdout" in collected else collected
                 elif word.strip() == "busy":
                     heard = time.monotonic()
                     line.show(_text(state))
@@ -281,6 +286,17 @@ class ActionModule(ActionBase):
                     raise problem
                 return {"failed": True, "msg": "The host did not answer any more.", "error": "failed"}
             time.sleep(1)
+
+    def _read(self, directory: str) -> dict[str, t.Any]:
+        """The result of a job without the help of a module; empty if there is none."""
+        script = READ_SCRIPT.format(enter=_enter(directory), directory=directory)
+        for line in self._low_level_execute_command(script, sudoable=True).get("stdout", "").splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
+                found = json.loads(line)
+                if isinstance(found, dict):
+                    # As of every result, the host says nothing of what Ansible keeps for itself.
+                    return {key: value for key, value in found.items() if not key.startswith("_ansible")}
+        return {}
 
     def _stop(self, directory: str) -> None:
         """End the job of an interrupted task, if the host can be reached."""

@@ -17,6 +17,7 @@ unwinds the stack.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import select
@@ -36,6 +37,8 @@ from ..progress import PLANNED, Event
 # The directory of a watched task lies here; a user without a home has it, too.
 PLACE = "/tmp"
 PREFIX = "composefs-oci-"
+# In it, the result before it is whole.
+ASIDE = "result.new"
 # Variables of the environment by which the action plugin tells the module the token of a task that it wants to watch,
 # or the directory of a job whose result it wants.
 WATCH, COLLECT = "COMPOSEFS_OCI_WATCH", "COMPOSEFS_OCI_COLLECT"
@@ -50,6 +53,8 @@ PATIENCE = 120.0
 # How long a task may run within the command that started it. One that finds nothing to do ends within that time, and
 # being watched costs it nothing. Fetching a small image is over in SHORT seconds, looking a reference up in LONG ones.
 SHORT, LONG = 1.0, 10.0
+# Bytes that are kept for a result: enough for that of an image with as many labels and annotations as are returned.
+ROOM = 1 << 20
 # How long an interrupted job may take to clean up before it is ended in the middle of that.
 GRACE = 10.0
 # What a job says to the command that started it, and what that answers.
@@ -193,8 +198,8 @@ def interruptible(life: Life) -> Iterator[None]:
 def run(token: str, main: Callable[[Life], None]) -> None:
     """Call ``main``, which ends in SystemExit: as a job that the owner of ``token`` watches, or, without one, plainly.
 
-    Where the directory to meet in cannot be made the task runs plainly, too: that it can be watched is an extra. Raises
-    InvalidOption for a token that is malformed.
+    Where the directory to meet in cannot be made, or has no room for a result, the task runs plainly, too: that it can
+    be watched is an extra. Raises InvalidOption for a token that is malformed.
     """
     directory = _meeting_place(token) if token else ""
     if directory:
@@ -220,6 +225,19 @@ def _meeting_place(token: str) -> str:
         os.mkdir(directory, 0o700)
     except OSError:
         return ""
+    try:
+        # The result gets its room now, and keeps it: a place that is full, or that fills meanwhile, must not lose what
+        # was done.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        room = os.open(os.path.join(directory, ASIDE), flags, 0o600)
+        try:
+            os.posix_fallocate(room, 0, ROOM)
+        finally:
+            os.close(room)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            shutil.rmtree(directory, ignore_errors=True)
+            return ""
     return directory
 
 
@@ -300,13 +318,14 @@ def _work(directory: str, parent: socket.socket, main: Callable[[Life], None]) -
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         # This is no draft of host/files: it is the standard output of the task, which prints into it as it likes, and
         # it is whole when the task ends. Nobody else can write to the directory, and nothing in it survives a crash.
-        aside = os.path.join(directory, "result.new")
+        aside = os.path.join(directory, ASIDE)
         _redirect(aside)
         try:
             with interruptible(job):
                 main(job)
         except SystemExit:
             sys.stdout.flush()
+            os.ftruncate(1, os.lseek(1, 0, os.SEEK_CUR))
             os.rename(aside, os.path.join(directory, "result"))
             _hand_over(job, parent)
             raise
@@ -317,9 +336,9 @@ def _work(directory: str, parent: socket.socket, main: Callable[[Life], None]) -
 
 
 def _redirect(path: str) -> None:
-    """Read from nowhere, write standard output into a new file at ``path``, and errors nowhere."""
+    """Read from nowhere, write standard output into the file at ``path``, and errors nowhere."""
     null = os.open(os.devnull, os.O_RDWR)
-    output = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    output = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     for fd, number in ((null, 0), (output, 1), (null, 2)):
         os.dup2(fd, number)
     for fd in (null, output):

@@ -275,6 +275,19 @@ def test_a_job_that_fails_is_a_task_that_fails(shown: list[str]) -> None:
     assert host.run(task_vars=ALWAYS) == {"failed": True, "msg": "No.", "error": "image_not_found"}
 
 
+def test_a_result_is_read_where_the_module_that_fetches_it_cannot_be_unpacked(shown: list[str]) -> None:
+    unpacked = {"failed": True, "module_stdout": "", "module_stderr": "OSError: No space left on device", "rc": 1}
+    looks = ["done\n", "\n" + json.dumps({**RESULT, "_ansible_no_log": True}) + "\n"]
+    host = Host(Task(), list(looks), result=unpacked)
+    result = host.run(task_vars={"composefs_progress": "always"})
+    assert {key: result[key] for key in RESULT} == RESULT and not result.get("failed")
+    assert "cat result" in host.commands[-1] and DIRECTORY in host.commands[-1] and "_ansible_no_log" not in result
+    # Where there is none, what was said before stands.
+    for nothing in ("gone\n", "[1]\n"):
+        host = Host(Task(), ["done\n", nothing], result=unpacked)
+        assert host.run(task_vars={"composefs_progress": "always"})["failed"]
+
+
 def test_a_job_that_is_gone_ends_the_watch(shown: list[str]) -> None:
     host = Host(Task(ref="a.b/c"), ["busy\n", "gone\n"], result={"failed": True, "msg": "gone"})
     assert host.run(task_vars=ALWAYS) == {"failed": True, "msg": "gone"}

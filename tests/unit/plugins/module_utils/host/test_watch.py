@@ -6,12 +6,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
 import secrets
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -285,6 +287,55 @@ def test_a_directory_of_somebody_else_is_not_used(token: str, tmp_path: pathlib.
     os.mkdir(watch.directory_of(token))
     assert Command(lambda: watch.run(token, task(0))).end() == (0, "the result\n")
     assert os.listdir(watch.directory_of(token)) == []
+
+
+@contextlib.contextmanager
+def filled(place: pathlib.Path, size: str, left: int) -> Iterator[None]:
+    """A file system of its own at ``place``, of which no more than ``left`` bytes are free."""
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "full", str(place)], check=False)
+    if mounted.returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        fill(place, left)
+        yield
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def fill(place: pathlib.Path, left: int = 0) -> None:
+    found = os.statvfs(place)
+    with contextlib.suppress(OSError), open(place / "filler", "ab") as filler:
+        filler.write(bytes(max(0, found.f_bavail * found.f_frsize - left)))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs a file system of its own, which only root can mount")
+def test_a_task_is_done_plainly_where_there_is_no_room_for_its_result(
+    token: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line is an extra: what it needs must not lose what the task has done."""
+    place = tmp_path / "full"
+    with filled(place, "2m", 100_000):
+        monkeypatch.setattr(watch, "PLACE", str(place))
+        assert Command(lambda: watch.run(token, task(0))).end() == (0, "the result\n")
+        assert os.listdir(place) == ["filler"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs a file system of its own, which only root can mount")
+def test_a_result_arrives_where_the_place_fills_while_the_task_runs(
+    token: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "filling"
+    text = "x" * 500_000
+
+    def work(life: Life) -> None:
+        assert life.progress_file  # a job
+        fill(place)
+        task(0, text)(life)
+
+    with filled(place, "4m", 4_000_000):
+        monkeypatch.setattr(watch, "PLACE", str(place))
+        assert Command(lambda: watch.run(token, work)).end() == (0, f"{text}\n")
 
 
 def test_a_job_that_left_no_result_is_an_error(token: str) -> None:
