@@ -5,20 +5,23 @@
 """What a layer consists of, told while it is still being stored: by the process that imports it to the one that builds
 the file tree of its image.
 
-A feed is a pipe, and nobody ever waits for the one who reads it: an importer that finds it full tells no more. Then
+A feed is a pipe with one reader, and nobody ever waits for that one: an importer that finds it full tells no more. Then
 the reader takes the rest from the stored layer, as it does for a layer without a feed. A feed carries the chunks of a
 splitstream (formats.splitstream) as they are before they are compressed, in frames: how many bytes of digests and how
-many of chunks follow, the digests of the objects that these chunks name for the first time, and the chunks. A frame
-without chunks is the end, and is written only after the tar has proved to be the one that the configuration names.
+many of chunks follow and the CRC-32 of both, begun with the number of the frame; the digests of the objects that these
+chunks name for the first time; and the chunks. A frame without chunks is the end, and is written only after the tar has
+proved to be the one that the configuration names.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 import resource
 import struct
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -31,7 +34,7 @@ MAX_FEEDS = 4
 ROOM = 32 << 20
 # A process that may open so few files has none to spare.
 _FEW_FILES = 256
-_FRAME = struct.Struct("<II")
+_FRAME = struct.Struct("<III")
 _AT_ONCE = 1 << 20
 
 
@@ -77,14 +80,17 @@ class Tap:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self._frames = 0
 
     def chunks(self, digests: bytes, chunks: bytes) -> None:
         """Tell whole chunks, and the digests of objects that they are the first to name."""
         if self._fd < 0:
             return
         size = _FRAME.size + len(digests) + len(chunks)
+        head = _FRAME.pack(len(digests), len(chunks), _check(self._frames, digests, chunks))
+        self._frames += 1
         try:
-            told = os.writev(self._fd, (_FRAME.pack(len(digests), len(chunks)), digests, chunks))
+            told = os.writev(self._fd, (head, digests, chunks))
         except OSError:
             told = 0
         if told < size:
@@ -100,15 +106,20 @@ class Tap:
         self.chunks(b"", b"")
 
 
+def _check(number: int, digests: bytes, chunks: bytes) -> int:
+    return zlib.crc32(chunks, zlib.crc32(digests, number))
+
+
 class Cut(Exception):
-    """A feed ended before its layer did."""
+    """A feed ended before its layer did, or does not tell what was written into it."""
 
 
 def follow(fd: int, width: int, wait: Callable[[], bool]) -> Iterator[Chunk]:
     """The chunks of a layer, from the reader's end of its feed. ``width`` is the size of a digest in bytes.
 
     ``wait`` is called when nothing is there to be read; it returns False if nothing will come any more, else True as
-    soon as it is worth looking again. Raises Cut if the feed ends before the layer does.
+    soon as it is worth looking again. Raises Cut if the feed ends before the layer does, or if a frame is not the one
+    that was written: whatever is wrong then, nothing may be made of it.
     """
 
     def exactly(size: int) -> bytes:
@@ -128,12 +139,14 @@ def follow(fd: int, width: int, wait: Callable[[], bool]) -> Iterator[Chunk]:
 
     digests = bytearray()
     unpack = CHUNK.unpack_from
-    while True:
-        named, size = _FRAME.unpack(exactly(_FRAME.size))
+    for number in itertools.count():
+        named, size, check = _FRAME.unpack(exactly(_FRAME.size))
+        new, data = exactly(named), exactly(size)
+        if _check(number, new, data) != check:
+            raise Cut
         if not size:
             return
-        digests += exactly(named)
-        data = exactly(size)
+        digests += new
         at = 0
         while at < size:
             (value,) = unpack(data, at)

@@ -74,8 +74,8 @@ class Ahead:
     that are there, by one that is told while it arrives, and by others as soon as they are named.
 
     ``layers`` are the streams of the image, lowest first, each with its object digest or None as long as it is missing.
-    ``feeds`` are those that may tell a missing one. ``leave`` runs in the process that does it, before anything else.
-    Make it before any thread is started.
+    ``feeds`` are those that may tell a missing one, and nobody else reads them. ``leave`` runs in the process that does
+    it, before anything else. Make it before any thread is started.
 
     What a feed tells is not proved yet. Nothing comes of it unless the very attempt that told it succeeds: `lost` ends
     the work otherwise, and the images are made of what is stored then.

@@ -471,10 +471,13 @@ def _begin(
                     layer.delta.source.abandon()
 
     seen: set[str] = set()
+    free = dict(told)
     for plan in plans:
         if len(begun) < most and plan.config_digest not in seen and plan.missing():
             seen.add(plan.config_digest)
-            ahead = publish.begin(repository, plan, options.images_of(plan.request), leave, told)
+            # What is read from a feed is gone: where images share a layer, one of them follows it while it arrives.
+            mine = {stream: free.pop(stream) for stream in plan.missing() if stream in free}
+            ahead = publish.begin(repository, plan, options.images_of(plan.request), leave, mine)
             if ahead is not None:
                 stack.callback(ahead.close)
                 begun[plan.request.name] = ahead

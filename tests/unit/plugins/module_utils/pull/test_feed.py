@@ -86,6 +86,35 @@ def test_a_feed_that_is_cut_anywhere_says_so_after_a_true_beginning(data: st.Dat
     assert told == everything[: len(told)]
 
 
+@given(st.data())
+@settings(deadline=None)
+def test_nothing_is_taken_from_a_frame_that_is_not_what_was_written(data: st.DataObject) -> None:
+    given = [*data.draw(pieces), b"end", 3]
+    with feed.feeds(["whole", "hurt"]) as opened:
+        tap = feed.Tap(opened["whole"].writer)
+        write(given, SHA256, tap)
+        tap.end()
+        raw = bytearray(os.read(opened["whole"].reader, 1 << 20))
+        # A byte of the only frame's head or body: its length, its check, its content.
+        raw[data.draw(st.integers(0, len(raw) - 13))] ^= data.draw(st.integers(1, 255))
+        os.write(opened["hurt"].writer, raw)
+        told: list[bytes | ExternalRef] = []
+        with pytest.raises(feed.Cut):
+            for chunk in feed.follow(opened["hurt"].reader, 32, lambda: False):
+                told.append(chunk)
+    assert told == []
+
+
+def test_a_frame_that_somebody_else_read_is_missed() -> None:
+    with feed.feeds([NAME]) as opened:
+        tap = feed.Tap(opened[NAME].writer)
+        for piece in (b"one", b"two", b"three"):
+            tap.chunks(b"", (-len(piece)).to_bytes(8, "little", signed=True) + piece)
+        os.read(opened[NAME].reader, 12 + 8 + 3)
+        with pytest.raises(feed.Cut):
+            next(feed.follow(opened[NAME].reader, 32, lambda: False))
+
+
 def test_a_reader_waits_for_more_and_looks_again() -> None:
     with feed.feeds([NAME]) as opened:
         tap = feed.Tap(opened[NAME].writer)

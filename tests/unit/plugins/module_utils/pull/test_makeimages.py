@@ -170,6 +170,25 @@ def test_a_second_attempt_after_other_bytes_gives_the_same_image(
     assert found["image_id"] == wanted["image_id"]
 
 
+def test_images_that_share_layers_and_a_layer_that_occurs_twice_are_what_they_would_be_alone(
+    world: World, path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = (
+        tar(*(member(f"{kind}{n}", os.urandom(100)) for n in range(3000))) for kind in ("a", "b", "c")
+    )
+    world.layout.image([first, second], "one")
+    world.layout.image([first, third, second], "two")
+    world.layout.image([second, first, second], "three")
+    names = ("one", "two", "three")
+    monkeypatch.setattr(processors, "usable", lambda: 3)
+    found = pull_all(path, *(pull.Request(REGISTRY + name, name) for name in names))
+    with Repository.open(str(path), write=True) as repository:
+        for image in found:
+            digests = [repository.stream("oci-layer-" + one["diff_id"]) for one in image["layers"]]
+            made, _bootable = makeimages.write_images(repository, digests, [1], [])
+            assert image["image_id"] == made[1].hex(), image["name"]
+
+
 def record(calls: list[str], method: Callable[[makeimages.Ahead, str], None]) -> Callable[..., None]:
     """The method, which notes its argument."""
 
