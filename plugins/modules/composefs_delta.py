@@ -34,7 +34,8 @@ attributes:
         is not there yet.
       - Of images that an earlier task of the run would pull nothing is known, so a change is foretold, RV(layers) is
         V(null), too, and so is RV(ref) with V(auto) for O(dest). On a host that has no fitting C(skopeo) yet, O(dest)
-        cannot be looked at, so a change is foretold with a warning.
+        cannot be looked at, and without a library for zstd the images cannot be, so a change is foretold with a
+        warning.
   diff_mode:
     support: none
   idempotent:
@@ -162,7 +163,12 @@ error:
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.composefs.oci.plugins.module_utils.errors import InvalidOption, SkopeoMissing, SkopeoTooOld
+from ansible_collections.composefs.oci.plugins.module_utils.errors import (
+    InvalidOption,
+    MissingLibrary,
+    SkopeoMissing,
+    SkopeoTooOld,
+)
 from ansible_collections.composefs.oci.plugins.module_utils.formats.reference import parse_reference
 from ansible_collections.composefs.oci.plugins.module_utils.module import (
     guarded,
@@ -188,14 +194,20 @@ def run(module: AnsibleModule, base: dict) -> dict:
     with opened_repository(module, path, foreseen=True) as repository:
         wanted = [params[image] for image in ("source", "target")]
         here = [image for image in wanted if not makedelta.comes(repository, image)]
+        unknown = {"changed": True, "ref": dest.text if dest is not None else None}
+        unknown.update(dict.fromkeys(("digest", "bytes", "layers")))
+        try:
+            found = {image: makedelta.find(repository, image) for image in here}
+        except MissingLibrary as error:
+            # As below, the task that installs it was only foretold.
+            if not module.check_mode:
+                raise
+            module.warn(f"{error} So check mode cannot tell what the delta would be.")
+            return unknown
         if here != wanted:
             # Earlier tasks of this run in check mode would fetch them, but not what is neither here nor foretold.
-            for image in here:
-                makedelta.find(repository, image)
-            unknown = dict.fromkeys(("digest", "bytes", "layers"))
-            return {"changed": True, "ref": dest.text if dest is not None else None, **unknown}
-        source = makedelta.find(repository, params["source"])
-        target = makedelta.find(repository, params["target"])
+            return unknown
+        source, target = (found[image] for image in wanted)
         if dest is None:
             dest = makedelta.beside(repository, (params["source"], params["target"]), source, target)
             base.update(ref=dest.text)

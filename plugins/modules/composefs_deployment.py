@@ -371,6 +371,10 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
     state = params["state"]
     known = told(module, base["repository"]).names
     by_then = next((one for one in told(module).mounts if one["path"] == real), None)
+    if by_then is not None:
+        base["previous_image_id"] = None if by_then["absent"] else by_then["image_id"]
+        if by_then["state"] != activation.ACTIVATED:
+            base["previous_digest"] = None if by_then["absent"] else by_then["digest"]
     if by_then is not None and after_others(params, base, before, by_then, known):
         return {}
     if state == activation.ACTIVATED:

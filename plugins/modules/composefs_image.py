@@ -33,7 +33,8 @@ attributes:
       - The registry is asked what the reference means, and the result is exactly what a real run would change, with the
         bytes it would fetch.
       - A repository that does not exist yet is treated as empty, with a warning. Where C(skopeo) is not installed
-        yet, a new name is foretold as a change without details, with a warning.
+        yet, an image that would have to be asked for is foretold as a change without details, with a warning, whether
+        it has its name already or not. What O(digest) or O(pull=missing) settle without asking is foretold as always.
   diff_mode:
     support: full
   idempotent:
@@ -624,6 +625,7 @@ error:
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.common.text.formatters import human_to_bytes
@@ -794,19 +796,73 @@ def present(
         ]
     progress = Progress(watch.Announcer(life), *progress_files(module.params["progress_file"], life.progress_file))
     try:
-        outcomes = pull.pull_images(repository, requests, options, progress, life.permit)
-    except (SkopeoMissing, SkopeoTooOld, MissingLibrary) as error:
-        # A fresh host: the task that installs skopeo and libraries was only foretold, too. It is certain all the same
-        # that names which are not there will come.
-        if not module.check_mode or any(Foreseen.known(repository.tag_digest(request.name)) for request in requests):
+        reports = pulled(module, repository, requests, options, progress, life.permit)
+    except LACKING as error:
+        if not module.check_mode:
             raise
-        module.warn(f"{error} So check mode cannot tell what the images are, only that they would be pulled.")
-        return [foretelling.foretell(repository, request) for request in requests]
+        reports = pulled_in_part(module, repository, requests, options, progress, error)
     finally:
         progress.close()
+    return reports
+
+
+def pulled(
+    module: AnsibleModule,
+    repository: Repository,
+    requests: list[pull.Request],
+    options: pull.Options,
+    progress: Progress,
+    permit: Callable[[], None] = lambda: None,
+) -> list[Report]:
+    """Pull, and tell of it; one report for each image."""
+    outcomes = pull.pull_images(repository, requests, options, progress, permit)
     for warning in dict.fromkeys(warning for outcome in outcomes for warning in outcome.plan.warnings):
         module.warn(warning)
     return [pull.describe(repository, outcome) for outcome in outcomes]
+
+
+def pulled_in_part(
+    module: AnsibleModule,
+    repository: Repository,
+    requests: list[pull.Request],
+    options: pull.Options,
+    progress: Progress,
+    error: EngineError,
+) -> list[Report]:
+    """What check mode says where the host lacks what pulling needs (``error``): the task that installs it was only
+    foretold, too. Images that can be looked up all the same are, each alone. Of the others only names are known.
+    """
+    reports, standing, new = [], [], False
+    # What these images have in common cannot be known.
+    repository.foreseen = repository.foreseen._replace(complete=False)
+    for request in requests:
+        # A digest that is here already means the same image whoever would be asked.
+        settled = isinstance(error, SkopeoMissing) and is_pinned(request)
+        here = dataclasses.replace(options, policy=pull.MISSING, same_reference=False) if settled else options
+        try:
+            reports += pulled(module, repository, [request], here, progress)
+        except LACKING as lacking:
+            report = foretelling.foretell(repository, request)
+            if report.result.previous_digest is None:
+                new = True
+            elif isinstance(lacking, SkopeoTooOld):
+                raise  # what installs skopeo where there is none does not replace an old one
+            else:
+                standing.append(request.name)
+            reports.append(report)
+    if new:
+        module.warn(f"{error} So check mode cannot tell what the images are, only that they would be pulled.")
+    if standing:
+        module.warn(
+            f"{error} So check mode cannot tell whether {', '.join(standing)} would be another image than now, and "
+            "takes it that they would."
+        )
+    return reports
+
+
+def is_pinned(request: pull.Request) -> bool:
+    """Whether the request names a digest."""
+    return bool(request.digest) or (not request.local and bool(parse_reference(request.place or request.ref).digest))
 
 
 def comes(module: AnsibleModule, repository: Repository, request: pull.Request) -> str | None:
@@ -906,6 +962,8 @@ def warn_of_mounts(module: AnsibleModule, repository: Repository, reports: list[
             )
 
 
+# What the roles of the collection install, or would replace.
+LACKING = (SkopeoMissing, SkopeoTooOld, MissingLibrary)
 IMAGE = {
     "ref": {"type": "str"},
     "name": {"type": "str"},

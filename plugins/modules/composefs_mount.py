@@ -290,7 +290,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.module import (
     told,
 )
 from ansible_collections.composefs.oci.plugins.module_utils.store import namerecords
-from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
+from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Foreseen, Repository
 
 ARGUMENT_SPEC = {
     "image": {"type": "str"},
@@ -347,6 +347,8 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
 
     host = deployment.Host(places, commands.run, module.warn)
     by_then = next((one for one in told(module).mounts if one["path"] == real), None)
+    if by_then is not None:
+        base["previous_image_id"] = None if by_then["absent"] else by_then["image_id"]
     if params["state"] == "unmounted":
         if by_then is not None:
             base.update(changed=not by_then["absent"], image_id=None, mounted=False, verity=None, unit=None)
@@ -362,6 +364,13 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
             image = next((form for form in (image, *other_names(image)) if form in known), image)
             request = dataclasses.replace(request, wish=dataclasses.replace(request.wish, image=image))
             settled = foresee(repository, request, known, repository.path == base["repository"])
+            occupied = there is not None if by_then is None else not by_then["absent"]
+            if settled is None and occupied and may_stay(repository, request, known):
+                settled, known = request, {name: one for name, one in known.items() if name != image}
+                module.warn(
+                    f"Check mode cannot tell whether {image} would be another image than now. If so, the state "
+                    f"'mounted' fails at {path}; 'remounted' puts another image in the place of one."
+                )
             if settled is None or by_then is not None:
                 if by_then is not None and is_mounted_then(repository, request, known, by_then):
                     # Only its name may be another one.
@@ -444,6 +453,20 @@ def foresee(
     if change.digest is None or repository.stream(f"oci-manifest-{change.digest}") is None:
         return None
     return dataclasses.replace(request, wish=dataclasses.replace(request.wish, image=change.digest))
+
+
+def may_stay(repository: Repository, request: lastingmount.MountRequest, known: dict[str, Foretold]) -> bool:
+    """Whether the name is there and nobody can know if an earlier task would move it. A task that puts nothing in the
+    place of another image either fails then or finds what it finds now, so ``repository`` is left as it is now.
+    """
+    change = known.get(request.wish.image)
+    if change is None or change.absent or change.digest is not None or request.wish.replace:
+        return False
+    foreseen, repository.foreseen = repository.foreseen, Foreseen()
+    if repository.tag_digest(request.wish.image) is not None:
+        return True
+    repository.foreseen = foreseen
+    return False
 
 
 def is_mounted_then(

@@ -8,6 +8,7 @@ kernel's mounts and for systemd.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ import pytest
 from ansible.module_utils import basic
 
 from ansible_collections.composefs.oci.plugins.module_utils.errors import MountFailed
-from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
+from ansible_collections.composefs.oci.plugins.module_utils.formats import digests, fsverity, ocidocuments
 from ansible_collections.composefs.oci.plugins.module_utils.host import commands, mountcalls, mountinfo
 from ansible_collections.composefs.oci.plugins.module_utils.operations import bootmount, journal, mounting
-from ansible_collections.composefs.oci.plugins.module_utils.store import create
+from ansible_collections.composefs.oci.plugins.module_utils.store import create, imagestreams
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 
 
@@ -74,3 +75,26 @@ class Host:
     def run_command(self, words: list[str], **_options: Any) -> tuple[int, str, str]:
         self.told.append(" ".join(words))
         return 0, "", ""
+
+
+def put(repository: Repository, image: str) -> str:
+    """A manifest whose configuration leads to the image; its digest, which gets the name ``app@DIGEST``."""
+    config = json.dumps(
+        {"architecture": "amd64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": []}, "x": image}
+    )
+    stream = imagestreams.store(
+        repository, imagestreams.CONFIG, config.encode(), {imagestreams.image_ref(1): bytes.fromhex(image)}
+    )
+    digest = digests.digest_of(config.encode())
+    repository.register(imagestreams.CONFIG + digest, stream)
+    descriptor = {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": digest, "size": len(config)}
+    raw = json.dumps(
+        {"schemaVersion": 2, "mediaType": ocidocuments.OCI_MANIFEST, "config": descriptor, "layers": []}
+    ).encode()
+    refs = {imagestreams.CONFIG_REF + digest: stream}
+    manifest = digests.digest_of(raw)
+    repository.register(
+        imagestreams.MANIFEST + manifest, imagestreams.store(repository, imagestreams.MANIFEST, raw, refs)
+    )
+    repository.tag(f"app@{manifest}", manifest)
+    return manifest

@@ -63,10 +63,12 @@ class Options:
     """How to pull. ``timeout`` is the longest silence in seconds; ``parallel`` 0 means as many layers at once as
     processors; ``deltas`` are references of delta artifacts, or ``auto`` for those beside the image; ``peers`` are base
     URLs of other repositories. ``max_size`` is in bytes, None for the space that is free; ``min_rate`` in bytes a
-    second; ``deadline`` in seconds from the start of the pull, None for none.
+    second; ``deadline`` in seconds from the start of the pull, None for none. ``same_reference``: whether the policy
+    ``missing`` asks again for a name that is known to come from another reference.
     """
 
     policy: str = ALWAYS
+    same_reference: bool = True
     parallel: int = 0
     timeout: float = 60.0
     retries: int = 3
@@ -201,7 +203,7 @@ def _plan(repository: Repository, request: Request, options: Options, sources: S
     reference = parse_reference(request.place or request.ref)
     try:
         if options.policy == MISSING:
-            known = planning.recall(repository, request, [], record)
+            known = planning.recall(repository, request, [], record, same_reference=options.same_reference)
             if known is not None:
                 return known
         source = sources.source(reference, request.platform, request)

@@ -274,6 +274,52 @@ BEFORE = """
         repository: "{{ place }}/repository"
         unenforced_policy: ignore
 """
+MOUNTED = """
+- name: A mount of it
+  hosts: all
+  gather_facts: false
+  tasks:
+    - name: Mount it
+      composefs.oci.composefs_mount:
+        {image: old, path: "{{ place }}/old", repository: "{{ place }}/repository", verity: disabled}
+"""
+LOST = """
+- name: A host with images that has lost its skopeo
+  hosts: all
+  gather_facts: false
+  module_defaults:
+    group/composefs.oci.composefs:
+      repository: "{{ place }}/repository"
+    group/composefs.oci.composefs_registry:
+      unenforced_policy: ignore
+      validate_certs: false
+      executable: "{{ place }}/bin/skopeo"
+  tasks:
+    - name: Install skopeo
+      ansible.builtin.file: {src: "{{ skopeo }}", dest: "{{ place }}/bin/skopeo", state: link, force: true}
+    - name: Pull a digest
+      composefs.oci.composefs_image: {ref: "docker://{{ registry }}/app:any", name: old, digest: "{{ digests.v1 }}"}
+    - name: Mount it
+      composefs.oci.composefs_mount: {image: old, path: "{{ place }}/old", verity: disabled}
+    - name: Pull what is there under the same name
+      composefs.oci.composefs_image: {ref: "docker://{{ registry }}/app:v1", name: old}
+    - name: Mount it once more
+      composefs.oci.composefs_mount: {image: old, path: "{{ place }}/old", verity: disabled}
+    - name: Pull several
+      composefs.oci.composefs_image:
+        images:
+          - {ref: "docker://{{ registry }}/app:v2", name: old}
+          - {ref: "docker://{{ registry }}/app:v3", name: new}
+          - {ref: "oci:{{ place }}/layout:v3", name: read}
+    - name: Mount the new version
+      composefs.oci.composefs_mount: {image: old, path: "{{ place }}/old", state: remounted, verity: disabled}
+    - name: Ask what is there
+      composefs.oci.composefs_image_info:
+    - name: Prune
+      composefs.oci.composefs_prune:
+    - name: Unmount
+      composefs.oci.composefs_mount: {path: "{{ place }}/old", state: unmounted}
+"""
 UNCHANGED = [
     "Upgrade again",
     "Pull it again",
@@ -462,3 +508,32 @@ def test_check_mode_on_a_host_without_skopeo_fails_nowhere(place: pathlib.Path) 
     delta = foretold.of("localhost", "Make a delta")
     assert delta["changed"] and [delta[key] for key in ("digest", "bytes", "layers")] == [None] * 3
     assert delta["ref"] == f"oci-archive:{place}/delta.tar"
+
+
+def test_check_mode_on_a_host_that_lost_its_skopeo_fails_nowhere(place: pathlib.Path) -> None:
+    digests = make_images(place, ("v1", "v2", "v3"))
+    (place / "bin").mkdir()
+    (place / "lost.yml").write_text(LOST)
+    (place / "before.yml").write_text(BEFORE)
+    (place / "mounted.yml").write_text(MOUNTED)
+    with Registry(place / "registry") as registry:
+        for version in digests:
+            registry.push(f"{place}/layout:{version}", f"app:{version}")
+        registry.push(f"{place}/layout:v1", "app:any")
+        values = {"digests": digests, "skopeo": shutil.which("skopeo"), "registry": registry.address}
+        before = [line(place, name, values) for name in ("before", "mounted")]
+        play(place, [*before, *(line(place, "lost", values, flags) for flags in ("--check", ""))])
+    foretold, done = runs_of(place, "lost")
+    assert (foretold.check, done.check) == (True, False)
+    assert not [entry["task"] for entry in (*foretold.entries, *done.entries) if entry["kind"] != "ok"]
+    # What a tag means now is not known, so a change is foretold that does not come.
+    unsure = "Pull what is there under the same name"
+    assert scenarios.differences(foretold, done, [unsure, "Ask what is there"]) == [], foretold.entries
+    told, came = (run.of("localhost", unsure) for run in (foretold, done))
+    assert told["changed"] and not came["changed"] and told["digest"] is None
+    assert told["previous_digest"] == came["digest"] == digests["v1"]
+    assert any("whether old would be another image" in text for text in told["warnings"])
+    pinned = foretold.of("localhost", "Pull a digest")
+    assert not pinned["changed"] and pinned["digest"] == digests["v1"]
+    several = foretold.of("localhost", "Pull several")
+    assert [image["digest"] for image in several["images"]] == [None, None, digests["v3"]]

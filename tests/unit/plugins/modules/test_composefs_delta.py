@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "module_utils"))
 from fake_source import REGISTRY, Layout, World, pull_all
 
 from ansible_collections.composefs.oci.plugins.module_utils.errors import AuthFailed, RegistryUnreachable, SkopeoMissing
-from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
+from ansible_collections.composefs.oci.plugins.module_utils.formats import codecs, fsverity
 from ansible_collections.composefs.oci.plugins.module_utils.host import processes
 from ansible_collections.composefs.oci.plugins.module_utils.pull import deltas, pull
 from ansible_collections.composefs.oci.plugins.module_utils.source import push, source
@@ -148,6 +148,12 @@ def test_check_mode_foretells_a_delta_before_there_is_skopeo(run: Any, monkeypat
     assert told["changed"] and told["digest"] is None and told["bytes"] is None and len(told["layers"]) == 1
     assert "There is no 'skopeo'" in str(told["warnings"])
     assert run()["error"] == "skopeo_missing"
+    real = codecs._module
+    monkeypatch.setattr(codecs, "_module", lambda name: None if name in codecs.ZSTD_BACKENDS.values() else real(name))
+    told = run(check=True)
+    assert told["changed"] and [told[key] for key in ("ref", "digest", "bytes", "layers")] == [None] * 4
+    assert "zstd" in str(told["warnings"])
+    assert run()["error"] == "missing_library"
 
 
 def test_what_lies_there_counts_only_with_this_source_and_target(

@@ -19,39 +19,13 @@ pytest.importorskip("ansible.module_utils.basic", exc_type=ImportError)
 
 import yaml
 
-from ansible_collections.composefs.oci.plugins.module_utils.formats import digests, ocidocuments
 from ansible_collections.composefs.oci.plugins.module_utils.operations import bootmount, deployment, journal
-from ansible_collections.composefs.oci.plugins.module_utils.store import imagestreams
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ansible_collections.composefs.oci.plugins.modules import composefs_deployment, composefs_deployment_info
 from ansible_collections.composefs.oci.tests.support.moduleargs import arguments, require_shape
-from ansible_collections.composefs.oci.tests.support.mounthost import Host
+from ansible_collections.composefs.oci.tests.support.mounthost import Host, put
 
 SHAPE = set(yaml.safe_load(composefs_deployment.RETURN)) - {"error"} | {"changed"}
-
-
-def put(repository: Repository, image: str) -> str:
-    """A manifest whose configuration leads to the image; its digest, which gets the name ``app@DIGEST``."""
-
-    config = json.dumps(
-        {"architecture": "amd64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": []}, "x": image}
-    )
-    stream = imagestreams.store(
-        repository, imagestreams.CONFIG, config.encode(), {imagestreams.image_ref(1): bytes.fromhex(image)}
-    )
-    digest = digests.digest_of(config.encode())
-    repository.register(imagestreams.CONFIG + digest, stream)
-    descriptor = {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": digest, "size": len(config)}
-    raw = json.dumps(
-        {"schemaVersion": 2, "mediaType": ocidocuments.OCI_MANIFEST, "config": descriptor, "layers": []}
-    ).encode()
-    refs = {imagestreams.CONFIG_REF + digest: stream}
-    manifest = digests.digest_of(raw)
-    repository.register(
-        imagestreams.MANIFEST + manifest, imagestreams.store(repository, imagestreams.MANIFEST, raw, refs)
-    )
-    repository.tag(f"app@{manifest}", manifest)
-    return manifest
 
 
 @pytest.fixture
@@ -115,6 +89,22 @@ def test_activate_and_confirm_with_a_timer_of_systemd(host: Host, run: Any) -> N
     info = run(composefs_deployment_info)["deployments"][0]
     assert (info["state"], info["current"]["digest"], info["previous"][0]["digest"]) == ("current", two, one)
     assert set(info) >= set(yaml.safe_load(composefs_deployment_info.RETURN)["deployments"]["contains"])
+
+
+def test_check_mode_tells_what_earlier_tasks_would_have_left_there(
+    host: Host, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = host.digests
+    run(name="app", digest=one, confirm_within=0)
+    mount = {"path": host.path, "repository": host.repository, "name": "app", "digest": two, "keep_previous": 1}
+    for state, previous in (("activated", one), ("confirmed", two)):
+        told = {**mount, "image_id": host.images[1], "absent": False, "state": state}
+        monkeypatch.setenv("COMPOSEFS_OCI_FORETOLD", json.dumps([told]))
+        found = run(check=True, state="confirmed", name="app", digest=two)
+        assert (found["previous_image_id"], found["previous_digest"]) == (host.images[1], previous)
+    monkeypatch.setenv("COMPOSEFS_OCI_FORETOLD", json.dumps([{**told, "absent": True, "state": "absent"}]))
+    found = run(check=True, name="app", digest=two, confirm_within=0)
+    assert (found["previous_image_id"], found["previous_digest"]) == (None, None)
 
 
 def test_a_host_has_one_place_for_a_repository_on_a_boot(

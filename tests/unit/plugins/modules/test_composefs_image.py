@@ -32,7 +32,12 @@ from ansible_collections.composefs.oci.plugins.module_utils.pull import pull
 from ansible_collections.composefs.oci.plugins.module_utils.pull.results import ImageResult
 from ansible_collections.composefs.oci.plugins.module_utils.store import create, namerecords
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
-from ansible_collections.composefs.oci.plugins.module_utils.errors import AuthFailed, RegistryUnreachable, SkopeoMissing
+from ansible_collections.composefs.oci.plugins.module_utils.errors import (
+    AuthFailed,
+    RegistryUnreachable,
+    SkopeoMissing,
+    SkopeoTooOld,
+)
 from ansible_collections.composefs.oci.plugins.modules import composefs_image
 from ansible_collections.composefs.oci.tests.support.moduleargs import arguments
 from ansible_collections.composefs.oci.tests.support.tarbytes import DIRECTORY, member, tar
@@ -192,7 +197,7 @@ def test_a_failure_tells_facts_only(run: Any, world: World, repository: str) -> 
 
 
 def test_what_check_mode_cannot_know_is_null(run: Any, world: World) -> None:
-    world.starting = [SkopeoMissing("There is no skopeo.", "Install it.")]
+    world.starting = [SkopeoMissing("There is no skopeo.", "Install it.")] * 2
     foretold = run(ref=REGISTRY + "app", name="x", check=True)
     assert foretold["changed"] and foretold["name"] == "x"
     assert [foretold[key] for key in ("digest", "kind", "platform", "labels", "layers", "streams")] == [None] * 6
@@ -528,7 +533,7 @@ def test_on_a_fresh_host_check_mode_foretells(
 ) -> None:
     result = run(ref=REGISTRY + "app", repository=str(tmp_path / "not yet"), check=True)
     assert result["changed"] and result["digest"] and "Check mode treats it as empty" in result["warnings"][0]
-    world.starting = [SkopeoMissing("There is no skopeo.", "Install it.")]
+    world.starting = [SkopeoMissing("There is no skopeo.", "Install it.")] * 2
     result = run(ref=REGISTRY + "app", check=True)
     assert result["changed"] and result["digest"] is None and "There is no skopeo" in result["warnings"][0]
     real = codecs._module
@@ -537,6 +542,52 @@ def test_on_a_fresh_host_check_mode_foretells(
     assert result["changed"] and "composefs.oci.skopeo" in result["warnings"][0]
     result = run(ref=REGISTRY + "app")
     assert result["failed"] and result["error"] == "missing_library" and "composefs.oci.skopeo" in result["msg"]
+
+
+def test_check_mode_fails_for_no_image_because_skopeo_is_still_to_be_installed(
+    run: Any, world: World, repository: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(ref=REGISTRY + "app", name="x")
+    missing = SkopeoMissing("There is no skopeo.", "Install it.")
+    world.starting = [missing] * 9
+
+    def foretold(**values: Any) -> dict[str, Any]:
+        return dict(run(**{"ref": REGISTRY + "app", "name": "x", "check": True, **values}))
+
+    # What a tag means now is not known, so neither is whether the name moves; it is foretold as what would be more.
+    told = foretold()
+    assert told["changed"] and told["digest"] is None and told["previous_digest"] == first["digest"]
+    (warning,) = told["warnings"]
+    assert "There is no skopeo." in warning and "whether x would be another image" in warning
+    # A digest, and a reference that is good enough for what is there, need nobody.
+    for values in (
+        {"digest": first["digest"]},
+        {"pull": "missing"},
+        {"digest": first["digest"], "ref": REGISTRY + "base"},
+    ):
+        told = foretold(**values)
+        assert not told["changed"] and told["digest"] == first["digest"] and not told["warnings"]
+    other = f"sha256:{'0' * 64}"
+    assert foretold(digest=other)["changed"]
+
+    world.starting = [missing] * 9
+    several = [{"ref": REGISTRY + name, "name": name} for name in ("app", "base")]
+    several += [{"ref": REGISTRY + "app", "name": "x", "digest": first["digest"]}, {"ref": "x", "name": "again"}]
+    told = run(images=several, check=True)
+    assert [image["digest"] for image in told["images"]] == [None, None, first["digest"], first["digest"]]
+    assert told["changed"] and len(told["warnings"]) == 1 and "only that they would be pulled" in told["warnings"][0]
+
+    world.starting = [missing]
+    assert run(ref=REGISTRY + "app", name="x")["error"] == "skopeo_missing"
+    # What is too old has to be replaced, which no task of the collection does.
+    world.starting = [SkopeoTooOld("This skopeo is too old.", "Install another.")] * 2
+    assert foretold()["error"] == "skopeo_too_old"
+    world.starting = []
+
+    real = codecs._module
+    monkeypatch.setattr(codecs, "_module", lambda name: None if name in codecs.ZSTD_BACKENDS.values() else real(name))
+    told = foretold()
+    assert told["changed"] and told["digest"] is None and told["previous_digest"] == first["digest"]
 
 
 # --- what fails

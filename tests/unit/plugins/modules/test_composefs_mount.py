@@ -24,7 +24,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.errors import ReadOn
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ansible_collections.composefs.oci.plugins.modules import composefs_mount
 from ansible_collections.composefs.oci.tests.support.moduleargs import arguments, require_shape
-from ansible_collections.composefs.oci.tests.support.mounthost import Host
+from ansible_collections.composefs.oci.tests.support.mounthost import Host, put
 
 SHAPE = {
     "changed",
@@ -369,6 +369,40 @@ def test_check_mode_refuses_what_no_image_can_be_mounted_with(
     trial = on_trial(host.images[1], host.images[0])
     journal.write(dataclasses.replace(host.journal(), pending=trial), host.places)
     assert run(True, image="later", state="remounted")["error"] == "busy"
+
+
+def test_check_mode_tells_what_earlier_tasks_would_have_mounted(
+    host: Host, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(image=host.images[0])
+    told = {"path": host.path, "repository": host.repository, "name": "app", "digest": None, "keep_previous": 1}
+    for image, absent in ((host.images[1], False), (None, False), (None, True)):
+        found = {**told, "image_id": image, "absent": absent, "state": None}
+        monkeypatch.setenv("COMPOSEFS_OCI_FORETOLD", json.dumps([found]))
+        assert run(True, state="unmounted")["previous_image_id"] == image
+
+
+def test_a_name_that_may_stay_as_it_is_does_not_make_check_mode_fail(
+    host: Host, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is no skopeo yet, a pull cannot tell whether it would move the name of an image that is mounted."""
+    with Repository.open(host.repository, write=True) as repository:
+        digest, other = (put(repository, image) for image in host.images)
+        repository.tag("app", digest)
+        repository.tag("other", other)
+    assert run(image="app")["changed"]
+    told = {"repository": host.repository, "name": "app", "digest": None, "absent": False, "streams": None}
+    monkeypatch.setenv("COMPOSEFS_OCI_FORETOLD", json.dumps([told]))
+    host.warnings.clear()
+    found = run(True, image="app")
+    assert (found["changed"], found["digest"]) == (False, digest)
+    assert len(host.warnings) == 1 and "whether app would be another image" in host.warnings[0]
+    found = run(True, image="app", state="remounted")
+    assert found["changed"] and found["image_id"] is None and found["digest"] is None
+    # What is surely another image is refused as ever, and so is one that is not there yet.
+    for name in ("other", "new"):
+        monkeypatch.setenv("COMPOSEFS_OCI_FORETOLD", json.dumps([{**told, "name": name}]))
+        assert run(True, image=name)["error"] == "busy"
 
 
 def test_verity_that_is_required_is_an_error_without_it(host: Host, run: Any) -> None:
