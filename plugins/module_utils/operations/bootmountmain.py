@@ -1,5 +1,4 @@
 # Copyright (c) composefs.oci contributors
-# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
 # SPDX-License-Identifier: BSD-2-Clause
 
 """The command that units and timers of systemd run: bring a mount back at boot, take it away, take back what nobody

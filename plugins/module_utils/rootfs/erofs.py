@@ -1,5 +1,4 @@
 # Copyright (c) composefs.oci contributors
-# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
 # SPDX-License-Identifier: BSD-2-Clause
 
 """What an EROFS image of composefs is made of: magic numbers, structures, xattr names. Shared by its writer and its

@@ -1,5 +1,4 @@
 # Copyright (c) composefs.oci contributors
-# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
 # SPDX-License-Identifier: BSD-2-Clause
 
 """A client of ``skopeo experimental-image-proxy``, protocol 0.2.3 to 0.2.8: images of every transport as documents and

@@ -1,5 +1,4 @@
 # Copyright (c) composefs.oci contributors
-# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
 # SPDX-License-Identifier: BSD-2-Clause
 
 """OCI layouts on this host, as a directory (``oci:``) or in an archive (``oci-archive:``), read without any program.

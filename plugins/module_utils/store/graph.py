@@ -1,5 +1,4 @@
 # Copyright (c) composefs.oci contributors
-# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
 # SPDX-License-Identifier: BSD-2-Clause
 
 """Who keeps what alive: roots lead to streams and EROFS images, these to further ones, and all of them to objects.
