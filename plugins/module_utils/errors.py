@@ -433,6 +433,12 @@ def from_exception(error: BaseException, what: str) -> EngineError:
         return exhausted(MEMORY, what)
     if isinstance(error, RuntimeError) and _NO_THREAD in str(error):
         return exhausted(MEMORY if lacks_room() else PROCESSES, what)
+    if isinstance(error, ModuleNotFoundError) and error.name and error.name.isidentifier():
+        # Whoever builds a Python may leave out parts of its own library. The collection's modules have dots in names.
+        return MissingLibrary(
+            f"{what}: the host's Python was built without its module {error.name.lstrip('_')}.",
+            "Set ansible_python_interpreter to another Python, such as the one of the distribution.",
+        )
     return InternalError(describe_crash(error))
 
 

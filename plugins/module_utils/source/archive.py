@@ -223,8 +223,17 @@ class _Reader:
 
 
 def _standard(source: _File, compression: str) -> Callable[[int], bytes]:
-    import bz2
-    import lzma
+    try:
+        if compression == "bzip2":
+            import bz2
+
+            opener: Any = bz2.BZ2File
+        else:
+            import lzma
+
+            opener = lzma.LZMAFile
+    except ImportError as error:  # a Python built without the one or the other
+        raise from_exception(error, f"Reading an archive compressed with {compression}") from error
 
     class Whole:
         """What the standard library wants of a file."""
@@ -239,6 +248,5 @@ def _standard(source: _File, compression: str) -> Callable[[int], bytes]:
             return False
 
     file: Any = Whole()
-    opener: Any = bz2.BZ2File if compression == "bzip2" else lzma.LZMAFile
     read: Callable[[int], bytes] = opener(file).read
     return read

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import pathlib
 from typing import Any
 
@@ -96,6 +97,23 @@ def test_a_bug_is_one_line_with_its_place_and_without_the_exceptions_words() -> 
     assert found["error"] == "internal_error"
     assert "ValueError" in found["msg"] and "test_module.py:" in found["msg"] and "main" in found["msg"]
     assert "hunter2" not in str(found) and "\n" not in found["msg"]
+
+
+def test_a_python_that_lacks_a_part_of_its_library_is_named_and_a_file_of_the_collection_is_a_bug(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def main(module: Any) -> dict[str, Any]:
+        monkeypatch.setitem(sys.modules, "_bz2", None)
+        import _bz2  # noqa: F401  # it is the part that is built or not
+
+        return {}
+
+    def bug(module: Any) -> dict[str, Any]:
+        raise ModuleNotFoundError("No module named 'ansible_collections.x.y'", name="ansible_collections.x.y")
+
+    found = run(main)
+    assert found["error"] == "missing_library" and "without its module bz2. Set ansible_python_interp" in found["msg"]
+    assert run(bug)["error"] == "internal_error"
 
 
 def test_lack_of_memory_is_said() -> None:

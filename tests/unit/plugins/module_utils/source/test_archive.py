@@ -9,12 +9,17 @@ from __future__ import annotations
 import io
 import os
 import pathlib
+import sys
 import tarfile
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from ansible_collections.composefs.oci.plugins.module_utils.errors import ImageNotFound, InvalidDocument
+from ansible_collections.composefs.oci.plugins.module_utils.errors import (
+    ImageNotFound,
+    InvalidDocument,
+    MissingLibrary,
+)
 from ansible_collections.composefs.oci.plugins.module_utils.source import archive as archives
 from ansible_collections.composefs.oci.plugins.module_utils.source.archive import Archive
 
@@ -79,6 +84,19 @@ def test_what_is_not_there_or_too_large_is_told(opened: Callable[..., Archive]) 
 def test_a_cut_archive_is_damaged(opened: Callable[..., Archive], mode: str, cut: float) -> None:
     with pytest.raises(InvalidDocument, match="damaged"):
         opened(mode, cut=cut)
+
+
+@pytest.mark.parametrize(("mode", "module", "other"), [("w:bz2", "bz2", "lzma"), ("w:xz", "lzma", "bz2")])
+def test_a_python_without_a_compression_says_so_and_reads_the_others(
+    opened: Callable[..., Archive], monkeypatch: pytest.MonkeyPatch, mode: str, module: str, other: str
+) -> None:
+    path = opened(mode).path
+    with open(path, "rb") as file:
+        monkeypatch.setitem(sys.modules, other, None)
+        assert Archive(file.fileno(), path).read("index.json", 100) == b"{}"
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(MissingLibrary, match=f"built without its module {module}. Set ansible_python_interpreter"):
+            Archive(file.fileno(), path)
 
 
 def test_what_is_no_archive_is_damaged(tmp_path: pathlib.Path) -> None:
