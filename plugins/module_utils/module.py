@@ -137,10 +137,10 @@ class Foretold:
 
 class Told(NamedTuple):
     """What earlier tasks of a run in check mode foretold for one repository: names; what will be mounted at which
-    ``path`` (real), with ``repository``, ``name``, ``digest``, ``image_id`` (null if unknown), ``keep_previous``,
-    ``absent`` and ``state`` (of a deployment); what becomes of the repository itself (``created``, ``upgraded``,
-    ``unsafe``, ``algorithm``, ``secure``, ``attributes``), None if nothing; and the streams that are fetched by then,
-    ``complete`` if all of them are known.
+    ``path`` (real), with ``repository``, ``name``, ``digest``, ``asked`` (the digest that the task named),
+    ``image_id`` (null if unknown), ``keep_previous``, ``absent`` and ``state`` (of a deployment); what becomes of the
+    repository itself (``created``, ``upgraded``, ``unsafe``, ``algorithm``, ``secure``, ``attributes``), None if
+    nothing; and the streams that are fetched by then, ``complete`` if all of them are known.
     """
 
     names: dict[str, Foretold] = {}
@@ -170,7 +170,7 @@ def told(module: Module, repository: str | None = None) -> Told:
         found = json.loads(text)
         real = os.path.realpath(repository) if repository is not None else None
         here = [one for one in found if real is None or os.path.realpath(one["repository"]) == real]
-        keys = ("name", "digest", "image_id", "keep_previous", "absent", "state", "repository")
+        keys = ("name", "digest", "asked", "image_id", "keep_previous", "absent", "state", "repository")
         facts = ("created", "upgraded", "unsafe", "algorithm", "secure", "attributes")
         made = [{key: one.get(key) for key in facts} for one in here if "created" in one]
         names = {one["name"]: Foretold(one["digest"], bool(one["absent"])) for one in here if _is_name(one)}

@@ -479,7 +479,7 @@ def after_others(
     if by_then["absent"]:
         return False
     if state == activation.CONFIRMED:
-        if params["digest"] is not None and digest is not None and params["digest"] != digest:
+        if params["digest"] is not None and digest is not None and params["digest"] not in (digest, by_then["asked"]):
             return False
         base.update(changed=on_trial, state=state, deadline=None, pins=None, **image)
     elif state == activation.REVERTED:

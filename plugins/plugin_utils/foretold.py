@@ -100,6 +100,8 @@ def fact_of_mount(result: dict[str, t.Any], arguments: dict[str, t.Any]) -> dict
             "path": path,
             "name": result.get("name"),
             "digest": result.get("digest"),
+            # An index stands for the manifest of each of its platforms.
+            "asked": arguments.get("digest"),
             "image_id": result.get("image_id"),
             # What is on trial replaces nothing yet.
             "keep_previous": EVERYTHING if state in ("activated", "reverted") else keep_previous,

@@ -219,6 +219,19 @@ def test_a_limit_whose_first_host_is_away_goes_on_with_the_others(site: Site) ->
     assert fleet.asked("one") == fleet.asked("three") == []
 
 
+@pytest.mark.parametrize("playbook", ["rollout", "rollback", "retire"])
+def test_check_mode_goes_through_all_waves_and_ends_well(site: Site, playbook: str) -> None:
+    fleet = Fleet(site, ["one", "two", "three"])
+    fleet.earlier("one", "two", "three")
+    # Hosts are judged, and given time, only where something changed.
+    judged = {"rollout_health_command": "false", "rollout_soak": [600], "rollout_confirm_within": 1300}
+    done = fleet.run(playbook, "--check", **judged)
+    assert done.returncode == 0, done.stdout
+    assert "Nothing was changed: this is what check mode foretells." in done.stdout and "3 confirmed" in done.stdout
+    assert all("deployment" in fleet.asked(name) for name in ("one", "two", "three"))
+    assert not [file for file in fleet.reports.glob("*") if ".plan." not in file.name]
+
+
 @pytest.mark.parametrize("playbook", ["rollout", "rollback", "status", "retire"])
 def test_hosts_that_are_none_are_refused(site: Site, playbook: str) -> None:
     fleet = Fleet(site, ["one", "two"])

@@ -102,6 +102,13 @@ def test_check_mode_tells_what_earlier_tasks_would_have_left_there(
         monkeypatch.setenv("COMPOSEFS_OCI_FORETOLD", json.dumps([told]))
         found = run(check=True, state="confirmed", name="app", digest=two)
         assert (found["previous_image_id"], found["previous_digest"]) == (host.images[1], previous)
+    # An index has a digest of its own, and stands for the manifest of the host's platform.
+    index = "sha256:" + "7" * 64
+    told = {**mount, "asked": index, "image_id": host.images[1], "absent": False, "state": "activated"}
+    monkeypatch.setenv("COMPOSEFS_OCI_FORETOLD", json.dumps([told]))
+    found = run(check=True, state="confirmed", name="app", digest=index)
+    assert (found["changed"], found["state"], found["digest"]) == (True, "confirmed", two)
+    assert run(check=True, state="confirmed", name="app", digest="sha256:" + "8" * 64)["failed"]
     monkeypatch.setenv("COMPOSEFS_OCI_FORETOLD", json.dumps([{**told, "absent": True, "state": "absent"}]))
     found = run(check=True, name="app", digest=two, confirm_within=0)
     assert (found["previous_image_id"], found["previous_digest"]) == (None, None)
