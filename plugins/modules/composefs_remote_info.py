@@ -16,8 +16,8 @@ description:
     platforms and labels. It fetches documents, no layer, and needs no repository.
   - A tag can move between two hosts. Ask once, on the controller with C(delegate_to) and C(run_once), and pin every
     host to the answer.
-  - In check mode on a host that has no fitting C(skopeo) yet, which an earlier task may only foretell, everything but
-    RV(ref) is V(null), with a warning.
+  - In check mode on a host that has no fitting C(skopeo) yet, or no library that an archive needs, which an earlier
+    task may only foretell, everything but RV(ref) is V(null), with a warning.
 extends_documentation_fragment:
   - composefs.oci.attributes
   - composefs.oci.attributes.actiongroup_registry
@@ -172,7 +172,11 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.composefs.oci.plugins.module_utils.errors import SkopeoMissing, SkopeoTooOld
+from ansible_collections.composefs.oci.plugins.module_utils.errors import (
+    MissingLibrary,
+    SkopeoMissing,
+    SkopeoTooOld,
+)
 from ansible_collections.composefs.oci.plugins.module_utils.formats.ocidocuments import parse_platform
 from ansible_collections.composefs.oci.plugins.module_utils.formats.reference import parse_reference
 from ansible_collections.composefs.oci.plugins.module_utils.module import guarded, run_module
@@ -209,7 +213,7 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
     base["ref"] = parse_reference(params["ref"]).original  # which proves that it holds no password
     try:
         return look_up(params["ref"], options, params["retries"], Progress())
-    except (SkopeoMissing, SkopeoTooOld) as error:
+    except (SkopeoMissing, SkopeoTooOld, MissingLibrary) as error:
         if not module.check_mode:
             raise
         module.warn(f"{error} So check mode cannot tell what the reference means.")
