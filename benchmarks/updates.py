@@ -4,7 +4,7 @@
 
 """What real updates cost: whole layers, deltas, and peers without and with gzip.
 
-    python3 benchmarks/updates.py WORK [--only NAME] [--rate MBIT] [--level 12] [--write RESULT.md]
+    python3 benchmarks/updates.py WORK [--only NAME] [--rate MBIT] [--level N] [--write RESULT.md]
 
 Builds pairs of images from Debian packages, with and without the suite of security fixes, below WORK (about 2 GB), and
 updates a repository from one to the other in each way. Bytes are those that pulls report. Nothing here runs with the
@@ -52,11 +52,21 @@ BASE = (
     "base-files base-passwd bash coreutils dash debianutils findutils grep gzip hostname libc-bin login mount passwd "
     "perl-base sed tar util-linux apt openssl ca-certificates"
 )
+# What debootstrap installs: everything of the priorities required and important in bookworm.
+SYSTEM = (
+    "adduser apt apt-utils base-files base-passwd bash bsdutils coreutils cpio cron debconf debconf-i18n "
+    "debian-archive-keyring debianutils diffutils dmidecode dpkg e2fsprogs fdisk findutils gpgv grep gzip hostname "
+    "ifupdown init init-system-helpers iproute2 iputils-ping isc-dhcp-client isc-dhcp-common kmod less libc-bin "
+    "libpam-modules libpam-runtime login logrotate mawk mount nano ncurses-base ncurses-bin netbase nftables passwd "
+    "perl-base procps readline-common sed sensible-utils systemd systemd-sysv sysvinit-utils tar tasksel-data tzdata "
+    "udev util-linux vim-common vim-tiny whiptail"
+)
 SERVICE = "python3 curl gnupg openssh-client"
 # Name, layers of the older image, layers of the newer one, whether the newer one has the security fixes.
 PAIRS = (
     ("base image rebuilt with security fixes", [BASE], [BASE], True),
     ("base and service rebuilt (both layers)", [BASE, SERVICE], [BASE, SERVICE], True),
+    ("base system, as debootstrap installs it, rebuilt", [SYSTEM], [SYSTEM], True),
     ("kernel package, a later ABI", ["linux-image-6.1.0-47-amd64"], ["linux-image-6.1.0-50-amd64"], False),
 )
 BOTH = 1
@@ -208,7 +218,7 @@ def update(path: pathlib.Path, place: str, **options: Any) -> tuple[int, float, 
     return figures
 
 
-def measure(work: pathlib.Path, number: int, registry: Registry | None, level: int) -> str:
+def measure(work: pathlib.Path, number: int, registry: Registry | None, level: int | None) -> str:
     """One row of the table."""
     name, make, prefix = ROWS[number]
     place = f"oci:{make(work).path}:{prefix}"
@@ -243,7 +253,7 @@ def main() -> None:
     parser.add_argument("work", type=pathlib.Path)
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--rate", type=int, default=0, metavar="MBIT", help="what the network carries")
-    parser.add_argument("--level", type=int, default=12, help="of the compression of deltas")
+    parser.add_argument("--level", type=int, help="of the compression of deltas; by size if not given")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--write", type=pathlib.Path, help="append the table to this file")
     options = parser.parse_args()

@@ -55,6 +55,11 @@ MIN_PATCHED = 1 << 10
 _PATCH = 16 << 20
 _PIECE = 256 * 1024
 _COMPARE_LEVEL = 3
+# Levels of zstd where the task names none. A rebuilt base image becomes 5 % smaller by the thorough level, in five more
+# seconds of processor. On large files it gains less for the time, and all that is not a patch gains nothing.
+_QUICK = 12
+_THOROUGH = 18
+_THOROUGH_SIZE = 8 << 20
 # Bytes that naming the base costs in the program: a path, which compresses well, and three numbers.
 _NAMING = 64
 LAYOUT_TAG = "delta"
@@ -114,10 +119,10 @@ def find(repository: Repository, text: str) -> Stored:
 
 
 def make(
-    repository: Repository, source: Stored, target: Stored, directory: str, level: int, progress: Progress
+    repository: Repository, source: Stored, target: Stored, directory: str, level: int | None, progress: Progress
 ) -> Made:
     """Write the delta from ``source`` to ``target`` as an OCI layout into ``directory``, which may not
-    exist yet, under LAYOUT_TAG.
+    exist yet, under LAYOUT_TAG. ``level`` is that of zstd, for everything; None chooses it by the size of each file.
 
     Memory grows with the number of files of the source image, and by a patch of MAX_PATCHED bytes.
     """
@@ -200,7 +205,7 @@ def publish(
     target: Stored,
     dest: Reference,
     options: ProxyOptions,
-    level: int,
+    level: int | None,
     progress: Progress,
     retries: int = 0,
 ) -> Made:
@@ -305,10 +310,10 @@ def _normal(path: bytes) -> bytes:
 
 
 def _diff(
-    repository: Repository, stream: StreamDigest, known: _Known, write: Callable[[bytes], object], level: int
+    repository: Repository, stream: StreamDigest, known: _Known, write: Callable[[bytes], object], level: int | None
 ) -> None:
     """Write the tar-diff of one stored layer."""
-    writer = tardiff.Writer(write, level)
+    writer = tardiff.Writer(write, level or _QUICK)
     with repository.open_object_stream(stream, splitstream.LAYER) as opened:
         waiting: list[bytes | splitstream.ExternalRef] = []
 
@@ -332,7 +337,7 @@ def _diff(
     writer.finish()
 
 
-def _file(writer: tardiff.Writer, known: _Known, path: bytes, digest: ObjectDigest, level: int) -> None:
+def _file(writer: tardiff.Writer, known: _Known, path: bytes, digest: ObjectDigest, level: int | None) -> None:
     """The content of one file, by the cheapest means."""
     fd = known.objects.open(digest)
     try:
@@ -344,7 +349,7 @@ def _file(writer: tardiff.Writer, known: _Known, path: bytes, digest: ObjectDige
             return
         older = known.older(path) if MIN_PATCHED < size <= MAX_PATCHED else None
         if older is not None and 0 < older[1].size <= MAX_PATCHED:
-            frames = _patch(known, older[1], fd, size, level)
+            frames = _patch(known, older[1], fd, size, level or _level_of(size))
             if frames is not None:
                 writer.open(older[0])
                 for frame in frames:
@@ -359,6 +364,11 @@ def _file(writer: tardiff.Writer, known: _Known, path: bytes, digest: ObjectDige
             at += len(piece)
     finally:
         os.close(fd)
+
+
+def _level_of(size: int) -> int:
+    """The level for a patch that makes a file of ``size`` bytes."""
+    return _THOROUGH if size <= _THOROUGH_SIZE else _QUICK
 
 
 def _patch(known: _Known, older: Leaf, fd: int, size: int, level: int) -> list[bytes] | None:

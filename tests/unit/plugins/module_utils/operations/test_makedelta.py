@@ -8,6 +8,7 @@ import contextlib
 import json
 import pathlib
 import random
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     ImageNotFound,
     InvalidOption,
 )
-from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity, tardiff
+from ansible_collections.composefs.oci.plugins.module_utils.formats import codecs, fsverity, tardiff
 from ansible_collections.composefs.oci.plugins.module_utils.host import processes
 from ansible_collections.composefs.oci.plugins.module_utils.operations import makedelta
 from ansible_collections.composefs.oci.plugins.module_utils.progress import Progress
@@ -65,7 +66,7 @@ class Bench:
         with Repository.open(str(self.directory / "repo")) as repository:
             yield repository, makedelta.find(repository, "old"), makedelta.find(repository, "new")
 
-    def make(self, level: int = 3) -> makedelta.Made:
+    def make(self, level: int | None = 3) -> makedelta.Made:
         with self.opened() as (repository, old, new):
             (self.directory / "delta").mkdir()
             return makedelta.make(repository, old, new, str(self.directory / "delta"), level, Progress())
@@ -120,6 +121,28 @@ def test_what_is_known_is_copied_what_changed_is_patched_and_the_rest_is_literal
     assert layer["bytes"] == diff["size"] < 4000 + 5000, "the unlike file is there, and little else"
     kinds = [kind for kind, _what in operations(bench, diff["digest"])]
     assert kinds == [tardiff.DATA, tardiff.OPEN, tardiff.COPY, tardiff.DATA, tardiff.OPEN, tardiff.DICT, tardiff.DATA]
+
+
+def test_the_level_goes_by_the_size_of_a_file_unless_one_is_named(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    levels: list[int] = []
+    patch_maker = codecs.PatchMaker
+
+    def spy(base: codecs.Buffer, level: int) -> codecs.PatchMaker:
+        levels.append(level)
+        return patch_maker(base, level)
+
+    monkeypatch.setattr(codecs, "PatchMaker", spy)
+    monkeypatch.setattr(makedelta, "_THOROUGH_SIZE", 200_000)
+    old = tar(member("large", NOISE), member("small", NOISE[:100_000]))
+    new = tar(member("large", NOISE + b"more"), member("small", NOISE[:100_000] + b"more"))
+    bench = Bench(tmp_path, [old], [new])
+    for level, expected in ((None, [12, 18]), (5, [5, 5])):
+        bench.make(level)
+        shutil.rmtree(tmp_path / "delta")
+        assert levels == expected
+        levels.clear()
 
 
 def test_the_artifact_says_what_it_is(tmp_path: pathlib.Path) -> None:
