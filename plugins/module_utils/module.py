@@ -21,6 +21,7 @@ from typing import Any, Callable, NamedTuple, Protocol
 from . import text
 from .errors import NotARepository, UnsafeRepository, from_exception
 from .formats.digests import is_digest
+from .formats.reference import TRANSPORTS
 from .host import beneath
 from .progress import FileSink
 from .store.repository import Described, Foreseen, Repository, default_path
@@ -288,10 +289,17 @@ def _written(options: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in options.items() if value is not None or key.startswith("_ansible_")}
 
 
+# What a path begins with, or the place of a containers-storage.
+_PATHS = ("/", ".", "~", "[")
+
+
 def without_credentials(reference: str) -> str:
     """``reference`` with stars in the place of a user and a password before an at sign, as in
-    ``docker://user:x@host``.
+    ``docker://user:x@host``. A path on the host, as in ``oci:/srv/layout:@0``, stays as it is.
     """
+    transport, colon, place = reference.partition(":")
+    if colon and transport in ("composefs", *TRANSPORTS[1:]) and place[:1] in _PATHS and place[:2] != "//":
+        return reference
     head, at, tail = reference.rpartition("@")
     if not at:
         return reference

@@ -56,7 +56,8 @@ options:
     required: true
   dest:
     description:
-      - Where to put the delta, as a reference with its transport that C(skopeo) can write.
+      - Where to put the delta, as a reference with its transport that C(skopeo) can write. A tag that an image has in a
+        registry is refused.
       - V(auto) is beside the target in the registry that it was pulled from, under the tag
         C(sha256-<target>.delta-<24 digits of source>), where the digests are those that the registry knows. This needs
         a target that was pulled by a C(docker://) reference.
@@ -191,6 +192,8 @@ def run(module: AnsibleModule, base: dict) -> dict:
         raise InvalidOption(f"The option level is {params['level']}.", "It must be between 1 and 19.")
     dest = parse_reference(params["dest"]) if params["dest"] != "auto" else None
     base.update(ref=dest.text if dest is not None else None)
+    if dest is not None:
+        makedelta.require_place(dest)
     with opened_repository(module, path, foreseen=True) as repository:
         wanted = [params[image] for image in ("source", "target")]
         here = [image for image in wanted if not makedelta.comes(repository, image)]
@@ -208,6 +211,7 @@ def run(module: AnsibleModule, base: dict) -> dict:
             # Earlier tasks of this run in check mode would fetch them, but not what is neither here nor foretold.
             return unknown
         source, target = (found[image] for image in wanted)
+        makedelta.require_difference(source, target)
         if dest is None:
             dest = makedelta.beside(repository, (params["source"], params["target"]), source, target)
             base.update(ref=dest.text)

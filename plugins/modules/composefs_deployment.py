@@ -72,7 +72,7 @@ options:
   confirm_within:
     description:
       - After how many seconds an image that is not confirmed is taken back.
-      - V(0) confirms it at once, without a timer.
+      - V(0) confirms it at once, without a timer, also if it is on trial for the same O(rollout) already.
     type: int
     default: 300
   reload:
@@ -393,7 +393,8 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
         result = lastingmount.have_unmounted(real, host, check, params["rollout"])
     base["changed"] = result.changed
     if check:
-        foretell(base, result, state)
+        at_once = state == activation.ACTIVATED and not params["confirm_within"]
+        foretell(base, result, activation.CONFIRMED if at_once else state)
     else:
         tell(base, result.found, real, places)
     if state == activation.REVERTED and result.changed:
@@ -473,7 +474,7 @@ def after_others(
     on_trial = by_then["state"] == activation.ACTIVATED
     image = {key: by_then[key] for key in ("name", "digest", "image_id")}
     if state == activation.ABSENT:
-        base.update(image_id=None, digest=None, rollout=None, unit=None, pins=[], deadline=None)
+        base.update(name=None, image_id=None, digest=None, rollout=None, unit=None, pins=[], deadline=None)
         base.update(changed=not by_then["absent"], state=state)
         return True
     if by_then["absent"]:
@@ -520,6 +521,7 @@ def foretell(base: dict[str, Any], result: lastingmount.Result, state: str) -> N
     if not result.changed or found is None:
         if state == activation.ABSENT:
             base.update(image_id=None, digest=None, state=state, rollout=None, unit=None, pins=[], deadline=None)
+            base["name"] = None
         return
     base.update(state=state, deadline=None)
     if trial is not None and state in (activation.ACTIVATED, activation.CONFIRMED):

@@ -252,7 +252,8 @@ options:
       - A peer that fails is left out for the rest of the task with a warning, which names it and says what it did if it
         lied. The layer then comes from the next peer, at last from the registry.
       - Redirects and proxies from the environment are not followed. Check mode asks no peer, so the bytes that it
-        foretells are an upper bound.
+        foretells are those of the registry. A peer sends less where many objects are here already, and more where few
+        are and it does not compress.
     type: list
     elements: str
     default: []
@@ -501,7 +502,7 @@ layers:
 bytes_exact:
   description:
     - Whether the bytes in RV(layers) and RV(stats) are exact. V(false) in check mode with O(peers), for which the
-      registry's bytes are told as the upper bound.
+      registry's bytes are told.
   returned: when O(images) is not used
   type: bool
   sample: true
@@ -699,8 +700,10 @@ def requests_of(params: dict, places: dict[str, str] | None = None) -> list[pull
         if params["state"] == "present" and not local:
             place = place_of(parse_reference(ref), params, places or {})
         if not image["name"]:
+            if local and is_digest(ref):
+                raise InvalidReference(f"The image {ref} is to get no name.", "Set 'name'.")
             if local:
-                parse_reference(ref)  # what is no reference is refused; a digest alone names nothing
+                parse_reference(ref)  # what is no reference is refused
             name = default_name(ref)
             former = tuple(form for form in dict.fromkeys((ref, *other_names(name))) if form != name)
         username, password = image.get("username"), image.get("password")
@@ -755,6 +758,14 @@ def size_of(text: str | None) -> int | None:
     return size
 
 
+def headers_of(asked: dict) -> dict[str, str]:
+    """The headers for peers. What is no text or number has no form in a header, and its value may be secret."""
+    for name, value in asked.items():
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise InvalidOption(f"The header {name!r:.120} has no text as its value.", "Look at 'peer_headers'.")
+    return {str(name): str(value) for name, value in asked.items()}
+
+
 def options_of(params: dict, check: bool) -> pull.Options:
     """How to pull."""
     proxy = proxy_options(params)
@@ -773,7 +784,7 @@ def options_of(params: dict, check: bool) -> pull.Options:
         deltas=tuple(params["deltas"]),
         peers=tuple(params["peers"]),
         peer_ca_file=params["peer_ca_file"],
-        peer_headers={name: str(value) for name, value in (params["peer_headers"] or {}).items()},
+        peer_headers=headers_of(params["peer_headers"] or {}),
     )
 
 
@@ -1038,7 +1049,7 @@ def complaint_about(images: object) -> str:
         return "It is not a list."
     for number, image in enumerate(images):
         if not isinstance(image, dict):
-            return f"Item {number} is not a dictionary."
+            return f"Item {number} is neither a dictionary nor a reference with its transport or registry."
         if any(key not in known for key in image):
             return f"Item {number} has keys other than {', '.join(known)}."
         if any(isinstance(value, (list, dict)) for key, value in image.items() if key != "tags"):

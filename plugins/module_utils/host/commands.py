@@ -44,11 +44,11 @@ def run(words: list[str], timeout: float = TIMEOUT) -> tuple[int, str, str]:
                 start_new_session=True,
             )
         except FileNotFoundError as error:
-            return NOT_FOUND, "", str(error)
+            return NOT_FOUND, "", _why(error)
         except OSError as error:
             if isinstance(from_os_error(error, ""), LimitReached):
                 raise
-            return _NOT_EXECUTABLE, "", str(error)
+            return _NOT_EXECUTABLE, "", _why(error)
     with contextlib.ExitStack() as stack:
         pipes = [stack.enter_context(pipe) for pipe in (process.stdout, process.stderr) if pipe is not None]
         try:
@@ -64,6 +64,11 @@ def run(words: list[str], timeout: float = TIMEOUT) -> tuple[int, str, str]:
         return _TIMED_OUT, "", f"{words[0]} did not end within {timeout:g} seconds"
     output, errors = (text.decode("utf-8", "replace") for text in told)
     return process.returncode, output, errors
+
+
+def _why(error: OSError) -> str:
+    """Why a program cannot run, as a shell says it: what the system says, and of which file."""
+    return f"{os.fsdecode(error.filename) if error.filename else 'it'}: {error.strerror}"
 
 
 def _listen(process: subprocess.Popen[bytes], pipes: Sequence[IO[bytes]], end: float) -> list[bytearray] | None:

@@ -65,8 +65,8 @@ def activate(repository: Repository, wanted: Deployment, host: Host, check: bool
     """Mount an image on trial: unless it is confirmed in time, what was there before comes back.
 
     Nothing is fetched: ImageNotFound says that it has to be. Busy while another rollout has an image on trial. With
-    ``confirm_within`` 0 it is confirmed at once. Nothing changes where the image is current and mounted already, or on
-    trial for the same rollout.
+    ``confirm_within`` 0 it is confirmed at once, also if it is on trial for the same rollout already. Nothing else
+    changes where it is, or where the image is current and mounted already.
     """
     path = os.path.realpath(wanted.path)
     if check:
@@ -84,6 +84,8 @@ def _activate(repository: Repository, wanted: Deployment, path: str, host: Host,
     if before is not None and trial is not None:
         if not deployment.overdue(trial):
             if trial.rollout == wanted.rollout and trial.digest == manifest:
+                if not wanted.confirm_within:
+                    return _confirm(before, trial, path, host, wanted.keep_previous, wanted.who, check)
                 return lastingmount.Result(False, deployment.shown(path), None, before, mounted=True)
             raise Busy(f"At {path} {deployment.described(trial)}.", "Wait for its end, or confirm or revert it.")
         if not check:
@@ -266,22 +268,15 @@ def confirm(
     path = os.path.realpath(path)
     with contextlib.nullcontext(True) if check else lastingmount.lock(path, host, strict=True):
         found = lastingmount.settle(journal.read(path, host.places), host, check)
-        shown = deployment.shown(path)
         trial = found.pending if found else None
         if found is None or trial is None:
+            shown = deployment.shown(path)
             return _confirmed_before(found, path, host, digest, rollout, keep_previous, shown, check)
         if (rollout is not None and trial.rollout != rollout) or not _is_meant(trial, digest):
             raise Busy(
                 f"At {path} {deployment.described(trial)}, which is not the one to confirm.", "Wait for its end."
             )
-        if shown is None or shown.image_id != trial.image_id:
-            raise Reverted(
-                f"At {path} the image on trial is not mounted any more, so it is not confirmed.",
-                "Find out who unmounted it, and deploy again.",
-            )
-        if check:
-            return lastingmount.Result(True, shown, None, found, mounted=True)
-        return _commit(found, trial, keep_previous, who, host, shown)
+        return _confirm(found, trial, path, host, keep_previous, who, check)
 
 
 def take_back(
@@ -422,7 +417,7 @@ def _undo(path: str, token: str, error: EngineError | OSError, host: Host) -> No
     with contextlib.suppress(EngineError):
         found = journal.read(path, host.places)
         if found is not None and found.pending is not None and found.pending.token == token:
-            reason = error.text if isinstance(error, EngineError) else str(error)
+            reason = error.text if isinstance(error, EngineError) else error.strerror or type(error).__name__
             after = deployment.take_back(found, host, deployment.FAILED, reason)
             deadman.disarm(lastingmount.timer_name(path), host.run, lastingmount.has_systemd(host))
             if deployment.is_empty(after):
@@ -457,6 +452,21 @@ def _confirmed_before(
         raise Reverted(f"Nothing is on trial at {path} that could be confirmed.", "Activate it first.")
     after = found if check else _finish(found, found, host, keep_previous)
     return lastingmount.Result(False, shown, None, after, mounted=True)
+
+
+def _confirm(
+    found: Journal, trial: Pending, path: str, host: Host, keep_previous: int, who: str, check: bool
+) -> lastingmount.Result:
+    """Confirm what is on trial; Reverted if something else is mounted by now."""
+    shown = deployment.shown(path)
+    if shown is None or shown.image_id != trial.image_id:
+        raise Reverted(
+            f"At {path} the image on trial is not mounted any more, so it is not confirmed.",
+            "Find out who unmounted it, and deploy again.",
+        )
+    if check:
+        return lastingmount.Result(True, shown, None, found, mounted=True)
+    return _commit(found, trial, keep_previous, who, host, shown)
 
 
 def _commit(

@@ -126,8 +126,7 @@ def make(
 
     Memory grows with the number of files of the source image, and by a patch of MAX_PATCHED bytes.
     """
-    if source.config.diff_ids == target.config.diff_ids:
-        raise InvalidOption("Source and target have the same layers, so there is nothing between them.", "")
+    require_difference(source, target)
     layout = _Layout(directory)
     known = _Known(repository, source.image)
     kept = set(source.config.diff_ids)
@@ -156,6 +155,28 @@ def make(
     return Made(manifest, told)
 
 
+def require_difference(source: Stored, target: Stored) -> None:
+    """InvalidOption if there is nothing that a delta could make."""
+    if source.config.diff_ids == target.config.diff_ids:
+        raise InvalidOption(
+            "Source and target have the same layers, so there is nothing between them.", "Name two versions of it."
+        )
+
+
+def require_place(dest: Reference) -> None:
+    """InvalidOption if nothing can be put at ``dest``."""
+    if dest.digest:
+        raise InvalidOption(
+            f"{dest.text} means what is there already, by its digest, so no delta can be put there.",
+            "Write 'dest' with a tag, or leave it at auto.",
+        )
+    if dest.transport == "composefs":
+        raise InvalidOption(
+            f"{dest.text} lies in a composefs repository, where no delta can be put.",
+            "Write 'dest' as a place in a registry, a layout or an archive.",
+        )
+
+
 def missing(source: Stored, target: Stored) -> list[dict[str, Any]]:
     """The layers of ``target`` that a delta from ``source`` has to make; ``bytes`` is not known yet."""
     kept = set(source.config.diff_ids)
@@ -178,11 +199,16 @@ def there(
     options: ProxyOptions, dest: Reference, source: Stored, target: Stored, progress: Progress, retries: int = 0
 ) -> Made | None:
     """What lies at ``dest``, if it is a delta with this target and source; else None. Passing faults of the registry
-    are met by asking again, up to ``retries`` times.
+    are met by asking again, up to ``retries`` times. InvalidOption if an image has the tag, which it would lose.
     """
     raw = persist(lambda: push.manifest_at(options, dest), retries, progress)
     if raw is None:
         return None
+    if dest.is_remote and _is_image(raw):
+        raise InvalidOption(
+            f"At {dest.text} is an image, which would lose its name to the delta.",
+            "Write 'dest' with another tag, or leave it at auto.",
+        )
     try:
         found = deltas.parse(ocidocuments.parse_manifest(raw))
     except EngineError:
@@ -197,6 +223,13 @@ def there(
         if blob.digest in found.layers
     ]
     return Made(raw, told)
+
+
+def _is_image(raw: bytes) -> bool:
+    try:
+        return ocidocuments.is_index(raw) or ocidocuments.is_container(ocidocuments.parse_manifest(raw))
+    except EngineError:
+        return False
 
 
 def publish(

@@ -12,17 +12,21 @@ from ..formats.repolayout import StreamName
 from ..errors import EngineError, ImageNotFound
 from ..formats.fsverity import Algorithm
 from ..progress import Progress
-from ..source.peer import PeerOptions, PeerSource, check_headers, check_url, is_lie
+from ..source.peer import PeerOptions, PeerSource, check_headers, check_url, is_https, is_lie, tls_context
 from ..source.source import Patient
 from .fetch import PEER, Fetcher, Job
 from .plan import Layer, Plan
 
 
-def check(urls: Sequence[str], headers: Mapping[str, str]) -> None:
-    """InvalidOption unless these can be URLs of peers and headers."""
+def check(urls: Sequence[str], headers: Mapping[str, str], ca_file: str | None = None) -> None:
+    """InvalidOption unless these can be URLs of peers, headers, and a file of certificates if one of the peers needs
+    it. Nobody is asked, so it says the same in check mode, and where no layer is missing.
+    """
     for url in urls:
         check_url(url)
     check_headers(headers)
+    if ca_file is not None and any(is_https(url) for url in urls):
+        tls_context(ca_file)
 
 
 class Peers:
@@ -67,4 +71,4 @@ class Peers:
         """The warning about a peer that failed."""
         if is_lie(error):
             return f"{job.source.name.capitalize()} lied about layer {job.spec.diff_id}, look at it: {error.text}"
-        return f"{job.source.name.capitalize()} failed and was left out: {error.text}"
+        return f"{job.source.name.capitalize()} failed and was left out: {error}"

@@ -122,10 +122,14 @@ def pull_images(
     # Every stream in a repository is compressed with zstd, so nothing goes without it: better said now than after the
     # first layer.
     codecs.require_zstd()
+    for text in options.deltas:
+        if text != "auto":
+            with doing("Reading the option deltas"):
+                parse_reference(text)
     if options.peers:
         from . import peers  # late: it brings http.client and ssl
 
-        peers.check(options.peers, options.peer_headers)
+        peers.check(options.peers, options.peer_headers, options.peer_ca_file)
     clock = _Clock()
     limits = Limits(
         options.max_size,
@@ -239,9 +243,6 @@ def _not_here(repository: Repository, request: Request) -> EngineError:
 
 
 def _choose_deltas(repository: Repository, plans: Sequence[Plan], options: Options, sources: Sources) -> None:
-    for text in options.deltas:
-        if text != "auto":
-            parse_reference(text)
     if not options.deltas or not any(plan.missing() for plan in plans):
         return
     from . import deltas  # late: most runs lack no layer
@@ -255,9 +256,9 @@ def _choose_deltas(repository: Repository, plans: Sequence[Plan], options: Optio
 def _untouched(
     plans: Sequence[Plan], predictions: Sequence[list[StreamName]], foreseen: Foreseen, exact: bool
 ) -> list[Outcome]:
-    """Outcomes of a run that writes nothing; ``exact`` unless peers, which were not asked, may save bytes. A layer that
-    several images lack is counted with the first, as a real run would fetch it, and one that an earlier task will have
-    fetched is not counted at all.
+    """Outcomes of a run that writes nothing; ``exact`` unless peers may send other bytes, for they were not asked. A
+    layer that several images lack is counted with the first, as a real run would fetch it, and one that an earlier
+    task will have fetched is not counted at all.
     """
     outcomes = []
     claimed: set[StreamName] = set()

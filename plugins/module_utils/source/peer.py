@@ -103,20 +103,8 @@ class PeerSource(Source):
         self._sizes = sizes
         self._options = options
         self._context: ssl.SSLContext | None = None
-        if url.startswith("https:"):
-            try:
-                import ssl  # late: a Python may lack it, and speaks plain HTTP only
-            except ImportError as error:
-                raise MissingLibrary(
-                    "The host's Python was built without ssl, so peers cannot be asked by https.",
-                    "Name peers by http, or use a Python with ssl.",
-                ) from error
-            try:
-                self._context = ssl.create_default_context(cafile=options.ca_file)
-            except OSError as error:
-                raise InvalidOption(
-                    f"The certificates in {options.ca_file} cannot be read.", "Name a file in PEM format."
-                ) from error
+        if is_https(url):
+            self._context = tls_context(options.ca_file)
 
     def layer_objects(self, reference: Reference, diff_id: str) -> LayerObjects:
         """Raises ImageNotFound if the peer lacks the layer, and what else may be wrong with a peer."""
@@ -124,6 +112,28 @@ class PeerSource(Source):
 
     def _connection(self) -> _Connection:
         return _Connection(self.url, self.name, self._context, self._options)
+
+
+def is_https(url: str) -> bool:
+    """Whether the peer is asked by TLS; the scheme may be written in any case."""
+    return urlsplit(url).scheme == "https"
+
+
+def tls_context(ca_file: str | None) -> ssl.SSLContext:
+    """What peers with https are checked against: the certificates in ``ca_file``, or what the host trusts.
+    MissingLibrary, or InvalidOption if the file holds none.
+    """
+    try:
+        import ssl  # late: a Python may lack it, and speaks plain HTTP only
+    except ImportError as error:
+        raise MissingLibrary(
+            "The host's Python was built without ssl, so peers cannot be asked by https.",
+            "Name peers by http, or use a Python with ssl.",
+        ) from error
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except OSError as error:
+        raise InvalidOption(f"The certificates in {ca_file} cannot be read.", "Name a file in PEM format.") from error
 
 
 def check_url(text: str) -> str:
@@ -211,7 +221,13 @@ class _Connection:
         if isinstance(error, (socket.timeout, TimeoutError)):
             return Stalled(f"{self._name.capitalize()} was silent for {self._options.silence:g} seconds, {doing}.")
         if error.__class__.__module__ == "ssl":
-            return TlsFailed(f"The certificate of {self._name} is not accepted.", "Look at 'peer_ca_file'.")
+            if type(error).__name__ == "SSLCertVerificationError":
+                return TlsFailed(f"The certificate of {self._name} is not accepted.", "Look at 'peer_ca_file'.")
+            said = str(getattr(error, "reason", None) or type(error).__name__).replace("_", " ").lower()
+            return TlsFailed(
+                f"{self._name.capitalize()} does not speak TLS as this host does: {said}.",
+                "If it speaks plain HTTP, its URL begins with http://.",
+            )
         if isinstance(error, OSError):
             return RegistryUnreachable(f"Cannot reach {self._name}: {error.strerror or type(error).__name__}.")
         return RegistryUnreachable(f"{self._name.capitalize()} does not speak HTTP: {type(error).__name__}.")

@@ -266,3 +266,22 @@ def test_where_no_progress_can_be_written_the_task_goes_on(tmp_path: pathlib.Pat
 @pytest.mark.parametrize("path", sorted((ROOT / "plugins/modules").glob("composefs_*.py")), ids=lambda path: path.stem)
 def test_every_module_takes_null_for_not_written(path: pathlib.Path) -> None:
     assert "guarded(AnsibleModule" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("docker://user:x@h.example/app:1", "docker://***@h.example/app:1"),
+        ("user:x@h.example/app:1", "***@h.example/app:1"),
+        ("oci:user:x@h.example/app", "***@h.example/app"),
+        ("oci://user:x@h.example/app", "oci://***@h.example/app"),
+        ("oci:/srv/layout:@0", ""),
+        ("oci-archive:/srv/app@2.tar:@0", ""),
+        ("dir:/srv/app@2", ""),
+        ("composefs:/srv/a@b#app", ""),
+        ("containers-storage:[overlay@/var/lib/containers]app", ""),
+        ("docker://h.example/app@sha256:" + "1" * 64, ""),
+    ],
+)
+def test_credentials_in_references_are_hidden_and_paths_are_not(written: str, shown: str) -> None:
+    assert threshold.without_credentials(written) == (shown or written)

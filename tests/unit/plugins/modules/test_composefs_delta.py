@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "module_utils"))
 from fake_source import REGISTRY, Layout, World, pull_all
 
 from ansible_collections.composefs.oci.plugins.module_utils.errors import AuthFailed, RegistryUnreachable, SkopeoMissing
-from ansible_collections.composefs.oci.plugins.module_utils.formats import codecs, fsverity
+from ansible_collections.composefs.oci.plugins.module_utils.formats import codecs, fsverity, ocidocuments
 from ansible_collections.composefs.oci.plugins.module_utils.host import processes
 from ansible_collections.composefs.oci.plugins.module_utils.pull import deltas, pull
 from ansible_collections.composefs.oci.plugins.module_utils.source import push, source
@@ -187,11 +187,26 @@ def test_auto_needs_a_reference_in_a_registry(run: Any, tmp_path: Path) -> None:
         ({"source": "new"}, "invalid_option"),
         ({"source": "nothing"}, "image_not_found"),
         ({"dest": "https://registry.test/x"}, "invalid_reference"),
+        ({"dest": "docker://registry.test/x@sha256:" + "5" * 64}, "invalid_option"),
+        ({"dest": "composefs:/srv/repository#delta"}, "invalid_option"),
     ],
 )
-def test_what_cannot_be_is_refused(run: Any, values: dict[str, Any], code: str) -> None:
-    result = run(**values)
-    assert result["failed"] and result["error"] == code
+@pytest.mark.parametrize("check", [False, True])
+def test_what_cannot_be_is_refused(run: Any, places: Places, values: dict[str, Any], code: str, check: bool) -> None:
+    result = run(check=check, **values)
+    assert result["failed"] and result["error"] == code and places.pushed == []
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_no_image_loses_its_tag_to_a_delta(run: Any, places: Places, check: bool) -> None:
+    dest = "docker://registry.test/app:1.5"
+    descriptor = {"mediaType": ocidocuments.OCI_CONFIG, "digest": "sha256:" + "1" * 64, "size": 2}
+    image = {"schemaVersion": 2, "mediaType": ocidocuments.OCI_MANIFEST, "config": descriptor, "layers": []}
+    index = {"schemaVersion": 2, "mediaType": ocidocuments.OCI_INDEX, "manifests": []}
+    for document in (image, index):
+        places.held[dest] = json.dumps(document).encode()
+        result = run(check=check, dest=dest)
+        assert result["error"] == "invalid_option" and "another tag" in result["msg"] and places.pushed == []
 
 
 def test_a_registry_that_refuses_is_told(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,29 @@ def run(host: Host, capsys: pytest.CaptureFixture[str]) -> Any:
     return task
 
 
+def test_to_confirm_at_once_holds_for_what_is_on_trial_already(host: Host, run: Any) -> None:
+    one, two = host.digests
+    run(name="app", digest=one, confirm_within=0)
+    run(digest=two, rollout="r1")
+    # That of somebody else is left alone.
+    assert run(digest=two, rollout="r2", confirm_within=0)["error"] == "busy"
+    foretold = run(check=True, digest=two, rollout="r1", confirm_within=0)
+    assert host.journal().pending is not None
+    result = run(digest=two, rollout="r1", confirm_within=0)
+    for told in (foretold, result):
+        assert (told["changed"], told["state"], told["digest"], told["deadline"]) == (True, "confirmed", two, None)
+    assert host.journal().pending is None and host.journal().current.digest == two
+    assert not run(digest=two, rollout="r1", confirm_within=0)["changed"]
+
+
+def test_check_mode_foretells_all_that_is_left_after_a_removal(host: Host, run: Any) -> None:
+    run(name="app", digest=host.digests[0], confirm_within=0)
+    foretold, result = run(check=True, state="absent"), run(state="absent")
+    for told in (foretold, result):
+        told.pop("took"), told.pop("time")
+    assert foretold == result and result["name"] is None
+
+
 @pytest.mark.slow
 def test_activate_and_confirm_with_a_timer_of_systemd(host: Host, run: Any) -> None:
     one, two = host.digests

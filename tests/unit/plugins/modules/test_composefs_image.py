@@ -361,6 +361,7 @@ def test_options_that_do_not_go_together_are_refused(run: Any, world: World, wro
         ({"ref": REGISTRY + "app", "digest": "sha256:XYZ"}, "64 hexadecimal digits"),
         ({"ref": REGISTRY + "app", "digest": "0" * 64}, "64 hexadecimal digits"),
         ({"ref": "app"}, "names neither a registry nor a transport"),
+        ({"ref": "sha256:" + "0" * 64}, "Set 'name'"),
         ({"ref": REGISTRY + "app", "name": "@x"}, "Choose another name"),
         ({"images": [{"ref": REGISTRY + "app"}, {"ref": REGISTRY + "app"}]}, "is asked for twice"),
     ],
@@ -687,6 +688,26 @@ def test_deltas_are_looked_for_where_a_layer_is_missing_and_not_if_the_list_is_e
         assert asked() == (1 if options != {"deltas": []} else 0)
         run(ref=REGISTRY + "app", name="x", **options)
         assert asked() == 0
+
+
+def test_an_image_of_a_layout_may_be_named_by_its_number(run: Any, tmp_path: Path) -> None:
+    place = tmp_path / "some@place"
+    Layout(place).image([tar(member("usr/x", b"7" * 300))], "app")
+    result = run(ref=f"oci:{place}:@0", name="x")
+    assert result["changed"] and result["ref"] == f"oci:{place}:@0"
+
+
+@pytest.mark.parametrize("value", [None, ["s3cret"], {"a": "s3cret"}, True])
+def test_a_header_without_a_text_is_refused_and_not_shown(run: Any, value: Any) -> None:
+    result = run(ref=REGISTRY + "app", peers=["http://127.0.0.1:1/"], peer_headers={"Authorization": value})
+    assert result["error"] == "invalid_option" and "Authorization" in result["msg"]
+    result.pop("invocation", None)
+    assert "s3cret" not in json.dumps(result) and "None" not in result["msg"]
+
+
+def test_a_text_among_the_images_that_is_no_reference_is_told_apart(run: Any) -> None:
+    result = run(shape=False, images=[REGISTRY + "app", "old"])
+    assert result["error"] == "invalid_option" and "Item 1 is neither a dictionary nor a reference" in result["msg"]
 
 
 # --- secrets

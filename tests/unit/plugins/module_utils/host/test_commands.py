@@ -77,3 +77,10 @@ def test_endless_output_takes_no_memory(ends: bool) -> None:
     assert (status, output[-5:]) == ((0, "last\n") if ends else (124, ""))
     assert len(output) <= 1 << 20
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000, "kilobytes"
+
+
+def test_a_command_that_cannot_run_says_why_in_words_and_not_in_those_of_python(tmp_path: pathlib.Path) -> None:
+    plain = tmp_path / "plain"
+    plain.write_text("nothing to run")
+    assert commands.run(["/nowhere"]) == (127, "", "/nowhere: No such file or directory")
+    assert commands.run([str(plain)]) == (126, "", f"{plain}: Permission denied")

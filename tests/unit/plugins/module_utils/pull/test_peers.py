@@ -25,7 +25,7 @@ from fake_source import REGISTRY, Layout, World, pull_all
 from lyingpeer import Handler, LyingPeer, compressed, honest
 from ociimage import sha256
 
-from ansible_collections.composefs.oci.plugins.module_utils.errors import EngineError, InvalidOption
+from ansible_collections.composefs.oci.plugins.module_utils.errors import EngineError, InvalidOption, InvalidReference
 from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity, splitstream
 from ansible_collections.composefs.oci.plugins.module_utils.host import processes
 from ansible_collections.composefs.oci.plugins.module_utils.pull import pull
@@ -513,3 +513,36 @@ def test_what_is_no_url_is_refused_before_anything_is_asked(path: pathlib.Path, 
 def test_what_is_no_header_is_refused(path: pathlib.Path, headers: dict[str, str]) -> None:
     with pytest.raises(InvalidOption):
         pulled(path, "http://127.0.0.1/", peer_headers=headers)
+
+
+def test_a_file_of_certificates_is_read_before_anything_is_asked(
+    path: pathlib.Path, world: World, tmp_path: pathlib.Path
+) -> None:
+    wrong = tmp_path / "ca.crt"
+    wrong.write_text("no certificate")
+    for url in ("https://127.0.0.1/", "HTTPS://127.0.0.1/"):
+        for file in (wrong, tmp_path / "nowhere"):
+            with pytest.raises(InvalidOption, match="certificates"):
+                pulled(path, url, peer_ca_file=str(file), check=True)
+    assert world.requests == []
+
+
+@pytest.mark.parametrize("scheme", ["https", "HTTPS"])
+def test_what_is_to_be_asked_by_tls_is_asked_by_nothing_else(
+    path: pathlib.Path, world: World, peer: LyingPeer, scheme: str
+) -> None:
+    url = peer.url.replace("http", scheme)
+    result = pulled(path, url, peer_headers={"Authorization": "Bearer se-cret"}, parallel=1)
+    assert_right(path, result, "registry", "registry")
+    assert peer.requests == []
+    (warning,) = result["warnings"]
+    assert "certificate" not in warning and "does not speak TLS" in warning and "http://" in warning
+
+
+@pytest.mark.parametrize("text", ["Auto", "", "docker://user:se-cret@host/x"])
+def test_a_delta_that_is_no_reference_is_refused_by_the_name_of_its_option(
+    path: pathlib.Path, world: World, text: str
+) -> None:
+    with pytest.raises(InvalidReference, match="deltas: ") as found:
+        pulled(path, deltas=(text,))
+    assert "se-cret" not in str(found.value) and world.requests == []
