@@ -49,7 +49,11 @@ def rollout_complaints(
 
 
 def rollout_host_complaints(
-    names: Sequence[str], hostvars: Mapping[str, Any], known: Sequence[str], internals: Sequence[str]
+    names: Sequence[str],
+    hostvars: Mapping[str, Any],
+    known: Sequence[str],
+    internals: Sequence[str],
+    shared: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """What is wrong with the variables of hosts, which names are one host, and which are a group as well, one sentence
     each.
@@ -70,7 +74,7 @@ def rollout_host_complaints(
                 if value is None or isinstance(value, (str, int, float, list)):
                     hosts[name][str(key)] = value
     groups = hostvars[names[0]]["groups"] if names else {}
-    return wishes.of_hosts(hosts, known, internals, hostvars) + double + wishes.ambiguous(names, groups)
+    return wishes.of_hosts(hosts, known, internals, hostvars, shared=shared) + double + wishes.ambiguous(names, groups)
 
 
 def rollout_order(

@@ -17,7 +17,10 @@ import urllib.parse
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
+from ansible_collections.composefs.oci.plugins.module_utils.errors import InvalidReference
 from ansible_collections.composefs.oci.plugins.module_utils.formats.bounds import MAX_NAME
+from ansible_collections.composefs.oci.plugins.module_utils.formats.digests import is_digest
+from ansible_collections.composefs.oci.plugins.module_utils.formats.reference import parse_reference
 from ansible_collections.composefs.oci.plugins.module_utils.formats.repolayout import encode_tag
 
 NEEDS = ("rollout_ref", "rollout_name", "rollout_path")
@@ -49,6 +52,8 @@ def number_of(amount: int | str, total: int) -> int:
     Raises ValueError for anything else.
     """
     text = str(amount).strip()
+    if not re.match(r"-?\d+(\.\d+)?%\Z|-?\d+\Z", text):
+        raise ValueError("it is neither")
     if text.endswith("%"):
         share = float(text[:-1])
         if not 0 <= share <= 100:
@@ -94,9 +99,11 @@ def of_hosts(
     internals: Iterable[str],
     inventory: Container[str],
     most: int = 5,
+    shared: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """What is wrong with the variables that ``hosts`` have of their own, each sentence with the hosts that it is about.
-    ``inventory`` are the names of all hosts that there are.
+    ``inventory`` are the names of all hosts that there are, ``shared`` variables that are the same on all hosts of a
+    rollout, for the controller speaks of them when it judges what hosts tell.
     """
     found: dict[str, list[str]] = {}
     ours = set(internals) - set(known)
@@ -106,6 +113,11 @@ def of_hosts(
         seed = asked.get("rollout_seed")
         if seed and seed not in inventory:
             sentences.append(f"rollout_seed is {seed}, which is no host of the inventory.")
+        for name, value in (shared or {}).items():
+            if str(asked.get(name) or value) != str(value):
+                sentences.append(
+                    f"{name} is {asked[name]}, and {value} for the rollout, which has one for all of its hosts."
+                )
         for sentence in sentences:
             found.setdefault(sentence, []).append(host)
     told = []
@@ -119,6 +131,11 @@ def _common(one: str, other: str) -> int:
     return next((at for at, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
+def _shown(value: Any) -> str:
+    """A value as it is written in YAML."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+
+
 def _is_clean(text: str) -> bool:
     """Whether a name can be shown, written into a line and put between others."""
     return text == text.strip() and text.isprintable()
@@ -130,8 +147,11 @@ def _image(given: Mapping[str, Any]) -> list[str]:
     if digest and not DIGEST.match(digest):
         wrong.append(f"rollout_digest has to be sha256: and 64 hexadecimal digits, not {digest!r}.")
     ref = str(given.get("rollout_ref", ""))
-    if ref and (not _is_clean(ref) or " " in ref.partition(":")[0]):
-        wrong.append(f"rollout_ref is no reference: {ref!r}.")
+    if ref and not is_digest(ref):
+        try:
+            parse_reference(ref)
+        except InvalidReference as error:
+            wrong.append(f"rollout_ref is no reference: {error}")
     said = re.search(r"@(sha256:[0-9a-f]{64})\Z", ref)
     if said and DIGEST.match(digest) and said[1] != digest:
         wrong.append(f"rollout_ref says {said[1]} and rollout_digest says {digest}; leave one of them out.")
@@ -171,16 +191,20 @@ def _kinds(given: Mapping[str, Any]) -> list[str]:
     for name, least in WHOLE.items():
         value = given.get(name, least)
         if isinstance(value, bool) or not re.match(r"\d+\Z", str(value).strip()) or int(value) < least:
-            wrong.append(f"{name} has to be a whole number from {least} on, not {value!r}.")
+            wrong.append(f"{name} has to be a whole number from {least} on, not {_shown(value)}.")
     for name, words in CHOICES.items():
         if str(given.get(name, words[0])) not in words:
             wrong.append(f"{name} has to be {' or '.join(words)}, not {given[name]!r}.")
+    for name in ("rollout_hosts", "rollout_canaries"):
+        if not isinstance(given.get(name, ""), str):
+            wrong.append(f"{name} has to be a pattern, such as 'edge:!lab' or 'a01,a02', not {_shown(given[name])}.")
     for name in FLAGS:
         if str(given.get(name, True)).strip().lower() not in BOOLEANS:
-            wrong.append(f"{name} has to be true or false, not {given[name]!r}.")
+            wrong.append(f"{name} has to be true or false, not {_shown(given[name])}.")
     for name in LISTS:
         if not isinstance(given.get(name, []), (list, tuple)):
-            wrong.append(f"{name} has to be a list, such as [{given[name]!r}], not {given[name]!r}.")
+            said = _shown(given[name])
+            wrong.append(f"{name} has to be a list, such as [{said}], not {said}.")
     if not wrong and not all(isinstance(word, str) and word for word in given.get("rollout_reload", ())):
         wrong.append(f"rollout_reload has to be a list of words, none of them empty, not {given['rollout_reload']!r}.")
     return wrong
@@ -200,7 +224,7 @@ def _amounts(given: Mapping[str, Any]) -> list[str]:
                 if not number and name in ("rollout_waves", "rollout_max_unavailable"):
                     raise ValueError("it must be more than 0")
             except (TypeError, ValueError) as error:
-                wrong.append(f"{name} holds {amount!r}, which is no number of hosts and no percentage: {error}.")
+                wrong.append(f"{name} holds {_shown(amount)}, which is no number of hosts and no percentage: {error}.")
     if isinstance(given.get("rollout_waves"), (list, tuple)) and not given["rollout_waves"]:
         wrong.append("rollout_waves is empty; a rollout has at least one wave.")
     return wrong
@@ -216,7 +240,7 @@ def _seconds(given: Mapping[str, Any]) -> list[str]:
         except (TypeError, ValueError):
             number = math.nan
         if isinstance(seconds, bool) or not 0 <= number < math.inf:
-            wrong.append(f"rollout_soak holds {seconds!r}; these have to be seconds, from 0 on.")
+            wrong.append(f"rollout_soak holds {_shown(seconds)}; these have to be seconds, from 0 on.")
         else:
             longest = max(longest, number)
     try:
@@ -245,13 +269,15 @@ def _health(given: Mapping[str, Any]) -> list[str]:
         right = isinstance(words, str) and bool(words.strip())
     if not right:
         wrong.append(
-            f"rollout_health_command has to be a command, as one text or as a list of words, not {words!r}; "
+            f"rollout_health_command has to be a command, as one text or as a list of words, not {_shown(words)}; "
             "leave it out where nothing is to judge."
         )
     for name in URLS:
         value = given.get(name, ())
         for url in value if isinstance(value, (list, tuple)) else [value]:
-            if not _is_url(str(url)):
+            if "@" in str(url).partition("//")[2].partition("/")[0] and name == "rollout_peers":
+                wrong.append("rollout_peers holds a URL with a user or a password, which peers are not asked with.")
+            elif not _is_url(str(url)):
                 wrong.append(f"{name} has to begin with http:// or https:// and name a host, not {str(url)!r}.")
     mirror = str(given.get("rollout_mirror", "host"))
     if not re.match(r"[^\s/:@]+(:\d{1,5})?\Z", mirror):

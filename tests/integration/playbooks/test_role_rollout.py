@@ -284,6 +284,26 @@ def test_what_cannot_be_meant_of_a_group_is_refused_before_anything_moves(site: 
     assert set(fleet.asked("one")) <= {"deployment_info"}
 
 
+@pytest.mark.parametrize("playbook", ["rollout", "rollback", "retire"])
+def test_a_mount_point_that_is_not_the_same_on_all_hosts_is_refused(site: Site, playbook: str) -> None:
+    fleet = Fleet(site, ["one", "two"])
+    done = fleet.run(playbook, rollout_path="/srv/{{ inventory_hostname }}")
+    told = " ".join(done.stdout.split())
+    assert done.returncode == 2 and told.count("one for all of its hosts (on two)"), done.stdout
+    assert set(fleet.asked("one")) <= {"deployment_info"}
+
+
+@pytest.mark.parametrize("hosts", ["one,two", "one:two", "edge:!three"])
+@pytest.mark.parametrize("playbook", ["rollout", "rollback", "status", "retire"])
+def test_patterns_may_be_lists_with_commas_and_with_colons(site: Site, playbook: str, hosts: str) -> None:
+    fleet = Fleet(site, ["one", "two", "three"])
+    fleet.earlier("one", "two")
+    done = fleet.run(playbook, "--check", rollout_hosts=hosts, rollout_canaries="two,nobody")
+    assert done.returncode == 0, done.stdout
+    assert fleet.asked("one") and fleet.asked("two") and fleet.asked("three") == []
+    assert "Could not match supplied host pattern, ignoring: two" not in done.stdout
+
+
 @pytest.mark.parametrize(
     ("place", "image", "told"),
     [

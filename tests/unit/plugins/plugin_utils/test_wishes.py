@@ -101,6 +101,12 @@ def test_what_can_be_meant_is_accepted() -> None:
         ({"rollout_health_url": "http://a.example/a b"}, "name a host"),
         ({"rollout_peers": "http://a.example"}, "has to be a list"),
         ({"rollout_peers": ["a.example"]}, "http://"),
+        ({"rollout_hosts": ["one", "two"]}, "has to be a pattern"),
+        ({"rollout_canaries": 1}, "has to be a pattern"),
+        ({"rollout_peers": ["http://user:s3cret@a.example/"]}, "with a user or a password"),
+        ({"rollout_ref": "docker://user:s3cret@a.example/app:1"}, "Credentials do not belong there"),
+        ({"rollout_ref": "app"}, "names neither a registry nor a transport"),
+        ({"rollout_ref": "docker://a.example/app:"}, "no valid tag"),
         ({"rollout_mirror": "http://seed:5000"}, "has to be host:port"),
         ({"rollout_mirror": "seed:port"}, "has to be host:port"),
         ({"rollout_until": "25:00"}, "cannot be read"),
@@ -114,6 +120,8 @@ def test_what_can_be_meant_is_accepted() -> None:
 def test_what_cannot_be_meant_is_refused(changed: dict[str, Any], words: str) -> None:
     wrong = wishes.complaints({**GOOD_ASKED, **changed}, KNOWN)
     assert len(wrong) == 1 and words in wrong[0], wrong
+    for noise in ("None", "True", "s3cret", "invalid literal"):
+        assert noise not in wrong[0], wrong
 
 
 def test_each_thing_that_is_wrong_is_told() -> None:
@@ -156,6 +164,14 @@ def test_what_is_wrong_with_hosts_is_told_once_with_the_hosts_that_it_is_about()
     assert (
         "too short" in wrong[1] and wrong[2] == "rollout_seed is nobody, which is no host of the inventory (on other)."
     )
+
+
+def test_one_rollout_has_one_name_and_one_mount_point() -> None:
+    one = {"rollout_path": "/srv/app", "rollout_name": "app"}
+    hosts = {"h1": dict(one), "h2": {}, "h3": {"rollout_path": ""}, "h4": {"rollout_path": "/opt/app"}}
+    assert wishes.of_hosts(hosts, KNOWN, [], hosts, shared=one) == [
+        "rollout_path is /opt/app, and /srv/app for the rollout, which has one for all of its hosts (on h4)."
+    ]
 
 
 def test_a_time_of_the_day_is_the_next_one() -> None:
