@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Callable, NamedTuple, Protocol
 
 from . import text
-from .errors import NotARepository, UnsafeRepository, from_exception
+from .errors import InvalidOption, NotARepository, UnsafeRepository, from_exception
 from .formats.digests import is_digest
 from .formats.reference import TRANSPORTS
 from .host import beneath
@@ -43,6 +43,15 @@ class Module(Protocol):
 def repository_path(module: Module, option: str = "repository") -> str:
     """The repository that ``option`` of the task names, or the default one; absolute, without a trailing slash."""
     return os.path.abspath(os.path.expanduser(module.params.get(option) or default_path()))
+
+
+def mount_point(text: str) -> str:
+    """The absolute path of a mount point, without a trailing slash. InvalidOption for one that is relative or empty: it
+    would be below the directory that the task happens to run in, which is somebody's home.
+    """
+    if not os.path.isabs(text):
+        raise InvalidOption(f"The option path is {text!r}, which is no absolute path.", "Write it from / on.")
+    return os.path.abspath(text)
 
 
 @contextlib.contextmanager

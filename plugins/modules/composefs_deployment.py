@@ -285,6 +285,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.operations import (
 from ansible_collections.composefs.oci.plugins.module_utils.module import (
     guarded,
     Foretold,
+    mount_point,
     opened_repository,
     operator,
     repository_path,
@@ -349,7 +350,7 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
     params = module.params
     check = module.check_mode
     begun = time.monotonic()
-    path = base["path"] = os.path.abspath(params["path"])
+    path = base["path"] = mount_point(params["path"])
     with doing(f"Looking for the mount point {path}"):
         # Resolved once, here; whoever could put a link in its place must be root or the user that runs this.
         beneath.check_way(path)

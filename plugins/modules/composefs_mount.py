@@ -283,6 +283,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.operations import (
 from ansible_collections.composefs.oci.plugins.module_utils.module import (
     guarded,
     Foretold,
+    mount_point,
     opened_repository,
     operator,
     repository_path,
@@ -329,7 +330,7 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
     """Do what the task says; ``base`` gets what a failure should still tell."""
     params = module.params
     check = module.check_mode
-    path = base["path"] = os.path.abspath(params["path"])
+    path = base["path"] = mount_point(params["path"])
     base["repository"] = repository_path(module)
     with doing(f"Looking for the mount point {path}"):
         # Resolved once, here; whoever could put a link in its place must be root or the user that runs this.

@@ -59,7 +59,7 @@ from ..formats.strictjson import load_json
 from .options import ProxyOptions
 from .policy import check_unenforced_policy
 from .skopeo import Child, Scratch, command, readable
-from .skopeowords import INSTALL, classify, scrub
+from .skopeowords import INSTALL, NOT_SKOPEO, classify, scrub
 
 REQUEST = 32768  # the longest request that skopeo reads
 REPLY = 262144  # replies have up to 32 KiB, too, but a list of layers may be longer, and skopeo does not cut it
@@ -495,7 +495,7 @@ class ImageProxy:
         self.kill("it was stopped because it broke the protocol")
         raise ProxyFailed(
             f"skopeo answered the request {method} with {scrub(self.options, got)}.",
-            "Check that the option executable names skopeo.",
+            NOT_SKOPEO,
         )
 
     def _died(self, method: str, what: str) -> NoReturn:
@@ -522,7 +522,7 @@ class ImageProxy:
                 raise error
             raise ProxyFailed(
                 f"it {how}{said}",
-                "Check that the option executable names skopeo.",
+                NOT_SKOPEO,
                 doing="Starting skopeo",
                 said=quoted,
             )

@@ -42,7 +42,7 @@ from ..formats.ocidocuments import MAX_MANIFEST
 from ..formats.reference import Reference
 from ..host import processes
 from .options import ProxyOptions
-from .skopeowords import INSTALL, classify, unwrap_log
+from .skopeowords import INSTALL, NOT_SKOPEO, classify, unwrap_log
 
 
 _MAX_LOG = 256 * 1024
@@ -361,6 +361,8 @@ def top_digest(options: ProxyOptions, reference: Reference) -> tuple[str, bytes]
             )
     finally:
         child.close()
+    if not raw:
+        raise ProxyFailed("skopeo ended well and gave no manifest.", NOT_SKOPEO, doing=what)
     found = digest_of(raw)
     if reference.digest not in ("", found):
         raise DigestMismatch(

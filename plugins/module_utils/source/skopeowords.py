@@ -32,6 +32,7 @@ from ..errors import (
 )
 from .options import ProxyOptions
 
+NOT_SKOPEO = "Check that the option executable names skopeo."
 INSTALL = "Install skopeo 1.6 or later (the role composefs.oci.skopeo does), or name it with the option executable."
 _MAX_WORDS = 2000
 
@@ -266,7 +267,9 @@ def classify(
             error = exhausted(what_of, what)
             error.said = f"{_once(scrub(options, words))[:300]}"
             return error
-    quoted = _once(scrub(options, words)).rstrip(".") or "nothing"
+    quoted = _once(scrub(options, words)).rstrip(".")
+    if not quoted:
+        return kind("skopeo failed and said nothing.", hint or NOT_SKOPEO, doing=what, passing=passes)
     quoted += "" if quoted[-1] in "?!…" else "."
     whose = f" {_whose(options)}" if kind is AuthFailed and transport == "docker" else ""
     return kind(f"skopeo says: {quoted}{whose}", hint, doing=what, said=quoted, passing=passes)

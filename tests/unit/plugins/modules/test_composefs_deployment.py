@@ -235,3 +235,9 @@ def test_the_documentation_has_the_options_of_the_code(module: Any) -> None:
     keys = ("type", "default", "choices", "elements", "required")
     spec = {name: {key: option[key] for key in keys if key in option} for name, option in options.items()}
     assert spec == module.ARGUMENT_SPEC
+
+
+@pytest.mark.parametrize("path", ["", "app", "./app"])
+def test_a_mount_point_is_never_below_where_the_task_happens_to_run(host: Host, run: Any, path: str) -> None:
+    result = run(path=path, name="app")
+    assert result["error"] == "invalid_option" and "no absolute path" in result["msg"] and not host.there

@@ -442,3 +442,9 @@ def test_a_mount_point_behind_a_link_of_somebody_else_is_refused(host: Host, run
     assert result["error"] == "unsafe_repository" and "link app belongs to" in result["msg"] and not host.there
     os.lchown(host.path, 0, 0)
     assert run(image=host.images[0])["changed"]
+
+
+@pytest.mark.parametrize("path", ["", "app", "./app"])
+def test_a_mount_point_is_never_below_where_the_task_happens_to_run(host: Host, run: Any, path: str) -> None:
+    result = run(path=path, image=host.images[0])
+    assert result["error"] == "invalid_option" and "no absolute path" in result["msg"] and not host.there

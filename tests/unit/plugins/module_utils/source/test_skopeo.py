@@ -8,7 +8,8 @@ import json
 import time
 
 import pytest
-from ansible_collections.composefs.oci.plugins.module_utils.source import policy as rules, skopeowords
+from ansible_collections.composefs.oci.plugins.module_utils.formats.reference import parse_reference
+from ansible_collections.composefs.oci.plugins.module_utils.source import policy as rules, skopeo, skopeowords
 from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     AuthFailed,
     DigestMismatch,
@@ -121,7 +122,7 @@ HEARD = [
 def test_what_skopeo_says_becomes_an_error_with_a_code(words, kind):
     error = skopeowords.classify(OPTIONS, "Opening x", words)
     assert error.__class__ is kind
-    assert "Opening x: skopeo says: " in error.text
+    assert "Opening x: skopeo " in error.text
     assert kind is ProxyFailed or error.hint
 
 
@@ -369,3 +370,10 @@ def test_credentials_that_are_refused_are_named_and_not_shown(options: dict[str,
         ProxyOptions(**options), "Opening docker://r.test/x", "unauthorized: authentication required"
     )
     assert isinstance(error, AuthFailed) and whose in str(error) and "s3cret" not in str(error)
+
+
+@pytest.mark.parametrize(("executable", "said"), [("/bin/true", "gave no manifest"), ("/bin/false", "said nothing")])
+def test_a_program_that_is_not_skopeo_is_told_apart_from_a_damaged_image(executable: str, said: str) -> None:
+    options = ProxyOptions(executable=(executable,))
+    with pytest.raises(ProxyFailed, match=f"{said}.*executable"):
+        skopeo.top_digest(options, parse_reference("docker://127.0.0.1:1/app:1"))
