@@ -163,7 +163,7 @@ class ActionModule(ActionBase):
         """Run the module; its result. The host need not be honest, so its texts go through the gate here as well."""
         before = self._task.environment
         if self._task.check_mode:
-            self._task.environment = told(before, task_vars)
+            self._task.environment = told(before, self._task, task_vars)
         try:
             result = self._copied() or self._run(tmp, task_vars)
             if not self._task.no_log:

@@ -203,6 +203,13 @@ def told(module: Module, repository: str | None = None) -> Told:
         return Told()
 
 
+def foretells(module: Module) -> bool:
+    """Whether a program or library that is not there may be one that an earlier task of a run in check mode would
+    install. A task that is in check mode by a word of its own, in a run that is not, only asks: nothing is to come.
+    """
+    return module.check_mode and not os.environ.get("COMPOSEFS_OCI_ASKS")
+
+
 def _is_name(one: dict[str, Any]) -> bool:
     return "path" not in one and "created" not in one
 

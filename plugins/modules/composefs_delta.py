@@ -172,6 +172,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.errors import (
 )
 from ansible_collections.composefs.oci.plugins.module_utils.formats.reference import parse_reference
 from ansible_collections.composefs.oci.plugins.module_utils.module import (
+    foretells,
     guarded,
     opened_repository,
     repository_path,
@@ -203,7 +204,7 @@ def run(module: AnsibleModule, base: dict) -> dict:
             found = {image: makedelta.find(repository, image) for image in here}
         except MissingLibrary as error:
             # As below, the task that installs it was only foretold.
-            if not module.check_mode:
+            if not foretells(module):
                 raise
             module.warn(f"{error} So check mode cannot tell what the delta would be.")
             return unknown
@@ -220,7 +221,7 @@ def run(module: AnsibleModule, base: dict) -> dict:
             made = makedelta.there(options, dest, source, target, progress, retries)
         except (SkopeoMissing, SkopeoTooOld) as error:
             # A fresh host: the task that installs skopeo was only foretold, too.
-            if not module.check_mode:
+            if not foretells(module):
                 raise
             module.warn(f"{error} So check mode cannot tell whether the delta is there already.")
             made = None

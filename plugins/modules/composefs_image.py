@@ -35,6 +35,7 @@ attributes:
       - A repository that does not exist yet is treated as empty, with a warning. Where C(skopeo) is not installed
         yet, an image that would have to be asked for is foretold as a change without details, with a warning, whether
         it has its name already or not. What O(digest) or O(pull=missing) settle without asking is foretold as always.
+        A task that says C(check_mode=true) itself, in a run that is not in check mode, fails without C(skopeo).
   diff_mode:
     support: full
   idempotent:
@@ -641,6 +642,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     SkopeoTooOld,
 )
 from ansible_collections.composefs.oci.plugins.module_utils.module import (
+    foretells,
     guarded,
     opened_repository,
     progress_files,
@@ -809,7 +811,7 @@ def present(
     try:
         reports = pulled(module, repository, requests, options, progress, life.permit)
     except LACKING as error:
-        if not module.check_mode:
+        if not foretells(module):
             raise
         reports = pulled_in_part(module, repository, requests, options, progress, error)
     finally:

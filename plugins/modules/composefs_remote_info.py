@@ -179,7 +179,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.errors import (
 )
 from ansible_collections.composefs.oci.plugins.module_utils.formats.ocidocuments import parse_platform
 from ansible_collections.composefs.oci.plugins.module_utils.formats.reference import parse_reference
-from ansible_collections.composefs.oci.plugins.module_utils.module import guarded, run_module
+from ansible_collections.composefs.oci.plugins.module_utils.module import foretells, guarded, run_module
 from ansible_collections.composefs.oci.plugins.module_utils.operations.remote import look_up
 from ansible_collections.composefs.oci.plugins.module_utils.progress import Progress
 from ansible_collections.composefs.oci.plugins.module_utils.source.options import options_of
@@ -214,7 +214,7 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
     try:
         return look_up(params["ref"], options, params["retries"], Progress())
     except (SkopeoMissing, SkopeoTooOld, MissingLibrary) as error:
-        if not module.check_mode:
+        if not foretells(module):
             raise
         module.warn(f"{error} So check mode cannot tell what the reference means.")
         return dict.fromkeys(ANSWERS)

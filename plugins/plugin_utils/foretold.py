@@ -19,8 +19,11 @@ import json
 import os
 import typing as t
 
+from ansible import context
+
 PREFIX = "composefs_oci_foretold_"
 VARIABLE = "COMPOSEFS_OCI_FORETOLD"
+ASKS = "COMPOSEFS_OCI_ASKS"
 # More images before a mount than any path ever has.
 EVERYTHING = 1_000_000
 # Characters of the variable; the kernel takes twice as many.
@@ -187,8 +190,11 @@ def _merged(before: t.Any, fact: dict[str, t.Any]) -> dict[str, t.Any]:
     return {**fact, **both, "attributes": {**(before.get("attributes") or {}), **fact["attributes"]}}
 
 
-def told(environment_of_task: t.Any, task_vars: dict[str, t.Any] | None) -> list[t.Any]:
-    """The environment of a task in check mode, as the task has it, and with what is foretold."""
+def told(environment_of_task: t.Any, task: t.Any, task_vars: dict[str, t.Any] | None) -> list[t.Any]:
+    """The environment of a task in check mode, as the task has it, and with what is foretold, or with the word that
+    earlier tasks of the run were not in check mode, so that what is not there now does not come.
+    """
     both = environment_of_task if isinstance(environment_of_task, list) else [environment_of_task]
     known = environment(task_vars or {})
-    return [one for one in (*both, known) if one]
+    asks = {ASKS: "1"} if _asks(task) and not context.CLIARGS.get("check") else {}
+    return [one for one in (*both, known, asks) if one]

@@ -41,7 +41,7 @@ class GatedAction(ActionBase):
         result = super().run(tmp, task_vars)
         before = self._task.environment
         if self._task.check_mode:
-            self._task.environment = told(before, task_vars)
+            self._task.environment = told(before, self._task, task_vars)
         try:
             result.update(self.execute(task_vars or {}))
         finally:

@@ -14,8 +14,7 @@ isolated: true (namespace). ``lab`` has ``images`` (names, see images.py), ``reg
 filled: false for one without images, kept: false for
 one that does not keep its blobs from run to run, access_log: true}),
 ``archives`` (transport:file to make, and the image to put there), ``programs`` that must be on the PATH, and
-``unforetold`` (task: why check mode on a fresh host cannot foretell it) or ``unchecked`` (why the playbook does not run
-in check mode first).
+``unforetold`` (task: why check mode on a fresh host cannot foretell it).
 
 Two variables of the environment change every host of a scenario, so that it can be tried on others than it names:
 COMPOSEFS_OCI_SUITE is the Debian suite, COMPOSEFS_OCI_HOST_PYTHON an interpreter of this machine that namespace hosts
@@ -156,7 +155,6 @@ def create(scenario: str, platforms: list[Spec], lab: Spec) -> Spec:
         }
         facts["instances"] = [host.result() for host in hosts]
     facts["unforetold"] = lab.get("unforetold", {})
-    facts["unchecked"] = lab.get("unchecked", "")
     facts["hosts"] = {
         host["instance"]: described for host, described in zip(facts["instances"], describe(facts["instances"]))
     }

@@ -232,6 +232,17 @@ def test_check_mode_goes_through_all_waves_and_ends_well(site: Site, playbook: s
     assert not [file for file in fleet.reports.glob("*") if ".plan." not in file.name]
 
 
+def test_check_mode_needs_a_digest_where_no_host_can_ask_for_it_yet(site: Site) -> None:
+    fleet = Fleet(site, ["one"])
+    fleet.answer("one", "image", changed=True, digest=None, registry_digest=None, layers=None, stats={})
+    (site.directory / "own.yml").write_text(IN_A_PLAY)
+    for playbook in ("rollout", "own.yml"):
+        done = fleet.run(playbook, "--check", rollout_digest="")
+        assert done.returncode == 2 and "Nobody can tell yet what" in done.stdout, done.stdout
+        assert "set rollout_digest" in done.stdout and "deployment" not in fleet.asked("one")
+    assert fleet.run("rollout", "--check").returncode == 0
+
+
 @pytest.mark.parametrize("playbook", ["rollout", "rollback", "status", "retire"])
 def test_hosts_that_are_none_are_refused(site: Site, playbook: str) -> None:
     fleet = Fleet(site, ["one", "two"])

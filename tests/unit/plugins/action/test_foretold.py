@@ -16,6 +16,7 @@ pytest.importorskip(
     "ansible.plugins.action", reason="ansible-core is not installed for this Python", exc_type=ImportError
 )
 
+from ansible import context
 from ansible.plugins.action import ActionBase
 
 from ansible_collections.composefs.oci.plugins.action import (
@@ -113,7 +114,11 @@ def test_a_task_that_only_asks_what_would_be_leaves_no_facts(monkeypatch: pytest
     task = Task(path="/r")
     assert run(monkeypatch, action, task, result, {})[0]["ansible_facts"]
     task.written = {"composefs.oci.some": {}, "check_mode": True}
-    assert "ansible_facts" not in run(monkeypatch, action, task, result, {})[0]
+    answer, seen = run(monkeypatch, action, task, result, {})
+    assert "ansible_facts" not in answer and {foretold.ASKS: "1"} in seen
+    # Within a run in check mode what is not there may still come.
+    monkeypatch.setattr(context, "CLIARGS", {"check": True})
+    assert {foretold.ASKS: "1"} not in run(monkeypatch, action, task, result, {})[1]
 
 
 def test_each_name_has_a_fact_of_its_own() -> None:

@@ -154,6 +154,8 @@ def test_check_mode_foretells_a_delta_before_there_is_skopeo(run: Any, monkeypat
     assert told["changed"] and [told[key] for key in ("ref", "digest", "bytes", "layers")] == [None] * 4
     assert "zstd" in str(told["warnings"])
     assert run()["error"] == "missing_library"
+    monkeypatch.setenv("COMPOSEFS_OCI_ASKS", "1")
+    assert run(check=True)["error"] == "missing_library"
 
 
 def test_what_lies_there_counts_only_with_this_source_and_target(

@@ -580,6 +580,12 @@ def test_check_mode_fails_for_no_image_because_skopeo_is_still_to_be_installed(
 
     world.starting = [missing]
     assert run(ref=REGISTRY + "app", name="x")["error"] == "skopeo_missing"
+    # A task that only asks, in a run that is not in check mode: nobody is going to install anything.
+    monkeypatch.setenv("COMPOSEFS_OCI_ASKS", "1")
+    for name in ("x", "new"):
+        world.starting = [missing]
+        assert foretold(name=name)["error"] == "skopeo_missing"
+    monkeypatch.delenv("COMPOSEFS_OCI_ASKS")
     # What is too old has to be replaced, which no task of the collection does.
     world.starting = [SkopeoTooOld("This skopeo is too old.", "Install another.")] * 2
     assert foretold()["error"] == "skopeo_too_old"

@@ -127,7 +127,7 @@ def test_credentials_in_a_reference_stand_nowhere(capsys: pytest.CaptureFixture[
     assert "hunter2" not in output and '"failed": true' in output
 
 
-def test_check_mode_does_not_fail_before_there_is_skopeo(run: Any) -> None:
+def test_check_mode_does_not_fail_before_there_is_skopeo(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"ref": "docker://registry.test/app:1", "executable": "/nowhere/skopeo"}
     assert run(**values)["error"] == "skopeo_missing"
     told = run(_ansible_check_mode=True, **values)
@@ -135,6 +135,8 @@ def test_check_mode_does_not_fail_before_there_is_skopeo(run: Any) -> None:
     documented = yaml.safe_load(composefs_remote_info.RETURN)
     nulls = set(documented) - {"ref", "error", "attempts", "seconds"}
     assert {key: told[key] for key in nulls} == dict.fromkeys(nulls) and "/nowhere/skopeo" in str(told["warnings"])
+    monkeypatch.setenv("COMPOSEFS_OCI_ASKS", "1")
+    assert run(_ansible_check_mode=True, **values)["error"] == "skopeo_missing"
 
 
 def test_check_mode_does_not_fail_before_there_is_a_library_for_an_archive(
