@@ -221,6 +221,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.module import (
     told,
 )
 from ansible_collections.composefs.oci.plugins.module_utils.operations import check, repair
+from ansible_collections.composefs.oci.plugins.module_utils.operations.findings import NO
 from ansible_collections.composefs.oci.plugins.module_utils.progress import Progress
 from ansible_collections.composefs.oci.plugins.module_utils.pull.pull import Options
 from ansible_collections.composefs.oci.plugins.module_utils.source.options import options_of
@@ -278,12 +279,11 @@ def run(module: AnsibleModule, base: dict[str, Any], life: watch.Life) -> dict[s
     foretold = {(one["code"], one["path"]) for one in base["repaired"]} if module.check_mode else set()
     left = [one for one in findings if (one.code, one.path) not in foretold]
     if left and params["fail_on_findings"]:
-        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        more = f", and {len(left) - 1} more" if len(left) > 1 else ""
+        helps = not params["repair"] and any(one.repairable != NO for one in left)
         raise FormatError(
-            f"Something is wrong with the repository {path}: {left[0].message}{more}.".replace("..", "."),
-            "All of it is in 'findings'."
-            if params["repair"]
-            else "All of it is in 'findings'; 'repair: true' may help.",
+            f"Something is wrong with the repository {path}: {left[0].message.rstrip('.')}{more}.",
+            f"All of it is in 'findings'{'; repair: true may help' if helps else ''}.",
         )
     return {}
 

@@ -231,7 +231,6 @@ def _entries(read: Callable[[str, int], bytes], file: str, path: str) -> list[di
 
 def _foretold(repository: Repository, finding: Finding, source: _Source) -> Repaired | None:
     """What would be done about a finding, None if nothing can be."""
-    text = "would be mended"
     if finding.repairable == NO:
         return None
     digest = object_digest(finding.object) if finding.object else None
@@ -244,7 +243,17 @@ def _foretold(repository: Repository, finding: Finding, source: _Source) -> Repa
         if not any(name in tags and source.reference(repository, name, tags[name]) for name in finding.names):
             return None
         how = "fetched"
-    return Repaired(finding.code, finding.object, finding.path, how, f"{finding.path} {text}: {how}.")
+    return Repaired(finding.code, finding.object, finding.path, how, f"{finding.path} would be {_way(how, source)}.")
+
+
+def _way(how: str, source: _Source) -> str:
+    """What is done about a finding, in words that follow ``was`` or ``would be``."""
+    return {
+        "set_aside": "set aside",
+        "rebuilt": "made anew of what is here",
+        "copied": f"copied from {source.path}",
+        "fetched": "fetched again",
+    }[how]
 
 
 class _Repair:
@@ -510,13 +519,7 @@ class _Repair:
                     continue
                 hows = {self.by_image.get(name) for name in finding.names}
                 how = "fetched" if "fetched" in hows and finding.repairable != LOCAL else "rebuilt"
-            words = {
-                "set_aside": "was set aside",
-                "rebuilt": "was made anew of what is here",
-                "copied": f"was copied from {self.source.path}",
-                "fetched": "was fetched again",
-            }
-            text = f"{finding.path} {words[how]}."
+            text = f"{finding.path} was {_way(how, self.source)}."
             if any(name.startswith(f"{keepers.MOUNT} ") for name in finding.names):
                 text += f" {in_use}"
             done.append(Repaired(finding.code, finding.object, finding.path, how, text))

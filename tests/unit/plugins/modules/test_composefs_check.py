@@ -97,6 +97,7 @@ def test_a_repair_is_foretold_done_and_not_done_again(run: Any, repo: Repo) -> N
     assert result["changed"] and "failed" not in result and result["findings"] == []
     assert [(one["object"], one["how"]) for one in result["repaired"]] == [(what, "rebuilt")]
     assert [(one["object"], one["how"]) for one in foretold["repaired"]] == [(what, "rebuilt")]
+    assert foretold["repaired"][0]["message"].endswith(" would be made anew of what is here.")
     assert not run(level="objects", repair=True)["changed"]
 
 
@@ -112,6 +113,21 @@ def test_what_cannot_be_repaired_fails_the_task(run: Any, repo: Repo) -> None:
     stray(repo)
     result = run(repair=True)
     assert result["failed"] and result["error"] == "repository_damaged" and not result["changed"]
+
+
+def test_what_is_said_of_findings_is_a_sentence_and_promises_nothing(run: Any, repo: Repo) -> None:
+    stray(repo)
+    with Repository.open(str(repo.path)) as repository:
+        name, manifest = next(iter(repository.tags().items()))
+        repository.tag("a/../../b", manifest)
+    assert "repair: true" not in run()["msg"]
+    (repo.path / "streams/refs/oci/..%2F..%2Fgone").symlink_to("nowhere")
+    told = run()
+    assert ". and" not in told["msg"] and ", and 1 more. " in told["msg"], told["msg"]
+    assert told["findings"][0]["message"].rstrip(".") in told["msg"]
+    rotten_file(repo)
+    assert "repair: true may help." in run(level="objects")["msg"]
+    assert "repair: true" not in run(level="objects", repair=True, images=["a"]).get("msg", "")
 
 
 def test_a_password_is_for_one_registry(run: Any, repo: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
