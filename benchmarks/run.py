@@ -303,6 +303,8 @@ def _machine(options: argparse.Namespace) -> str:
         "import importlib.util as u\n"
         "names = ('isal', 'zlib_ng', 'zstandard', 'backports.zstd', 'compression.zstd', 'jsonschema')\n"
         "found = [n for n in names if u.find_spec(n.split('.')[0]) and u.find_spec(n)]\n"
+        "try: found += [__import__('ctypes').CDLL('libisal.so.2')._name]\n"
+        "except (ImportError, OSError): pass\n"
         "print(' '.join(found) or 'none')"
     )
     libraries = subprocess.run(
@@ -310,7 +312,7 @@ def _machine(options: argparse.Namespace) -> str:
     ).stdout.strip()
     load = " ".join(f"{value:.1f}" for value in os.getloadavg())
     return (
-        f"{len(os.sched_getaffinity(0))} processors, {model}; {', '.join(versions)}; Python libraries: {libraries}; "
+        f"{len(os.sched_getaffinity(0))} processors, {model}; {', '.join(versions)}; libraries: {libraries}; "
         f"load average at the start: {load}"
     )
 

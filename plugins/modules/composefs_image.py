@@ -300,7 +300,7 @@ requirements:
     them and other repositories
   - zstandard for Python on the host (or Python 3.14)
   - jsonschema for Python on the host (optional, checks new documents against their schemas)
-  - isal or zlib-ng for Python on the host (optional, decode gzip faster)
+  - isal or zlib-ng for Python, or libisal.so.2 on the host (optional, decode gzip faster)
 seealso:
   - module: composefs.oci.composefs_repository
   - module: composefs.oci.composefs_image_info

@@ -37,8 +37,8 @@ MAY_KNOW: dict[str, set[str]] = {
 FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "": (("text",), ("errors", "progress")),
     "formats": (
-        ("bounds", "codecs", "digests", "strictjson"),
-        ("fsverity", "tarheader"),
+        ("bounds", "digests", "libisal", "strictjson"),
+        ("codecs", "fsverity", "tarheader"),
         ("metajson", "ocidocuments", "reference", "repolayout", "splitstream", "tar", "tardiff"),
         ("indexes", "ocischemas"),
     ),

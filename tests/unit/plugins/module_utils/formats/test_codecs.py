@@ -4,18 +4,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import gzip
 import hashlib
 import importlib
 import io
 import random
 import struct
+import sys
 import threading
 import tracemalloc
 import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
-from ansible_collections.composefs.oci.plugins.module_utils.formats import codecs
+from ansible_collections.composefs.oci.plugins.module_utils.formats import codecs, libisal
 from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     EngineError,
     FormatError,
@@ -34,7 +38,8 @@ def installed(module: str) -> bool:
     return True
 
 
-GZIP = [name for name, module in codecs.GZIP_BACKENDS.items() if installed(module)]
+# The C library without a Python module counts as installed if it can be loaded, whatever the engine thinks of it.
+GZIP = [name for name, module in codecs.GZIP_BACKENDS.items() if (installed(module) if module else libisal.load())]
 ZSTD = [name for name, module in codecs.ZSTD_BACKENDS.items() if installed(module)]
 EVERY = [("gzip", name) for name in GZIP] + [("zstd", name) for name in ZSTD]
 
@@ -103,6 +108,103 @@ def unpack(compression: str, backend: str, data: bytes, n: int = 1 << 20, step: 
 def test_there_is_always_a_gzip_backend() -> None:
     assert codecs.gzip_backend() == GZIP[0]
     assert "zlib" in GZIP
+
+
+needs_libisal = pytest.mark.skipif("libisal" not in GZIP, reason="there is no libisal.so.2 here (Debian: libisal2)")
+
+
+@pytest.fixture
+def no_binding(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Python with the standard library only, which has not looked for the C library yet."""
+    real = codecs._module
+    monkeypatch.setattr(codecs, "_module", lambda name: real(name) if name == "zlib" else None)
+    codecs._libisal.cache_clear()
+    yield
+    codecs._libisal.cache_clear()
+
+
+@needs_libisal
+@pytest.mark.usefixtures("no_binding")
+def test_the_c_library_serves_where_python_has_no_binding() -> None:
+    assert codecs.gzip_backend() == "libisal"
+
+
+@pytest.mark.usefixtures("no_binding")
+@pytest.mark.parametrize("lacking", ["ctypes", "the library", "a function", "this kind of processor"])
+def test_without_the_c_library_the_standard_library_decodes(lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if lacking == "ctypes":
+        monkeypatch.setitem(sys.modules, "ctypes", None)
+    elif lacking == "this kind of processor":
+        monkeypatch.setattr(sys, "byteorder", "big")
+    else:
+        # A name that is not there, or a library that is and has other functions.
+        monkeypatch.setattr(
+            ctypes, "CDLL", lambda name, load=ctypes.CDLL: load(name[:-1] + "99" if lacking == "the library" else None)
+        )
+    assert codecs.gzip_backend() == "zlib"
+    assert unpack("gzip", codecs.gzip_backend(), gzip.compress(TEXT)) == TEXT
+
+
+class Pretender:
+    """The C library, as it seems; ``answer`` changes what its structure holds after each call."""
+
+    def __init__(self, answer: Callable[[Any], int | None]) -> None:
+        self.library = libisal.Library()
+        inflate = self.library.inflate
+
+        def pretend(state: Any) -> int:
+            result = inflate(state)
+            other = answer(state)
+            return int(result if other is None else other)
+
+        self.library.inflate = pretend
+
+
+@needs_libisal
+@pytest.mark.usefixtures("no_binding")
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("block_state", 5),
+        ("block_state", 0),
+        ("avail_out", 1 << 31),
+        ("avail_in", 1 << 31),
+        ("guard", 1),
+        ("avail_out", 0),
+    ],
+)
+def test_a_c_library_that_behaves_otherwise_is_not_used(
+    field: str, value: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = Pretender(lambda state: setattr(state, field, value)).library
+    monkeypatch.setattr(libisal, "load", lambda: library)
+    assert codecs.gzip_backend() == "zlib"
+
+
+@needs_libisal
+@pytest.mark.usefixtures("no_binding")
+def test_a_c_library_that_takes_wrong_checksums_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Pretender(lambda state: 0).library
+    monkeypatch.setattr(libisal, "load", lambda: library)
+    assert codecs.gzip_backend() == "zlib"
+
+
+@needs_libisal
+@pytest.mark.parametrize("field, value", [("avail_out", 1 << 31), ("avail_in", 1 << 31), ("guard", 1)])
+def test_sizes_that_cannot_be_are_not_believed(field: str, value: int) -> None:
+    member = libisal.Member(Pretender(lambda state: setattr(state, field, value)).library)
+    with pytest.raises(libisal.LibraryError):
+        member.decompress(memoryview(gzip.compress(TEXT)[10:]), 1000)
+
+
+def test_the_sample_has_blocks_of_every_kind_and_reaches_beyond_the_window() -> None:
+    text, blob = libisal.sample()
+    assert gzip.decompress(blob) == text and len(text) > 3 * 32768
+    kinds = {blob[10] >> 1 & 3}  # the first block's, and of those that begin at a byte because all was flushed before
+    for at in range(len(blob) - 4):
+        if blob[at : at + 4] == b"\0\0\xff\xff":
+            kinds.add(blob[at + 4] >> 1 & 3)
+    assert kinds == {0, 1, 2}
 
 
 def test_the_zstd_backend_is_the_first_that_is_installed() -> None:
