@@ -645,7 +645,9 @@ def table(made: Mapping[str, Any], most: int = 30) -> list[str]:
     """The report for a terminal: the totals, then the hosts that need a person."""
     states = made["totals"]["states"]
     lines = [
-        f"{made['name']} {_short(made['digest'])}: {made['result']}"
+        # Going back has no digest: every host has its own.
+        " ".join([str(made["name"]), *([_short(made["digest"])] if made["digest"] else [])])
+        + f": {made['result']}"
         + (f" before wave {made['halted']['wave']}: {made['halted']['why']}" if made.get("halted") else ""),
         (", ".join(f"{number} {state.replace('_', ' ')}" for state, number in states.items()) or "no hosts")
         + _fetched(made["totals"]),

@@ -120,7 +120,7 @@ def _require_calendar(calendar: str, run: Run) -> None:
             fault = (errors.strip().splitlines() or ["it is not understood"])[0]
     if fault:
         raise InvalidOption(
-            f"{calendar!r} is no time for a timer of systemd: {fault}.".replace("..", "."),
+            f"{calendar!r} is no time for a timer of systemd: {fault.rstrip('.')}.",
             "Write it as for OnCalendar, for example daily, or Mon 03:00; see systemd.time(7).",
         )
 

@@ -41,8 +41,9 @@ def _asks_for_nothing(options: ProxyOptions, transport: str, strict: bool) -> bo
     except (OSError, EngineError, ValueError) as error:
         if not strict:
             return False
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error).rstrip(".")
         raise PolicyRejected(
-            f"The signature policy {name} cannot be read: {error}.".replace("..", "."),
+            f"The signature policy {name} cannot be read: {why}.",
             "Repair it as containers-policy.json(5) says, or name another one with signature_policy.",
         ) from error
     return not _demand(policy, name, transport)

@@ -208,6 +208,7 @@ def test_the_report_of_all_states_is_as_its_schema_says() -> None:
     check(made)
     assert made["result"] == "halted" and made["totals"]["states"] == {state: 1 for state in rollout.STATES}
     assert [wave["confirmed"] for wave in made["waves"]] == [1, 0]
+    assert rollout.table({**made, "digest": None})[0].startswith("app: "), "going back: every host has its own"
     lines = rollout.table(made)
     assert lines[0].startswith("app bbbbbbbbbbbb: halted") and lines[2].startswith("revert_failed: revert failed")
 
