@@ -45,12 +45,13 @@ def repository_path(module: Module, option: str = "repository") -> str:
     return os.path.abspath(os.path.expanduser(module.params.get(option) or default_path()))
 
 
-def mount_point(text: str) -> str:
-    """The absolute path of a mount point, without a trailing slash. InvalidOption for one that is relative or empty: it
-    would be below the directory that the task happens to run in, which is somebody's home.
+def mount_point(text: str, option: str = "path") -> str:
+    """The absolute path of a mount point, or what another ``option`` says, without a trailing slash. InvalidOption for
+    one that is relative or empty: it would be below the directory that the task happens to run in, which is somebody's
+    home.
     """
     if not os.path.isabs(text):
-        raise InvalidOption(f"The option path is {text!r}, which is no absolute path.", "Write it from / on.")
+        raise InvalidOption(f"The option {option} is {text!r}, which is no absolute path.", "Write it from / on.")
     return os.path.abspath(text)
 
 

@@ -332,6 +332,9 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
     check = module.check_mode
     path = base["path"] = mount_point(params["path"])
     base["repository"] = repository_path(module)
+    for option in ("upperdir", "workdir"):
+        if params[option] is not None:
+            mount_point(params[option], option)
     with doing(f"Looking for the mount point {path}"):
         # Resolved once, here; whoever could put a link in its place must be root or the user that runs this.
         beneath.check_way(path)

@@ -165,7 +165,7 @@ def _reason(fd: int, algorithm: fsverity.Algorithm) -> VerityUnsupported | None:
     without, or it is switched off on this device. None if that cannot be told.
     """
     kind, device = _mounted(fd)
-    instead = "or use a repository that does not require it"
+    instead = "or make a repository that does not require it (verity=preferred)"
     if kind == "unknown":
         return None
     if kind not in _WITH_VERITY:

@@ -446,5 +446,6 @@ def test_a_mount_point_behind_a_link_of_somebody_else_is_refused(host: Host, run
 
 @pytest.mark.parametrize("path", ["", "app", "./app"])
 def test_a_mount_point_is_never_below_where_the_task_happens_to_run(host: Host, run: Any, path: str) -> None:
-    result = run(path=path, image=host.images[0])
-    assert result["error"] == "invalid_option" and "no absolute path" in result["msg"] and not host.there
+    for places in ({"path": path}, {"upperdir": path, "workdir": "/work"}, {"upperdir": "/upper", "workdir": path}):
+        result = run(image=host.images[0], **places)
+        assert result["error"] == "invalid_option" and "no absolute path" in result["msg"] and not host.there
