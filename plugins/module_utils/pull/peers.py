@@ -12,7 +12,7 @@ from ..formats.repolayout import StreamName
 from ..errors import EngineError, ImageNotFound
 from ..formats.fsverity import Algorithm
 from ..progress import Progress
-from ..source.peer import PeerOptions, PeerSource, check_headers, check_url, is_https, is_lie, tls_context
+from ..source.peer import PeerOptions, PeerSource, check_headers, check_url, is_https, is_lie, sentence, tls_context
 from ..source.source import Patient
 from .fetch import PEER, Fetcher, Job
 from .plan import Layer, Plan
@@ -70,5 +70,5 @@ class Peers:
     def complaint(self, job: Job, error: EngineError) -> str:
         """The warning about a peer that failed."""
         if is_lie(error):
-            return f"{job.source.name.capitalize()} lied about layer {job.spec.diff_id}, look at it: {error.text}"
-        return f"{job.source.name.capitalize()} failed and was left out: {error}"
+            return f"{sentence(job.source.name)} lied about layer {job.spec.diff_id}, look at it: {error.text}"
+        return f"{sentence(job.source.name)} failed and was left out: {error}"

@@ -114,6 +114,11 @@ class PeerSource(Source):
         return _Connection(self.url, self.name, self._context, self._options)
 
 
+def sentence(name: str) -> str:
+    """The name of a peer as a sentence begins, with its URL as it is: paths tell capital letters from small ones."""
+    return name[:1].upper() + name[1:]
+
+
 def is_https(url: str) -> bool:
     """Whether the peer is asked by TLS; the scheme may be written in any case."""
     return urlsplit(url).scheme == "https"
@@ -219,18 +224,18 @@ class _Connection:
 
     def failed(self, error: Exception, doing: str) -> EngineError:
         if isinstance(error, (socket.timeout, TimeoutError)):
-            return Stalled(f"{self._name.capitalize()} was silent for {self._options.silence:g} seconds, {doing}.")
+            return Stalled(f"{sentence(self._name)} was silent for {self._options.silence:g} seconds, {doing}.")
         if error.__class__.__module__ == "ssl":
             if type(error).__name__ == "SSLCertVerificationError":
                 return TlsFailed(f"The certificate of {self._name} is not accepted.", "Look at 'peer_ca_file'.")
             said = str(getattr(error, "reason", None) or type(error).__name__).replace("_", " ").lower()
             return TlsFailed(
-                f"{self._name.capitalize()} does not speak TLS as this host does: {said}.",
+                f"{sentence(self._name)} does not speak TLS as this host does: {said}.",
                 "If it speaks plain HTTP, its URL begins with http://.",
             )
         if isinstance(error, OSError):
             return RegistryUnreachable(f"Cannot reach {self._name}: {error.strerror or type(error).__name__}.")
-        return RegistryUnreachable(f"{self._name.capitalize()} does not speak HTTP: {type(error).__name__}.")
+        return RegistryUnreachable(f"{sentence(self._name)} does not speak HTTP: {type(error).__name__}.")
 
     def close(self) -> None:
         """May be called from any thread: a read that is under way fails soon, and no request opens it again."""

@@ -464,7 +464,7 @@ def patient(original: Any, others: dict[str, Any]) -> Any:
 def test_a_peer_that_nobody_answers_for_costs_a_warning(path: pathlib.Path, world: World) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{unused.getsockname()[1]}/"
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/Images/Repository/"
         result = pulled(path, url)
     assert_right(path, result, "registry", "registry")
     assert url in result["warnings"][0]
