@@ -26,7 +26,7 @@ BARE = ("openssh-server", "python3", "procps", "e2fsprogs", "passwd")
 NEEDED = ("skopeo", "python3-jsonschema", "ca-certificates")
 # Python 3.14 has zstd in its standard library: hosts of forky do without the package, so that this is tried as well.
 ZSTD = {"bookworm": ("python3-zstandard",), "trixie": ("python3-zstandard",), "forky": ()}
-ACCELERATORS = {"bookworm": (), "trixie": ("python3-isal",), "forky": ("python3-isal",)}
+ACCELERATORS = {"bookworm": ("libisal2",), "trixie": ("python3-isal",), "forky": ("python3-isal",)}
 # The role asks for the first; ansible.builtin.apt installs the second by itself where it is missing.
 INSTALLABLE = (*NEEDED, "python3-zstandard", "python3-apt")
 LEFT_OUT = ("/usr/share/man/*", "/usr/share/doc/*", "/usr/share/locale/*", "/usr/share/info/*")

@@ -155,6 +155,17 @@ def test_a_host_that_has_everything_is_not_changed_and_its_facts_are_told(host: 
     assert outcome.facts["libraries"]["zstandard"]
 
 
+def test_debian_12_gets_the_library_that_decodes_gzip_unless_that_is_not_wanted(host: Host) -> None:
+    if not pathlib.Path("/etc/debian_version").read_text().startswith("12"):
+        pytest.skip("this is not Debian 12")
+    if subprocess.run(["dpkg", "--status", "libisal2"], capture_output=True, check=False).returncode == 0:
+        pytest.skip("libisal2 is installed here")
+    outcome = host.run("--check", skopeo_library_packages=["hello"])
+    assert outcome.code == 0 and "libisal2" in outcome.text.partition("Would install")[2][:80], outcome.text
+    outcome = host.run("--check", skopeo_library_packages=["hello"], skopeo_accelerators=False)
+    assert outcome.code == 0 and "libisal2" not in outcome.text, outcome.text
+
+
 @pytest.mark.usefixtures("namespaces")
 @pytest.mark.parametrize(
     ("prepare", "why"),
