@@ -35,6 +35,7 @@ TEST_COMMANDS = {
     "fsck.erofs": "erofs-utils",
     "mkfs.ext4": "e2fsprogs",
     "htpasswd": "apache2-utils",
+    "igzip": "isal",
     "mmdebstrap": "mmdebstrap",
     "mount": "mount",
     "openssl": "openssl",

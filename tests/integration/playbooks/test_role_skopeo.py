@@ -144,6 +144,33 @@ def test_check_mode_tells_what_would_be_installed_and_installs_nothing(host: Hos
     assert shutil.which("hello") is None
 
 
+# No package list, and nobody who has one.
+NO_PACKAGES = """
+cp -a /etc/apt {directory}/apt
+rm -rf {directory}/apt/sources.list.d/* {directory}/apt/sources.list
+echo 'deb [trusted=yes] http://127.0.0.1:9/debian stable main' > {directory}/apt/sources.list
+mount --bind {directory}/apt /etc/apt
+mount -t tmpfs none /var/lib/apt
+mount -t tmpfs none /var/cache/apt
+mkdir -p /var/lib/apt/lists/partial /var/cache/apt/archives/partial
+"""
+
+
+@pytest.mark.usefixtures("namespaces")
+def test_a_host_that_reaches_no_packages_does_without_what_only_makes_pulls_faster(host: Host) -> None:
+    if not shutil.which("skopeo") or not system_has_zstandard():
+        pytest.skip("skopeo or python3-zstandard is not installed here")
+    if shutil.which("hello"):
+        pytest.skip("the package hello, which stands for a missing one, is installed here")
+    prepare = NO_PACKAGES.format(directory=host.directory)
+    outcome = host.run(prepare=prepare, skopeo_accelerator_packages=["hello"])
+    assert outcome.code == 0 and outcome.changed == 1, outcome.text  # the file that tells the facts
+    shutil.rmtree(host.directory / "apt")
+    outcome = host.run(prepare=prepare, skopeo_executable="no-skopeo-here", skopeo_package="hello")
+    failed_at = outcome.text.partition("fatal: ")[0].rpartition("TASK [")[2]
+    assert outcome.code != 0 and "Refresh the package lists" in failed_at, outcome.text  # what is needed has to come
+
+
 def test_a_host_that_has_everything_is_not_changed_and_its_facts_are_told(host: Host) -> None:
     if not shutil.which("skopeo") or not system_has_zstandard():
         pytest.skip("skopeo or python3-zstandard is not installed here")
