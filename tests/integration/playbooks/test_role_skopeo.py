@@ -144,11 +144,11 @@ def test_check_mode_tells_what_would_be_installed_and_installs_nothing(host: Hos
     assert shutil.which("hello") is None
 
 
-# No package list, and nobody who has one.
+# No package list, and a source that cannot even be read, so that apt fails.
 NO_PACKAGES = """
 cp -a /etc/apt {directory}/apt
 rm -rf {directory}/apt/sources.list.d/* {directory}/apt/sources.list
-echo 'deb [trusted=yes] http://127.0.0.1:9/debian stable main' > {directory}/apt/sources.list
+echo 'deb http://127.0.0.1:9/debian' > {directory}/apt/sources.list
 mount --bind {directory}/apt /etc/apt
 mount -t tmpfs none /var/lib/apt
 mount -t tmpfs none /var/cache/apt
