@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import io
 import json
 import pathlib
 import random
@@ -68,8 +69,10 @@ PAIRS = (
     ("base and service rebuilt (both layers)", [BASE, SERVICE], [BASE, SERVICE], True),
     ("base system, as debootstrap installs it, rebuilt", [SYSTEM], [SYSTEM], True),
     ("kernel package, a later ABI", ["linux-image-6.1.0-47-amd64"], ["linux-image-6.1.0-50-amd64"], False),
+    ("Java runtime (one file of 130 MB)", ["openjdk-17-jre-headless"], ["openjdk-17-jre-headless"], True),
 )
 BOTH = 1
+PROGRAM = "usr/bin/python3.11"
 PROXY = ProxyOptions(insecure_policy=True, unenforced_policy="ignore", tls_verify=False)
 SPACE = "composefs-updates"
 
@@ -129,6 +132,29 @@ def nothing_new(work: pathlib.Path) -> ociimage.Layout:
     return layout
 
 
+def one_program(work: pathlib.Path) -> ociimage.Layout:
+    """A service in which one program of 7 MB was compiled anew."""
+    layout = packages(work, BOTH)
+    base, service = layers_of(layout, "old")
+    newer = layout.blob_path(layers_of(layout, "new")[1].descriptor["digest"])
+    with tarfile.open(newer, "r:gz") as archive:
+        (program,) = (one for one in archive if one.name.removeprefix("./") == PROGRAM)
+        content = archive.extractfile(program)
+        compiled = content.read() if content else b""
+    sink = layout.sink()
+    blob = layout.blob_path(service.descriptor["digest"])
+    with tarfile.open(blob, "r:gz") as old, tarfile.open(fileobj=sink, mode="w|", format=tarfile.GNU_FORMAT) as new:
+        for one in old:
+            if one.name.removeprefix("./") == PROGRAM:
+                one.size = len(compiled)
+                new.addfile(one, io.BytesIO(compiled))
+            else:
+                new.addfile(one, old.extractfile(one) if one.isreg() else None)
+    layout.image([base, service], "program-old")
+    layout.image([base, sink.finish()], "program-new")
+    return layout
+
+
 def tiny_files(work: pathlib.Path) -> ociimage.Layout:
     """100,000 files of some hundred bytes, of which one in a hundred changes."""
     layout = ociimage.Layout(work / "tiny")
@@ -151,6 +177,7 @@ ROWS: tuple[tuple[str, Callable[[pathlib.Path], ociimage.Layout], str], ...] = (
     *((pair[0], functools.partial(packages, number=number), "") for number, pair in enumerate(PAIRS)),
     ("service on it rebuilt with security fixes (1 of 2 layers)", one_of_two, "one-"),
     ("service rebuilt, nothing new (other times)", nothing_new, "same-"),
+    ("one program of 7 MB in a layer", one_program, "program-"),
     ("1 % of 100,000 tiny files", tiny_files, ""),
 )
 
