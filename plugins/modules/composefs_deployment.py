@@ -475,8 +475,7 @@ def after_others(
     on_trial = by_then["state"] == activation.ACTIVATED
     image = {key: by_then[key] for key in ("name", "digest", "image_id")}
     if state == activation.ABSENT:
-        base.update(name=None, image_id=None, digest=None, rollout=None, unit=None, pins=[], deadline=None)
-        base.update(changed=not by_then["absent"], state=state)
+        base.update(gone(), changed=not by_then["absent"])
         return True
     if by_then["absent"]:
         return False
@@ -515,14 +514,19 @@ def will_be_there(
     return (pinned is not None and not pinned.absent) or repository.foreseen.brings(digest)
 
 
+def gone() -> dict[str, Any]:
+    """What check mode tells of a mount point where nothing will be."""
+    nothing = dict.fromkeys(("name", "image_id", "digest", "rollout", "unit", "deadline"))
+    return {"state": activation.ABSENT, **nothing, "pins": []}
+
+
 def foretell(base: dict[str, Any], result: lastingmount.Result, state: str) -> None:
     """What the task would leave, in check mode; what only the run can tell is null."""
     found = result.found
     trial = found.pending if found else None
     if not result.changed or found is None:
         if state == activation.ABSENT:
-            base.update(image_id=None, digest=None, state=state, rollout=None, unit=None, pins=[], deadline=None)
-            base["name"] = None
+            base.update(gone())
         return
     base.update(state=state, deadline=None)
     if trial is not None and state in (activation.ACTIVATED, activation.CONFIRMED):

@@ -809,14 +809,13 @@ def present(
         ]
     progress = Progress(watch.Announcer(life), *progress_files(module.params["progress_file"], life.progress_file))
     try:
-        reports = pulled(module, repository, requests, options, progress, life.permit)
+        return pulled(module, repository, requests, options, progress, life.permit)
     except LACKING as error:
         if not foretells(module):
             raise
-        reports = pulled_in_part(module, repository, requests, options, progress, error)
+        return pulled_in_part(module, repository, requests, options, progress, error)
     finally:
         progress.close()
-    return reports
 
 
 def pulled(
