@@ -24,6 +24,9 @@ PULL = pathlib.Path(__file__).parents[1] / "pull.yml"
 WATCHED = ("faults-cut", "faults-killed")
 # Seconds without a sign after which a watched job gives nothing a name, and after which it ends (host/watch.py).
 FRESH, PATIENCE = 15, 120
+# Seconds more in which a command that came through just before the connections were cut may still give a sign, and in
+# which the job, on a machine with other work, sees the last one.
+LATE = 10
 
 
 def pull_from(registry: str, **variables: str) -> Run:
@@ -165,7 +168,8 @@ def looked_after(name: str) -> bool:
 def watched(story: dict[str, Run], lab: dict[str, Any]) -> Iterator[Watched]:
     """A pull with a live line on two hosts: one loses its connections, and the other cannot be reached any more."""
     with FaultProxy(lab["registries"]["plain"]["address"]) as proxy, concurrent.futures.ThreadPoolExecutor(1) as pool:
-        slow = proxy.add(Rule("/blobs/", rate=5_000))
+        # So slow that no host is done before the other one has begun and the silence is long enough.
+        slow = proxy.add(Rule("/blobs/", rate=500))
         variables = {"faults_image": "app-1", "faults_name": "watched", "composefs_progress": "always"}
         first = pool.submit(pull_from, proxy.address, faults_hosts="faults-cut,faults-killed", **variables)
         wait_for("both pulls to be jobs", lambda: all(map(looked_after, WATCHED)) or first.done())
@@ -175,7 +179,7 @@ def watched(story: dict[str, Run], lab: dict[str, Any]) -> Iterator[Watched]:
         try:
             assert all(cut_connections(name) > 0 for name in WATCHED)
             # From here on nothing but the silence keeps the job from naming what it fetches.
-            time.sleep(FRESH)
+            time.sleep(FRESH + LATE)
             slow.rate = None
             tag = namespace.directory_of("faults-killed") / "srv/images/streams/refs/oci/watched"
             end = time.monotonic() + PATIENCE + 60
