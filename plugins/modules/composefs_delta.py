@@ -56,8 +56,8 @@ options:
     required: true
   dest:
     description:
-      - Where to put the delta, as a reference with its transport that C(skopeo) can write. A tag that an image has in a
-        registry is refused.
+      - Where to put the delta, as a reference with its transport, which is C(docker://), C(oci:), C(oci-archive:) or
+        C(dir:). A place where an image is, and an archive that holds something else, are refused.
       - V(auto) is beside the target in the registry that it was pulled from, under the tag
         C(sha256-<target>.delta-<24 digits of source>), where the digests are those that the registry knows. This needs
         a target that was pulled by a C(docker://) reference.

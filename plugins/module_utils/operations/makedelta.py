@@ -55,6 +55,8 @@ MIN_PATCHED = 1 << 10
 _PATCH = 16 << 20
 _PIECE = 256 * 1024
 _COMPARE_LEVEL = 3
+# What skopeo can put an artifact into, and not only an image.
+_PLACES = ("docker", "oci", "oci-archive", "dir")
 # Levels of zstd where the task names none. A rebuilt base image becomes 5 % smaller by the thorough level, in five more
 # seconds of processor. On large files it gains less for the time, and all that is not a patch gains nothing.
 _QUICK = 12
@@ -175,6 +177,11 @@ def require_place(dest: Reference) -> None:
             f"{dest.text} lies in a composefs repository, where no delta can be put.",
             "Write 'dest' as a place in a registry, a layout or an archive.",
         )
+    if dest.transport not in _PLACES:
+        raise InvalidOption(
+            f"{dest.text}: {dest.transport} takes images only, and a delta is none.",
+            "Write 'dest' as a place in a registry (docker://…), a layout (oci:…) or an archive (oci-archive:…).",
+        )
 
 
 def missing(source: Stored, target: Stored) -> list[dict[str, Any]]:
@@ -199,15 +206,22 @@ def there(
     options: ProxyOptions, dest: Reference, source: Stored, target: Stored, progress: Progress, retries: int = 0
 ) -> Made | None:
     """What lies at ``dest``, if it is a delta with this target and source; else None. Passing faults of the registry
-    are met by asking again, up to ``retries`` times. InvalidOption if an image has the tag, which it would lose.
+    are met by asking again, up to ``retries`` times. InvalidOption if an image is there, which would be lost, or an
+    archive with something else.
     """
     raw = persist(lambda: push.manifest_at(options, dest), retries, progress)
     if raw is None:
+        if dest.transport == "oci-archive" and os.path.exists(dest.path):
+            # skopeo adds nothing to an archive, it writes the file anew.
+            raise InvalidOption(
+                f"There is an archive {dest.path} already, and what it holds has another name. It would be lost.",
+                "Write 'dest' with another file, or as a layout (oci:…), which holds several deltas.",
+            )
         return None
-    if dest.is_remote and _is_image(raw):
+    if _is_image(raw):
         raise InvalidOption(
-            f"At {dest.text} is an image, which would lose its name to the delta.",
-            "Write 'dest' with another tag, or leave it at auto.",
+            f"At {dest.text} is an image, which would give way to the delta.",
+            "Write 'dest' with another tag or path, or leave it at auto.",
         )
     try:
         found = deltas.parse(ocidocuments.parse_manifest(raw))

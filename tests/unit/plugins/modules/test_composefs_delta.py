@@ -191,6 +191,9 @@ def test_auto_needs_a_reference_in_a_registry(run: Any, tmp_path: Path) -> None:
         ({"dest": "https://registry.test/x"}, "invalid_reference"),
         ({"dest": "docker://registry.test/x@sha256:" + "5" * 64}, "invalid_option"),
         ({"dest": "composefs:/srv/repository#delta"}, "invalid_option"),
+        ({"dest": "docker-archive:/srv/delta.tar:x"}, "invalid_option"),
+        ({"dest": "docker-daemon:delta:x"}, "invalid_option"),
+        ({"dest": "containers-storage:localhost/delta"}, "invalid_option"),
     ],
 )
 @pytest.mark.parametrize("check", [False, True])
@@ -200,8 +203,10 @@ def test_what_cannot_be_is_refused(run: Any, places: Places, values: dict[str, A
 
 
 @pytest.mark.parametrize("check", [False, True])
-def test_no_image_loses_its_tag_to_a_delta(run: Any, places: Places, check: bool) -> None:
-    dest = "docker://registry.test/app:1.5"
+@pytest.mark.parametrize(
+    "dest", ["docker://registry.test/app:1.5", "oci:/srv/layout:app", "oci-archive:/srv/app.tar", "dir:/srv/app"]
+)
+def test_no_image_gives_way_to_a_delta(run: Any, places: Places, dest: str, check: bool) -> None:
     descriptor = {"mediaType": ocidocuments.OCI_CONFIG, "digest": "sha256:" + "1" * 64, "size": 2}
     image = {"schemaVersion": 2, "mediaType": ocidocuments.OCI_MANIFEST, "config": descriptor, "layers": []}
     index = {"schemaVersion": 2, "mediaType": ocidocuments.OCI_INDEX, "manifests": []}
@@ -209,6 +214,19 @@ def test_no_image_loses_its_tag_to_a_delta(run: Any, places: Places, check: bool
         places.held[dest] = json.dumps(document).encode()
         result = run(check=check, dest=dest)
         assert result["error"] == "invalid_option" and "another tag" in result["msg"] and places.pushed == []
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_an_archive_of_something_else_is_not_written_anew(
+    run: Any, places: Places, tmp_path: Path, check: bool
+) -> None:
+    archive = tmp_path / "app.tar"
+    assert run(check=check, dest=f"oci-archive:{archive}:update")["changed"]
+    places.held.clear()
+    places.pushed.clear()
+    archive.write_bytes(b"an archive of app")
+    result = run(check=check, dest=f"oci-archive:{archive}:update")
+    assert result["error"] == "invalid_option" and "another file" in result["msg"] and places.pushed == []
 
 
 def test_a_registry_that_refuses_is_told(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
