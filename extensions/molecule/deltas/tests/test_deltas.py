@@ -14,12 +14,18 @@ from scenarios import Run
 
 testinfra_hosts = ["ansible://hosts"]
 
-MAKER, TAKER, MISLED = "deltas-bookworm", "deltas-trixie", "deltas-wrong"
-HOW = {MAKER: "Pull the newer image beside it", TAKER: "Update by the delta", MISLED: "Update by the layers"}
+MAKER, TAKER = "deltas-bookworm", "deltas-trixie"
+SEEDS = ("deltas-liar", "deltas-mortal")
+# The tasks by which hosts got the newer image; the others did so by "Update".
+HOW = {
+    MAKER: "Pull the newer image beside it",
+    TAKER: "Update by the delta",
+    **dict.fromkeys(SEEDS, "Pull the newer image from its registry"),
+}
 
 
 def update_of(run: Run, name: str) -> dict[str, Any]:
-    result = run.of(name, HOW[name])
+    result = run.of(name, HOW.get(name, "Update"))
     return result["images"][0] if "images" in result else result
 
 
@@ -56,16 +62,48 @@ def test_an_update_costs_the_bytes_of_the_delta_as_foretold(run: Run, name: str)
     assert foretold["changed"] and real["changed"] and not again["changed"] and real.get("warnings", []) == []
 
 
+def test_a_delta_that_is_named_is_taken(run: Run, name: str) -> None:
+    if name != "deltas-given":
+        pytest.skip("another host's part")
+    result = run.of(name, "Update")
+    assert [layer["source"] for layer in result["layers"]] == ["delta"] and result.get("warnings", []) == []
+    assert result["stats"]["bytes_fetched"] == run.of(MAKER, "Make the delta")["bytes"]
+
+
 def test_a_delta_that_does_not_fit_is_a_warning_and_the_layer_comes_whole(run: Run, name: str) -> None:
-    if name != MISLED:
-        pytest.skip("the third host is misled")
-    result = run.of(name, "Update by the layers")
+    if name != "deltas-wrong":
+        pytest.skip("another host's part")
+    result = run.of(name, "Update")
     assert [layer["source"] for layer in result["layers"]] == ["registry"]
     assert any("delta" in warning for warning in result["warnings"])
+
+
+def test_a_host_with_a_delta_needs_no_seed(run: Run, name: str) -> None:
+    if name != "deltas-served":
+        pytest.skip("another host's part")
+    result = run.of(name, "Update")
+    assert [layer["source"] for layer in result["layers"]] == ["delta"] and result.get("warnings", []) == []
+    assert [(peer["objects"], peer["error"]) for peer in result["stats"]["peers"]] == [(0, None)] * 2
+
+
+def test_a_host_that_everybody_fails_says_who_and_takes_the_layer_from_the_registry(run: Run, name: str) -> None:
+    if name != "deltas-forsaken":
+        pytest.skip("another host's part")
+    result = run.of(name, "Update")
+    assert [layer["source"] for layer in result["layers"]] == ["registry"]
+    assert all(peer["error"] for peer in result["stats"]["peers"])
+    for word in ("delta", "lied", "left out"):
+        assert any(word in warning for warning in result["warnings"]), (word, result["warnings"])
+
+
+def test_one_seed_died_in_the_middle_of_a_file(name: str, host: Any) -> None:
+    if name != "deltas-mortal":
+        pytest.skip("another host's part")
+    assert "dies in the middle of objects/" in host.file("/var/tmp/seed.log").content_string
 
 
 def test_the_origin_sent_the_newer_layer_only_to_those_without_a_delta(lab: dict[str, Any]) -> None:
     log = (lab_program.services("deltas") / "plain" / "log").read_text()
     (layer,) = lab["images"]["library-2"]["layers"]
     asked = re.findall(rf'"GET /v2/library-2/blobs/{layer} HTTP', log)
-    assert len(asked) == 2, "the maker and the host that was misled"
+    assert len(asked) == 5, "the maker, both seeds, the host with a wrong delta and the one that everybody failed"
