@@ -8,9 +8,8 @@ import re
 from typing import Any
 
 import lab as lab_program
-import pytest
 from composefs_testinfra import Repository
-from scenarios import Run
+from scenarios import Run, host_of
 
 testinfra_hosts = ["ansible://hosts"]
 
@@ -38,23 +37,19 @@ def test_every_host_has_the_same_newer_image_and_nothing_is_damaged(
     assert repository.damage() == []
 
 
-def test_the_delta_is_made_once(run: Run, name: str) -> None:
-    if name != MAKER:
-        pytest.skip("deltas are made on the first host")
+def test_the_delta_is_made_once(run: Run) -> None:
     foretold, made, again = (
-        run.of(name, task) for task in ("Foretell the delta", "Make the delta", "Make the delta again")
+        run.of(MAKER, task) for task in ("Foretell the delta", "Make the delta", "Make the delta again")
     )
     assert foretold["changed"] and made["changed"] and not again["changed"]
     assert foretold["digest"] is None and again["digest"] == made["digest"] and again["bytes"] == made["bytes"]
     assert made["layers"][0]["bytes"] < made["layers"][0]["size"] / 20
 
 
-def test_an_update_costs_the_bytes_of_the_delta_as_foretold(run: Run, name: str) -> None:
-    if name != TAKER:
-        pytest.skip("the delta is taken by the second host")
+def test_an_update_costs_the_bytes_of_the_delta_as_foretold(run: Run) -> None:
     made = run.of(MAKER, "Make the delta")
     foretold, real, again = (
-        run.of(name, task) for task in ("Foretell the update", "Update by the delta", "Update again")
+        run.of(TAKER, task) for task in ("Foretell the update", "Update by the delta", "Update again")
     )
     assert [layer["source"] for layer in foretold["layers"]] == ["delta"]
     assert [layer["source"] for layer in real["layers"]] == ["delta"]
@@ -62,44 +57,34 @@ def test_an_update_costs_the_bytes_of_the_delta_as_foretold(run: Run, name: str)
     assert foretold["changed"] and real["changed"] and not again["changed"] and real.get("warnings", []) == []
 
 
-def test_a_delta_that_is_named_is_taken(run: Run, name: str) -> None:
-    if name != "deltas-given":
-        pytest.skip("another host's part")
-    result = run.of(name, "Update")
+def test_a_delta_that_is_named_is_taken(run: Run) -> None:
+    result = run.of("deltas-given", "Update")
     assert [layer["source"] for layer in result["layers"]] == ["delta"] and result.get("warnings", []) == []
     assert result["stats"]["bytes_fetched"] == run.of(MAKER, "Make the delta")["bytes"]
 
 
-def test_a_delta_that_does_not_fit_is_a_warning_and_the_layer_comes_whole(run: Run, name: str) -> None:
-    if name != "deltas-wrong":
-        pytest.skip("another host's part")
-    result = run.of(name, "Update")
+def test_a_delta_that_does_not_fit_is_a_warning_and_the_layer_comes_whole(run: Run) -> None:
+    result = run.of("deltas-wrong", "Update")
     assert [layer["source"] for layer in result["layers"]] == ["registry"]
     assert any("delta" in warning for warning in result["warnings"])
 
 
-def test_a_host_with_a_delta_needs_no_seed(run: Run, name: str) -> None:
-    if name != "deltas-served":
-        pytest.skip("another host's part")
-    result = run.of(name, "Update")
+def test_a_host_with_a_delta_needs_no_seed(run: Run) -> None:
+    result = run.of("deltas-served", "Update")
     assert [layer["source"] for layer in result["layers"]] == ["delta"] and result.get("warnings", []) == []
     assert [(peer["objects"], peer["error"]) for peer in result["stats"]["peers"]] == [(0, None)] * 2
 
 
-def test_a_host_that_everybody_fails_says_who_and_takes_the_layer_from_the_registry(run: Run, name: str) -> None:
-    if name != "deltas-forsaken":
-        pytest.skip("another host's part")
-    result = run.of(name, "Update")
+def test_a_host_that_everybody_fails_says_who_and_takes_the_layer_from_the_registry(run: Run) -> None:
+    result = run.of("deltas-forsaken", "Update")
     assert [layer["source"] for layer in result["layers"]] == ["registry"]
     assert all(peer["error"] for peer in result["stats"]["peers"])
     for word in ("delta", "lied", "left out"):
         assert any(word in warning for warning in result["warnings"]), (word, result["warnings"])
 
 
-def test_one_seed_died_in_the_middle_of_a_file(name: str, host: Any) -> None:
-    if name != "deltas-mortal":
-        pytest.skip("another host's part")
-    assert "dies in the middle of objects/" in host.file("/var/tmp/seed.log").content_string
+def test_one_seed_died_in_the_middle_of_a_file() -> None:
+    assert "dies in the middle of objects/" in host_of("deltas-mortal").file("/var/tmp/seed.log").content_string
 
 
 def test_the_origin_sent_the_newer_layer_only_to_those_without_a_delta(lab: dict[str, Any]) -> None:

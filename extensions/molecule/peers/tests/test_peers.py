@@ -10,7 +10,7 @@ from typing import Any
 import lab as lab_program
 import pytest
 from composefs_testinfra import Repository
-from scenarios import Run, created
+from scenarios import Run, created, host_of
 
 testinfra_hosts = ["ansible://hosts"]
 
@@ -36,61 +36,50 @@ def test_every_host_has_the_image_and_nothing_is_damaged(
         assert not run.of(name, "Pull the image again")["changed"]
 
 
-def test_check_mode_tells_the_bytes_of_the_registry_as_an_upper_bound(name: str, run: Run, lab: dict[str, Any]) -> None:
-    if name not in CLIENTS:
-        pytest.skip("seeds have no peers")
+@pytest.mark.parametrize("name", CLIENTS)
+def test_check_mode_tells_the_bytes_of_the_registry_and_that_peers_may_change_them(
+    name: str, run: Run, lab: dict[str, Any]
+) -> None:
     foretold = run.of(name, "Foretell the image")
     assert foretold["changed"] and not foretold["bytes_exact"]
     assert foretold["stats"]["bytes_fetched"] == lab["images"]["library-2"]["size"]
 
 
-def test_a_first_image_comes_from_a_peer_alone(name: str, run: Run) -> None:
-    if name != "peers-first":
-        pytest.skip("another host's part")
-    result = pulled(run, name)
+def test_a_first_image_comes_from_a_peer_alone(run: Run) -> None:
+    result = pulled(run, "peers-first")
     assert [layer["source"] for layer in result["layers"]] == ["peer"] and result.get("warnings", []) == []
     assert peer_of(result, 0)["objects"] == OBJECTS
 
 
-def test_an_update_takes_only_what_changed_from_a_peer(name: str, run: Run) -> None:
-    if name != "peers-updated":
-        pytest.skip("another host's part")
-    result = pulled(run, name)
+def test_an_update_takes_only_what_changed_from_a_peer(run: Run) -> None:
+    result = pulled(run, "peers-updated")
     assert [layer["source"] for layer in result["layers"]] == ["peer"]
     assert 1 < peer_of(result, 0)["objects"] <= 30
     assert result["stats"]["objects_already_present"] >= OBJECTS - 30
 
 
-def test_a_peer_that_lies_is_named_and_the_next_one_serves(name: str, run: Run) -> None:
-    if name != "peers-warned":
-        pytest.skip("another host's part")
-    result = pulled(run, name)
+def test_a_peer_that_lies_is_named_and_the_next_one_serves(run: Run) -> None:
+    result = pulled(run, "peers-warned")
     assert [layer["source"] for layer in result["layers"]] == ["peer"]
     assert any("lied" in warning for warning in result["warnings"])
     assert peer_of(result, 0)["error"] and peer_of(result, 1)["objects"] == OBJECTS
 
 
-def test_a_peer_that_dies_is_left_out_and_what_it_sent_is_used(name: str, run: Run) -> None:
-    if name != "peers-bereft":
-        pytest.skip("another host's part")
-    result = pulled(run, name)
+def test_a_peer_that_dies_is_left_out_and_what_it_sent_is_used(run: Run) -> None:
+    result = pulled(run, "peers-bereft")
     assert [layer["source"] for layer in result["layers"]] == ["peer"]
     assert peer_of(result, 0)["error"] and peer_of(result, 1)["layers"] == 1
     assert any("left out" in warning for warning in result["warnings"])
 
 
-def test_a_host_whose_peers_all_fail_takes_the_layer_from_the_registry(name: str, run: Run) -> None:
-    if name != "peers-alone":
-        pytest.skip("another host's part")
-    result = pulled(run, name)
+def test_a_host_whose_peers_all_fail_takes_the_layer_from_the_registry(run: Run) -> None:
+    result = pulled(run, "peers-alone")
     assert [layer["source"] for layer in result["layers"]] == ["registry"]
     assert peer_of(result, 0)["error"] and peer_of(result, 1)["error"] and len(result["warnings"]) >= 2
 
 
-def test_the_seed_died_in_the_middle_of_a_file(name: str, host: Any) -> None:
-    if name != "peers-mortal":
-        pytest.skip("another host's part")
-    assert "dies in the middle of objects/" in host.file("/var/tmp/seed.log").content_string
+def test_the_seed_died_in_the_middle_of_a_file() -> None:
+    assert "dies in the middle of objects/" in host_of("peers-mortal").file("/var/tmp/seed.log").content_string
 
 
 def origin_sent() -> dict[str, int]:
