@@ -13,7 +13,7 @@ options:
   repository:
     description:
       - The directory of the composefs repository. It must be one already; M(composefs.oci.composefs_repository) makes
-        it.
+        it. Written from V(/) on; an empty text is refused, not taken for the default.
       - The default is where C(cfsctl) has its own, V(/sysroot/composefs) for root and V(~/.var/lib/composefs) for any
         other user.
     type: path

@@ -23,7 +23,7 @@ from .errors import InvalidOption, NotARepository, UnsafeRepository, from_except
 from .formats.digests import is_digest
 from .formats.reference import TRANSPORTS
 from .host import beneath
-from .progress import FileSink
+from .progress import FileSink, Progress
 from .store.repository import Described, Foreseen, Repository, default_path
 
 
@@ -41,8 +41,19 @@ class Module(Protocol):
 
 
 def repository_path(module: Module, option: str = "repository") -> str:
-    """The repository that ``option`` of the task names, or the default one; absolute, without a trailing slash."""
-    return os.path.abspath(os.path.expanduser(module.params.get(option) or default_path()))
+    """The repository that ``option`` of the task names, or the default one where it is left out; absolute, without a
+    trailing slash. InvalidOption for a path that is relative or empty, for example because a variable is empty: what
+    was meant is another repository than the default one, or than one below the directory that the task runs in.
+    """
+    path = module.params.get(option)
+    if path is None:
+        path = default_path()
+    elif not os.path.isabs(os.path.expanduser(path)):
+        raise InvalidOption(
+            f"The option {option} is {path!r}, which is no absolute path.",
+            "Write it from / on, or leave it out for the default repository.",
+        )
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def mount_point(text: str, option: str = "path") -> str:
@@ -109,18 +120,39 @@ def opened_repository(module: Module, path: str, *, foreseen: bool = False) -> I
         yield empty
 
 
-def progress_files(*paths: str | None) -> list[FileSink]:
-    """What keeps the files at ``paths`` up to date. UnsafeRepository if a link on the way to one belongs to somebody
-    else, who would choose where root writes.
+def progress_files(module: Module, own: str | None) -> list[FileSink]:
+    """What keeps the file of the option ``progress_file`` up to date, and another one, ``own``. A file that cannot be
+    written is a warning if the task named it, and the task goes on. UnsafeRepository if a link on the way to one
+    belongs to somebody else, who would choose where root writes.
     """
     found = []
-    for path in filter(None, paths):
+    named = module.params["progress_file"]
+    for path in filter(None, (named, own)):
         path = os.path.abspath(path)
-        directory = -1  # where nothing can be written the task goes on
-        with contextlib.suppress(OSError):
+        try:
             directory = beneath.open_path(os.path.dirname(path))
+        except OSError as error:
+            if path != own:
+                _without_file(module, error)
+            continue
         found.append(FileSink(path, directory=directory))
     return found
+
+
+def close_progress(module: Module, progress: Progress) -> None:
+    """End what the task tells while it runs, with a warning if the file of the option ``progress_file`` was lost."""
+    progress.close()
+    named = module.params["progress_file"]
+    for sink, error in progress.lost:
+        if named and isinstance(sink, FileSink) and sink.path == os.path.abspath(named):
+            _without_file(module, error)
+
+
+def _without_file(module: Module, error: OSError) -> None:
+    module.warn(
+        f"The progress_file {text.printable(module.params['progress_file'])} cannot be written: "
+        f"{error.strerror or error}. The task goes on without it."
+    )
 
 
 def operator() -> str:

@@ -67,14 +67,17 @@ class Progress:
     def __init__(self, *sinks: Sink | None) -> None:
         self._sinks = [sink for sink in sinks if sink]
         self._lock = threading.Lock()
+        self.lost: list[tuple[Sink, OSError]] = []
+        """Sinks that could not go on, and why."""
 
     def __call__(self, event: Event) -> None:
         with self._lock:
             for sink in list(self._sinks):
                 try:
                     sink.event(event)
-                except OSError:
+                except OSError as error:
                     self._sinks.remove(sink)
+                    self.lost.append((sink, error))
 
     def message(self, text: str) -> None:
         """Emit a message event."""
@@ -83,8 +86,10 @@ class Progress:
     def close(self) -> None:
         with self._lock:
             for sink in self._sinks:
-                with contextlib.suppress(OSError):
+                try:
                     sink.close()
+                except OSError as error:
+                    self.lost.append((sink, error))
             self._sinks = []
 
 
@@ -209,7 +214,7 @@ class FileSink:
         """``directory``: an fd of where the file lies (O_PATH will do), which ``close`` closes. Without it links in the
         directory of ``path`` are followed.
         """
-        self._path = path
+        self.path = path
         self._directory = directory
         self._interval = interval
         self._board = Board()
@@ -256,7 +261,7 @@ class FileSink:
         # The wings have host/files for this, but this room stands below them. The name is one that nobody can foresee
         # and that must not exist: the directory may be one where everybody may write. A link that has the file's own
         # name is replaced, not followed.
-        where, name = os.path.split(self._path)
+        where, name = os.path.split(self.path)
         if self._directory is None:
             self._directory = os.open(where or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         here = self._directory

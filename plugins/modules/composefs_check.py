@@ -215,6 +215,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.host import watch, w
 from ansible_collections.composefs.oci.plugins.module_utils.module import (
     guarded,
     opened_repository,
+    close_progress,
     progress_files,
     repository_path,
     run_module,
@@ -244,7 +245,7 @@ def run(module: AnsibleModule, base: dict[str, Any], life: watch.Life) -> dict[s
         raise InvalidOption(f"The option nice is {params['nice']}.", "It must be between 0 and 19.")
     path = base["repository"] = repository_path(module)
     workers.yield_to_others(params["nice"], params["ionice"])
-    progress = Progress(*progress_files(params["progress_file"], life.progress_file))
+    progress = Progress(*progress_files(module, life.progress_file))
     try:
         with opened_repository(module, path) as repository:
             images = [namerecords.spelled(repository, name) for name in params["images"]]
@@ -267,7 +268,7 @@ def run(module: AnsibleModule, base: dict[str, Any], life: watch.Life) -> dict[s
                 findings, checked = report.findings, report.checked
                 base["repaired"] = []
     finally:
-        progress.close()
+        close_progress(module, progress)
     if known:
         # Earlier tasks of the run in check mode would change how much there is to look at.
         checked = {**checked, **{key: None for key in FIGURES if key in checked}}

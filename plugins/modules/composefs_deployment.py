@@ -360,7 +360,7 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
 
     host = deployment.Host(places, commands.run, module.warn)
     before = journal.read(real, places)
-    base["repository"] = os.path.abspath(params["repository"]) if params["repository"] else None
+    base["repository"] = repository_path(module) if params["repository"] is not None else None
     if base["repository"] is None:
         base["repository"] = (before.repository if before else "") or repository_path(module)
     tell(base, before, real, places)

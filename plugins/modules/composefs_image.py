@@ -645,6 +645,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.module import (
     foretells,
     guarded,
     opened_repository,
+    close_progress,
     progress_files,
     repository_path,
     run_module,
@@ -807,7 +808,7 @@ def present(
             else foretelling.foretell(repository, one, will_be[one.name] or None)
             for one in requests
         ]
-    progress = Progress(watch.Announcer(life), *progress_files(module.params["progress_file"], life.progress_file))
+    progress = Progress(watch.Announcer(life), *progress_files(module, life.progress_file))
     try:
         return pulled(module, repository, requests, options, progress, life.permit)
     except LACKING as error:
@@ -815,7 +816,7 @@ def present(
             raise
         return pulled_in_part(module, repository, requests, options, progress, error)
     finally:
-        progress.close()
+        close_progress(module, progress)
 
 
 def pulled(

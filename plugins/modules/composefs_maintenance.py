@@ -158,6 +158,10 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
     if params["state"] == "absent":
         changed = maintenancetimer.remove(path, check=module.check_mode)
     else:
+        for warning in prune.vain(params) if params["prune"] else ():
+            module.warn(warning)
+        if params["remove"] and not params["prune"]:
+            module.warn("With 'prune: false' nothing is removed, so 'remove' says nothing.")
         schedule = maintenancetimer.Schedule(params["schedule"], params["spread"])
         changed = maintenancetimer.ensure(path, wish_of(params), schedule, check=module.check_mode)
     return {"changed": changed, "unit": f"{maintenancetimer.unit_name(path)}.timer"}

@@ -53,12 +53,14 @@ options:
   keep:
     description:
       - Patterns of names that are never removed, whatever O(remove) says. V(localhost/bootc-*) is always among them.
+        They need not begin with the C(docker://) that default names have.
     type: list
     elements: str
     default: []
   keep_last:
     description:
       - For each pattern of O(remove), the number of names to keep of those that match it. The newest ones are kept.
+      - Without O(remove) no name is removed, so this and O(older_than) say nothing, which is a warning.
     type: int
     default: 0
   older_than:
@@ -213,6 +215,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.host import watch
 from ansible_collections.composefs.oci.plugins.module_utils.module import (
     guarded,
     opened_repository,
+    close_progress,
     progress_files,
     repository_path,
     run_module,
@@ -248,12 +251,16 @@ def run(module: AnsibleModule, base: dict[str, Any], life: watch.Life) -> dict[s
     """Do what the task says; ``base`` gets what a failure should still tell."""
     wish = prune.wish_of(module.params)
     path = base["repository"] = repository_path(module)
-    progress = Progress(*progress_files(module.params["progress_file"], life.progress_file))
+    for warning in prune.vain(module.params):
+        module.warn(warning)
+    progress = Progress(*progress_files(module, life.progress_file))
     try:
         with opened_repository(module, path) as repository:
             pruned = prune.prune(repository, wish, progress, module.check_mode, ahead=ahead_of(module, path))
     finally:
-        progress.close()
+        close_progress(module, progress)
+    for warning in prune.astray(wish.remove, pruned):
+        module.warn(warning)
     result = values(pruned)
     if pruned.changed:
         gone = {key: result[key] for key in ("names", "links", "streams", "images") if result[key]}

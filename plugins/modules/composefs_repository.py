@@ -33,7 +33,7 @@ options:
   path:
     description:
       - The directory of the repository. It is made if it does not exist, with its parents. One that exists must be
-        empty or a repository.
+        empty or a repository. Written from V(/) on; an empty text is refused, not taken for the default.
       - The default is where C(cfsctl) has its own, V(/sysroot/composefs) for root and V(~/.var/lib/composefs) for any
         other user.
     type: path
@@ -250,7 +250,7 @@ FACTS = (
 def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
     """Prepare the repository and describe it; ``base`` gets what a failure should still tell."""
     params = module.params
-    path = base["path"] = repository_path(module, "path" if params["path"] else "repository")
+    path = base["path"] = repository_path(module, "path" if params["path"] is not None else "repository")
     require_account(params["owner"], pwd.getpwnam, "user")
     require_account(params["group"], grp.getgrnam, "group")
     with create.Place(path) as place:

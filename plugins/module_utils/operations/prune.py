@@ -113,6 +113,31 @@ def wish_of(params: Mapping[str, Any]) -> Wish:
     )
 
 
+def vain(params: Mapping[str, Any]) -> list[str]:
+    """The options of a task that say nothing, because no name is removed at all; what to tell of them."""
+    given = [option for option in ("keep_last", "older_than") if params[option]]
+    if params["remove"] or not given:
+        return []
+    return [
+        f"Without 'remove' no name is removed, so {' and '.join(given)} "
+        f"{'say' if len(given) > 1 else 'says'} nothing. Write in 'remove' which names may go."
+    ]
+
+
+def astray(patterns: Sequence[str], result: Pruned) -> list[str]:
+    """What to tell of patterns in ``remove`` that fit no name only because they lack the ``docker://`` that default
+    names begin with.
+    """
+    names = {*result.names, *result.held, *result.by_name}
+    return [
+        f"The pattern {pattern!r} in 'remove' fits no name. Names of images that were pulled without a 'name' begin "
+        f"with docker://, so write 'docker://{pattern}' if it means those."
+        for pattern in patterns
+        if not any(_fits(name, pattern) for name in names)
+        and any(fnmatch.fnmatchcase(name, f"docker://{pattern}") for name in names)
+    ]
+
+
 @dataclasses.dataclass
 class _Plan:
     """What is dead, as of one look at the repository and the host."""
@@ -278,7 +303,7 @@ def _chosen(
     """
     tags = {root.name: root for root in graph.roots if root.kind == graphs.TAG}
     times = {**{name: graph.times[name] for name in tags}, **dict.fromkeys(coming, time.time())}
-    staying = {name for name in times if any(_fits(name, pattern) for pattern in (*NEVER, *wish.keep))}
+    staying = {name for name in times if any(_kept_by(name, pattern) for pattern in (*NEVER, *wish.keep))}
     used_names = {name for keeper in found if keeper.kind != keepers.ENDED for name in keeper.names}
     # Nobody asked for these, but nobody needs them either: they came with a mount that ended with an earlier boot.
     left = {name for keeper in _ended(found) for name in keeper.names if name in tags} - staying - used_names
@@ -305,6 +330,13 @@ def _chosen(
 def _fits(name: str, pattern: str) -> bool:
     """Whether a name fits a pattern, or is another spelling of it: ``docker://x`` and ``x`` are one default name."""
     return fnmatch.fnmatchcase(name, pattern) or name in reference.other_names(pattern)
+
+
+def _kept_by(name: str, pattern: str) -> bool:
+    """The same for what is to stay: ``registry.example.com/*`` means the default names there, which begin with
+    ``docker://``, whoever writes it. To keep too much is the lesser harm.
+    """
+    return _fits(name, pattern) or fnmatch.fnmatchcase(name, f"docker://{pattern}")
 
 
 class _Found(NamedTuple):

@@ -16,6 +16,7 @@ import pytest
 from ansible_collections.composefs.oci.plugins.module_utils import module as threshold
 from ansible_collections.composefs.oci.plugins.module_utils.errors import (
     ImageNotFound,
+    InvalidOption,
     NotARepository,
     UnsafeRepository,
 )
@@ -128,6 +129,12 @@ def test_the_repository_is_the_tasks_or_the_default(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("HOME", "/home/u")
     assert threshold.repository_path(Module(repository=None)) == "/sysroot/composefs"
     assert threshold.repository_path(Module(path="~/x/../r/"), "path") == "/home/u/r"
+
+
+@pytest.mark.parametrize("path", ["", "images", "./images", "../images"])
+def test_no_repository_is_guessed_from_a_path_that_is_empty_or_relative(path: str) -> None:
+    with pytest.raises(InvalidOption, match="no absolute path"):
+        threshold.repository_path(Module(repository=path))
 
 
 def test_check_mode_takes_a_repository_that_is_not_there_yet_for_an_empty_one(tmp_path: pathlib.Path) -> None:
@@ -245,9 +252,9 @@ def test_the_file_of_progress_is_written_where_no_link_of_somebody_else_leads(tm
         (tmp_path / name).symlink_to("victim")
         os.lchown(tmp_path / name, owner, owner)
     with pytest.raises(UnsafeRepository, match="link theirs belongs to"):
-        threshold.progress_files(str(tmp_path / "theirs/app.json"))
+        threshold.progress_files(Module(progress_file=str(tmp_path / "theirs/app.json")), None)
     assert os.listdir(tmp_path / "victim") == []
-    (sink,) = threshold.progress_files(str(tmp_path / "own/app.json"), None)
+    (sink,) = threshold.progress_files(Module(progress_file=str(tmp_path / "own/app.json")), None)
     # What the directory is called afterwards does not matter: it is the one that was looked at.
     (tmp_path / "victim").rename(tmp_path / "renamed")
     (tmp_path / "victim").mkdir()
@@ -257,10 +264,23 @@ def test_the_file_of_progress_is_written_where_no_link_of_somebody_else_leads(tm
 
 
 def test_where_no_progress_can_be_written_the_task_goes_on(tmp_path: pathlib.Path) -> None:
-    emit = Progress(*threshold.progress_files(str(tmp_path / "nowhere/app.json")))
+    module = Module(progress_file=str(tmp_path / "nowhere/app.json"))
+    emit = Progress(*threshold.progress_files(module, str(tmp_path / "neither/own.json")))
     emit.message("one")
-    emit.close()
+    threshold.close_progress(module, emit)
     assert os.listdir(tmp_path) == []
+    assert len(module.warnings) == 1 and "nowhere/app.json cannot be written: No such file" in module.warnings[0]
+
+
+@pytest.mark.parametrize("events", [0, 2])
+def test_a_file_of_progress_that_is_lost_on_the_way_is_a_warning(tmp_path: pathlib.Path, events: int) -> None:
+    module = Module(progress_file=str(tmp_path))
+    emit = Progress(*threshold.progress_files(module, str(tmp_path / "own.json")))
+    for number in range(events):
+        emit.message(str(number))
+    threshold.close_progress(module, emit)
+    assert os.listdir(tmp_path) == ["own.json"]
+    assert len(module.warnings) == 1 and "cannot be written: Is a directory" in module.warnings[0]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "plugins/modules").glob("composefs_*.py")), ids=lambda path: path.stem)

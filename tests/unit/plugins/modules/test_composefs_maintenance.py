@@ -36,6 +36,14 @@ def call(capsys: pytest.CaptureFixture[str], **values: Any) -> dict[str, Any]:
     return result
 
 
+@pytest.fixture
+def warned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the module warns of; Ansible itself adds up the warnings of one process."""
+    found: list[str] = []
+    monkeypatch.setattr(composefs_maintenance.AnsibleModule, "warn", lambda _module, text: found.append(text))
+    return found
+
+
 def test_the_timer_is_as_the_task_says(asked: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     result = call(
         capsys,
@@ -61,6 +69,21 @@ def test_check_mode_and_absence_are_passed_on(asked: list[Any], capsys: pytest.C
     assert call(capsys, repository="/srv", prune=False, _ansible_check_mode=True)["changed"]
     assert call(capsys, repository="/srv", state="absent")["changed"]
     assert asked[0][1].prune is None and asked[0][3] is True and asked[1] == ("/srv", False)
+
+
+@pytest.mark.parametrize(
+    "values, told",
+    [
+        ({"keep_last": 2}, "keep_last says nothing"),
+        ({"remove": ["a*"], "prune": False}, "'remove' says nothing"),
+        ({"remove": ["a*"], "keep_last": 2}, ""),
+    ],
+)
+def test_options_that_say_nothing_are_told(
+    values: dict[str, Any], told: str, asked: list[Any], warned: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(capsys, repository="/srv", **values)["changed"]
+    assert len(warned) == bool(told) and told in str(warned)
 
 
 @pytest.mark.parametrize("option", [{"keep_last": -1}, {"timeout": -1}, {"spread": -1}, {"older_than": "soon"}])

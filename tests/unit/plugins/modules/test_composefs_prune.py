@@ -67,6 +67,14 @@ def run(path: str, capsys: pytest.CaptureFixture[str]) -> Any:
     return task
 
 
+@pytest.fixture
+def warned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the module warns of; Ansible itself adds up the warnings of one process."""
+    found: list[str] = []
+    monkeypatch.setattr(composefs_prune.AnsibleModule, "warn", lambda _module, text: found.append(text))
+    return found
+
+
 def test_garbage_goes_once_and_check_mode_says_the_same(run: Any, path: str) -> None:
     foretold = run(check=True)
     result = run()
@@ -76,6 +84,37 @@ def test_garbage_goes_once_and_check_mode_says_the_same(run: Any, path: str) -> 
     assert result["by_name"].keys() == {"app:1", "app:2"} and all(result["by_name"].values())
     again = run()
     assert not again["changed"] and again["bytes"] == 0 and again["by_name"] == result["by_name"]
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize(
+    "values, told",
+    [
+        ({"keep_last": 2}, ["so keep_last says nothing"]),
+        ({"keep_last": 2, "older_than": "1d"}, ["so keep_last and older_than say nothing"]),
+        ({"keep": ["*"]}, []),
+        ({"remove": ["other*"], "keep_last": 2}, []),
+    ],
+)
+def test_options_that_say_nothing_without_remove_are_told(
+    run: Any, warned: list[str], check: bool, values: dict[str, Any], told: list[str]
+) -> None:
+    assert run(check=check, **values)["names"] == []
+    assert len(warned) == len(told) and all(text in one for text, one in zip(told, warned))
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_a_pattern_that_only_lacks_the_transport_of_default_names_is_told(
+    run: Any, path: str, warned: list[str], check: bool
+) -> None:
+    with Repository.open(path, write=True) as repository:
+        repository.tag("docker://h.test/x:1", repository.tags()["app:1"])
+    assert run(check=check, remove=["h.test/x:*", "nothing*"])["names"] == []
+    (warning,) = warned
+    assert "write 'docker://h.test/x:*'" in warning
+    assert run(check=check, remove=["docker://*"], keep=["h.test/*"])["names"] == []
+    result = run(check=check, remove=["docker://h.test/*", "app:*"], keep=["other.test/*"])
+    assert result["names"] == ["app:1", "app:2", "docker://h.test/x:1"] and warned == [warning]
 
 
 def test_names_go_by_patterns_and_the_difference_shows_them(run: Any, path: str) -> None:
