@@ -78,7 +78,7 @@ def test_a_silent_transfer_is_given_up_after_the_timeout(
     start = time.monotonic()
     with pytest.raises(errors.Stalled, match="5 seconds"):
         pull_one(repository_path, faults.reference(NAME), chosen=options(timeout=5.0))
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 50
     nothing_but_the_small_layer(repository_path)
     finishes(repository_path, faults)
 
@@ -339,7 +339,7 @@ def test_no_process_outlives_a_killed_module(
         except OSError:
             return True
 
-    wait_for(lambda: all(gone(pid) for pid in family), 5)
+    wait_for(lambda: all(gone(pid) for pid in family), 30)
     nothing_but_the_small_layer(repository_path)
     finishes(repository_path, faults)
 

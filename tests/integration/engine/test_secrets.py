@@ -131,7 +131,7 @@ def test_a_registry_that_never_ends_its_answer_does_not_hold_the_question_where_
         proxy = ProxyOptions(username=USER, password=PASSWORD, tls_verify=True, cert_dir=str(place / "trust"))
         started = time.monotonic()
         realm.check_realm(proxy, f"127.0.0.1:{server.server_address[1]}")
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 50
         over.set()
         server.shutdown()
 

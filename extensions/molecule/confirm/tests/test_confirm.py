@@ -90,10 +90,10 @@ def test_a_unit_of_version_0_1_0_is_taken_over_without_an_interruption(host: Any
 
 
 def test_what_nobody_confirms_is_taken_back_by_a_timer_of_systemd(host: Any, lab: dict[str, Any]) -> None:
-    told = deploy(host, digest=lab["images"]["cut"]["digest"], rollout="r1", confirm_within=15)
+    told = deploy(host, digest=lab["images"]["cut"]["digest"], rollout="r1", confirm_within=45)
     assert told["state"] == "activated" and mounted(host) == "cut"
     assert host.run(f"systemctl is-active {TIMER}").stdout.strip() == "active"
-    wait_for(host, "small", 90)
+    wait_for(host, "small", 180)
     end = time.monotonic() + 60
     while journal(host)["pending"] is not None:
         assert time.monotonic() < end

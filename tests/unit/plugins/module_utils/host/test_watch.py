@@ -71,7 +71,7 @@ def token(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[s
         (path / "stop").touch()
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 10) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 50) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -104,7 +104,10 @@ def long_task(cleaned: pathlib.Path) -> Callable[[Life], None]:
 
 
 @pytest.mark.parametrize("code", [0, 1])
-def test_a_short_task_ends_in_its_own_command_and_leaves_nothing(token: str, tmp_path: pathlib.Path, code: int) -> None:
+def test_a_short_task_ends_in_its_own_command_and_leaves_nothing(
+    token: str, tmp_path: pathlib.Path, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "SHORT", 50)
     assert Command(lambda: watch.run(token, task(0, code=code))).end() == (code, "the result\n")
     assert list(tmp_path.iterdir()) == []
 
@@ -119,14 +122,21 @@ def test_without_a_watcher_or_a_place_to_meet_the_task_just_runs(token: str, mon
 @pytest.mark.slow
 def test_a_long_task_becomes_a_job_whose_result_is_collected(token: str, tmp_path: pathlib.Path) -> None:
     directory = watch.directory_of(token)
-    begun = time.monotonic()
-    code, said = Command(lambda: watch.run(token, task(4.0))).end()
+    go_on = tmp_path / "go on"
+
+    def main(life: Life) -> None:
+        life.busy()
+        wait_for(go_on.exists)
+        task(0)(life)
+
+    code, said = Command(lambda: watch.run(token, main)).end()
     assert code == 0 and json.loads(said) == {"changed": False, "composefs_job": directory}
-    assert time.monotonic() - begun < 3.5
+    assert not os.path.exists(f"{directory}/result")
+    go_on.touch()
     assert os.stat(directory).st_mode & 0o777 == 0o700
     wait_for(lambda: os.path.exists(f"{directory}/result"))
     assert Command(lambda: watch.collect(directory)).end() == (0, "the result\n")
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [go_on]
 
 
 @pytest.mark.slow
@@ -143,7 +153,7 @@ def test_a_job_that_is_told_to_stop_ends_at_once_and_cleans_up(token: str, tmp_p
     cleaned = tmp_path / "cleaned"
     Command(lambda: watch.run(token, long_task(cleaned))).end()
     (pathlib.Path(watch.directory_of(token)) / "stop").touch()
-    wait_for(lambda: list(tmp_path.iterdir()) == [cleaned], 3)
+    wait_for(lambda: list(tmp_path.iterdir()) == [cleaned])
 
 
 def test_a_job_ends_at_once_whose_command_nobody_listens_to(token: str, tmp_path: pathlib.Path) -> None:
@@ -164,7 +174,7 @@ def test_a_job_whose_directory_goes_ends(token: str, tmp_path: pathlib.Path) -> 
 
     Command(lambda: watch.run(token, main)).end()
     os.rename(watch.directory_of(token), tmp_path / "elsewhere")
-    wait_for(lambda: not os.path.exists(f"/proc/{pid.read_text()}"), 3)
+    wait_for(lambda: not os.path.exists(f"/proc/{pid.read_text()}"))
 
 
 def test_a_job_dies_with_its_host_command_if_it_dies_early(token: str, tmp_path: pathlib.Path) -> None:
