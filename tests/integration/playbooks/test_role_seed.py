@@ -362,6 +362,18 @@ def test_the_web_server_of_a_seed_gives_peers_objects_and_streams_and_nothing_el
         process.wait()
 
 
+def test_programs_that_are_missing_are_told_or_foretold(site: Site, origin: Registry) -> None:
+    seed = Seed(site, origin)
+    lacking = {"seed_programs": ["no-such-program", "sh"], "seed_brought_by": {"no-such-program": "its-package"}}
+    done = seed.run(ROLE.format(entry="main"), **lacking)
+    assert done.returncode != 0 and "The host lacks no-such-program. Install it" in done.stdout
+    values = {**seed.variables(), **lacking, "seed_install": True}
+    done = site.run(ROLE.format(entry="main"), "--check", **values)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Would install its-package" in done.stdout and "The host lacks" not in done.stdout
+    assert not (seed.directory / "etc").exists()
+
+
 def test_the_units_of_a_seed_are_units(site: Site, tmp_path: pathlib.Path) -> None:
     """Nothing else but systemd itself can tell; where it is not there nobody can."""
     analyze = shutil.which("systemd-analyze")
