@@ -239,7 +239,8 @@ def test_nobody_waits_for_ever_for_a_layer(world: World, repo: Repository, monke
     ids=["unreachable", "stalled", "killed", "silent"],
 )
 def test_a_passing_fault_is_tried_again_with_another_proxy(world: World, repo: Repository, fault: Any) -> None:
-    run = Fetch(world, repo, 2, timeout=0.6)
+    # A moment in which the machine does something else must not be taken for silence.
+    run = Fetch(world, repo, 2, timeout=3.0)
     world.blobs[run.digest(0)] = [b"short" if fault == "short" else fault]
     assert len(run.run()) == 2
     assert run.source.retried == 1 and len(world.proxies) == 2
@@ -386,19 +387,20 @@ def test_what_broke_a_transfer_may_be_gone_at_the_next_try(
     assert len(run.run()) == 1 and run.source.retried == 1
 
 
+@pytest.mark.slow
 def test_a_verdict_that_queues_behind_a_moving_transfer_is_waited_for(
     world: World, repo: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """FinishPipe of a slow blob occupies skopeo; the verdict on another comes later than the timeout, and nobody is to
     blame.
     """
-    run = Fetch(world, repo, 2, parallel=2, timeout=0.6, retries=0)
+    run = Fetch(world, repo, 2, parallel=2, timeout=3.0, retries=0)
     real = FakeProxy.finish_pipe
 
     def slow_first(proxy: FakeProxy, pipeid: int, timeout: float | None = None) -> None:
         if proxy._pipes[pipeid][0] == run.digest(0):
             for _step in range(6):
-                time.sleep(0.25)
+                time.sleep(0.6)
                 run.fetcher._moved = time.monotonic()  # as a message of the other worker sets it
         real(proxy, pipeid, timeout)
 
@@ -417,14 +419,15 @@ def test_a_verdict_that_never_comes_is_a_stall(world: World, repo: Repository, m
         let_go.set()
 
 
+@pytest.mark.slow
 def test_who_lost_his_proxy_on_anothers_account_is_not_charged(
     world: World, repo: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Layer 0 is silent and has skopeo replaced; that costs layer 1, under way at the same time, no retry."""
-    run = Fetch(world, repo, 2, parallel=2, timeout=1.0, retries=1)
+    run = Fetch(world, repo, 2, parallel=2, timeout=3.0, retries=1)
 
     def taken_along(proxy: FakeProxy) -> bytes:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 50
         while not proxy.dead and time.monotonic() < deadline:
             time.sleep(0.01)
         raise ProxyFailed("skopeo is gone, it was stopped.", passing=True)
@@ -486,8 +489,9 @@ def test_a_bug_in_a_worker_is_told_without_secrets(
     assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_worker_goes_on_after_a_layer_that_failed(world: World, repo: Repository) -> None:
-    run = Fetch(world, repo, 2, timeout=0.5)
+    run = Fetch(world, repo, 2, timeout=3.0)
     world.blobs[run.digest(0)] = [b"", b"short"]
     assert len(run.run()) == 2 and run.source.retried == 2
 

@@ -121,8 +121,9 @@ def test_a_blob_that_breaks_off_is_explained_by_finish_pipe():
         assert proxy.open_image() == 1
 
 
+@pytest.mark.slow
 def test_a_blob_that_crawls_is_not_taken_for_dead():
-    with fake({"GetBlob": {"data": "z" * 10, "pause": 0.05}}) as proxy:
+    with fake({"GetBlob": {"data": "z" * 10, "pause": 0.4}}) as proxy:
         pipe = proxy.get_blob(1, D, 10)
         heard = [time.monotonic()]
         seen = bytearray()
@@ -134,7 +135,7 @@ def test_a_blob_that_crawls_is_not_taken_for_dead():
 
         reader = threading.Thread(target=read)
         reader.start()
-        proxy.finish_pipe(pipe.pipeid, timeout=0.3, last_byte=lambda: heard[0])
+        proxy.finish_pipe(pipe.pipeid, timeout=3, last_byte=lambda: heard[0])
         reader.join()
         os.close(pipe.fd)
     assert bytes(seen) == b"z" * 10

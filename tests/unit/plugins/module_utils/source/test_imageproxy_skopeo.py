@@ -270,12 +270,13 @@ def test_nobody_listening_is_unreachable_and_may_be_tried_again(accept):
         assert caught.value.passing
 
 
+@pytest.mark.slow
 def test_a_registry_that_never_answers_is_a_stall(accept):
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         reference = parse_reference(f"127.0.0.1:{silent.getsockname()[1]}/x:y")
-        quick = dataclasses.replace(accept, timeout=0.5)
+        quick = dataclasses.replace(accept, timeout=3)
         with ImageProxy(quick, reference) as proxy, pytest.raises(Stalled):
             proxy.open_image()
         with pytest.raises(Stalled):
