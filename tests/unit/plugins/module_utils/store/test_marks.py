@@ -241,7 +241,7 @@ def beginning(repository: Repository) -> Iterator[list[marks.Recovery]]:
         thread.join(0.2)
         assert thread.is_alive() and not done
         yield done
-        thread.join(5)
+        thread.join(60)
         assert len(done) == 1
 
 
