@@ -123,7 +123,7 @@ def test_a_blob_that_breaks_off_is_explained_by_finish_pipe():
 
 @pytest.mark.slow
 def test_a_blob_that_crawls_is_not_taken_for_dead():
-    with fake({"GetBlob": {"data": "z" * 10, "pause": 0.4}}) as proxy:
+    with fake({"GetBlob": {"data": "z" * 10, "pause": 0.1}}) as proxy:
         pipe = proxy.get_blob(1, D, 10)
         seen = bytearray()
 
