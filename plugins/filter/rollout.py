@@ -121,6 +121,10 @@ def rollout_order(
         "serial": serial or [1],
         "wave_of": rollout.wave_numbers(ready, serial),
         "absent": absent,
+        "choose": choose,
+        "idle": [
+            name for name in ordered if choose != "ready" and name not in ready and states[name] in rollout.WAITING
+        ],
         "others": [f"{name} ({other})" for name in ready if (other := rollout.other_image(hosts[name], path, image))],
         "stop": {"stop": bool(why), "kind": "halted", "why": why, "wave": 1, "failed": len(absent), "allowed": allowed},
     }
@@ -156,6 +160,8 @@ def rollout_report(
     """The report of a rollout."""
     hosts = _hosts(hostvars, names)
     order = order or {"ready": [], "wave_of": {}, "stop": {}}
+    for name in order.get("idle") or ():
+        hosts[name][rollout.IDLE] = order["choose"]
     halted = dict(order.get("stop") or {})
     tried = [name for name in order["ready"] if rollout.result(hosts.get(name, {}), "rollout_activated")]
     if phase == "activate" and not halted.get("stop") and len(tried) < len(order["ready"]):

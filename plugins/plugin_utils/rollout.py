@@ -27,6 +27,9 @@ STATES = (REVERT_FAILED, LOST, FAILED, REVERTED, DRIFTED, ABSENT, UNTOUCHED, STA
 """All states of a host; those that need a person first."""
 
 GOOD = frozenset((CURRENT, CONFIRMED))
+WAITING = frozenset((UNTOUCHED, STAGED))
+IDLE = "rollout_idle"
+"""What is said of a host on which there is nothing to go back to (``back``) or to retire (``there``)."""
 
 
 def result(host: Host, name: str) -> Mapping[str, Any]:
@@ -129,6 +132,8 @@ def state_of(host: Host, path: str, digest: str, looked: bool = True) -> str:
     if before.get("failed"):
         return FAILED
     if is_current(host, path, digest):
+        return CURRENT
+    if host.get(IDLE) == "there":
         return CURRENT
     told = deployment(host, path).get("state")
     if told == "drifted":
@@ -352,8 +357,11 @@ def host_row(name: str, host: Host, path: str, digest: str, wave: int | None, lo
     state = state_of(host, path, digest, looked)
     current = before.get("current") or {}
     error = _error_of(host)
-    after = digest if state in GOOD or keeps_it(host) else current.get("digest")
-    reason = ""
+    # Going back has a digest of its own for every host, and nothing is left of what was retired.
+    after = digest or result(host, "rollout_activated").get("digest")
+    if state not in GOOD and not keeps_it(host):
+        after = current.get("digest")
+    reason = "it has no image to go back to" if host.get(IDLE) == "back" and state in WAITING else ""
     if error and state not in GOOD:
         reason = error["message"].splitlines()[0][:200] if error["message"] else error["code"]
     sources = _sources(fetched) if succeeded(fetched) else {}
@@ -652,7 +660,7 @@ def table(made: Mapping[str, Any], most: int = 30) -> list[str]:
         (", ".join(f"{number} {state.replace('_', ' ')}" for state, number in states.items()) or "no hosts")
         + _fetched(made["totals"]),
     ]
-    rows = [row for row in made["hosts"] if row["state"] not in (*GOOD, UNTOUCHED, STAGED)]
+    rows = [row for row in made["hosts"] if row["state"] not in GOOD | WAITING or row["reason"]]
     rows.sort(key=lambda row: (STATES.index(row["state"]), row["host"]))
     for row in rows[:most]:
         why = f" ({row['reason']})" if row["reason"] else ""

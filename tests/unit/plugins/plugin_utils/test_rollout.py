@@ -13,13 +13,15 @@ from typing import Any
 
 import hypothesis
 import pytest
+from ansible_collections.composefs.oci.plugins.filter import rollout as filters
 from ansible_collections.composefs.oci.plugins.plugin_utils import rollout, wishes
 from hypothesis import strategies as hs
 
 ROOT = pathlib.Path(__file__).resolve().parents[4]
 PATH, OLD, NEW = "/srv/app", "sha256:" + "a" * 64, "sha256:" + "b" * 64
 
-BEFORE = {"deployments": [{"path": PATH, "name": "app", "current": {"digest": OLD}, "pending": None}]}
+NOTHING: dict[str, Any] = {"deployments": []}
+BEFORE: dict[str, Any] = {"deployments": [{"path": PATH, "name": "app", "current": {"digest": OLD}, "pending": None}]}
 FETCHED = {"changed": True, "digest": NEW, "stats": {"bytes_fetched": 1000}}
 CHANGED, SAME = {"changed": True}, {"changed": False}
 FAILED, UNREACHABLE = {"failed": True, "msg": "no", "error": "image_not_found"}, {"unreachable": True, "msg": "away"}
@@ -341,6 +343,32 @@ def test_what_failed_fetched_nothing_that_is_counted() -> None:
 )
 def test_sizes_are_told_in_units_that_people_read(number: int, words: str) -> None:
     assert words in rollout.size_words(number)
+
+
+def _without_digest(choose: str, hosts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The report of a playbook that asks for no image, from its order on."""
+    order = filters.rollout_order(list(hosts), hosts, PATH, "", choose=choose, image="app")
+    made = filters.rollout_report(list(hosts), hosts, {**ABOUT, "digest": ""}, order)
+    check(made)
+    return made
+
+
+def test_a_host_with_nothing_to_retire_is_as_it_should_be() -> None:
+    retired = {"rollout_before": BEFORE, "rollout_activated": {"changed": True, "digest": None}}
+    made = _without_digest("there", {"a": {**retired, "rollout_confirmed": CHANGED}, "b": {"rollout_before": NOTHING}})
+    assert made["result"] == "complete" and [row["after"] for row in made["hosts"]] == [None, None]
+    assert [row["state"] for row in made["hosts"]] == ["confirmed", "current"]
+    away = _without_digest("there", {"a": {"rollout_before": UNREACHABLE}, "b": {"rollout_before": NOTHING}})
+    assert [row["state"] for row in away["hosts"]] == ["absent", "current"]
+
+
+def test_going_back_tells_what_hosts_have_then_and_which_had_nothing_to_go_back_to() -> None:
+    before = {"deployments": [{**BEFORE["deployments"][0], "previous": [{"digest": NEW}]}]}
+    back = {"rollout_before": before, "rollout_activated": {"changed": True, "digest": NEW}}
+    made = _without_digest("back", {"a": {**back, "rollout_confirmed": CHANGED}, "b": {"rollout_before": BEFORE}})
+    assert [row["state"] for row in made["hosts"]] == ["confirmed", "untouched"] and made["result"] == "halted"
+    assert [row["after"] for row in made["hosts"]] == [NEW, OLD]
+    assert rollout.table(made)[2:] == ["b: untouched (it has no image to go back to)"]
 
 
 def test_where_going_back_failed_the_report_says_why_that_failed() -> None:
