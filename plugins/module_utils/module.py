@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Callable, NamedTuple, Protocol
 
 from . import text
-from .errors import InvalidOption, NotARepository, UnsafeRepository, from_exception
+from .errors import InvalidOption, MissingLibrary, NotARepository, UnsafeRepository, from_exception
 from .formats.digests import is_digest
 from .formats.reference import TRANSPORTS
 from .host import beneath
@@ -364,6 +364,7 @@ def run_module(
     base: Mapping[str, Any] | None = None,
     *,
     effort: bool = False,
+    unread: Sequence[str] = (),
 ) -> None:
     """Call ``main(module)`` and leave through ``exit_json`` with what it returns, or through ``fail_json``.
 
@@ -372,6 +373,9 @@ def run_module(
     engine's error class; ``internal_error`` stands for a bug. They contain what is known: values that nobody has filled
     in yet are left out. With ``effort`` they also tell how often what failed was tried, and the seconds that the task
     took.
+
+    ``unread`` names what a module that only looks finds out by reading the repository. Without the library for that,
+    which an earlier task of a run in check mode may be about to install, these values are null, with a warning.
     """
     _occupy_standard_fds()
     _guard(module)
@@ -382,6 +386,10 @@ def run_module(
         result = main(module)
     except Exception as raised:  # the last resort: a traceback must never reach the user
         error = from_exception(raised, "The module could not go on")
+        if unread and isinstance(error, MissingLibrary) and foretells(module):
+            module.warn(f"{error} So check mode cannot tell what is in the repository.")
+            module.exit_json(**text.printable_values({**(base or {}), **dict.fromkeys(unread), "changed": False}))
+            return
         failure: dict[str, Any] = {"msg": str(error), "error": error.code}
         if effort:
             failure.update(attempts=max(error.attempts, 1), seconds=round(time.monotonic() - begin, 3))

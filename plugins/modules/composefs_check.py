@@ -29,6 +29,8 @@ attributes:
     support: full
     details:
       - Checks as always, and with O(repair=true) foretells what would be repaired from where.
+      - Where the library that reads images is still to be installed, which an earlier task may only foretell,
+        RV(findings), RV(repaired) and RV(checked) are V(null), with a warning.
   diff_mode:
     support: none
   idempotent:
@@ -324,7 +326,8 @@ def main() -> None:
     if job:
         run_module(module, lambda module: watch.collect(job))
         return
-    watch.run(token, lambda life: run_module(module, lambda module: run(module, base, life), base))
+    unread = ("findings", "repaired", "checked")
+    watch.run(token, lambda life: run_module(module, lambda module: run(module, base, life), base, unread=unread))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ description:
   - Lists images in a composefs repository with their names, digests, platform, labels and layers.
   - Works for any user who can read the repository, without a network and without C(skopeo).
   - In check mode the names are those that earlier tasks of the run foretold. Of an image that is not there yet nothing
-    but names and digest is known; the rest is V(null).
+    but names and digest is known; the rest is V(null). Where the library that reads images is still to be installed,
+    which an earlier task may only foretell, RV(images) and RV(totals) are V(null), with a warning.
 extends_documentation_fragment:
   - composefs.oci.attributes
   - composefs.oci.attributes.actiongroup_composefs
@@ -415,7 +416,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     base: dict[str, Any] = dict(EMPTY)
-    run_module(module, lambda module: run(module, base), base)
+    run_module(module, lambda module: run(module, base), base, unread=("images", "totals"))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ description:
     end, and what the last check said.
   - Reads no content, so it is quick. M(composefs.oci.composefs_check) finds out whether everything is as it should be.
   - In check mode the names are those that earlier tasks of the run foretold, and what nobody can know before they come
-    is V(null), including all figures of a repository that is still to be made.
+    is V(null), including all figures of a repository that is still to be made. Where the library that reads images is
+    still to be installed, which an earlier task may only foretell, everything but RV(repository) is V(null), with a
+    warning.
 extends_documentation_fragment:
   - composefs.oci.attributes
   - composefs.oci.attributes.info
@@ -227,6 +229,26 @@ from ansible_collections.composefs.oci.plugins.module_utils.module import (
 )
 from ansible_collections.composefs.oci.plugins.module_utils.operations import overview
 
+# What it tells of a repository.
+UNREAD = (
+    "algorithm",
+    "verity",
+    "filesystem",
+    "free_bytes",
+    "free_inodes",
+    "format",
+    "counts",
+    "bytes",
+    "bytes_unused",
+    "bytes_damaged",
+    "sharing",
+    "names",
+    "lock_holders",
+    "unfinished_imports",
+    "last_check",
+    "last_maintenance",
+)
+
 
 def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
     """Look at the repository; ``base`` gets what a failure should still tell."""
@@ -256,7 +278,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     base: dict[str, Any] = {"changed": False, "repository": None}
-    run_module(module, lambda module: run(module, base), base)
+    run_module(module, lambda module: run(module, base), base, unread=UNREAD)
 
 
 if __name__ == "__main__":

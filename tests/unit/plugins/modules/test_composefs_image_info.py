@@ -17,7 +17,7 @@ pytest.importorskip("ansible.module_utils.basic", exc_type=ImportError)
 
 import yaml
 
-from ansible_collections.composefs.oci.plugins.module_utils.formats import digests, fsverity, ocidocuments
+from ansible_collections.composefs.oci.plugins.module_utils.formats import codecs, digests, fsverity, ocidocuments
 from ansible_collections.composefs.oci.plugins.module_utils.store import create, imagestreams
 from ansible_collections.composefs.oci.plugins.module_utils.rootfs.erofswriter import write_image
 from ansible_collections.composefs.oci.plugins.module_utils.rootfs.filetree import Directory, Leaf, Stat
@@ -183,3 +183,17 @@ def test_a_repository_that_is_only_foretold_has_no_figures(
     assert [image["names"] for image in found["images"]] == [["app"], ["more"]]
     assert {image["digest"] for image in found["images"]} == {None} == set(found["totals"].values())
     assert task(name="app", dumpfile=f"{place}.dump")["changed"]
+
+
+def test_check_mode_does_not_fail_before_there_is_a_library_to_read_images(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = codecs._module
+    monkeypatch.setattr(codecs, "_module", lambda name: None if name in codecs.ZSTD_BACKENDS.values() else real(name))
+    assert run()["error"] == "missing_library"
+    told = run(check=True)
+    assert not told.get("failed") and not told["changed"] and "zstd" in str(told["warnings"])
+    assert told["repository"] and (told["images"], told["totals"], told["dumpfile"]) == (None, None, None)
+    # A task that only asks, in a run that is not in check mode: nobody is going to install anything.
+    monkeypatch.setenv("COMPOSEFS_OCI_ASKS", "1")
+    assert run(check=True)["error"] == "missing_library"

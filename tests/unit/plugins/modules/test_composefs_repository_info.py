@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "module_utils"))
 
 from filled_repository import TAGS, Repo, copy_of, fill, make_layout, rotten_file
 
+from ansible_collections.composefs.oci.plugins.module_utils.formats import codecs
 from ansible_collections.composefs.oci.plugins.module_utils.operations import check, maintenance, prune
 from ansible_collections.composefs.oci.plugins.module_utils.progress import Progress
 from ansible_collections.composefs.oci.plugins.module_utils.store import marks
@@ -155,3 +156,18 @@ def test_what_earlier_tasks_of_a_run_in_check_mode_foretold_is_listed_and_the_re
     assert found["counts"] == {**dict.fromkeys(found["counts"]), "names": 4} and found["bytes"] is None
     assert "app" in [one["name"] for one in found["names"]] and "a" not in [one["name"] for one in found["names"]]
     assert run()["counts"]["objects"] > 0
+
+
+def test_check_mode_does_not_fail_before_there_is_a_library_to_read_images(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = codecs._module
+    monkeypatch.setattr(codecs, "_module", lambda name: None if name in codecs.ZSTD_BACKENDS.values() else real(name))
+    assert run()["error"] == "missing_library"
+    told = run(_ansible_check_mode=True)
+    assert not told.get("failed") and not told["changed"] and "zstd" in str(told["warnings"])
+    nulls = set(yaml.safe_load(composefs_repository_info.RETURN)) - {"repository", "error"}
+    assert {key: told[key] for key in nulls} == dict.fromkeys(nulls) and told["repository"]
+    # A task that only asks, in a run that is not in check mode: nobody is going to install anything.
+    monkeypatch.setenv("COMPOSEFS_OCI_ASKS", "1")
+    assert run(_ansible_check_mode=True)["error"] == "missing_library"
