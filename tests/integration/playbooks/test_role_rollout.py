@@ -374,8 +374,9 @@ def test_a_rollout_pauses_where_it_was_asked_to_and_the_same_command_goes_on(sit
 
 def test_no_wave_begins_that_the_window_could_not_hold(site: Site) -> None:
     fleet = Fleet(site, ["one", "two"])
-    soon = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=50)
-    done = fleet.run("rollout", rollout_until=soon.isoformat(timespec="seconds"))
+    # Far enough that the window is still open when the waves come, and too near for one.
+    soon = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(minutes=30)
+    done = fleet.run("rollout", rollout_until=soon.isoformat(timespec="seconds"), rollout_confirm_within=3600)
     assert fleet.report()["result"] == "paused" and "the window ends at" in done.stdout, done.stdout
     assert fleet.states() == {"one": "staged", "two": "staged"}
     assert not any("deployment" in fleet.asked(name) for name in ("one", "two"))

@@ -199,7 +199,7 @@ def test_a_plain_task_ends_when_nobody_reads_what_it_says(token: str, tmp_path: 
     time.sleep(0.2)
     begun = time.monotonic()
     command.leave()
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 50
 
 
 # --- signs of life

@@ -270,7 +270,7 @@ def test_the_decoder_is_stopped_when_the_archive_is_bad_long_before_its_end(repo
     start = time.monotonic()
     with pytest.raises((InvalidLayer, Stalled)):
         run(repo, blob[: len(blob) // 2], spec_of(blob, archive), timeout=1.0)
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 60
 
 
 def test_a_full_disk_stops_the_import_at_once(repo: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,7 +314,7 @@ def test_silence_is_given_up_after_the_timeout(repo: Repository, sent: float, co
     start = time.monotonic()
     with pytest.raises(Stalled, match=r"No data arrived for 0.4 seconds after \d+ of \d+ bytes"):
         run(repo, blob[: int(len(blob) * sent)], spec_of(blob, TREE, compression), timeout=0.4)
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 60
 
 
 def test_a_silence_is_told_once_so_that_skopeo_can_be_asked(repo: Repository, monkeypatch: pytest.MonkeyPatch) -> None:

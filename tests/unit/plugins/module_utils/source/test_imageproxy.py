@@ -329,7 +329,7 @@ def test_nothing_waits_for_ever(method):
         assert not proxy.alive
         with pytest.raises(ProxyFailed, match="not running"):
             proxy.open_image()
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 50
 
 
 def test_a_pipe_that_stays_silent_is_a_stall():
@@ -340,12 +340,12 @@ def test_a_pipe_that_stays_silent_is_a_stall():
 
 
 def test_a_document_that_drips_is_a_stall_in_the_end():
-    with fake({"GetManifest": {"data": "x" * 1000, "pause": 0.02}}) as proxy:
+    with fake({"GetManifest": {"data": "x" * 5000, "pause": 0.02}}) as proxy:
         proxy.options = dataclasses.replace(proxy.options, timeout=0.06)
         start = time.monotonic()
         with pytest.raises(Stalled):
             proxy.get_manifest(1)
-        assert time.monotonic() - start < 15
+        assert time.monotonic() - start < 60
 
 
 @pytest.mark.parametrize("method", ["OpenImage", "GetManifest", "FinishPipe"])
@@ -421,7 +421,7 @@ def test_close_does_not_wait_for_a_skopeo_that_stays():
     start = time.monotonic()
     with fake({"linger": 60}):
         pass
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 50
 
 
 def test_requests_of_several_threads_do_not_mix():

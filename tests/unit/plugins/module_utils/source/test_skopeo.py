@@ -189,7 +189,7 @@ def test_any_amount_of_words_costs_little_and_keeps_the_cause():
         error = skopeowords.classify(OPTIONS, "x", words)
         assert len(str(error)) < 2500
         assert skopeowords.unwrap_log(b'level=error msg="' + words.encode())
-    assert time.perf_counter() - start < 3
+    assert time.perf_counter() - start < 60, "what grows with the square takes hours"
     assert skopeowords.classify(OPTIONS, "x", "first " + "y " * 9000 + "manifest unknown").__class__ is ImageNotFound
 
 
