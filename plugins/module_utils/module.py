@@ -364,7 +364,7 @@ def run_module(
     base: Mapping[str, Any] | None = None,
     *,
     effort: bool = False,
-    unread: Sequence[str] = (),
+    unread: Mapping[str, Any] | None = None,
 ) -> None:
     """Call ``main(module)`` and leave through ``exit_json`` with what it returns, or through ``fail_json``.
 
@@ -374,8 +374,8 @@ def run_module(
     in yet are left out. With ``effort`` they also tell how often what failed was tried, and the seconds that the task
     took.
 
-    ``unread`` names what a module that only looks finds out by reading the repository. Without the library for that,
-    which an earlier task of a run in check mode may be about to install, these values are null, with a warning.
+    ``unread`` is what a module says in check mode where it could not read the repository for want of a library, which
+    an earlier task of the run may be about to install: null for what it would have found out. A warning tells why.
     """
     _occupy_standard_fds()
     _guard(module)
@@ -386,9 +386,9 @@ def run_module(
         result = main(module)
     except Exception as raised:  # the last resort: a traceback must never reach the user
         error = from_exception(raised, "The module could not go on")
-        if unread and isinstance(error, MissingLibrary) and foretells(module):
+        if unread is not None and isinstance(error, MissingLibrary) and foretells(module):
             module.warn(f"{error} So check mode cannot tell what is in the repository.")
-            module.exit_json(**text.printable_values({**(base or {}), **dict.fromkeys(unread), "changed": False}))
+            module.exit_json(**text.printable_values({**(base or {}), **unread}))
             return
         failure: dict[str, Any] = {"msg": str(error), "error": error.code}
         if effort:

@@ -326,7 +326,7 @@ def main() -> None:
     if job:
         run_module(module, lambda module: watch.collect(job))
         return
-    unread = ("findings", "repaired", "checked")
+    unread: dict[str, Any] = dict.fromkeys(("findings", "repaired", "checked"))
     watch.run(token, lambda life: run_module(module, lambda module: run(module, base, life), base, unread=unread))
 
 

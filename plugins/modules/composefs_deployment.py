@@ -30,6 +30,8 @@ attributes:
       - The image is looked up and measured in check mode, too. What only the kernel, a timer or O(reload) can tell is
         not foreseen.
       - An image that an earlier task of the same run in check mode would have fetched counts as there.
+      - Where the library that reads images is still to be installed, which an earlier task may only foretell, a change
+        is foretold with V(null) for what is not known, with a warning.
   diff_mode:
     support: full
   idempotent:
@@ -272,7 +274,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.composefs.oci.plugins.module_utils.errors import InvalidOption, doing
+from ansible_collections.composefs.oci.plugins.module_utils.errors import InvalidOption, MissingLibrary, doing
 from ansible_collections.composefs.oci.plugins.module_utils.host import beneath, commands, mountinfo
 from ansible_collections.composefs.oci.plugins.module_utils.operations import (
     activation,
@@ -283,6 +285,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.operations import (
     mounting,
 )
 from ansible_collections.composefs.oci.plugins.module_utils.module import (
+    foretells,
     guarded,
     Foretold,
     mount_point,
@@ -422,7 +425,7 @@ def activated(
     known: dict[str, Foretold],
 ) -> lastingmount.Result | None:
     """Activate what the task names; None, with ``base`` complete, if an earlier task of a run in check mode would bring
-    it first.
+    it first, or a library to read it.
     """
     params = module.params
     check = module.check_mode
@@ -442,23 +445,28 @@ def activated(
     name = wanted.name or (before.name if before else None)
     with opened_repository(module, base["repository"], foreseen=True) as repository:
         exists = repository.path == base["repository"]
-        if check and will_be_there(repository, known, name, wanted.digest, exists):
-            real = os.path.realpath(base["path"])
-            mounting.require_place(base["repository"], real, None, None, mountinfo.at(real))
-            if wanted.persistent:
-                bootmount.require_systemd(bootmount.HOST)
-            then = known.get(name or "")
-            base.update(
-                changed=True,
-                image_id=None,
-                name=name,
-                digest=wanted.digest or (then.digest if then else None),
-                state=activation.ACTIVATED if wanted.confirm_within else activation.CONFIRMED,
-                rollout=wanted.rollout,
-                pins=None,
-            )
-            return None
-        return activation.activate(repository, wanted, host, check)
+        if not check or not will_be_there(repository, known, name, wanted.digest, exists):
+            try:
+                return activation.activate(repository, wanted, host, check)
+            except MissingLibrary as error:
+                if not foretells(module):
+                    raise
+                module.warn(f"{error} So check mode cannot tell whether the image is another one than now.")
+        real = os.path.realpath(base["path"])
+        mounting.require_place(base["repository"], real, None, None, mountinfo.at(real))
+        if wanted.persistent:
+            bootmount.require_systemd(bootmount.HOST)
+        then = known.get(name or "")
+        base.update(
+            changed=True,
+            image_id=None,
+            name=name,
+            digest=wanted.digest or (then.digest if then else None),
+            state=activation.ACTIVATED if wanted.confirm_within else activation.CONFIRMED,
+            rollout=wanted.rollout,
+            pins=None,
+        )
+        return None
 
 
 def after_others(

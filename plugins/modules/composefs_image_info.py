@@ -416,7 +416,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     base: dict[str, Any] = dict(EMPTY)
-    run_module(module, lambda module: run(module, base), base, unread=("images", "totals"))
+    run_module(module, lambda module: run(module, base), base, unread={"images": None, "totals": None})
 
 
 if __name__ == "__main__":

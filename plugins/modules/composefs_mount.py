@@ -32,6 +32,9 @@ attributes:
         is in use, is not foreseen.
       - An image that an earlier task of the same run in check mode would have pulled, or a name that it would have
         moved, counts as there. What nobody can know before it is, such as RV(image_id), is V(null).
+      - Where the library that reads images is still to be installed, which an earlier task may only foretell, what is
+        mounted stays with O(state=mounted), and otherwise a change is foretold with V(null) for what is not known. A
+        warning says so.
   diff_mode:
     support: full
   idempotent:
@@ -269,7 +272,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.composefs.oci.plugins.module_utils.errors import Busy, ImageNotFound, doing
+from ansible_collections.composefs.oci.plugins.module_utils.errors import Busy, ImageNotFound, MissingLibrary, doing
 from ansible_collections.composefs.oci.plugins.module_utils.formats import digests
 from ansible_collections.composefs.oci.plugins.module_utils.formats.reference import other_names
 from ansible_collections.composefs.oci.plugins.module_utils.host import beneath, commands, mountinfo
@@ -281,6 +284,7 @@ from ansible_collections.composefs.oci.plugins.module_utils.operations import (
     mounting,
 )
 from ansible_collections.composefs.oci.plugins.module_utils.module import (
+    foretells,
     guarded,
     Foretold,
     mount_point,
@@ -390,7 +394,17 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
                 if secure is None and made is not None and made["created"]:
                     secure = bool(made["secure"])
                 return not_there_yet(module, base, request, known, there, before, by_then, secure)
-            result = lastingmount.have_mounted(repository, settled, host, check)
+            try:
+                result = lastingmount.have_mounted(repository, settled, host, check)
+            except MissingLibrary as error:
+                if not foretells(module):
+                    raise
+                module.warn(f"{error} So check mode cannot tell whether {image} is another image than what is there.")
+                if there is not None and there.image_id is not None and not request.wish.replace:
+                    # It stays, or the task fails.
+                    base["keeps"] = None
+                    return {}
+                return not_there_yet(module, base, request, known, there, before, secure=repository.secure)
     target = result.target
     tell(base, target)
     remounted = base["image_id"] != base["previous_image_id"]

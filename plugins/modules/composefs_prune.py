@@ -35,6 +35,8 @@ attributes:
       - What earlier tasks of the same run in check mode foretold, names that move and images that are mounted and
         unmounted, counts as done. While an image is still to be fetched it is not known what it shares with others;
         then numbers are V(null).
+      - Where the library that reads images is still to be installed, which an earlier task may only foretell, a change
+        is foretold of which nothing is known, so everything but RV(repository) is V(null), with a warning.
   diff_mode:
     support: full
     details:
@@ -286,12 +288,13 @@ def main() -> None:
         supports_check_mode=True,
     )
     base: dict[str, Any] = {"repository": None, **values(prune.Pruned())}
+    unread = {**dict.fromkeys(values(prune.Pruned())), "changed": True}
     # The action plugin passes through the environment what concerns only itself and this module.
     job, token = os.environ.pop(watch.COLLECT, ""), os.environ.pop(watch.WATCH, "")
     if job:
         run_module(module, lambda module: watch.collect(job))
         return
-    watch.run(token, lambda life: run_module(module, lambda module: run(module, base, life), base))
+    watch.run(token, lambda life: run_module(module, lambda module: run(module, base, life), base, unread=unread))
 
 
 if __name__ == "__main__":

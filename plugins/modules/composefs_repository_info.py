@@ -230,23 +230,25 @@ from ansible_collections.composefs.oci.plugins.module_utils.module import (
 from ansible_collections.composefs.oci.plugins.module_utils.operations import overview
 
 # What it tells of a repository.
-UNREAD = (
-    "algorithm",
-    "verity",
-    "filesystem",
-    "free_bytes",
-    "free_inodes",
-    "format",
-    "counts",
-    "bytes",
-    "bytes_unused",
-    "bytes_damaged",
-    "sharing",
-    "names",
-    "lock_holders",
-    "unfinished_imports",
-    "last_check",
-    "last_maintenance",
+UNREAD: dict[str, Any] = dict.fromkeys(
+    (
+        "algorithm",
+        "verity",
+        "filesystem",
+        "free_bytes",
+        "free_inodes",
+        "format",
+        "counts",
+        "bytes",
+        "bytes_unused",
+        "bytes_damaged",
+        "sharing",
+        "names",
+        "lock_holders",
+        "unfinished_imports",
+        "last_check",
+        "last_maintenance",
+    )
 )
 
 

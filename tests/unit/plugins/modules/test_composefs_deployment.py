@@ -19,6 +19,7 @@ pytest.importorskip("ansible.module_utils.basic", exc_type=ImportError)
 
 import yaml
 
+from ansible_collections.composefs.oci.plugins.module_utils.formats import codecs
 from ansible_collections.composefs.oci.plugins.module_utils.operations import bootmount, deployment, journal
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ansible_collections.composefs.oci.plugins.modules import composefs_deployment, composefs_deployment_info
@@ -241,3 +242,19 @@ def test_the_documentation_has_the_options_of_the_code(module: Any) -> None:
 def test_a_mount_point_is_never_below_where_the_task_happens_to_run(host: Host, run: Any, path: str) -> None:
     result = run(path=path, name="app")
     assert result["error"] == "invalid_option" and "no absolute path" in result["msg"] and not host.there
+
+
+def test_check_mode_foretells_an_activation_before_there_is_a_library_to_read_images(
+    host: Host, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"name": "app", "digest": host.digests[0], "verity": "disabled"}
+    real = codecs._module
+    monkeypatch.setattr(codecs, "_module", lambda name: None if name in codecs.ZSTD_BACKENDS.values() else real(name))
+    assert run(**values)["error"] == "missing_library"
+    told = run(check=True, **values)
+    assert (told["changed"], told["state"], told["name"], told["digest"]) == (True, "activated", "app", host.digests[0])
+    assert (told["image_id"], told["pins"]) == (None, None)
+    assert "zstd" in host.warnings[-1] and host.there == {}
+    # A task that only asks, in a run that is not in check mode: nobody is going to install anything.
+    monkeypatch.setenv("COMPOSEFS_OCI_ASKS", "1")
+    assert run(check=True, **values)["error"] == "missing_library"

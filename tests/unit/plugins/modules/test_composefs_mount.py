@@ -19,6 +19,7 @@ pytest.importorskip("ansible.module_utils.basic", exc_type=ImportError)
 
 import yaml
 
+from ansible_collections.composefs.oci.plugins.module_utils.formats import codecs
 from ansible_collections.composefs.oci.plugins.module_utils.operations import mounting, bootmount, journal
 from ansible_collections.composefs.oci.plugins.module_utils.errors import ReadOnly
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
@@ -449,3 +450,30 @@ def test_a_mount_point_is_never_below_where_the_task_happens_to_run(host: Host, 
     for places in ({"path": path}, {"upperdir": path, "workdir": "/work"}, {"upperdir": "/upper", "workdir": path}):
         result = run(image=host.images[0], **places)
         assert result["error"] == "invalid_option" and "no absolute path" in result["msg"] and not host.there
+
+
+def test_check_mode_foretells_a_mount_before_there_is_a_library_to_read_images(
+    host: Host, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Repository.open(host.repository, write=True) as repository:
+        name, other = (f"app@{put(repository, image)}" for image in host.images)
+    real = codecs._module
+    monkeypatch.setattr(codecs, "_module", lambda name: None if name in codecs.ZSTD_BACKENDS.values() else real(name))
+    assert run(image=name)["error"] == "missing_library"
+    for state in ("mounted", "remounted"):
+        told = run(True, image=name, state=state)
+        assert told["changed"] and told["mounted"] and told["name"] == "app"
+        assert (told["image_id"], told["verity"], told["keeps"]) == (None, None, None)
+    assert "zstd" in host.warnings[-1] and host.there == {}
+    monkeypatch.setattr(codecs, "_module", real)
+    assert run(image=name)["changed"]
+    monkeypatch.setattr(codecs, "_module", lambda name: None if name in codecs.ZSTD_BACKENDS.values() else real(name))
+    one = host.images[0]
+    told = run(True, image=name)
+    assert (told["changed"], told["image_id"], told["keeps"]) == (False, one, None)
+    told = run(True, image=other, state="remounted")
+    assert (told["changed"], told["image_id"], told["previous_image_id"]) == (True, None, one)
+    assert "zstd" in host.warnings[-1] and host.there[host.path].image_id == one
+    # A task that only asks, in a run that is not in check mode: nobody is going to install anything.
+    monkeypatch.setenv("COMPOSEFS_OCI_ASKS", "1")
+    assert run(True, image=name)["error"] == "missing_library"

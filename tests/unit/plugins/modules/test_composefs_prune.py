@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("ansible.module_utils.basic", exc_type=ImportError)
 
 from ansible_collections.composefs.oci.plugins.module_utils.errors import InvalidOption
-from ansible_collections.composefs.oci.plugins.module_utils.formats import digests, fsverity, ocidocuments
+from ansible_collections.composefs.oci.plugins.module_utils.formats import codecs, digests, fsverity, ocidocuments
 from ansible_collections.composefs.oci.plugins.module_utils.operations import prune
 from ansible_collections.composefs.oci.plugins.module_utils.store import create, imagestreams
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
@@ -158,3 +158,18 @@ def test_progress_is_written_where_it_is_asked_for(run: Any, tmp_path: Path) -> 
     target = tmp_path / "progress"
     run(progress_file=str(target))
     assert json.loads(target.read_text())["finished"]
+
+
+def test_check_mode_foretells_a_change_before_there_is_a_library_to_read_images(
+    run: Any, path: str, monkeypatch: pytest.MonkeyPatch, warned: list[str]
+) -> None:
+    real = codecs._module
+    monkeypatch.setattr(codecs, "_module", lambda name: None if name in codecs.ZSTD_BACKENDS.values() else real(name))
+    assert run(remove=["*"])["error"] == "missing_library"
+    told = run(True, remove=["*"])
+    assert told["changed"] and told["repository"] == path and "zstd" in str(warned)
+    nulls = {*SHAPE, "links"} - {"changed", "repository"}
+    assert {key: told[key] for key in nulls} == dict.fromkeys(nulls)
+    # A task that only asks, in a run that is not in check mode: nobody is going to install anything.
+    monkeypatch.setenv("COMPOSEFS_OCI_ASKS", "1")
+    assert run(True, remove=["*"])["error"] == "missing_library"
