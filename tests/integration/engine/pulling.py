@@ -36,8 +36,10 @@ class Recorder:
 def options(
     skopeo: str = "skopeo", *, erofs: bool = True, proxy: dict[str, Any] | None = None, **others: Any
 ) -> pull.Options:
-    """Options of a pull with short times, so that a test that fails does not take minutes."""
-    others = {"timeout": 10.0, "retries": 0, **others}
+    """Options of a pull that is tried once. The timeout is longer than any pause of a machine that does much else, and
+    shorter than the product's, so that a test that fails does not take many minutes.
+    """
+    others = {"timeout": 30.0, "retries": 0, **others}
     settings = {"tls_verify": False, "unenforced_policy": "ignore", "timeout": others["timeout"], **(proxy or {})}
     return pull.Options(images=Images(plain=erofs), proxy=ProxyOptions(executable=(skopeo,), **settings), **others)
 

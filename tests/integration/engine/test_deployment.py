@@ -42,7 +42,7 @@ def image_of(app: App, name: str) -> str:
         return mounting.resolve(repository, name).hex()
 
 
-def wait_for(what: Callable[[], bool], seconds: float = 20.0) -> None:
+def wait_for(what: Callable[[], bool], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -55,7 +55,7 @@ def waiting(app: App) -> int:
 
 def disarmed(app: App) -> bool:
     """Whether nothing waits for this host to go back, soon: who is told to end needs a moment for it."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while waiting(app) and time.monotonic() < deadline:
         time.sleep(0.02)
     return waiting(app) == 0
@@ -105,14 +105,15 @@ def test_what_nobody_confirms_is_taken_back_by_the_host(app: App) -> None:
     app.activate(first, confirm_within=0)
     ran = app.point.parent / "ran"
     reload = ("/bin/sh", "-c", f"cat {app.point}/usr/data >> {ran}")
-    app.activate(second, confirm_within=1, rollout="r1", reload=reload)
+    # Long enough for this process to open a file meanwhile, whatever else the machine does.
+    app.activate(second, confirm_within=10, rollout="r1", reload=reload)
     with open(app.point / "usr/data", "rb") as file:
         wait_for(lambda: app.journal().pending is None)
         assert file.read() == content("v2"), "who has files open keeps them"
-    assert app.data() == content("v1") and ran.read_bytes() == content("v2") + content("v1")
+    wait_for(lambda: ran.read_bytes() == content("v2") + content("v1") and len(app.links()) == 1)
+    assert app.data() == content("v1")
     event = app.journal().history[-1]
     assert (event.result, event.reason, event.rollout) == ("reverted", "not confirmed in time", "r1")
-    assert len(app.links()) == 1
     with pytest.raises(Reverted, match="not confirmed in time"):
         app.confirm(second, rollout="r1")
 
@@ -360,7 +361,7 @@ elif verb == "unmount":
 
 
 def start(
-    app: App, verb: str, first: str, second: str, seconds: int = 60, before: tuple[str, ...] = ()
+    app: App, verb: str, first: str, second: str, seconds: int = 900, before: tuple[str, ...] = ()
 ) -> subprocess.Popen[str]:
     """A process that is about to begin with the verb: it waits for a line."""
     here = pathlib.Path(__file__).parent
@@ -435,7 +436,7 @@ def prepare(app: App, verb: str, number: object) -> Pair:
     pair = Pair(first, second, image_of(app, f"app@{first}"), image_of(app, f"app@{second}"))
     app.activate(first, confirm_within=0, rollout=f"base {number}")
     if verb in ("confirm", "revert"):
-        app.activate(second, rollout="r", confirm_within=60)
+        app.activate(second, rollout="r", confirm_within=900)
     return pair
 
 

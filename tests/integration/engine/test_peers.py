@@ -86,7 +86,7 @@ def nginx(root: pathlib.Path, place: pathlib.Path, extra: str = "", tls: pathlib
     )
     process = subprocess.Popen([program, "-p", str(place), "-c", str(place / "nginx.conf")])
     try:
-        for _unused in range(200):
+        for _unused in range(1200):
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
                 break
             time.sleep(0.05)

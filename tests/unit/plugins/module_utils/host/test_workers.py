@@ -39,11 +39,11 @@ def test_every_task_is_done_once_and_what_is_told_arrives(count: int) -> None:
 
 def test_the_tasks_are_done_by_other_processes_at_once(tmp_path: pathlib.Path) -> None:
     heard: set[int] = set()
+    end = time.monotonic() + 60
 
     def work(_number: int, tell: Tell) -> None:
         (tmp_path / str(os.getpid())).touch()
         # Nobody goes on before two are at work: one of them may begin late.
-        end = time.monotonic() + 60
         while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < end:
             time.sleep(0.01)
         tell(os.getpid())
