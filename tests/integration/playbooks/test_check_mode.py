@@ -320,6 +320,36 @@ LOST = """
     - name: Unmount
       composefs.oci.composefs_mount: {path: "{{ place }}/old", state: unmounted}
 """
+# An earlier task would install the library that reads images: what stands in its place cannot be imported yet.
+UNREADABLE = """
+- name: A host with images and without a library to read them
+  hosts: all
+  gather_facts: false
+  environment:
+    PYTHONPATH: "{{ hidden }}"
+  module_defaults:
+    group/composefs.oci.composefs:
+      repository: "{{ place }}/repository"
+  tasks:
+    - name: List
+      composefs.oci.composefs_image_info: {disk_use: true}
+    - name: Look at the repository
+      composefs.oci.composefs_repository_info:
+    - name: Check
+      composefs.oci.composefs_check:
+    - name: Pull another
+      composefs.oci.composefs_image: {ref: "oci:{{ place }}/layout:v2", name: spare, unenforced_policy: ignore}
+    - name: Mount
+      composefs.oci.composefs_mount: {image: old, path: "{{ place }}/old", verity: disabled}
+    - name: See what is mounted
+      composefs.oci.composefs_mount_info: {path: "{{ place }}/old"}
+    - name: Deploy
+      composefs.oci.composefs_deployment: {path: "{{ place }}/service", name: old, verity: disabled, confirm_within: 0}
+    - name: See what is deployed
+      composefs.oci.composefs_deployment_info: {path: "{{ place }}/service"}
+    - name: Prune
+      composefs.oci.composefs_prune: {remove: [spare]}
+"""
 UNCHANGED = [
     "Upgrade again",
     "Pull it again",
@@ -537,3 +567,27 @@ def test_check_mode_on_a_host_that_lost_its_skopeo_fails_nowhere(place: pathlib.
     assert not pinned["changed"] and pinned["digest"] == digests["v1"]
     several = foretold.of("localhost", "Pull several")
     assert [image["digest"] for image in several["images"]] == [None, None, digests["v3"]]
+
+
+def test_check_mode_on_a_host_without_a_library_to_read_images_fails_nowhere(place: pathlib.Path) -> None:
+    make_images(place, ("v1", "v2"))
+    for package, module in (("compression", "zstd.py"), ("backports", "zstd.py"), ("zstandard", "__init__.py")):
+        (place / "hidden" / package).mkdir(parents=True)
+        # Python's own package of that name goes on behind it.
+        path = "__path__ = __import__('pkgutil').extend_path(__path__, __name__)\n"
+        (place / "hidden" / package / "__init__.py").write_text(path)
+        (place / "hidden" / package / module).write_text("raise ImportError\n")
+    (place / "unreadable.yml").write_text(UNREADABLE)
+    (place / "before.yml").write_text(BEFORE)
+    runs = [
+        line(place, "unreadable", {"hidden": str(place / "hidden")}, "--check"),
+        line(place, "unreadable", {"hidden": ""}),
+    ]
+    play(place, [line(place, "before", {}), *runs])
+    foretold, done = runs_of(place, "unreadable")
+    assert (foretold.check, done.check) == (True, False)
+    assert not [entry["task"] for entry in (*foretold.entries, *done.entries) if entry["kind"] != "ok"]
+    assert scenarios.differences(foretold, done) == [], foretold.entries
+    assert foretold.of("localhost", "List")["images"] is None and done.of("localhost", "List")["images"]
+    for task in ("List", "Look at the repository", "Check", "Mount", "Deploy", "Prune"):
+        assert any("zstd" in text for text in foretold.of("localhost", task)["warnings"]), task
