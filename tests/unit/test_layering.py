@@ -279,6 +279,31 @@ def test_every_module_says_so_in_its_documentation() -> None:
         assert re.search(r"composefs\.oci\.attributes\.actiongroup_(composefs|registry)", text), path
 
 
+# What the unit tests may take for granted on a host's Python, which has no Ansible, and what only comes with Ansible.
+OF_HOSTS = ("plugins.module_utils", "plugins.plugin_utils", "tests.")
+
+
+def _imported_first(path: pathlib.Path) -> Iterator[str]:
+    """What a test file imports while it is loaded, as far as it comes before it asks whether Ansible is there."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Expr) and "importorskip" in ast.dump(node) and "ansible." in ast.dump(node):
+            return
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+
+
+@pytest.mark.parametrize("path", sorted(pathlib.Path(__file__).parent.rglob("test_*.py")), ids=lambda path: path.name)
+def test_a_test_that_needs_ansible_asks_for_it_first(path: pathlib.Path) -> None:
+    """The Pythons of hosts have none, and a file that cannot be imported there ends the whole run."""
+    collection = "ansible_collections.composefs.oci."
+    for name in _imported_first(path):
+        if name.startswith(collection):
+            assert name.removeprefix(collection).startswith(OF_HOSTS), name
+        assert name.partition(".")[0] != "ansible", name
+
+
 def test_modules_that_take_credentials_for_registries_are_in_the_group_for_that() -> None:
     yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
     runtime = yaml.safe_load((ROOT / "meta" / "runtime.yml").read_text(encoding="utf-8"))
