@@ -45,15 +45,14 @@ def repository_path(module: Module, option: str = "repository") -> str:
     trailing slash. InvalidOption for a path that is relative or empty, for example because a variable is empty: what
     was meant is another repository than the default one, or than one below the directory that the task runs in.
     """
-    path = module.params.get(option)
-    if path is None:
-        path = default_path()
-    elif not os.path.isabs(os.path.expanduser(path)):
+    named = module.params.get(option)
+    path = os.path.expanduser(default_path() if named is None else named)
+    if named is not None and not os.path.isabs(path):
         raise InvalidOption(
-            f"The option {option} is {path!r}, which is no absolute path.",
+            f"The option {option} is {named!r}, which is no absolute path.",
             "Write it from / on, or leave it out for the default repository.",
         )
-    return os.path.abspath(os.path.expanduser(path))
+    return os.path.abspath(path)
 
 
 def mount_point(text: str, option: str = "path") -> str:

@@ -363,9 +363,9 @@ def run(module: AnsibleModule, base: dict[str, Any]) -> dict[str, Any]:
 
     host = deployment.Host(places, commands.run, module.warn)
     before = journal.read(real, places)
-    base["repository"] = repository_path(module) if params["repository"] is not None else None
-    if base["repository"] is None:
-        base["repository"] = (before.repository if before else "") or repository_path(module)
+    # The repository of the deployment before, unless the task names one.
+    staying = before.repository if before is not None and params["repository"] is None else ""
+    base["repository"] = staying or repository_path(module)
     tell(base, before, real, places)
     old = dict(base)
     base.update(previous_image_id=base["image_id"], previous_digest=None)

@@ -15,6 +15,7 @@ import pathlib
 import sys
 import time
 import types
+from collections.abc import Callable
 
 import pytest
 
@@ -64,3 +65,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than half a second; dev/test near leaves it out")
+
+
+@pytest.fixture
+def hide_zstd(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Called, it makes the host one without any library for zstd, until the end of the test."""
+    from ansible_collections.composefs.oci.plugins.module_utils.formats import codecs
+
+    real = codecs._module
+
+    def hide() -> None:
+        monkeypatch.setattr(
+            codecs, "_module", lambda name: None if name in codecs.ZSTD_BACKENDS.values() else real(name)
+        )
+
+    return hide

@@ -133,8 +133,7 @@ def astray(patterns: Sequence[str], result: Pruned) -> list[str]:
         f"The pattern {pattern!r} in 'remove' fits no name. Names of images that were pulled without a 'name' begin "
         f"with docker://, so write 'docker://{pattern}' if it means those."
         for pattern in patterns
-        if not any(_fits(name, pattern) for name in names)
-        and any(fnmatch.fnmatchcase(name, f"docker://{pattern}") for name in names)
+        if not any(_fits(name, pattern) for name in names) and any(_may_mean(name, pattern) for name in names)
     ]
 
 
@@ -303,7 +302,7 @@ def _chosen(
     """
     tags = {root.name: root for root in graph.roots if root.kind == graphs.TAG}
     times = {**{name: graph.times[name] for name in tags}, **dict.fromkeys(coming, time.time())}
-    staying = {name for name in times if any(_kept_by(name, pattern) for pattern in (*NEVER, *wish.keep))}
+    staying = {name for name in times if any(_may_mean(name, pattern) for pattern in (*NEVER, *wish.keep))}
     used_names = {name for keeper in found if keeper.kind != keepers.ENDED for name in keeper.names}
     # Nobody asked for these, but nobody needs them either: they came with a mount that ended with an earlier boot.
     left = {name for keeper in _ended(found) for name in keeper.names if name in tags} - staying - used_names
@@ -332,9 +331,9 @@ def _fits(name: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern) or name in reference.other_names(pattern)
 
 
-def _kept_by(name: str, pattern: str) -> bool:
-    """The same for what is to stay: ``registry.example.com/*`` means the default names there, which begin with
-    ``docker://``, whoever writes it. To keep too much is the lesser harm.
+def _may_mean(name: str, pattern: str) -> bool:
+    """The same, and that ``registry.example.com/*`` means the default names there, which begin with ``docker://``,
+    whoever writes it. That is enough for what is to stay, since to keep too much is the lesser harm.
     """
     return _fits(name, pattern) or fnmatch.fnmatchcase(name, f"docker://{pattern}")
 

@@ -19,3 +19,13 @@ def managed_host(monkeypatch: pytest.MonkeyPatch) -> None:
     except ImportError:
         return
     monkeypatch.setattr(_internal, "is_controller", False, raising=False)
+
+
+@pytest.fixture
+def warned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the module warns of; Ansible itself adds up the warnings of one process."""
+    from ansible.module_utils import basic
+
+    found: list[str] = []
+    monkeypatch.setattr(basic.AnsibleModule, "warn", lambda _module, text: found.append(text))
+    return found

@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "module_utils"))
 
 from filled_repository import Repo, copy_of, fill, make_layout, rotten_file, rotten_image, stray
 
-from ansible_collections.composefs.oci.plugins.module_utils.formats import codecs
 from ansible_collections.composefs.oci.plugins.module_utils.store import namerecords
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ansible_collections.composefs.oci.plugins.modules import composefs_check
@@ -160,10 +159,9 @@ def test_a_failure_has_the_same_shape(run: Any) -> None:
 
 
 def test_check_mode_does_not_fail_before_there_is_a_library_to_read_images(
-    run: Any, monkeypatch: pytest.MonkeyPatch
+    run: Any, monkeypatch: pytest.MonkeyPatch, hide_zstd: Any
 ) -> None:
-    real = codecs._module
-    monkeypatch.setattr(codecs, "_module", lambda name: None if name in codecs.ZSTD_BACKENDS.values() else real(name))
+    hide_zstd()
     assert run()["error"] == "missing_library"
     told = run(check=True)
     assert not told.get("failed") and not told["changed"] and "zstd" in str(told["warnings"])

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "module_utils"))
 from fake_source import REGISTRY, Layout, World, pull_all
 
 from ansible_collections.composefs.oci.plugins.module_utils.errors import AuthFailed, RegistryUnreachable, SkopeoMissing
-from ansible_collections.composefs.oci.plugins.module_utils.formats import codecs, fsverity, ocidocuments
+from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity, ocidocuments
 from ansible_collections.composefs.oci.plugins.module_utils.host import processes
 from ansible_collections.composefs.oci.plugins.module_utils.pull import deltas, pull
 from ansible_collections.composefs.oci.plugins.module_utils.source import push, source
@@ -139,7 +139,9 @@ def test_check_mode_foretells_a_delta_of_images_that_are_still_to_come(
     assert found["error"] == "image_not_found" if digest else found["changed"]
 
 
-def test_check_mode_foretells_a_delta_before_there_is_skopeo(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_mode_foretells_a_delta_before_there_is_skopeo(
+    run: Any, monkeypatch: pytest.MonkeyPatch, hide_zstd: Any
+) -> None:
     def missing(options: Any, reference: Any) -> None:
         raise SkopeoMissing("There is no 'skopeo' on this host.", "Install it.")
 
@@ -148,8 +150,7 @@ def test_check_mode_foretells_a_delta_before_there_is_skopeo(run: Any, monkeypat
     assert told["changed"] and told["digest"] is None and told["bytes"] is None and len(told["layers"]) == 1
     assert "There is no 'skopeo'" in str(told["warnings"])
     assert run()["error"] == "skopeo_missing"
-    real = codecs._module
-    monkeypatch.setattr(codecs, "_module", lambda name: None if name in codecs.ZSTD_BACKENDS.values() else real(name))
+    hide_zstd()
     told = run(check=True)
     assert told["changed"] and [told[key] for key in ("ref", "digest", "bytes", "layers")] == [None] * 4
     assert "zstd" in str(told["warnings"])

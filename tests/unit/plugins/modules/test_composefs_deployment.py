@@ -19,7 +19,6 @@ pytest.importorskip("ansible.module_utils.basic", exc_type=ImportError)
 
 import yaml
 
-from ansible_collections.composefs.oci.plugins.module_utils.formats import codecs
 from ansible_collections.composefs.oci.plugins.module_utils.operations import bootmount, deployment, journal
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
 from ansible_collections.composefs.oci.plugins.modules import composefs_deployment, composefs_deployment_info
@@ -245,11 +244,10 @@ def test_a_mount_point_is_never_below_where_the_task_happens_to_run(host: Host, 
 
 
 def test_check_mode_foretells_an_activation_before_there_is_a_library_to_read_images(
-    host: Host, run: Any, monkeypatch: pytest.MonkeyPatch
+    host: Host, run: Any, monkeypatch: pytest.MonkeyPatch, hide_zstd: Any
 ) -> None:
     values = {"name": "app", "digest": host.digests[0], "verity": "disabled"}
-    real = codecs._module
-    monkeypatch.setattr(codecs, "_module", lambda name: None if name in codecs.ZSTD_BACKENDS.values() else real(name))
+    hide_zstd()
     assert run(**values)["error"] == "missing_library"
     told = run(check=True, **values)
     assert (told["changed"], told["state"], told["name"], told["digest"]) == (True, "activated", "app", host.digests[0])

@@ -26,7 +26,7 @@ from ociimage import sha256
 
 from ansible_collections.composefs.oci.plugins.doc_fragments import registry as registry_fragment
 from ansible_collections.composefs.oci.plugins.doc_fragments import repository as repository_fragment
-from ansible_collections.composefs.oci.plugins.module_utils.formats import codecs, fsverity, ocischemas
+from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity, ocischemas
 from ansible_collections.composefs.oci.plugins.module_utils.host import processes
 from ansible_collections.composefs.oci.plugins.module_utils.pull import pull
 from ansible_collections.composefs.oci.plugins.module_utils.pull.results import ImageResult
@@ -529,16 +529,13 @@ def test_diff_shows_name_digest_and_layers_before_and_after(run: Any) -> None:
     assert gone["diff"]["before"] == new["diff"]["after"] and gone["diff"]["after"] == {}
 
 
-def test_on_a_fresh_host_check_mode_foretells(
-    run: Any, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_a_fresh_host_check_mode_foretells(run: Any, world: World, tmp_path: Path, hide_zstd: Any) -> None:
     result = run(ref=REGISTRY + "app", repository=str(tmp_path / "not yet"), check=True)
     assert result["changed"] and result["digest"] and "Check mode treats it as empty" in result["warnings"][0]
     world.starting = [SkopeoMissing("There is no skopeo.", "Install it.")] * 2
     result = run(ref=REGISTRY + "app", check=True)
     assert result["changed"] and result["digest"] is None and "There is no skopeo" in result["warnings"][0]
-    real = codecs._module
-    monkeypatch.setattr(codecs, "_module", lambda name: None if name in codecs.ZSTD_BACKENDS.values() else real(name))
+    hide_zstd()
     result = run(ref=REGISTRY + "app", check=True)
     assert result["changed"] and "composefs.oci.skopeo" in result["warnings"][0]
     result = run(ref=REGISTRY + "app")
@@ -546,7 +543,7 @@ def test_on_a_fresh_host_check_mode_foretells(
 
 
 def test_check_mode_fails_for_no_image_because_skopeo_is_still_to_be_installed(
-    run: Any, world: World, repository: str, monkeypatch: pytest.MonkeyPatch
+    run: Any, world: World, repository: str, monkeypatch: pytest.MonkeyPatch, hide_zstd: Any
 ) -> None:
     first = run(ref=REGISTRY + "app", name="x")
     missing = SkopeoMissing("There is no skopeo.", "Install it.")
@@ -591,8 +588,7 @@ def test_check_mode_fails_for_no_image_because_skopeo_is_still_to_be_installed(
     assert foretold()["error"] == "skopeo_too_old"
     world.starting = []
 
-    real = codecs._module
-    monkeypatch.setattr(codecs, "_module", lambda name: None if name in codecs.ZSTD_BACKENDS.values() else real(name))
+    hide_zstd()
     told = foretold()
     assert told["changed"] and told["digest"] is None and told["previous_digest"] == first["digest"]
 

@@ -36,14 +36,6 @@ def call(capsys: pytest.CaptureFixture[str], **values: Any) -> dict[str, Any]:
     return result
 
 
-@pytest.fixture
-def warned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the module warns of; Ansible itself adds up the warnings of one process."""
-    found: list[str] = []
-    monkeypatch.setattr(composefs_maintenance.AnsibleModule, "warn", lambda _module, text: found.append(text))
-    return found
-
-
 def test_the_timer_is_as_the_task_says(asked: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     result = call(
         capsys,

@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("ansible.module_utils.basic", exc_type=ImportError)
 
 from ansible_collections.composefs.oci.plugins.module_utils.errors import InvalidOption
-from ansible_collections.composefs.oci.plugins.module_utils.formats import codecs, digests, fsverity, ocidocuments
+from ansible_collections.composefs.oci.plugins.module_utils.formats import digests, fsverity, ocidocuments
 from ansible_collections.composefs.oci.plugins.module_utils.operations import prune
 from ansible_collections.composefs.oci.plugins.module_utils.store import create, imagestreams
 from ansible_collections.composefs.oci.plugins.module_utils.store.repository import Repository
@@ -65,14 +65,6 @@ def run(path: str, capsys: pytest.CaptureFixture[str]) -> Any:
         return result
 
     return task
-
-
-@pytest.fixture
-def warned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the module warns of; Ansible itself adds up the warnings of one process."""
-    found: list[str] = []
-    monkeypatch.setattr(composefs_prune.AnsibleModule, "warn", lambda _module, text: found.append(text))
-    return found
 
 
 def test_garbage_goes_once_and_check_mode_says_the_same(run: Any, path: str) -> None:
@@ -161,10 +153,9 @@ def test_progress_is_written_where_it_is_asked_for(run: Any, tmp_path: Path) -> 
 
 
 def test_check_mode_foretells_a_change_before_there_is_a_library_to_read_images(
-    run: Any, path: str, monkeypatch: pytest.MonkeyPatch, warned: list[str]
+    run: Any, path: str, monkeypatch: pytest.MonkeyPatch, warned: list[str], hide_zstd: Any
 ) -> None:
-    real = codecs._module
-    monkeypatch.setattr(codecs, "_module", lambda name: None if name in codecs.ZSTD_BACKENDS.values() else real(name))
+    hide_zstd()
     assert run(remove=["*"])["error"] == "missing_library"
     told = run(True, remove=["*"])
     assert told["changed"] and told["repository"] == path and "zstd" in str(warned)

@@ -24,7 +24,6 @@ from aptroot import Unavailable
 from ociimage import Layout
 from registry import Registry, free_port
 
-from ansible_collections.composefs.oci.plugins.module_utils.formats import codecs
 from ansible_collections.composefs.oci.plugins.modules import composefs_remote_info
 from ansible_collections.composefs.oci.tests.support.moduleargs import arguments
 from ansible_collections.composefs.oci.tests.support.tarbytes import DIRECTORY, member, tar
@@ -140,11 +139,10 @@ def test_check_mode_does_not_fail_before_there_is_skopeo(run: Any, monkeypatch: 
 
 
 def test_check_mode_does_not_fail_before_there_is_a_library_for_an_archive(
-    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Any, tmp_path: Path, hide_zstd: Any
 ) -> None:
     (tmp_path / "app.tar").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(2000))
-    real = codecs._module
-    monkeypatch.setattr(codecs, "_module", lambda name: None if name in codecs.ZSTD_BACKENDS.values() else real(name))
+    hide_zstd()
     values = {"ref": f"oci-archive:{tmp_path}/app.tar", "unenforced_policy": "ignore"}
     assert run(**values)["error"] == "missing_library"
     told = run(_ansible_check_mode=True, **values)

@@ -24,7 +24,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from fake_source import REGISTRY, Events, Layout, World, pull_all, settings
 from ociimage import sha256
 
-from ansible_collections.composefs.oci.plugins.module_utils.formats import codecs, fsverity
+from ansible_collections.composefs.oci.plugins.module_utils.formats import fsverity
 from ansible_collections.composefs.oci.plugins.module_utils.host import filesystem, processes, processors
 from ansible_collections.composefs.oci.plugins.module_utils.pull import fetch, foretelling, pull
 from ansible_collections.composefs.oci.plugins.module_utils.store import create, namerecords
@@ -222,22 +222,18 @@ def test_a_repository_whose_objects_are_gone_is_filled_again(path: pathlib.Path,
 
 
 def test_a_missing_zstd_library_is_named_before_anything_is_asked(
-    path: pathlib.Path, world: World, monkeypatch: pytest.MonkeyPatch
+    path: pathlib.Path, world: World, hide_zstd: Any
 ) -> None:
-    real = codecs._module
-    monkeypatch.setattr(codecs, "_module", lambda name: None if name in codecs.ZSTD_BACKENDS.values() else real(name))
+    hide_zstd()
     for check in (True, False):
         with pytest.raises(MissingLibrary, match=r"zstd library.*composefs\.oci\.skopeo"):
             pull_all(path, app(), check=check)
     assert world.proxies == [] and sorted(os.listdir(path)) == ["meta.json"]
 
 
-def test_a_name_can_go_without_a_zstd_library(
-    path: pathlib.Path, world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_name_can_go_without_a_zstd_library(path: pathlib.Path, world: World, hide_zstd: Any) -> None:
     (done,) = pull_all(path, app())
-    real = codecs._module
-    monkeypatch.setattr(codecs, "_module", lambda name: None if name in codecs.ZSTD_BACKENDS.values() else real(name))
+    hide_zstd()
     with Repository.open(str(path)) as repository:
         assert pull.forget(repository, app(), check=False).result.previous_digest == done["digest"]
         assert repository.tags() == {}
